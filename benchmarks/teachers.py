@@ -29,16 +29,16 @@ from transformers import (
     set_seed,
 )
 
-# task: (columns of text, training file, epochs)
-TASKS: dict[str, tuple[tuple[str, ...], str, int]] = {
-    "rte": (("sentence1", "sentence2"), "train", 6),
-    "mrpc": (("sentence1", "sentence2"), "train", 5),
-    "stsb": (("sentence1", "sentence2"), "train", 5),
-    "cola": (("sentence",), "train", 6),
-    "sst2": (("sentence",), "train", 2),
-    "qnli": (("question", "sentence"), "train_subset", 2),
+# task: (columns of text, training file, epochs, learning rate); RTE does not leave chance at 5e-5 in 6 epochs
+TASKS: dict[str, tuple[tuple[str, ...], str, int, float]] = {
+    "rte": (("sentence1", "sentence2"), "train", 10, 1e-4),
+    "mrpc": (("sentence1", "sentence2"), "train", 5, 5e-5),
+    "stsb": (("sentence1", "sentence2"), "train", 5, 5e-5),
+    "cola": (("sentence",), "train", 6, 5e-5),
+    "sst2": (("sentence",), "train", 1, 5e-5),
+    "qnli": (("question", "sentence"), "train_subset", 2, 5e-5),
 }
-LEARNING_RATE, BATCH, MAX_LENGTH, SEED = 5e-5, 32, 128, 0
+BATCH, MAX_LENGTH, SEED = 32, 128, 0
 
 
 def minilm_path() -> Path:
@@ -75,7 +75,7 @@ def train_teacher(data: Path, work: Path, task: str) -> dict[str, Any]:
     folder = work / task
     if (folder / "teacher.json").exists():
         return dict(json.loads((folder / "teacher.json").read_text()))
-    columns, train_split, epochs = TASKS[task]
+    columns, train_split, epochs, learning_rate = TASKS[task]
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(minilm_path())
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -92,7 +92,7 @@ def train_teacher(data: Path, work: Path, task: str) -> dict[str, Any]:
         )
     args = TrainingArguments(
         str(folder / "checkpoints"),
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=64,
         num_train_epochs=epochs,

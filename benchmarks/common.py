@@ -1,0 +1,53 @@
+"""What every benchmark shares: the form of its results, and small helpers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lmcompress.evaluation import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """The commit that is measured; marked where the tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "../lmcompress", ".").strip()
+        return git("rev-parse", "--short", "HEAD").strip() + (" (changed)" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def asked(name: str, target: str, measured: float | str, met: bool) -> dict[str, Any]:
+    """One number that was asked for, and what came."""
+    return {"name": name, "target": target, "measured": measured, "met": met}
+
+
+def write(name: str, rows: list[dict[str, Any]], wanted: list[dict[str, Any]], *, quick: bool, **more: Any) -> Path:
+    """Write ``results/<name>.json`` (``results/quick/`` for a quick run, which is not committed)."""
+    folder = RESULTS / "quick" if quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "command": " ".join(["python", *sys.argv]),
+        **more,
+        "rows": rows,
+        "asked": wanted,
+    }
+    path = folder / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,228 @@
+"""How much of a teacher does half of it keep, with a teacher to learn from and without?
+
+Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: every second of its layers, classifier and
+embeddings taken over, embeddings frozen. Each student is trained twice with everything equal: on labels alone (control), and on
+the teacher's logits, its hidden states and the labels (distilled), the teacher's answers coming from a disk store that is
+written once for all epochs and seeds. The last epoch counts, not the best.
+
+    python benchmarks/teachers.py --data ../shared/data --work runs/teachers
+    python benchmarks/distillation.py --data ../shared/data --work runs
+
+Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import asked, commit, write
+from teachers import MAX_LENGTH, TASKS, train_teacher
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
+
+import lmcompress
+from lmcompress.compact.students import by_layers
+from lmcompress.data import collator, load_task, tokenize
+from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match, StoredTeacher, TeacherStore
+from lmcompress.distillation.capture import extract
+from lmcompress.evaluation import evaluate_classifier, glue_score, size_on_disk
+from lmcompress.model import CompressedModel
+from lmcompress.trainers import CompressionTrainer
+
+LAYERS = 3
+# task: (epochs, seeds, learning rate)
+BUDGET = {
+    "rte": (4, 3, 1e-4),
+    "mrpc": (5, 3, 1e-4),
+    "stsb": (4, 3, 1e-4),
+    "cola": (4, 3, 1e-4),
+    "sst2": (1, 1, 1e-4),
+    "qnli": (2, 1, 1e-4),
+}
+MATCHED = ((1, 2), (2, 4), (3, 6))
+
+
+def distillation_config() -> DistillationConfig:
+    """Logits at temperature 2, hidden states of the layers that were kept, labels."""
+    matches = tuple(Match(loss="hidden_mse", student=mine, teacher=theirs, weight=1.0) for mine, theirs in MATCHED)
+    return DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=matches)
+
+
+def train_student(
+    options: argparse.Namespace, task: str, seed: int, role: str, data: Any, rows: Any, store: TeacherStore | None
+) -> dict[str, Any]:
+    """One student: train, measure, save, and write what came next to it."""
+    folder = options.work / "distillation" / task / f"{role}-{seed}"
+    if (folder / "row.json").exists():
+        return dict(json.loads((folder / "row.json").read_text()))
+    epochs, _, learning_rate = BUDGET[task]
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(options.work / "teachers" / task)
+    teacher = AutoModelForSequenceClassification.from_pretrained(options.work / "teachers" / task)
+    student = by_layers(teacher, LAYERS, choose="uniform").model
+    student.get_input_embeddings().requires_grad_(False)
+    methods = []
+    if role == "distilled":
+        source = StoredTeacher(store) if store is not None else LiveTeacher(teacher)
+        methods = [Distillation(distillation_config(), source)]
+    args = TrainingArguments(
+        str(folder / "checkpoints"),
+        learning_rate=learning_rate,
+        per_device_train_batch_size=32,
+        num_train_epochs=1 if options.quick else epochs,
+        max_steps=20 if options.quick else -1,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        optim="adamw_torch_fused",
+        bf16=True,
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    collate = collator(data.task, tokenizer)
+    trainer = CompressionTrainer(student, args, methods, train_dataset=rows.train, data_collator=collate)
+    start = time.time()
+    trainer.train()
+    seconds = time.time() - start
+    trainer.finish()
+    metrics = evaluate_classifier(student, rows.validation, collate, data.task.kind, data.task.metrics, progress=False)
+    batches = [collate([rows.validation[i] for i in range(16)])]
+    measured = CompressedModel(student).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
+    row = {
+        "task": task,
+        "role": role,
+        "seed": seed,
+        "epochs": epochs,
+        "rows": len(rows.train),
+        "seconds": round(seconds),
+        "score": 100 * glue_score(metrics),
+        **{name: 100 * value for name, value in metrics.items()},
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "bytes": size_on_disk(folder / "model").weights_bytes,
+        "reload_error": measured.max_error,
+        "commit": commit(),
+    }
+    (folder / "row.json").write_text(json.dumps(row, indent=1))
+    return row
+
+
+def run_task(options: argparse.Namespace, task: str) -> None:
+    """Teacher, store, and all students of one task."""
+    teacher_folder = options.work / "teachers"
+    summary = train_teacher(options.data, teacher_folder, task)
+    print("teacher", summary, flush=True)
+    split = {"train": TASKS[task][1], "validation": "validation"}
+    data = load_task(f"glue/{task}", data=options.data, splits=split, limit=200 if options.quick else None)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder / task)
+    rows = tokenize(data, tokenizer, max_length=MAX_LENGTH)
+    teacher = AutoModelForSequenceClassification.from_pretrained(teacher_folder / task)
+    store_folder = options.work / "distillation" / task / "store"
+    if not store_folder.exists():
+        start = time.time()
+        features = [("hidden", layer) for _, layer in MATCHED]
+
+        def in_bf16(model: Any, batch: Any, wanted: Any) -> Any:
+            with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+                return extract(model, batch, wanted)
+
+        TeacherStore.build(
+            store_folder, teacher, rows.train, collator(data.task, tokenizer), extract=in_bf16, features=features,
+            progress=False,
+        )  # fmt: skip
+        print(f"store of {task}: {time.time() - start:.0f} s", flush=True)
+    store = TeacherStore.open(store_folder, teacher=teacher)
+    for seed in range(1 if options.quick else BUDGET[task][1]):
+        for role in ("distilled", "control"):
+            print(train_student(options, task, seed, role, data, rows, store), flush=True)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Results of all runs that are there."""
+    rows: list[dict[str, Any]] = []
+    for task in options.tasks:
+        file = options.work / "teachers" / task / "teacher.json"
+        if not file.exists():
+            continue
+        teacher = json.loads(file.read_text())
+        folder = options.work / "teachers" / task
+        runs = [json.loads(f.read_text()) for f in sorted((options.work / "distillation" / task).glob("*/row.json"))]
+        score = 100 * teacher["score"]
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        base = {"task": task, "epochs": teacher["epochs"], "train_rows": teacher["rows"]}
+        rows.append(
+            base
+            | {
+                "role": "teacher", "score": score, "spread": None, "seeds": 1, "of_teacher": 100.0,
+                "parameters": sum(p.numel() for p in model.parameters()), "bytes": size_on_disk(folder).weights_bytes,
+                "seconds": teacher["seconds"], "reload_error": None,
+            }
+        )  # fmt: skip
+        for role in ("distilled", "control"):
+            mine = [run for run in runs if run["role"] == role]
+            if not mine:
+                continue
+            scores = [run["score"] for run in mine]
+            mean = statistics.mean(scores)
+            rows.append(
+                {
+                    "task": task, "epochs": mine[0]["epochs"], "train_rows": mine[0]["rows"], "role": role, "score": mean,
+                    "spread": statistics.stdev(scores) if len(scores) > 1 else None, "seeds": len(scores),
+                    "of_teacher": 100 * mean / score, "parameters": mine[0]["parameters"], "bytes": mine[0]["bytes"],
+                    "seconds": statistics.mean(run["seconds"] for run in mine),
+                    "reload_error": max(run["reload_error"] for run in mine), "scores": scores,
+                }
+            )  # fmt: skip
+    by = {(row["task"], row["role"]): row for row in rows}
+    complete = [t for t in options.tasks if (t, "distilled") in by and (t, "control") in by]
+    without_cola = [t for t in complete if t != "cola"]
+    wanted = []
+    if without_cola:
+        mean = {r: statistics.mean(by[t, r]["score"] for t in without_cola) for r in ("teacher", "distilled", "control")}
+        kept = 100 * mean["distilled"] / mean["teacher"]
+        control = 100 * mean["control"] / mean["teacher"]
+        wanted.append(asked(f"share of the teacher's mean kept ({', '.join(without_cola)})", ">= 97 %", kept, kept >= 97))
+        wanted.append(asked("the same for the control", "reported", control, True))
+    for task in complete:
+        gain = by[task, "distilled"]["score"] - by[task, "control"]["score"]
+        wanted.append(asked(f"{task}: distilled minus control, points", "> 0", gain, gain > 0))
+    errors = [row["reload_error"] for row in rows if row["reload_error"] is not None]
+    if errors:
+        wanted.append(asked("greatest difference of logits after reloading", "0", max(errors), max(errors) == 0))
+    setting = {"layers": LAYERS, "distillation": distillation_config().model_dump(mode="json"), "budget": BUDGET}
+    path = write("distillation", rows, wanted, quick=options.quick, setting=setting)
+    for row in rows:
+        print(f"{row['task']:6} {row['role']:10} {row['score']:6.2f} ± {row['spread'] or 0:.2f}  {row['of_teacher']:.1f} %")
+    for item in wanted:
+        print(item)
+    print(path)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and students go")
+    parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET))
+    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, to see that it runs")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
+    options = parser.parse_args()
+    print("lmcompress", lmcompress.__version__, flush=True)
+    if not options.report:
+        for task in options.tasks:
+            run_task(options, task)
+    if not options.train_only:
+        report(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""lmcompress: makes transformer language models small and fast without losing what they know.
+
+Importing this package tells Transformers how to load what it writes: afterwards, ``AutoModel*.from_pretrained``
+rebuilds compressed checkpoints like any others.
+"""
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.config import CompressionConfig
+from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError, UnknownFamilyError
+from lmcompress.loading import register
+from lmcompress.model import CompressedModel
+
+register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CompressedModel",
+    "CompressionConfig",
+    "EquivalenceError",
+    "LmcompressError",
+    "UnknownFamilyError",
+    "__version__",
+    "anatomy_of",
+]

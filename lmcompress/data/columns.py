@@ -1,0 +1,200 @@
+"""Which columns of a table are text, which is the label, and what kind of task that makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+
+from lmcompress.data.tasks import TaskKind
+from lmcompress.errors import LmcompressError, nearest
+
+TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("tokens",),
+    ("sentence",),
+    ("text",),
+)
+"""Names looked for when no text columns are given; the first that are all there win."""
+
+LABEL_COLUMNS = ("label", "labels", "ner_tags", "pos_tags", "chunk_tags", "tags", "score")
+"""Names looked for when no label column is given."""
+
+
+def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None) -> tuple[str, ...]:
+    """The text columns: those given, or the first of :data:`TEXT_COLUMNS` that are there.
+
+    Args:
+        columns: those of the table.
+        text_columns: those asked for, or None.
+
+    Returns:
+        one or two names.
+
+    Raises:
+        LmcompressError: a given column is missing, or none of the usual ones is there.
+
+    Example:
+        >>> find_text_columns(["idx", "premise", "hypothesis", "label"], None)
+        ('premise', 'hypothesis')
+    """
+    if text_columns is not None:
+        for column in text_columns:
+            check_column(column, columns)
+        return tuple(text_columns)
+    for usual in TEXT_COLUMNS:
+        if set(usual) <= set(columns):
+            return usual
+    raise LmcompressError(f"no text column found among: {', '.join(columns)}; name one or two with text_columns=")
+
+
+def find_label_column(
+    columns: Sequence[str], text_columns: Sequence[str], label_column: str | None, kind: TaskKind | None
+) -> str | None:
+    """The label column, or None where the text itself is what is predicted.
+
+    Args:
+        columns: those of the table.
+        text_columns: which of them are text.
+        label_column: the one asked for, or None.
+        kind: the kind asked for, or None.
+
+    Returns:
+        a name, or None.
+
+    Raises:
+        LmcompressError: a given column is missing, or none of the usual ones is there and the table holds more than
+            one text.
+
+    Example:
+        >>> find_label_column(["text", "label"], ["text"], None, None)
+        'label'
+        >>> find_label_column(["text"], ["text"], None, None) is None
+        True
+    """
+    if kind is TaskKind.CAUSAL_LM:
+        if label_column is not None:
+            raise LmcompressError(f"a causal_lm task has no label column, got label_column={label_column!r}")
+        return None
+    if label_column is not None:
+        check_column(label_column, columns)
+        return label_column
+    for usual in LABEL_COLUMNS:
+        if usual in columns and usual not in text_columns:
+            return usual
+    if kind is None and list(columns) == list(text_columns) and len(columns) == 1:
+        return None
+    raise LmcompressError(
+        f"no label column found among: {', '.join(columns)}; name it with label_column=, or give kind='causal_lm'"
+    )
+
+
+def infer_kind(train: Dataset, label_column: str | None) -> TaskKind:
+    """The kind of task that the labels' type tells.
+
+    Args:
+        train: the training rows.
+        label_column: None where the text itself is what is predicted.
+
+    Returns:
+        the kind; lists are taken for ``multi_label``.
+
+    Raises:
+        LmcompressError: the labels' type tells none.
+    """
+    if label_column is None:
+        return TaskKind.CAUSAL_LM
+    feature = train.features[label_column]
+    if is_list(feature):
+        return TaskKind.MULTI_LABEL
+    if isinstance(feature, ClassLabel):
+        return TaskKind.CLASSIFICATION
+    column = arrow_column(train, label_column)
+    if pa.types.is_floating(column.type):
+        return TaskKind.REGRESSION
+    if is_string_type(column.type):
+        # a csv file gives strings for everything: 0.5 and 3.25 are scores, 0 and 1 and "spam" are classes
+        return TaskKind.REGRESSION if _looks_like_scores(column) else TaskKind.CLASSIFICATION
+    if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+        return TaskKind.CLASSIFICATION
+    raise LmcompressError(
+        f"labels must be numbers, strings or lists of them, but column {label_column!r} holds {column.type}"
+    )
+
+
+def check_column(column: str, columns: Sequence[str], where: str = "") -> None:
+    """Asserts that ``column`` is one of ``columns``.
+
+    Args:
+        column: what is asked for.
+        columns: what there is.
+        where: put into the message, with a space before it.
+
+    Raises:
+        LmcompressError: it is not; the message names the nearest and all there are.
+    """
+    if column not in columns:
+        raise LmcompressError(f"no column {column!r}{where}{nearest(column, columns)}")
+
+
+def check_texts(dataset: Dataset, column: str, split: str, *, words: bool) -> None:
+    """Asserts that a column holds a string in every row, or a list of strings if ``words``.
+
+    Args:
+        dataset: the rows.
+        column: the column of texts.
+        split: the name used in messages.
+        words: whether each text comes as a list of words.
+
+    Raises:
+        LmcompressError: it does not; the message names the type, or the row and what is in it.
+    """
+    where = f"column {column!r} of split {split!r}"
+    column_type = arrow_column(dataset, column).type
+    wanted, found = ("lists of strings", _item_type(column_type)) if words else ("strings", column_type)
+    if found is None or not is_string_type(found):
+        raise LmcompressError(f"{where} must hold {wanted}, got {column_type}")
+    values = arrow_column(dataset, column)
+    if values.null_count:
+        row = pc.index(pc.is_null(values), True).as_py()
+        raise LmcompressError(f"{where}: row {row} (from 0) is empty (null); fill or drop rows without text")
+
+
+def arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """A column as Arrow data, row order respected."""
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    return table.column(0)
+
+
+def is_list(feature: object) -> bool:
+    """Whether a feature is a list, of any length."""
+    return isinstance(feature, List | LargeList)
+
+
+def is_string_type(arrow_type: pa.DataType) -> bool:
+    """Whether an Arrow type is text."""
+    return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or arrow_type == pa.string_view()
+
+
+def string_features(columns: Sequence[str]) -> Features:
+    """Features that read every column as text."""
+    return Features({column: Value("string") for column in columns})
+
+
+def _item_type(arrow_type: pa.DataType) -> pa.DataType | None:
+    is_any_list = pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type)
+    return arrow_type.value_type if is_any_list else None
+
+
+def _looks_like_scores(column: pa.ChunkedArray) -> bool:
+    try:
+        numbers = [float(value) for value in column.to_pylist() if value]
+    except (TypeError, ValueError):
+        return False
+    return any(number != int(number) for number in numbers if abs(number) != float("inf") and number == number)

@@ -1,0 +1,285 @@
+"""From a task's name to its checked rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from lmcompress.data.columns import check_column, check_texts, find_label_column, find_text_columns, infer_kind, is_list
+from lmcompress.data.embedded import EMBEDDED_SETS, embedded_splits
+from lmcompress.data.glue import EVALUATION_ONLY, GLUE_HUB_ID, GLUE_TASKS
+from lmcompress.data.labels import encode_labels, find_label_names, labels_are_hidden
+from lmcompress.data.sources import InMemory, Source, from_folder, from_hub, from_memory, is_data_file, read_files
+from lmcompress.data.tasks import Task, TaskData, TaskKind, task_kind
+from lmcompress.errors import LmcompressError, nearest
+
+HELD_OUT_SHARE = 0.1
+"""Share of the training rows that becomes ``validation`` where a source has none."""
+
+_SEED = 0
+
+
+def load_task(
+    name_or_path: str | Path,
+    *,
+    data: str | Path | InMemory | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    kind: str | None = None,
+    splits: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> TaskData:
+    """Reads a task from wherever it is, finds out what it is unless told, and checks every row.
+
+    Args:
+        name_or_path: one of
+
+            - ``"glue/sst2"`` and its sisters: the official task, from the Hub or from ``data``;
+            - ``"embedded/clinc150"``, ``"embedded/clinc150_pairs"``, ``"embedded/inaugural"``: shipped with the
+              package;
+            - a folder of ``train``, ``validation`` and ``test`` files, or one file (parquet, csv, tsv, jsonl, txt);
+            - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``;
+            - with ``data``, a name of your own.
+        data: a folder (for GLUE tasks, the one that holds ``glue/<task>/``), or rows in memory: a ``DatasetDict``, a
+            ``Dataset``, a list of dicts, or a dict of those or of files by split.
+        text_columns: one or two columns; default: the usual names are looked for.
+        label_column: default: the usual names are looked for. A table of texts alone is ``causal_lm``.
+        kind: a :class:`~lmcompress.data.tasks.TaskKind`; default: the labels' type tells (whole numbers and strings
+            are classes, other numbers are scores, lists are several labels, or one for each word).
+        splits: ``train``, ``validation``, ``test``, ``validation_<name>`` to what the source calls them; default: by
+            their names, and all of them.
+        limit: at most so many rows of each split, drawn with a fixed seed and left in order.
+
+    Returns:
+        Rows with the text columns and the label column only. Labels are numbers: int64 classes, float32 scores,
+        float32 zeros and ones, or a list of classes. Without a validation split, a tenth of the training rows is held
+        out (of a single text, the last tenth). ``notes`` says what was done.
+
+    Raises:
+        LmcompressError: a name is unknown, a file or column missing, a split empty, a text not a string, a label
+            missing, not a number, out of range, or named otherwise than in training. Messages name row and value.
+
+    Example:
+        >>> pairs = load_task("embedded/clinc150_pairs", limit=10)
+        >>> pairs.task.label_names, pairs.train.num_rows
+        (('different_intent', 'same_intent'), 10)
+    """
+    if limit is not None and limit < 1:
+        raise LmcompressError(f"limit must be >= 1, got {limit}")
+    _check_split_names(splits)
+    name = str(name_or_path)
+    prefix, _, rest = name.partition("/")
+    if prefix in ("glue", "embedded") and not Path(name).exists():
+        if text_columns is not None or label_column is not None or kind is not None:
+            raise LmcompressError(f"{name} fixes its own columns and kind; leave out text_columns, label_column, kind")
+        task, source = _glue(rest, data, splits) if prefix == "glue" else _embedded(rest, data, splits)
+    else:
+        source = _used_splits(name, _own_source(name, data, splits))
+        task = _describe(name, source, text_columns, label_column, kind)
+    return _limit(_assemble(task, source), limit)
+
+
+def _glue(name: str, data: str | Path | InMemory | None, splits: Mapping[str, str] | None) -> tuple[Task, Source]:
+    if name not in GLUE_TASKS:
+        raise LmcompressError(f"no GLUE task {name!r}{nearest(name, GLUE_TASKS)}")
+    task = GLUE_TASKS[name]
+    return task, _scored_diagnostics(task, _used_splits(task.name, _glue_source(name, data, splits)))
+
+
+def _embedded(name: str, data: str | Path | InMemory | None, splits: Mapping[str, str] | None) -> tuple[Task, Source]:
+    if name not in EMBEDDED_SETS:
+        raise LmcompressError(f"no embedded data set {name!r}{nearest(name, EMBEDDED_SETS)}")
+    if data is not None:
+        raise LmcompressError(f"embedded/{name} is in the package; leave out data, or choose another name")
+    kind, text_columns, label_column = EMBEDDED_SETS[name]
+    source = from_memory(embedded_splits(name), splits)
+    return _describe(f"embedded/{name}", source, text_columns, label_column, kind), source
+
+
+def _glue_source(name: str, data: str | Path | InMemory | None, splits: Mapping[str, str] | None) -> Source:
+    if data is None:
+        return from_hub(GLUE_HUB_ID, name, splits)
+    if not isinstance(data, str | Path):
+        return from_memory(data, splits)
+    folder = Path(data) / "glue" / name
+    if not folder.is_dir():
+        raise LmcompressError(f"no folder {folder}; data= must hold glue/{name}/ with its splits as files")
+    return from_folder(folder, splits)
+
+
+def _own_source(name: str, data: str | Path | InMemory | None, splits: Mapping[str, str] | None) -> Source:
+    if data is not None and not isinstance(data, str | Path):
+        return from_memory(data, splits)
+    path = Path(name if data is None else data)
+    if path.is_dir():
+        return from_folder(path, splits)
+    if path.is_file():
+        return Source({"train": read_files([path])})
+    if data is not None or is_data_file(path) or name.startswith((".", "/")):
+        raise LmcompressError(f"no such file or folder: {path}")
+    if name in GLUE_TASKS:
+        raise LmcompressError(f"the GLUE task is called 'glue/{name}', got {name!r}")
+    repository, _, configuration = name.partition(":")
+    return from_hub(repository, configuration or None, splits)
+
+
+def _used_splits(name: str, source: Source) -> Source:
+    """The splits that a task has a place for, none of them empty; the others are noted."""
+    used = {split: rows for split, rows in source.splits.items() if _is_split_name(split)}
+    if not used:
+        raise LmcompressError(
+            f"{name} has no train split, only: {', '.join(source.splits)}; choose with splits={{'train': ...}}"
+        )
+    for split, rows in used.items():
+        if not rows.num_rows:
+            raise LmcompressError(f"split {split!r} of {name} has no rows")
+    notes = tuple(f"split {split!r} of the source is not used" for split in source.splits if split not in used)
+    return Source(used, (*source.notes, *notes))
+
+
+def _describe(
+    name: str,
+    source: Source,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    kind: str | None,
+) -> Task:
+    """The task that the training rows (or, without any, the first split's) tell of."""
+    rows = source.splits.get("train", next(iter(source.splits.values())))
+    wanted = None if kind is None else task_kind(kind)
+    texts = find_text_columns(rows.column_names, text_columns)
+    label = find_label_column(rows.column_names, texts, label_column, wanted)
+    found = wanted or infer_kind(rows, label)
+    if wanted is None and found is TaskKind.MULTI_LABEL and is_list(rows.features[texts[0]]):
+        found = TaskKind.TOKEN_CLASSIFICATION
+    if label is None:
+        return Task(name, found, texts)
+    needs_lists = found in (TaskKind.MULTI_LABEL, TaskKind.TOKEN_CLASSIFICATION)
+    if needs_lists != is_list(rows.features[label]):
+        raise LmcompressError(
+            f"column {label!r} must {'' if needs_lists else 'not '}hold lists for a {found} task, "
+            f"got {rows.features[label]}"
+        )
+    return Task(name, found, texts, label, find_label_names(rows, label, found))
+
+
+def _assemble(task: Task, source: Source) -> TaskData:
+    splits = dict(source.splits)
+    notes = list(source.notes)
+    checked: dict[str, Dataset] = {}
+    for split, rows in splits.items():
+        ready, note = _check_split(task, split, rows)
+        checked[split] = ready
+        notes += note
+    if "validation" not in checked and "validation_matched" in checked:
+        checked["validation"] = checked.pop("validation_matched")
+    if task in EVALUATION_ONLY:
+        return _evaluation_only(task, checked, notes)
+    if "train" not in checked:
+        raise LmcompressError(
+            f"{task.name} has no train split, only: {', '.join(splits)}; choose with splits={{'train': ...}}"
+        )
+    if "validation" not in checked:
+        checked["train"], checked["validation"], note_text = _hold_out(checked["train"], task)
+        notes.append(note_text)
+    train, validation, test = checked.pop("train"), checked.pop("validation"), checked.pop("test", None)
+    return TaskData(task, train, validation, test, checked, tuple(notes))
+
+
+def _check_split(task: Task, split: str, rows: Dataset) -> tuple[Dataset, list[str]]:
+    """The columns that the task names, checked and encoded; and a note if a test split has no labels."""
+    is_words = task.kind is TaskKind.TOKEN_CLASSIFICATION
+    for column in task.text_columns:
+        check_column(column, rows.column_names, f" in split {split!r}")
+        check_texts(rows, column, split, words=is_words)
+    label = task.label_column
+    if label is None:
+        return rows.select_columns(list(task.text_columns)), []
+    if split == "test" and labels_are_hidden(rows, label):
+        return rows.select_columns(list(task.text_columns)), ["test has no labels: it can be predicted, not scored"]
+    check_column(label, rows.column_names, f" in split {split!r}")
+    ready = encode_labels(rows.select_columns([*task.text_columns, label]), task, split)
+    if is_words:
+        _check_a_label_for_each_word(ready, task, split)
+    return ready, []
+
+
+def _check_a_label_for_each_word(rows: Dataset, task: Task, split: str) -> None:
+    assert task.label_column is not None
+    for row, (words, labels) in enumerate(zip(rows[task.text_columns[0]], rows[task.label_column], strict=True)):
+        if len(words) != len(labels):
+            raise LmcompressError(
+                f"split {split!r}: row {row} (from 0) must have one label for each word, got {len(words)} words and "
+                f"{len(labels)} labels"
+            )
+
+
+def _scored_diagnostics(task: Task, source: Source) -> Source:
+    """AX from the Hub has only a test split and hides its labels; a copy that has them is there to be scored."""
+    if task not in EVALUATION_ONLY or "test" not in source.splits or "validation" in source.splits:
+        return source
+    assert task.label_column is not None
+    if labels_are_hidden(source.splits["test"], task.label_column):
+        return source
+    renamed = {("validation" if split == "test" else split): rows for split, rows in source.splits.items()}
+    return replace(source, splits=renamed)
+
+
+def _evaluation_only(task: Task, checked: dict[str, Dataset], notes: list[str]) -> TaskData:
+    nothing = next(iter(checked.values())).select([])
+    note = f"{task.name} has nothing to train on: evaluate a model that was trained on glue/mnli"
+    return TaskData(task, nothing, checked.get("validation", nothing), checked.get("test"), notes=(*notes, note))
+
+
+def _hold_out(train: Dataset, task: Task) -> tuple[Dataset, Dataset, str]:
+    share = f"{HELD_OUT_SHARE:.0%}"
+    if train.num_rows == 1:
+        if task.kind is not TaskKind.CAUSAL_LM:
+            raise LmcompressError("one training row and no validation split: there is nothing to hold out; add rows")
+        column = task.text_columns[0]
+        head, tail = _cut_text(train[0][column])
+        note = f"validation is the last {share} of the training text, which is trained on no more"
+        return Dataset.from_dict({column: [head]}), Dataset.from_dict({column: [tail]}), note
+    held_out = max(1, round(train.num_rows * HELD_OUT_SHARE))
+    halves = train.train_test_split(test_size=held_out, seed=_SEED)
+    note = f"validation is {held_out} rows ({share}) held out of train, drawn with seed {_SEED}"
+    return halves["train"], halves["test"], note
+
+
+def _cut_text(text: str) -> tuple[str, str]:
+    """Cuts after the line that holds the cutting point, or at the point itself if that is the last line."""
+    point = int(len(text) * (1 - HELD_OUT_SHARE))
+    line_end = text.find("\n", point) + 1
+    cut = line_end if 0 < line_end < len(text) else point
+    if not text[:cut].strip() or not text[cut:].strip():
+        raise LmcompressError("the training text is too short to hold a part of it out; give a validation split")
+    return text[:cut], text[cut:]
+
+
+def _limit(data: TaskData, limit: int | None) -> TaskData:
+    if limit is None:
+        return data
+    cut = [split for split, rows in data.splits().items() if rows.num_rows > limit]
+
+    def draw(split: str, rows: Dataset) -> Dataset:
+        if split not in cut:
+            return rows
+        chosen = np.random.default_rng(_SEED).permutation(rows.num_rows)[:limit]
+        return rows.select(np.sort(chosen))
+
+    notes = tuple(f"{split} is a subset ({limit} rows drawn with seed {_SEED})" for split in cut)
+    return replace(data.map_splits(draw), notes=(*data.notes, *notes))
+
+
+def _check_split_names(splits: Mapping[str, str] | None) -> None:
+    for split in splits or ():
+        if not _is_split_name(split):
+            raise LmcompressError(f"unknown split {split!r}{nearest(split, ['train', 'validation', 'test'])}")
+
+
+def _is_split_name(split: str) -> bool:
+    return split in ("train", "validation", "test") or split.startswith("validation_")

@@ -1,0 +1,180 @@
+"""What a task is, and a task together with its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from datasets import Dataset
+
+from lmcompress.errors import LmcompressError, nearest
+
+
+class TaskKind(str, Enum):
+    """What is predicted: one class, a number, several classes, a class per word, or the next token."""
+
+    CLASSIFICATION = "classification"
+    REGRESSION = "regression"
+    MULTI_LABEL = "multi_label"
+    TOKEN_CLASSIFICATION = "token_classification"
+    CAUSAL_LM = "causal_lm"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+PROBLEM_TYPES: Mapping[TaskKind, str] = {
+    TaskKind.CLASSIFICATION: "single_label_classification",
+    TaskKind.REGRESSION: "regression",
+    TaskKind.MULTI_LABEL: "multi_label_classification",
+}
+"""``problem_type`` of a Transformers config for the kinds that have one."""
+
+DEFAULT_METRICS: Mapping[TaskKind, tuple[str, ...]] = {
+    TaskKind.CLASSIFICATION: ("accuracy",),
+    TaskKind.REGRESSION: ("pearson", "spearmanr"),
+    TaskKind.MULTI_LABEL: ("f1_micro",),
+    TaskKind.TOKEN_CLASSIFICATION: ("accuracy",),
+    TaskKind.CAUSAL_LM: ("perplexity",),
+}
+"""Metrics of a task that names none."""
+
+
+def task_kind(name: str) -> TaskKind:
+    """The kind called ``name``.
+
+    Args:
+        name: one of the values of :class:`TaskKind`.
+
+    Returns:
+        the kind.
+
+    Raises:
+        LmcompressError: there is no such kind.
+
+    Example:
+        >>> str(task_kind("regression"))
+        'regression'
+    """
+    try:
+        return TaskKind(name)
+    except ValueError:
+        raise LmcompressError(f"unknown kind of task {str(name)!r}{nearest(str(name), map(str, TaskKind))}") from None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of a model: which columns go in, what is predicted, and how it is measured.
+
+    Attributes:
+        name: for reports, and the key of the task in multi-task training.
+        kind: what is predicted; a string is made a :class:`TaskKind`.
+        text_columns: one text, or two for a pair. For ``token_classification``, one column of lists of words.
+        label_column: None for ``causal_lm`` only.
+        label_names: the name of class ``i`` at ``i``; None for ``regression`` and ``causal_lm``.
+        metrics: names of metrics, the main one first; empty means those that suit the kind.
+
+    Raises:
+        LmcompressError: the fields do not fit together.
+
+    Example:
+        >>> task = Task("tone", "classification", ("text",), "label", ("bad", "good"))
+        >>> task.num_labels, task.problem_type, task.metrics
+        (2, 'single_label_classification', ('accuracy',))
+    """
+
+    name: str
+    kind: TaskKind
+    text_columns: tuple[str, ...]
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        kind = task_kind(self.kind)
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "metrics", tuple(self.metrics) or DEFAULT_METRICS[kind])
+        most = 1 if kind in (TaskKind.TOKEN_CLASSIFICATION, TaskKind.CAUSAL_LM) else 2
+        if not 1 <= len(self.text_columns) <= most:
+            raise LmcompressError(
+                f"a {kind} task must have {'1' if most == 1 else '1 or 2'} text columns, got {list(self.text_columns)}"
+            )
+        if (self.label_column is None) != (kind is TaskKind.CAUSAL_LM):
+            raise LmcompressError(
+                f"label_column must be {'None' if kind is TaskKind.CAUSAL_LM else 'named'} for a {kind} task, "
+                f"got {self.label_column!r}"
+            )
+        names_needed = kind not in (TaskKind.REGRESSION, TaskKind.CAUSAL_LM)
+        if (self.label_names is not None) != names_needed:
+            raise LmcompressError(
+                f"label_names must be {'given' if names_needed else 'None'} for a {kind} task, got {self.label_names}"
+            )
+        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
+            raise LmcompressError(f"label_names must differ from one another, got {list(self.label_names)}")
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the model's head: 1 for ``regression``, 0 for ``causal_lm``, else the number of classes."""
+        if self.kind is TaskKind.REGRESSION:
+            return 1
+        return len(self.label_names or ())
+
+    @property
+    def problem_type(self) -> str | None:
+        """``problem_type`` for a Transformers config, None for ``token_classification`` and ``causal_lm``."""
+        return PROBLEM_TYPES.get(self.kind)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether two texts go in together."""
+        return len(self.text_columns) == 2
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Number of a class to its name, as a Transformers config wants it; empty where there are no classes."""
+        return dict(enumerate(self.label_names or ()))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Name of a class to its number."""
+        return {name: index for index, name in self.id2label.items()}
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task and its rows, checked: texts are strings, labels are numbers in range.
+
+    Attributes:
+        task: what the rows are for.
+        train: rows to train on; without rows for a task that only evaluates (GLUE's AX).
+        validation: rows to choose by.
+        test: rows to report on; may lack labels, which ``notes`` then says.
+        extra_validations: further validation sets by name, such as ``validation_mismatched``.
+        notes: what a reader of numbers must know: subsets, rows held out, texts truncated.
+    """
+
+    task: Task
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None = None
+    extra_validations: Mapping[str, Dataset] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, Dataset]:
+        """All the splits by name: ``train``, ``validation``, then ``test`` if there is one, then the extra ones."""
+        named = {"train": self.train, "validation": self.validation}
+        if self.test is not None:
+            named["test"] = self.test
+        return {**named, **self.extra_validations}
+
+    def map_splits(self, function: Callable[[str, Dataset], Dataset]) -> TaskData:
+        """The same task with ``function(name, split)`` in place of every split."""
+        changed = {name: function(name, split) for name, split in self.splits().items()}
+        return replace(
+            self,
+            train=changed.pop("train"),
+            validation=changed.pop("validation"),
+            test=changed.pop("test", None),
+            extra_validations=changed,
+        )

@@ -1,0 +1,20 @@
+"""Distillation: losses, matches, teachers, and the method that puts them into a training run."""
+
+from lmcompress.distillation.config import DistillationConfig, EmdMatch, Match, TemperatureSchedule
+from lmcompress.distillation.method import Distillation
+from lmcompress.distillation.store import TeacherStore
+from lmcompress.distillation.teachers import LiveTeacher, StoredTeacher, load_teacher
+from lmcompress.distillation.textbrewer import read_textbrewer
+
+__all__ = [
+    "Distillation",
+    "DistillationConfig",
+    "EmdMatch",
+    "LiveTeacher",
+    "Match",
+    "StoredTeacher",
+    "TeacherStore",
+    "TemperatureSchedule",
+    "load_teacher",
+    "read_textbrewer",
+]

@@ -1,0 +1,113 @@
+"""What distillation is asked to do, as validated data: used by recipes and by the Python API alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LogitLoss = Literal["auto", "kl", "ce", "reverse_kl", "jsd", "mse"]
+WeightSchedule = Literal["constant", "linear_decay", "linear_growth", "cosine_decay"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TemperatureSchedule(_Part):
+    """Per-example temperatures: flexible label smoothing weighting, or confidence-based."""
+
+    kind: Annotated[
+        Literal["constant", "flsw", "cwsm"],
+        Field(description="flsw: by the cosine of student and teacher logits; cwsm: by the student's confidence."),
+    ] = "constant"
+    beta: Annotated[float, Field(description="How far temperatures spread.")] = 1.0
+    gamma: Annotated[float, Field(ge=0, description="flsw only: exponent of 1 − cosine.")] = 1.0
+    minimum: Annotated[float, Field(gt=0, description="Temperatures are clamped from below.")] = 1.0
+    maximum: Annotated[float, Field(gt=0, description="Temperatures are clamped from above.")] = 20.0
+
+
+class Match(_Part):
+    """One comparison of a student's feature with a teacher's."""
+
+    loss: Annotated[str, Field(description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …")]
+    student: Annotated[
+        int | tuple[int, ...],
+        Field(description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1. Negative from the end."),
+    ]
+    teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted likewise.")]
+    weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
+    weight_schedule: WeightSchedule = "constant"
+    projection: Annotated[
+        Literal["none", "auto", "linear", "relu", "tanh"],
+        Field(description="On the student's side; auto: linear where the widths differ, none where they agree."),
+    ] = "auto"
+    projection_learning_rate: Annotated[
+        float | None, Field(gt=0, description="Learning rate of the projection; default: that of the model.")
+    ] = None
+    on: Annotated[
+        Literal["scores", "probabilities"] | None,
+        Field(description="Attention matches only, and needed there: before or after the softmax."),
+    ] = None
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+    options: Annotated[dict[str, Any], Field(description="Further arguments of the match, such as relation_heads.")] = {}
+
+
+class EmdMatch(_Part):
+    """Many-to-many match of hidden states by the earth mover's distance (BERT-EMD)."""
+
+    weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
+    weight_schedule: WeightSchedule = "constant"
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+    projection_learning_rate: Annotated[float | None, Field(gt=0)] = None
+
+
+class DistillationConfig(_Part):
+    """How a student is fitted to its teachers.
+
+    The loss is ``label_weight`` × the loss on the labels + ``weight`` × the loss on the logits + the matches, each a mean
+    over the whole optimizer step.
+    """
+
+    loss: Annotated[
+        LogitLoss,
+        Field(
+            description="Of the logits. auto: KL for classes and tokens, mean squared error for regression, "
+            "Bernoulli KL for multi-label."
+        ),
+    ] = "auto"
+    temperature: Annotated[float, Field(gt=0, description="Softens teacher and student alike; usually 1 to 8.")] = 4.0
+    temperature_schedule: TemperatureSchedule = TemperatureSchedule()
+    scale_by_temperature: Annotated[
+        bool, Field(description="Multiply by temperature², so that the gradient's scale does not depend on it (Hinton).")
+    ] = True
+    weight: Annotated[float, Field(ge=0, description="Weight of the loss on the logits.")] = 1.0
+    weight_schedule: WeightSchedule = "constant"
+    label_weight: Annotated[float, Field(ge=0, description="Weight of the loss on the labels; 0: labels are not used.")] = 1.0
+    label_weight_schedule: WeightSchedule = "constant"
+    probability_shift: Annotated[
+        bool, Field(description="Where the teacher is wrong, swap the logit of the label with the greatest.")
+    ] = False
+    beta: Annotated[float, Field(gt=0, lt=1, description="jsd only: share of the teacher in the mixture.")] = 0.5
+    teacher_weights: Annotated[
+        tuple[float, ...] | None,
+        Field(description="With several teachers: how their logits are averaged; default: evenly."),
+    ] = None
+    matches: tuple[Match, ...] = ()
+    emd: EmdMatch | None = None
+    chunk_tokens: Annotated[
+        int, Field(ge=1, description="Causal models: rows of the (tokens, vocabulary) matrix in memory at a time.")
+    ] = 512
+    max_projection_norm: Annotated[
+        float | None, Field(gt=0, description="Gradient norm to which projections are clipped; default: as the model.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> DistillationConfig:
+        if self.weight == 0 and not self.matches and self.emd is None and self.label_weight == 0:
+            raise ValueError("weight, label_weight and matches are all zero: there is nothing to train on")
+        if self.teacher_weights is not None and (min(self.teacher_weights) < 0 or sum(self.teacher_weights) <= 0):
+            raise ValueError(f"teacher_weights must be >= 0 and not all 0, got {self.teacher_weights}")
+        if self.temperature_schedule.minimum > self.temperature_schedule.maximum:
+            raise ValueError("temperature_schedule.minimum must not exceed its maximum")
+        return self

@@ -1,0 +1,429 @@
+"""Which layer of the student learns from which of the teacher: fixed maps, the nearest in order, earth mover's flow.
+
+A map is a list of ``(student_layer, teacher_layer)``. Layers are indices of hidden states: 0 is the output of the
+embeddings, ``i`` that of block ``i``, counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lmcompress.distillation.matches import hidden_mse
+from lmcompress.errors import LmcompressError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+LayerMap = list[tuple[int, int]]
+"""``[(student_layer, teacher_layer), ...]``."""
+
+
+def uniform(student_layers: int, teacher_layers: int, include_embeddings: bool = True) -> LayerMap:
+    """Spreads the student's blocks evenly over the teacher's: ``k -> k * N / M``, the last to the last.
+
+    Where ``M`` does not divide ``N``, ``k * N / M`` is rounded to the nearest block, halves up; the map stays strictly
+    increasing.
+
+    Args:
+        student_layers: ``M``, the student's number of blocks.
+        teacher_layers: ``N``, the teacher's, >= ``M``.
+        include_embeddings: whether to begin with ``(0, 0)``.
+
+    Returns:
+        ``M`` pairs, and one for the embeddings.
+
+    Raises:
+        LmcompressError: a number < 1, or a student deeper than its teacher.
+
+    Reference:
+        Jiao et al., *TinyBERT*, 2020, https://arxiv.org/abs/1909.10351, section 4.1 (``g(m) = 3m``); TextBrewer's maps
+        of T6, T3 and T4-tiny.
+
+    Example:
+        >>> uniform(3, 12)
+        [(0, 0), (1, 4), (2, 8), (3, 12)]
+    """
+    _check_depths(student_layers, teacher_layers)
+    blocks = [
+        (k, (2 * k * teacher_layers + student_layers) // (2 * student_layers)) for k in range(1, student_layers + 1)
+    ]
+    return [(0, 0), *blocks] if include_embeddings else blocks
+
+
+def skip(student_layers: int, teacher_layers: int, include_last: bool = False) -> LayerMap:
+    """BERT-PKD's "skip": block ``k`` learns from every ``N / M``-th block of the teacher.
+
+    Args:
+        student_layers: ``M``, the student's number of blocks.
+        teacher_layers: ``N``, a multiple of ``M``.
+        include_last: whether to map the last block too; the paper leaves it to the loss on logits.
+
+    Returns:
+        ``M - 1`` pairs, or ``M`` with ``include_last``.
+
+    Raises:
+        LmcompressError: a number < 1, or ``M`` does not divide ``N``.
+
+    Reference:
+        Sun et al., *Patient Knowledge Distillation*, 2019, https://arxiv.org/abs/1908.09355, section 3.2.
+
+    Example:
+        >>> skip(6, 12)
+        [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]
+    """
+    _check_depths(student_layers, teacher_layers)
+    if teacher_layers % student_layers:
+        raise LmcompressError(
+            f"skip takes every k-th block of the teacher, so the student's {student_layers} blocks must divide its "
+            f"{teacher_layers}; use uniform, which rounds"
+        )
+    step = teacher_layers // student_layers
+    return [(k, k * step) for k in range(1, student_layers + (1 if include_last else 0))]
+
+
+def last(student_layers: int, teacher_layers: int, include_last: bool = False) -> LayerMap:
+    """BERT-PKD's "last": the student's blocks learn from the last blocks of the teacher.
+
+    Args:
+        student_layers: ``M``, the student's number of blocks.
+        teacher_layers: ``N``, the teacher's, >= ``M``.
+        include_last: whether to map the last block too; the paper leaves it to the loss on logits.
+
+    Returns:
+        ``M - 1`` pairs, or ``M`` with ``include_last``.
+
+    Raises:
+        LmcompressError: a number < 1, or a student deeper than its teacher.
+
+    Reference:
+        Sun et al., *Patient Knowledge Distillation*, 2019, https://arxiv.org/abs/1908.09355, section 3.2.
+
+    Example:
+        >>> last(6, 12)
+        [(1, 7), (2, 8), (3, 9), (4, 10), (5, 11)]
+    """
+    _check_depths(student_layers, teacher_layers)
+    offset = teacher_layers - student_layers
+    return [(k, k + offset) for k in range(1, student_layers + (1 if include_last else 0))]
+
+
+def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: int) -> LayerMap:
+    """A map that the user wrote, checked.
+
+    Args:
+        pairs: ``(student_layer, teacher_layer)`` each; negative indices count from the last block.
+        student_layers: the student's number of blocks.
+        teacher_layers: the teacher's.
+
+    Returns:
+        The pairs in the order given, with negative indices resolved.
+
+    Raises:
+        LmcompressError: nothing was given, something is no pair of integers, an index is out of range, or a pair comes
+            twice.
+
+    Example:
+        >>> given([[0, 0], [-1, -1]], student_layers=4, teacher_layers=12)
+        [(0, 0), (4, 12)]
+    """
+    if len(pairs) == 0:
+        raise LmcompressError("a layer map must have at least one pair (student_layer, teacher_layer), got none")
+    resolved: LayerMap = []
+    for pair in pairs:
+        if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) for i in pair):
+            raise LmcompressError(
+                f"a layer map is made of pairs of integers (student_layer, teacher_layer), got {pair}"
+            )
+        entry = (
+            _resolve(pair[0], student_layers, "student", pair),
+            _resolve(pair[1], teacher_layers, "teacher", pair),
+        )
+        if entry in resolved:
+            raise LmcompressError(f"the layer map names the pair {entry} twice; raise its weight instead")
+        resolved.append(entry)
+    return resolved
+
+
+def nearest_in_order(distances: Tensor, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> LayerMap:
+    """For each teacher layer the student layer it teaches: least total distance, without crossings.
+
+    Found by dynamic programming over all maps that increase strictly; where there are fewer student than teacher
+    layers, over all that do not decrease. Of equally good maps the one with earlier student layers.
+
+    Args:
+        distances: ``(len(teacher_layers), len(student_layers))`` finite, for instance mean squared distances of hidden
+            states; no gradient flows through the choice.
+        student_layers: the candidates, increasing (in pruning: those that survive).
+        teacher_layers: the layers to learn from, increasing.
+
+    Returns:
+        One pair for each teacher layer, in order.
+
+    Raises:
+        LmcompressError: shapes that do not fit, layers that do not increase, no candidates, or distances not finite.
+
+    Reference:
+        Xia, Zhong & Chen, *CoFi*, 2022, https://arxiv.org/abs/2204.00408, section 3.2 (``m(i)``).
+
+    Note:
+        The authors' order-preserving variant chooses greedily from the top; this one is optimal as a whole.
+
+    Example:
+        >>> nearest_in_order(torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 3.0]]), [1, 2, 3], [6, 12])
+        [(2, 6), (3, 12)]
+    """
+    students, teachers = list(student_layers), list(teacher_layers)
+    for side, layers in (("student", students), ("teacher", teachers)):
+        if not layers or any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+            raise LmcompressError(f"{side} layers must be one or more increasing indices, got {layers}")
+    if distances.shape != (len(teachers), len(students)):
+        raise LmcompressError(
+            f"distances must have shape (teacher layers, student layers) = {(len(teachers), len(students))}, "
+            f"got {tuple(distances.shape)}"
+        )
+    cost: list[list[float]] = distances.detach().double().cpu().tolist()
+    if not torch.isfinite(distances).all():
+        raise LmcompressError("distances between layers must be finite; did training diverge?")
+    gap = 1 if len(students) >= len(teachers) else 0
+    # best[t][s]: least cost of the first t + 1 teacher layers, the last of them mapped to s; prior[t][s]: to whom the
+    # one before went
+    infinity = float("inf")
+    best = [cost[0]]
+    prior: list[list[int]] = [[-1] * len(students)]
+    for row in cost[1:]:
+        totals, origins = [infinity] * len(students), [-1] * len(students)
+        cheapest = -1
+        for s in range(len(students)):
+            candidate = s - gap
+            if candidate >= 0 and (cheapest < 0 or best[-1][candidate] < best[-1][cheapest]):
+                cheapest = candidate
+            if cheapest >= 0:
+                totals[s], origins[s] = best[-1][cheapest] + row[s], cheapest
+        best.append(totals)
+        prior.append(origins)
+    chosen = min(range(len(students)), key=best[-1].__getitem__)
+    pairs: LayerMap = []
+    for t in range(len(teachers) - 1, -1, -1):
+        pairs.append((students[chosen], teachers[t]))
+        chosen = prior[t][chosen]
+    return pairs[::-1]
+
+
+def nearest_kept(kept: Sequence[int], teacher_layers: Sequence[int]) -> LayerMap:
+    """:func:`nearest_in_order` for a student cut out of its teacher, by the depth its blocks came from.
+
+    Args:
+        kept: for each block of the student the teacher's block (from 1) that it was, increasing.
+        teacher_layers: the teacher's blocks to learn from, increasing.
+
+    Returns:
+        One pair for each teacher layer; student layers are counted in the cut student.
+
+    Raises:
+        LmcompressError: either list is empty or does not increase.
+
+    Example:
+        >>> nearest_kept([1, 2, 6, 11], [2, 5, 8, 11])
+        [(1, 2), (2, 5), (3, 8), (4, 11)]
+        >>> nearest_kept([2, 3, 5, 8, 11], [5, 11])
+        [(3, 5), (5, 11)]
+    """
+    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+        raise LmcompressError(f"kept blocks must be increasing indices of the teacher's blocks, got {list(kept)}")
+    students = torch.tensor(list(kept), dtype=torch.float64)
+    teachers = torch.tensor(list(teacher_layers), dtype=torch.float64)
+    distances = (teachers[:, None] - students[None, :]).abs()
+    return nearest_in_order(distances, range(1, len(kept) + 1), teacher_layers)
+
+
+def earth_mover_flow(
+    cost: Tensor, student_weights: Tensor | None = None, teacher_weights: Tensor | None = None
+) -> Tensor:
+    r"""The cheapest transport of knowledge between layers: the flow of the earth mover's distance.
+
+    .. math:: \arg\min_{f \ge 0} \sum_{ij} f_{ij} c_{ij}, \quad \sum_j f_{ij} = w^S_i, \; \sum_i f_{ij} = w^T_j
+
+    Solved exactly (network simplex, POT) in float64 on the CPU.
+
+    Args:
+        cost: ``(S, T)`` or ``(batch, S, T)`` finite: the distance of each student layer from each teacher layer.
+        student_weights: ``(S,)`` >= 0, scaled to sum 1; default all equal.
+        teacher_weights: ``(T,)`` likewise.
+
+    Returns:
+        The flow, of the shape and on the device of ``cost``, float32, without gradient; each sums to 1.
+
+    Raises:
+        LmcompressError: a cost that is not finite or of another shape, or weights that are no distribution.
+        ImportError: POT is not installed.
+
+    Reference:
+        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3.
+
+    Example:
+        >>> earth_mover_flow(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    ot = _import_ot()
+    if cost.dim() not in (2, 3):
+        raise LmcompressError(f"cost must be (student layers, teacher layers), got shape {tuple(cost.shape)}")
+    if not torch.isfinite(cost).all():
+        raise LmcompressError("costs between layers must be finite; did training diverge?")
+    student = _distribution(student_weights, cost.shape[-2], "student").numpy()
+    teacher = _distribution(teacher_weights, cost.shape[-1], "teacher").numpy()
+    matrices = cost.detach().double().cpu().reshape(-1, *cost.shape[-2:])
+    flows = [torch.from_numpy(ot.emd(student, teacher, matrix.numpy())) for matrix in matrices]
+    return torch.stack(flows).reshape(cost.shape).to(device=cost.device, dtype=torch.float32)
+
+
+def emd_hidden_mse(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    projection: Callable[[Tensor], Tensor] | None = None,
+    student_weights: Tensor | None = None,
+    teacher_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Earth mover's distance between the layers of two models, with squared distances of hidden states as costs.
+
+    .. math:: \sum_{ij} f_{ij} \sum_l m_l \frac{1}{d} \| W s^i_l - t^j_l \|_2^2
+
+    The flow :math:`f` is found for each example by itself (so that 8 x 1 equals 1 x 8) and taken as constant: no
+    gradient flows through it.
+
+    Args:
+        student: ``(batch, length, d_s)`` for each student layer that takes part.
+        teacher: ``(batch, length, d_t)`` for each teacher layer that takes part.
+        mask: ``(batch, length)``, 1 = real token.
+        projection: from the student's width to the teacher's, one for all layers; may be left out if they are equal.
+        student_weights: ``(S,)``, see :func:`earth_mover_flow`.
+        teacher_weights: ``(T,)``.
+
+    Returns:
+        ``(batch,)`` float32 sums over tokens (unit ``tokens``); 0 where the layers are the same sets.
+
+    Raises:
+        LmcompressError: no layers, or shapes that differ.
+        ImportError: POT is not installed.
+
+    Reference:
+        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3. Theirs finds one flow for the batch.
+    """
+    costs = emd_costs(student, teacher, mask, projection=projection)
+    return (earth_mover_flow(costs, student_weights, teacher_weights) * costs).sum(dim=(1, 2))
+
+
+def emd_costs(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    projection: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    r"""Distances of all student layers from all teacher layers: :math:`\sum_l m_l \frac{1}{d} \|W s^i_l - t^j_l\|^2`.
+
+    Args:
+        student: ``(batch, length, d_s)`` for each student layer.
+        teacher: ``(batch, length, d_t)`` for each teacher layer.
+        mask: ``(batch, length)``, 1 = real token.
+        projection: from the student's width to the teacher's.
+
+    Returns:
+        ``(batch, S, T)`` float32 sums over tokens, with gradient to the student.
+
+    Raises:
+        LmcompressError: no layers, or shapes that differ.
+    """
+    if len(student) == 0 or len(teacher) == 0:
+        raise LmcompressError(f"need layers on both sides, got {len(student)} of the student, {len(teacher)} teacher's")
+    projected = [hidden if projection is None else projection(hidden) for hidden in student]
+    return torch.stack([torch.stack([hidden_mse(s, t, mask) for t in teacher], dim=-1) for s in projected], dim=1)
+
+
+def cost_attention(
+    flow: Tensor, cost: Tensor, student_weights: Tensor, teacher_weights: Tensor, *, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
+    r"""BERT-EMD's update of layer weights: layers that are cheap to match get more weight.
+
+    .. math:: C_i = \frac{\sum_j f_{ij} c_{ij}}{w_i}, \quad w_i' = \frac{1 / C_i}{\sum_k 1 / C_k}
+
+    for the student's layers, and the same with rows and columns changed for the teacher's. The caller keeps the
+    weights between steps, as part of its training state.
+
+    Args:
+        flow: ``(S, T)`` or ``(batch, S, T)``, of :func:`earth_mover_flow`; a batch is averaged.
+        cost: of the same shape.
+        student_weights: ``(S,)`` > 0, those the flow was found with.
+        teacher_weights: ``(T,)`` > 0.
+        eps: the least cost that is divided by.
+
+    Returns:
+        New student weights ``(S,)`` and teacher weights ``(T,)``, float32, each summing to 1, without gradient.
+
+    Raises:
+        LmcompressError: the shapes do not fit, or a weight is not > 0.
+
+    Reference:
+        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3 (cost attention), in the form of the
+        authors' code. A layer of no cost gets the greatest weight here; in the code it gets none.
+
+    Example:
+        >>> flow, cost = torch.eye(2) / 2, torch.tensor([[1.0, 9.0], [9.0, 3.0]])
+        >>> cost_attention(flow, cost, torch.full((2,), 0.5), torch.full((2,), 0.5))[0]
+        tensor([0.7500, 0.2500])
+    """
+    if flow.shape != cost.shape or flow.shape[-2:] != (len(student_weights), len(teacher_weights)):
+        raise LmcompressError(
+            f"flow and cost must have shape (..., {len(student_weights)}, {len(teacher_weights)}), as there are "
+            f"weights; got {tuple(flow.shape)} and {tuple(cost.shape)}"
+        )
+    if not bool((student_weights > 0).all() and (teacher_weights > 0).all()):
+        raise LmcompressError("layer weights must be > 0: a layer that no flow reaches has no cost to learn from")
+    work = (flow.detach() * cost.detach()).double().reshape(-1, *flow.shape[-2:]).mean(dim=0)
+    updated = []
+    for paid, weights in ((work.sum(dim=1), student_weights), (work.sum(dim=0), teacher_weights)):
+        inverse = 1 / (paid / weights.detach().to(paid)).clamp(min=eps)
+        updated.append((inverse / inverse.sum()).float())
+    return updated[0], updated[1]
+
+
+def _check_depths(student_layers: int, teacher_layers: int) -> None:
+    if not 1 <= student_layers <= teacher_layers:
+        raise LmcompressError(
+            f"the student must have at least one block and no more than its teacher, got {student_layers} and "
+            f"{teacher_layers}; for a deeper student give the pairs yourself"
+        )
+
+
+def _resolve(index: int, layers: int, side: str, pair: Sequence[int]) -> int:
+    resolved = index if index >= 0 else layers + 1 + index
+    if not 0 <= resolved <= layers:
+        raise LmcompressError(
+            f"the layer map's pair {tuple(pair)} names layer {index} of the {side}, which has {layers} blocks: "
+            f"it must be in [0, {layers}] (0 = embeddings) or negative from the end"
+        )
+    return resolved
+
+
+def _distribution(weights: Tensor | None, layers: int, side: str) -> Tensor:
+    if weights is None:
+        return torch.full((layers,), 1 / layers, dtype=torch.float64)
+    weights = weights.detach().double().cpu()
+    if weights.shape != (layers,) or not bool((weights >= 0).all() and 0 < weights.sum() < float("inf")):
+        raise LmcompressError(f"{side} weights must be {layers} numbers >= 0 with a sum > 0, got {weights.tolist()}")
+    return weights / weights.sum()
+
+
+def _import_ot() -> ModuleType:
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError('the earth mover\'s flow needs POT: pip install "lmcompress[emd]"') from error
+    module: Any = ot
+    return module

@@ -1,0 +1,482 @@
+"""Distillation as a method of the trainer: what the student is compared with, and what that adds to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.distillation.capture import Capture, Feature, Features, resolve
+from lmcompress.distillation.config import DistillationConfig, Match
+from lmcompress.distillation.layer_maps import emd_hidden_mse
+from lmcompress.distillation.losses import js_divergence, loss_for, probability_shift
+from lmcompress.distillation.matches import MatchLoss, match_for
+from lmcompress.distillation.projections import Projection
+from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, cwsm, flsw
+from lmcompress.distillation.teachers import Answers, LiveTeacher, Teacher
+from lmcompress.distillation.textbrewer import read_textbrewer
+from lmcompress.distillation.vocabulary import VocabularyLoss, vocabulary_loss
+from lmcompress.errors import LmcompressError
+from lmcompress.method import Step, Term
+
+_LOGIT_LOSSES = {
+    "auto": None,
+    "kl": "kl_divergence",
+    "ce": "soft_cross_entropy",
+    "reverse_kl": "reverse_kl",
+    "jsd": "js_divergence",
+    "mse": "logit_mse",
+}
+
+
+class _Matched:
+    """A match with everything that it needs found: features on both sides, a projection, its schedule."""
+
+    def __init__(self, match: Match, number: int, student: PreTrainedModel, teacher: Teacher) -> None:
+        self.loss: MatchLoss = match_for(match.loss, match.on)
+        self.match = match
+        self.name = f"{match.loss}_{number}"
+        assert self.loss.feature is not None
+        wanted = _layers(match.student), _layers(match.teacher)
+        if {len(side) for side in wanted} != {self.loss.layers}:
+            raise LmcompressError(
+                f"the match {match.loss!r} takes {self.loss.layers} layer(s) of each model, got student {match.student} "
+                f"and teacher {match.teacher}"
+            )
+        for option in match.options:
+            if option not in self.loss.options:
+                raise LmcompressError(
+                    f"the match {match.loss!r} has no option {option!r}; it has: "
+                    f"{', '.join(sorted(self.loss.options)) or 'none'}"
+                )
+        self.student = [resolve(student, self.loss.feature, layer) for layer in wanted[0]]
+        if teacher.model is not None:
+            self.teacher = [resolve(teacher.model, self.loss.feature, layer) for layer in wanted[1]]
+            _check_heads(self.loss, self.student, student, self.teacher, teacher.model)
+        else:
+            if min(wanted[1]) < 0:
+                raise LmcompressError(
+                    f"a stored teacher's layers are counted from the beginning, got {match.teacher} in {match.loss!r}"
+                )
+            self.teacher = [(self.loss.feature, layer) for layer in wanted[1]]
+        self.projection = self._make_projection(student, teacher, number)
+
+    def _make_projection(self, student: PreTrainedModel, teacher: Teacher, number: int) -> Projection | None:
+        if self.match.projection == "none" or not self.loss.projectable:
+            if self.match.projection not in ("none", "auto"):
+                raise LmcompressError(f"the match {self.match.loss!r} takes no projection; leave it out")
+            return None
+        width = anatomy_of(student).hidden_size
+        # a store does not say how wide its features are until it is read; widths then have to agree
+        target = anatomy_of(teacher.model).hidden_size if teacher.model is not None else width
+        if self.match.projection == "auto":
+            if width == target:
+                return None
+            return Projection(width, target, "linear", seed=number)
+        return Projection(width, target, self.match.projection, seed=number)
+
+    def __call__(self, student: Features, teacher: Features, mask: Tensor, causal: bool) -> Tensor:
+        mine = [student[feature] for feature in self.student]
+        if self.projection is not None:
+            mine = [self.projection(tensor) for tensor in mine]
+        theirs = [teacher[feature].detach() for feature in self.teacher]
+        if self.loss.layers == 1:
+            return self.loss(mine[0], theirs[0], mask, causal=causal, **self.match.options).sum()
+        return self.loss(
+            (mine[0], mine[1]), (theirs[0], theirs[1]), mask, causal=causal, **self.match.options
+        ).sum()
+
+
+class Distillation:
+    """Fits a student to one or several teachers: logits, and any features of any layers.
+
+    Args:
+        config: what is compared, and how it is weighed.
+        teachers: models, or other sources (:class:`~lmcompress.distillation.teachers.StoredTeacher`).
+
+    Raises:
+        LmcompressError: no teacher, or weights for another number of teachers.
+    """
+
+    name = "distillation"
+
+    def __init__(self, config: DistillationConfig, teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]) -> None:
+        given = list(teachers) if isinstance(teachers, Sequence) else [teachers]
+        self.teachers: list[Teacher] = [LiveTeacher(t) if isinstance(t, PreTrainedModel) else t for t in given]
+        if not self.teachers:
+            raise LmcompressError("distillation needs at least one teacher")
+        weights = config.teacher_weights or (1.0,) * len(self.teachers)
+        if len(weights) != len(self.teachers):
+            raise LmcompressError(f"teacher_weights has {len(weights)} values for {len(self.teachers)} teachers")
+        self.config = config
+        self._weights = [weight / sum(weights) for weight in weights]
+        self._autocast: Any = None
+        self._capture: Capture | None = None
+        self._matches: list[_Matched] = []
+        self._emd_projection: Projection | None = None
+
+    @classmethod
+    def from_textbrewer(
+        cls, config: str | Path | Mapping[str, Any], teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]
+    ) -> Distillation:
+        """From TextBrewer's own ``DistillationConfig`` as JSON.
+
+        Args:
+            config: file, or the dictionary.
+            teachers: as for the class.
+
+        Raises:
+            LmcompressError: the file asks for something that has no meaning here; the message says what.
+        """
+        return cls(read_textbrewer(config), teachers)
+
+    def prepare(self, trainer: Any) -> None:
+        """Check student, teachers and matches against each other, put hooks, make projections.
+
+        Args:
+            trainer: the trainer; its ``student`` is the model without wrappers.
+
+        Raises:
+            LmcompressError: vocabularies, labels, layers or heads do not agree, or a loss does not fit the head.
+        """
+        self.attach(trainer.student, trainer.args.device, trainer.accelerator.autocast)
+
+    def attach(self, student: PreTrainedModel, device: torch.device, autocast: Any) -> None:
+        """What :meth:`prepare` does, without a trainer.
+
+        Args:
+            student: the model, not wrapped.
+            device: where it trains.
+            autocast: makes the mixed-precision context in which teachers run.
+
+        Raises:
+            LmcompressError: as :meth:`prepare`.
+        """
+        self._autocast = autocast
+        self.problem = problem_type_of(student)
+        # a masked language model is a token classifier over the vocabulary
+        kind = "token_classification" if self.problem == "masked_lm" else self.problem
+        self._logit_loss = loss_for(kind, _LOGIT_LOSSES[self.config.loss])
+        self._causal = anatomy_of(student).family.causal
+        self._chunked = self.problem == "causal_lm"
+        for teacher in self.teachers:
+            if teacher.model is not None:
+                _check_agreement(student, teacher.model, self.problem)
+        for number, match in enumerate(self.config.matches):
+            if match.which >= len(self.teachers):
+                raise LmcompressError(f"match {number} names teacher {match.which}; there are {len(self.teachers)}, from 0")
+        self._matches = [
+            _Matched(match, number, student, self.teachers[match.which]) for number, match in enumerate(self.config.matches)
+        ]
+        wanted = {feature for matched in self._matches for feature in matched.student}
+        asked: list[set[Feature]] = [set() for _ in self.teachers]
+        for matched in self._matches:
+            asked[matched.match.which].update(matched.teacher)
+        if self.config.emd is not None:
+            self._prepare_emd(student, wanted, asked)
+        self._capture = Capture(student, wanted, last_hidden=self._chunked)
+        for teacher, features in zip(self.teachers, asked, strict=True):
+            teacher.prepare(sorted(features), causal=self._chunked, device=device)
+        for module in self.modules().values():
+            module.to(device)
+
+    def _prepare_emd(self, student: PreTrainedModel, wanted: set[Feature], asked: list[set[Feature]]) -> None:
+        assert self.config.emd is not None
+        which = self.config.emd.which
+        teacher = self.teachers[which].model if which < len(self.teachers) else None
+        if teacher is None:
+            raise LmcompressError(f"emd needs a teacher that runs, number {which} is none; there are {len(self.teachers)}")
+        self._emd_layers = [
+            [("hidden", layer) for layer in range(1, len(anatomy_of(model).block_list) + 1)] for model in (student, teacher)
+        ]
+        wanted.update(self._emd_layers[0])
+        asked[which].update(self._emd_layers[1])
+        widths = anatomy_of(student).hidden_size, anatomy_of(teacher).hidden_size
+        self._emd_projection = Projection(*widths, seed=len(self._matches)) if widths[0] != widths[1] else None
+
+    def before_forward(self, step: Step) -> None:
+        """Ask a causal student for its hidden states only: the vocabulary comes in chunks.
+
+        Args:
+            step: the step.
+        """
+        if self._chunked:
+            step.student_inputs = {**step.student_inputs, "logits_to_keep": 1, "use_cache": False}
+
+    def label_weight(self, progress: float) -> float:
+        """The weight of the labels; 0 for causal models, where the labels are part of the chunked term.
+
+        Args:
+            progress: share of the training done.
+        """
+        return 0.0 if self._chunked else self._label_weight(progress)
+
+    def loss_terms(self, step: Step) -> dict[str, Term]:
+        """The loss on the logits, and one term for each match.
+
+        Args:
+            step: with the student's outputs.
+        """
+        assert self._capture is not None
+        answers = self._answers(step)
+        mask = step.inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(step.inputs["input_ids"])
+        terms: dict[str, Term] = {}
+        if self._chunked:
+            terms |= self._chunked_terms(step, answers)
+        elif self.config.weight > 0:
+            terms["kd"] = self._logit_term(step, answers)
+        student = self._capture.take(mask)
+        for matched in self._matches:
+            theirs = answers[matched.match.which].features
+            weight = matched.match.weight * WEIGHT_SCHEDULES[matched.match.weight_schedule](step.progress)
+            terms[matched.name] = Term(matched(student, theirs, mask, self._causal), matched.loss.unit, weight)
+        if self.config.emd is not None:
+            emd = self.config.emd
+            mine = [student[feature] for feature in self._emd_layers[0]]
+            theirs_all = [answers[emd.which].features[feature] for feature in self._emd_layers[1]]
+            total = emd_hidden_mse(mine, theirs_all, mask, projection=self._emd_projection).sum()
+            terms["emd"] = Term(total, "tokens", emd.weight * WEIGHT_SCHEDULES[emd.weight_schedule](step.progress))
+        return terms
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One optimizer group for each projection, with its own learning rate where one was given."""
+        groups = []
+        for matched in self._matches:
+            if matched.projection is not None:
+                group: dict[str, Any] = {"params": list(matched.projection.parameters())}
+                if matched.match.projection_learning_rate is not None:
+                    group["lr"] = matched.match.projection_learning_rate
+                groups.append(group)
+        if self._emd_projection is not None and self.config.emd is not None:
+            group = {"params": list(self._emd_projection.parameters())}
+            if self.config.emd.projection_learning_rate is not None:
+                group["lr"] = self.config.emd.projection_learning_rate
+            groups.append(group)
+        return groups
+
+    @property
+    def max_norm(self) -> float | None:
+        """Gradient norm to which projections are clipped; None: as the model."""
+        return self.config.max_projection_norm
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The projections by name."""
+        found: dict[str, nn.Module] = {m.name: m.projection for m in self._matches if m.projection is not None}
+        if self._emd_projection is not None:
+            found["emd"] = self._emd_projection
+        return found
+
+    def finish(self) -> None:
+        """Take the hooks off the student."""
+        if self._capture is not None:
+            self._capture.remove()
+
+    def set_active(self, active: bool) -> None:
+        """Let the hooks on the student keep something or not; they cost nothing while they do not.
+
+        Args:
+            active: whether they keep.
+        """
+        if self._capture is not None:
+            self._capture.active = active
+
+    def _label_weight(self, progress: float) -> float:
+        return self.config.label_weight * WEIGHT_SCHEDULES[self.config.label_weight_schedule](progress)
+
+    def _soft_weight(self, progress: float) -> float:
+        return self.config.weight * WEIGHT_SCHEDULES[self.config.weight_schedule](progress)
+
+    def _answers(self, step: Step) -> list[Answers]:
+        # by identity: two methods with the same teacher share its one forward pass
+        known = step.shared.setdefault("answers", {})
+        for teacher in self.teachers:
+            if id(teacher) not in known:
+                known[id(teacher)] = teacher.answer(step.inputs, self._autocast)
+        return [known[id(teacher)] for teacher in self.teachers]
+
+    def _temperature(self, student: Tensor, teacher: Tensor) -> float | Tensor:
+        schedule = self.config.temperature_schedule
+        if schedule.kind == "constant":
+            return self.config.temperature
+        limits: dict[str, Any] = {"minimum": schedule.minimum, "maximum": schedule.maximum, "beta": schedule.beta}
+        if schedule.kind == "flsw":
+            return flsw(student, teacher, self.config.temperature, gamma=schedule.gamma, **limits)
+        return cwsm(student, self.config.temperature, **limits)
+
+    def _row_loss(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        student, teacher = student.float(), teacher.float()
+        if self.config.probability_shift:
+            if labels is None:
+                raise LmcompressError("probability_shift needs labels; the batch has none")
+            teacher = probability_shift(teacher, labels)
+        options: dict[str, Any] = {"beta": self.config.beta} if self._logit_loss is js_divergence else {}
+        return self._logit_loss(
+            student,
+            teacher,
+            temperature=self._temperature(student, teacher),
+            scale_by_temperature=self.config.scale_by_temperature,
+            **options,
+        )
+
+    def _mean_logits(self, logits: Sequence[Tensor]) -> Tensor:
+        if len(logits) == 1:
+            return logits[0]
+        mean = torch.zeros_like(logits[0], dtype=torch.float32)
+        for weight, one in zip(self._weights, logits, strict=True):
+            mean += weight * one
+        return mean
+
+    def _logit_term(self, step: Step, answers: Sequence[Answers]) -> Term:
+        student = step.outputs["logits"]
+        teacher = self._mean_logits([answer.logits for answer in answers if answer.logits is not None])
+        weight = self._soft_weight(step.progress)
+        labels = step.inputs.get("labels")
+        if self.problem not in ("token_classification", "masked_lm"):
+            if self.problem == "regression":
+                student, teacher = student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
+            return Term(self._row_loss(student, teacher, labels).sum(), "examples", weight)
+        if student.shape[:2] != teacher.shape[:2]:
+            raise LmcompressError(
+                f"student and teacher see sequences of {student.shape[1]} and {teacher.shape[1]} tokens: a loss per token "
+                "needs one tokenisation for both"
+            )
+        # positions without a label (padding, further pieces of a word) teach nothing the head is used for
+        if labels is not None:
+            rows, unit = labels != -100, "labels"
+            labels = labels[rows]
+        else:
+            rows, unit = step.inputs["attention_mask"].bool(), "tokens"
+        total = self._row_loss(student[rows], teacher[rows], labels).sum()
+        return Term(total, unit, weight)  # type: ignore[arg-type]
+
+    def _chunked_terms(self, step: Step, answers: Sequence[Answers]) -> dict[str, Term]:
+        assert self._capture is not None
+        hidden = self._capture.take_last_hidden()
+        labels = next_token_labels(step.inputs)
+        rows = (labels != -100).flatten().nonzero().squeeze(1)
+        chunks = [answer.chunk(rows) for answer in answers if answer.chunk is not None]
+        head = anatomy_of(self._capture.model).head
+        assert head is not None
+        temperature = self.config.temperature
+        asked = VocabularyLoss(
+            label_weight=self._label_weight(step.progress) if "labels" in step.inputs else 0.0,
+            soft_weight=self._soft_weight(step.progress),
+            temperature=temperature,
+            scale=temperature**2 if self.config.scale_by_temperature else 1.0,
+            soft=None if self._closed_form else self._row_loss_of_chunk,
+            chunk=self.config.chunk_tokens,
+        )
+        with self._autocast():
+            total, label_sum, soft_sum = vocabulary_loss(
+                hidden.flatten(0, 1)[rows],
+                head.weight,
+                labels.flatten()[rows],
+                lambda start, stop: self._mean_logits([chunk(start, stop) for chunk in chunks]),
+                asked,
+            )
+        parts = {"label": label_sum, "kd": soft_sum}
+        return {"label+kd": Term(total, "labels", parts=parts)}
+
+    @property
+    def _closed_form(self) -> bool:
+        plain = self.config.temperature_schedule.kind == "constant" and not self.config.probability_shift
+        return plain and self.config.loss in ("auto", "kl")
+
+    def _row_loss_of_chunk(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self._row_loss(student, teacher, labels)
+
+
+def next_token_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """For each position the token that comes next, −100 where none counts; the last position never has one.
+
+    Args:
+        inputs: a causal batch; without ``labels`` the next real token is taken.
+
+    Returns:
+        ``(batch, length)`` int64.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        labels = inputs["input_ids"]
+        if (mask := inputs.get("attention_mask")) is not None:
+            labels = labels.masked_fill(mask == 0, -100)
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def problem_type_of(model: PreTrainedModel) -> str:
+    """What kind of head a model has, as :func:`~lmcompress.distillation.losses.loss_for` names it, or ``masked_lm``.
+
+    Args:
+        model: with a head.
+
+    Raises:
+        LmcompressError: the head is of no kind that logits can be distilled for.
+    """
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        stated = getattr(model.config, "problem_type", None)
+        return stated or ("regression" if model.config.num_labels == 1 else "single_label_classification")
+    if name.endswith("ForTokenClassification"):
+        return "token_classification"
+    if name.endswith("ForMaskedLM"):
+        return "masked_lm"
+    if anatomy_of(model).head is not None:
+        return "causal_lm"
+    raise LmcompressError(
+        f"cannot distil the logits of {name}: known are ...ForSequenceClassification, ...ForTokenClassification, "
+        "...ForMaskedLM and causal language models"
+    )
+
+
+def _layers(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _check_heads(
+    loss: MatchLoss,
+    student_features: Sequence[Feature],
+    student: PreTrainedModel,
+    teacher_features: Sequence[Feature],
+    teacher: PreTrainedModel,
+) -> None:
+    if loss.name not in ("attention_mse", "attention_ce", "minilm_attention"):
+        return
+    for (_, mine), (_, theirs) in zip(student_features, teacher_features, strict=True):
+        heads = anatomy_of(student).blocks[mine - 1].num_heads, anatomy_of(teacher).blocks[theirs - 1].num_heads
+        if heads[0] != heads[1]:
+            raise LmcompressError(
+                f"{loss.name} compares head with head, but student layer {mine} has {heads[0]} heads and teacher layer "
+                f"{theirs} has {heads[1]}: use attention_mse_mean or attention_ce_mean, or minilmv2_* relations"
+            )
+
+
+def _check_agreement(student: PreTrainedModel, teacher: PreTrainedModel, problem: str) -> None:
+    names = [str(model.config.name_or_path or type(model).__name__) for model in (student, teacher)]
+    if problem in ("causal_lm", "masked_lm"):
+        sizes = student.config.vocab_size, teacher.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise LmcompressError(
+                f"student and teacher must share a vocabulary: {names[1]} has {sizes[1]} tokens, {names[0]} has {sizes[0]}. "
+                "Choose a student of the teacher's family, or resize its embeddings with resize_token_embeddings"
+            )
+        return
+    if problem_type_of(teacher) != problem:
+        raise LmcompressError(f"the student's head is for {problem}, the teacher's ({names[1]}) for {problem_type_of(teacher)}")
+    labels = student.config.num_labels, teacher.config.num_labels
+    if labels[0] != labels[1]:
+        raise LmcompressError(f"the student has {labels[0]} labels, the teacher ({names[1]}) has {labels[1]}: they must agree")
+    maps: list[Callable[[int], str]] = [lambda i, m=model: str(m.config.id2label.get(i, i)) for model in (student, teacher)]  # type: ignore[misc]
+    mine, theirs = ([name(i) for i in range(labels[0])] for name in maps)
+    generic = [f"LABEL_{i}" for i in range(labels[0])]
+    if mine != theirs and generic not in (mine, theirs):
+        raise LmcompressError(
+            f"student and teacher name their labels differently: {mine[:5]} and {theirs[:5]}; "
+            "set id2label and label2id of the student's config to the teacher's"
+        )

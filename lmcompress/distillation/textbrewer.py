@@ -1,0 +1,139 @@
+"""Reads TextBrewer's own ``DistillationConfig`` files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lmcompress.distillation.config import DistillationConfig
+from lmcompress.errors import LmcompressError, nearest
+
+_KEYS = (
+    "temperature",
+    "temperature_scheduler",
+    "hard_label_weight",
+    "hard_label_weight_scheduler",
+    "kd_loss_type",
+    "kd_loss_weight",
+    "kd_loss_weight_scheduler",
+    "probability_shift",
+    "intermediate_matches",
+    "is_caching_logits",
+)
+_MATCH_KEYS = ("layer_T", "layer_S", "feature", "loss", "weight", "proj")
+_MATCHES = {
+    "hidden_mse": "hidden_mse",
+    "cos": "hidden_cosine",
+    "pkd": "pkd",
+    "gram": "gram",
+    "fsp": "fsp",
+    "mmd": "mmd",
+    "nst": "nst",
+    "attention_mse": "attention_mse",
+    "attention_mse_sum": "attention_mse_mean",
+    "attention_ce": "attention_ce",
+    "attention_ce_mean": "attention_ce_mean",
+}
+_SCHEDULES = {"none": "constant", "linear_decay": "linear_decay", "linear_growth": "linear_growth"}
+
+
+def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfig:
+    """A TextBrewer configuration as one of ours, with TextBrewer's defaults.
+
+    Two things are kept as TextBrewer has them: there is no factor ``temperature ** 2``, and labels count for nothing unless
+    ``hard_label_weight`` says so. Three are mended: schedules scale the configured weight where TextBrewer's replace it,
+    per-example temperatures are clamped, and attention matches look at the scores before the softmax, whatever the attention kernel.
+    ``attention_mse_sum`` becomes ``attention_mse_mean``, which is smaller by the square of the number of heads.
+    ``is_caching_logits`` has no counterpart here: use a teacher store.
+
+    Args:
+        source: a JSON file, or its content.
+
+    Raises:
+        LmcompressError: it is no TextBrewer configuration, or asks for something that has no meaning here.
+    """
+    values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    for key in values:
+        if key not in _KEYS:
+            raise LmcompressError(f"a TextBrewer configuration has no {key!r}{nearest(key, _KEYS)}")
+    kind = values.get("kd_loss_type", "ce")
+    if kind not in ("ce", "mse"):
+        raise LmcompressError(f"TextBrewer's kd_loss_type must be ce or mse, got {kind!r}")
+    try:
+        return DistillationConfig(
+            loss=kind,
+            temperature=values.get("temperature", 4.0),
+            temperature_schedule=_temperature(values.get("temperature_scheduler", "none")),  # type: ignore[arg-type]
+            scale_by_temperature=False,
+            weight=values.get("kd_loss_weight", 1.0),
+            weight_schedule=_schedule(values.get("kd_loss_weight_scheduler", "none")),  # type: ignore[arg-type]
+            label_weight=values.get("hard_label_weight", 0.0),
+            label_weight_schedule=_schedule(values.get("hard_label_weight_scheduler", "none")),  # type: ignore[arg-type]
+            probability_shift=values.get("probability_shift", False),
+            matches=tuple(_match(match) for match in values.get("intermediate_matches") or ()),
+        )
+    except ValidationError as error:
+        raise LmcompressError(f"the TextBrewer configuration is not valid: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LmcompressError(f"cannot read {path} as a TextBrewer configuration: {error}") from error
+    if not isinstance(values, dict):
+        raise LmcompressError(f"{path} is no TextBrewer configuration: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _schedule(name: str) -> str:
+    if name not in _SCHEDULES:
+        raise LmcompressError(f"TextBrewer has no weight scheduler {name!r}{nearest(str(name), _SCHEDULES)}")
+    return _SCHEDULES[name]
+
+
+def _temperature(value: str | list[Any]) -> dict[str, Any]:
+    name, *options = value if isinstance(value, list) else [value]
+    if name in ("none", "constant") and not options:
+        return {"kind": "constant"}
+    if name == "flsw" and len(options) == 2:
+        return {"kind": "flsw", "beta": options[0], "gamma": options[1]}
+    if name == "cwsm" and len(options) == 1:
+        return {"kind": "cwsm", "beta": options[0]}
+    raise LmcompressError(f'TextBrewer\'s temperature_scheduler is "none", ["flsw", beta, gamma] or ["cwsm", beta], got {value!r}')
+
+
+def _match(match: Mapping[str, Any]) -> dict[str, Any]:
+    for key in match:
+        if key not in _MATCH_KEYS:
+            raise LmcompressError(f"a TextBrewer match has no {key!r}{nearest(key, _MATCH_KEYS)}")
+    loss = match.get("loss")
+    if loss not in _MATCHES:
+        raise LmcompressError(f"TextBrewer has no match loss {loss!r}{nearest(str(loss), _MATCHES)}")
+    attention = match.get("feature") == "attention"
+    values: dict[str, Any] = {
+        "loss": _MATCHES[loss],
+        # TextBrewer counts the layers of a list: attention 0 is the first block, hidden 0 the embeddings
+        "student": _layer(match["layer_S"], attention),
+        "teacher": _layer(match["layer_T"], attention),
+        "weight": match.get("weight", 1.0),
+    }
+    if attention:
+        values["on"] = "scores"
+    if match.get("proj"):
+        kind, _, _, *more = match["proj"]
+        values["projection"] = kind
+        if more and "lr" in more[0]:
+            values["projection_learning_rate"] = more[0]["lr"]
+    elif not attention:
+        values["projection"] = "none"
+    return values
+
+
+def _layer(value: int | list[int], attention: bool) -> int | tuple[int, ...]:
+    shift = 1 if attention else 0
+    return tuple(layer + shift for layer in value) if isinstance(value, list) else value + shift

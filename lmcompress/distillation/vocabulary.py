@@ -1,0 +1,148 @@
+"""The loss over a large vocabulary, in chunks of tokens: the full ``(tokens, vocabulary)`` float32 matrix never exists.
+
+Gradients are computed chunk by chunk in the forward pass, so nothing is recomputed: student and teacher head are each
+multiplied once, and the student's gradient costs the two products that it always costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TeacherChunk = Callable[[int, int], Tensor]
+"""``(start, stop) -> (stop - start, vocabulary)`` logits of the teacher for these rows."""
+
+SoftLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(student logits, teacher logits, labels) -> (rows,)`` float32, differentiable in the first."""
+
+
+@dataclass(frozen=True)
+class VocabularyLoss:
+    """What the chunks are asked for.
+
+    Attributes:
+        label_weight: weight of the cross-entropy with the labels.
+        soft_weight: weight of the loss against the teacher.
+        temperature: of the closed form below.
+        scale: factor of the closed form, usually ``temperature ** 2``.
+        soft: another loss than KL, differentiated by autograd; None is KL(teacher ‖ student) with its gradient in closed form.
+        chunk: rows at a time.
+    """
+
+    label_weight: float
+    soft_weight: float
+    temperature: float = 1.0
+    scale: float = 1.0
+    soft: SoftLoss | None = None
+    chunk: int = 512
+
+
+def vocabulary_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherChunk, asked: VocabularyLoss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over rows of cross-entropy with labels and of a loss against a teacher, in one pass over chunks.
+
+    Args:
+        hidden: ``(rows, width)``, what the head is applied to; only rows that have a label.
+        weight: ``(vocabulary, width)`` of the head.
+        labels: ``(rows,)`` int64, none of them −100.
+        teacher: gives the teacher's logits chunk by chunk; called once for each chunk, in order.
+        asked: weights and form.
+
+    Returns:
+        ``(total, label_sum, soft_sum)``, 0-d float32: ``total`` is the weighted sum of the other two and carries the
+        gradient to ``hidden`` and ``weight``; the others are for the log.
+    """
+    total, label_sum, soft_sum = _Chunked.apply(hidden, weight, labels, teacher, asked)
+    return total, label_sum.detach(), soft_sum.detach()
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherChunk, asked: VocabularyLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        compute_weight = weight.detach().to(dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        # inside, everything is float32 but the products, whose dtype is chosen above
+        with torch.autocast(device, enabled=False):
+            for start in range(0, hidden.shape[0], asked.chunk):
+                stop = min(start + asked.chunk, hidden.shape[0])
+                rows = hidden[start:stop].detach().to(dtype)
+                logits = (rows @ compute_weight.t()).float()
+                targets = teacher(start, stop) if asked.soft_weight > 0 else logits
+                gradient = _chunk_gradient(logits, targets, labels[start:stop], asked, sums)
+                gradient = gradient.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start:stop] = gradient @ compute_weight
+                if grad_weight is not None:
+                    if dtype == torch.float32:
+                        grad_weight.addmm_(gradient.t(), rows)
+                    else:
+                        grad_weight += gradient.t() @ rows
+        ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.set_materialize_grads(False)
+        total = asked.label_weight * sums[0] + asked.soft_weight * sums[1]
+        label_sum, soft_sum = sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(label_sum, soft_sum)
+        return total, label_sum, soft_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        if grad_total is None:
+            return None, None, None, None, None
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = (None, None)
+        # in place: the matrix of gradients of the head is as large as the head
+        scaled = [None if grad is None else grad.mul_(grad_total) for grad in (grad_hidden, grad_weight)]
+        return scaled[0], scaled[1], None, None, None
+
+
+def _chunk_gradient(logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor) -> Tensor:
+    """Adds the chunk's losses to ``sums`` and returns the gradient of their weighted sum with respect to ``logits``."""
+    if asked.soft is not None:
+        return _chunk_gradient_by_autograd(logits, targets, labels, asked, sums)
+    index = labels[:, None]
+    gradient = torch.zeros((), device=logits.device)
+    log_q = _log_softmax(logits, asked.temperature)
+    if asked.label_weight > 0:
+        plain = log_q if asked.temperature == 1.0 else _log_softmax(logits, 1.0)
+        sums[0] -= plain.gather(1, index).sum()
+        gradient = plain.exp() if asked.temperature == 1.0 and asked.soft_weight > 0 else plain.exp_()
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0)).mul_(asked.label_weight)
+    if asked.soft_weight > 0:
+        # owned by this chunk: a live teacher makes it anew each time
+        log_p = _log_softmax(targets.float(), asked.temperature)
+        p = log_p.exp()
+        # KL = sum p (log p - log q); dKL/dz = scale / T (q - p)
+        sums[1] += asked.scale * torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+        soft = log_q.exp_().sub_(p).mul_(asked.soft_weight * asked.scale / asked.temperature)
+        gradient = soft.add_(gradient) if gradient.dim() == 0 else gradient.add_(soft)
+    return gradient if gradient.dim() else torch.zeros_like(logits)
+
+
+def _chunk_gradient_by_autograd(
+    logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor
+) -> Tensor:
+    assert asked.soft is not None
+    with torch.enable_grad():
+        logits = logits.requires_grad_()
+        hard = F.cross_entropy(logits, labels, reduction="sum")
+        soft = asked.soft(logits, targets, labels).sum()
+        (gradient,) = torch.autograd.grad(asked.label_weight * hard + asked.soft_weight * soft, logits)
+    sums[0] += hard.detach()
+    sums[1] += soft.detach()
+    return gradient
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

@@ -1,0 +1,172 @@
+"""What a checkpoint weighs: bytes of its files, parameters of its model, tensors by their headers."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lmcompress.errors import CheckpointError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+OTHER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+"""What a model and its tokenizer are loaded from, beside the weights."""
+
+# the limit of the format, https://github.com/huggingface/safetensors: a greater one is an attack or a damaged file
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of the files that loading a checkpoint needs, and of no others.
+
+    Attributes:
+        total_bytes: their sum.
+        weights_bytes: safetensors files.
+        other_bytes: config, tokenizer, and the index of a sharded checkpoint.
+        by_file: file name to bytes, greatest first.
+    """
+
+    total_bytes: int
+    weights_bytes: int
+    other_bytes: int
+    by_file: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its file's header has it.
+
+    Attributes:
+        name: in the file.
+        dtype: of safetensors: ``F32``, ``BF16``, ``I8``…
+        shape: as stored; packed weights are stored in another shape than they have in the model.
+        num_bytes: of its data in the file.
+        file: the name of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    file: str
+
+
+def size_on_disk(folder: str | Path) -> Size:
+    """Bytes of what loading the checkpoint needs: weights, config, tokenizer; not of training state or of reports.
+
+    Args:
+        folder: a checkpoint with safetensors weights.
+
+    Returns:
+        the bytes, altogether and by file.
+
+    Raises:
+        CheckpointError: there are no safetensors weights, or some that the index names are missing.
+    """
+    path = Path(folder)
+    weights = {file.name: file.stat().st_size for file in _weight_files(path)}
+    names = (*OTHER_FILES, *([INDEX_FILE] if (path / INDEX_FILE).is_file() and WEIGHTS_FILE not in weights else []))
+    other = {name: (path / name).stat().st_size for name in names if (path / name).is_file()}
+    by_file = dict(sorted({**weights, **other}.items(), key=lambda item: -item[1]))
+    return Size(sum(by_file.values()), sum(weights.values()), sum(other.values()), by_file)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers in the model's parameters, tied ones once; buffers, such as packed weights, are not parameters.
+
+    Args:
+        model: any, on any device, ``meta`` too.
+
+    Returns:
+        their count.
+
+    Example:
+        >>> parameter_count(nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tensor_table(folder: str | Path) -> list[TensorInfo]:
+    """The tensors of a checkpoint, read from the headers of its files only.
+
+    Args:
+        folder: a checkpoint with safetensors weights.
+
+    Returns:
+        one entry per tensor, in the order of the files and their data.
+
+    Raises:
+        CheckpointError: there are no safetensors weights, or a header is not one.
+    """
+    return [tensor for file in _weight_files(Path(folder)) for tensor in _tensors(file)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # as transformers does: one file wins over an index
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"a checkpoint must have {WEIGHTS_FILE} or {INDEX_FILE}, {str(folder)!r} has neither")
+    try:
+        names = sorted(set(json.loads((folder / INDEX_FILE).read_text("utf-8"))["weight_map"].values()))
+        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(folder / INDEX_FILE)!r} must map tensors to files: {error!r}") from error
+    if missing:
+        raise CheckpointError(f"{INDEX_FILE} names files that {str(folder)!r} does not have: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def _tensors(file: Path) -> Iterator[TensorInfo]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{str(file)!r} is not a safetensors file: a header of {length} bytes in {size}")
+        raw = stream.read(length)
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = [_tensor(name, entry, file.name) for name, entry in header.items()]
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        tensors.sort(key=lambda tensor: header[tensor.name]["data_offsets"][0])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{str(file)!r} has a header that is not one of safetensors: {error!r}") from error
+    if max(ends, default=0) != size - 8 - length:
+        raise CheckpointError(
+            f"{str(file)!r} is cut off or damaged: its header tells of {max(ends, default=0)} bytes of data, "
+            f"it has {size - 8 - length}"
+        )
+    yield from tensors
+
+
+def _tensor(name: str, entry: dict[str, Any], file: str) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(axis) for axis in entry["shape"])
+    if end < begin or (math.prod(shape) == 0) != (end == begin):
+        raise ValueError(f"{name!r} of shape {shape} has {end - begin} bytes")
+    return TensorInfo(name, str(entry["dtype"]), shape, end - begin, file)

@@ -1,0 +1,180 @@
+"""The loader: an ``HfQuantizer`` called "lmcompress", by which ``AutoModel*.from_pretrained`` rebuilds what was cut.
+
+Transformers builds the stock skeleton on ``meta``, calls the first hook below, which gives the skeleton its shapes,
+and then fills it from the files. Only the hooks that are the same in every supported version are used: before and after
+weight loading, ``is_serializable``, ``is_trainable``, ``is_qat_trainable``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.config import QUANT_METHOD, CompressionConfig
+from lmcompress.errors import CheckpointError
+from lmcompress.structure import shape_skeleton
+
+MAX_HEADER_BYTES = 100_000_000
+
+
+class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Rebuilds the structure that a :class:`CompressionConfig` describes, and checks the files against it."""
+
+    requires_calibration = False
+    quantization_config: CompressionConfig
+
+    def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._expected: dict[str, tuple[int, ...]] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        structure = self.quantization_config.structure
+        if structure is not None:
+            shape_skeleton(model, structure)
+        self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if checkpoint_files is not None:
+            check_files(model, [Path(file) for file in checkpoint_files])
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # transformers 5.17 replaces a parameter by whatever shape the file has as soon as any quantizer is present
+        for name, tensor in model.state_dict().items():
+            if name in self._expected and tuple(tensor.shape) != self._expected[name]:
+                # other tensors were compared before loading: this one is of a head
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint and {self._expected[name]} in the model: "
+                    f"with a compressed checkpoint, transformers {transformers.__version__} cannot replace a head by one of "
+                    "another width. Use a newer transformers, or load it with AutoModel, save that, and load that for the task"
+                )
+        # on the way through the stock loader the config is given back as it was read, source numbers included
+        model.config.quantization_config = self.quantization_config
+        return model
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """Re-saving with ``save_pretrained`` works.
+
+        Args:
+            safe_serialization: asked by older versions; there is no other way here.
+        """
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A pruned model is an ordinary model: any Trainer may train it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The name under which ``Trainer`` asks whether it may train all weights."""
+        return True
+
+
+def register() -> None:
+    """Tell Transformers of the method "lmcompress"; safe to call twice."""
+    # a second registration raises; and what a self-loading checkpoint registered earlier checks less than this
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    register_quantization_config(QUANT_METHOD)(CompressionConfig)
+    register_quantizer(QUANT_METHOD)(LmcompressQuantizer)
+
+
+def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, with the file's length checked against them.
+
+    Args:
+        file: path of the file; only its header is read.
+
+    Returns:
+        Shape by name.
+
+    Raises:
+        CheckpointError: it is not a whole safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{file} is not a safetensors file, or is cut off ({size} bytes); fetch or copy it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{file} has a damaged header ({error}); fetch or copy it again") from error
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{file} should have {end} bytes of tensors and has {size - 8 - length}: it is cut off or was changed; "
+            "fetch or copy it again"
+        )
+    return shapes
+
+
+def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
+    """Refuse files whose tensors are not those of the model, before anything is allocated for them.
+
+    Without this, a tensor that is missing would be filled with random values and a warning. What may be missing is a
+    head that the checkpoint never had: a base model's checkpoint loaded for a task.
+
+    Args:
+        model: the skeleton in its final shapes.
+        files: the safetensors files of the checkpoint; files of other kinds are left to Transformers.
+
+    Raises:
+        CheckpointError: a file is damaged, a tensor is missing or has another shape.
+    """
+    paths = list(files)
+    if any(path.suffix != ".safetensors" for path in paths):
+        return
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        found |= safetensors_header(path)
+    prefix = model.base_model_prefix + "."
+    found = {name.removeprefix(prefix): shape for name, shape in found.items()}
+    same_class = (model.config.architectures or [""])[0] == type(model).__name__
+    tied = set(model.all_tied_weights_keys)
+    must = {name.removeprefix(prefix) for name in _backbone_names(model)}
+    for full_name, tensor in model.state_dict().items():
+        name = full_name.removeprefix(prefix)
+        if full_name in tied:
+            continue
+        if name not in found:
+            if same_class or name in must:
+                raise CheckpointError(
+                    f"tensor {full_name} is missing from the checkpoint: it is cut off or was changed; "
+                    "fetch or copy it again"
+                )
+        # a head of another width is the user's to replace (ignore_mismatched_sizes)
+        elif found[name] != tuple(tensor.shape) and name in must:
+            raise CheckpointError(_shape_message(full_name, found[name], tuple(tensor.shape)))
+
+
+def _backbone_names(model: PreTrainedModel) -> list[str]:
+    """Names in the state dict of what every checkpoint of the family has: blocks and embeddings, not pooler or head."""
+    anatomy = anatomy_of(model)
+    parts: list[nn.Module] = [anatomy.block_list]
+    parts += [m for p in ("word_embeddings", "position_embeddings") if (m := anatomy.embedding(p)) is not None]
+    wanted = {id(tensor) for part in parts for tensor in part.parameters()}
+    return [name for name, tensor in model.named_parameters() if id(tensor) in wanted]
+
+
+def _shape_message(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return (
+        f"tensor {name} has shape {found} in the checkpoint, its config says {expected}: config.json and the "
+        "weights do not belong together; fetch or copy both again"
+    )

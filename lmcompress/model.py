@@ -1,0 +1,503 @@
+"""CompressedModel: a wrapper around a ``PreTrainedModel`` that knows what was done to it and saves it so it reloads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from lmcompress.anatomy import Anatomy, anatomy_of
+from lmcompress.card import model_card
+from lmcompress.config import MAX_BLOCKS, QUANT_METHOD, CompressionConfig, Provenance, Structure
+from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
+from lmcompress.selfloading import write_self_loader
+from lmcompress.structure import set_stock_shapes, stock_structure, structure_of, why_not_vanilla
+
+SaveFormat = Literal["native", "vanilla", "self_loading"]
+Batch = Mapping[str, Tensor]
+
+REPORT_FILE = "lmcompress.json"
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What the equivalence gate measured.
+
+    Attributes:
+        max_error: greatest absolute difference of any output between before and after.
+        relative_error: that over the greatest absolute output before.
+        batches: how many batches were compared.
+        inputs: ``"given"`` where the caller gave batches, ``"random"`` where token ids were drawn.
+    """
+
+    max_error: float
+    relative_error: float
+    batches: int
+    inputs: str
+
+
+class CompressedModel:
+    """A model together with what has been done to it.
+
+    Calls and attributes pass through to the inner model. It is no ``nn.Module``: train ``compressed.model``,
+    which is an ordinary ``PreTrainedModel``, so that tensors keep their names in every checkpoint.
+
+    Args:
+        model: of a family that :mod:`lmcompress.anatomy` knows.
+        provenance: where the model comes from.
+
+    Raises:
+        UnknownFamilyError: the family is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel, provenance: Provenance | None = None) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise LmcompressError(
+                f"CompressedModel wraps a transformers PreTrainedModel, got {type(model).__name__}; "
+                "load the model with AutoModelFor....from_pretrained first"
+            )
+        anatomy_of(model)
+        self.model = model
+        self.provenance = provenance or Provenance(base_model=str(model.config.name_or_path or "")[:1024])
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel | CompressedModel, provenance: Provenance | None = None) -> CompressedModel:
+        """The model as a :class:`CompressedModel`; one that is wrapped already comes back as it is.
+
+        Args:
+            model: a model, wrapped or not.
+            provenance: where the model comes from; default: what it says itself.
+        """
+        return model if isinstance(model, CompressedModel) else cls(model, provenance)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, auto_class: Any = None, **kwargs: Any) -> CompressedModel:
+        """Load any checkpoint, compressed by lmcompress or not.
+
+        Args:
+            path: folder, or name on the Hub.
+            auto_class: such as ``AutoModelForSequenceClassification``; default: the class that wrote the checkpoint.
+            **kwargs: for ``from_pretrained``.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or its config contradicts itself.
+        """
+        config = AutoConfig.from_pretrained(
+            path,
+            **{
+                k: v
+                for k, v in kwargs.items()
+                if k in ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+            },
+        )
+        stock_structure(config)  # absurd sizes are refused before a skeleton is built
+        compression = _compression_of(config)
+        loader = auto_class if auto_class is not None else _class_of(config)
+        model = loader.from_pretrained(path, **kwargs)
+        return cls(model, compression.provenance if compression else None)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The inner model seen through its family."""
+        return anatomy_of(self.model)
+
+    @property
+    def structure(self) -> Structure:
+        """The shapes of the model now."""
+        structure = structure_of(self.model)
+        recorded = _compression_of(self.model.config)
+        if recorded is not None and recorded.structure is not None and _same_shapes(recorded.structure, structure):
+            return recorded.structure
+        return structure
+
+    @property
+    def compression(self) -> CompressionConfig:
+        """What has been done to the model, as it would be written into ``config.json``."""
+        structure: Structure | None = self.structure
+        if structure is not None and why_not_vanilla(structure, self.model.config) is None:
+            if all(block.source is None for block in structure.blocks):
+                structure = None
+        return CompressionConfig(structure=structure, provenance=self.provenance)
+
+    def why_not_vanilla(self) -> str | None:
+        """Why this model cannot be saved with a stock config, or None where it can; ask before training."""
+        return why_not_vanilla(self.structure, self.model.config)
+
+    def report(self) -> dict[str, Any]:
+        """Shapes, parameters, and how the model can be saved, as JSON types."""
+        structure = self.structure
+        obstacle = self.why_not_vanilla()
+        return {
+            "family": self.anatomy.family.model_type,
+            "architecture": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "hidden_size": self.anatomy.hidden_size,
+            "head_size": structure.head_size,
+            "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
+            "vanilla": obstacle is None,
+            "vanilla_obstacle": obstacle,
+            "provenance": self.provenance.model_dump(mode="json"),
+        }
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        format: SaveFormat = "native",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batches: Sequence[Batch] | None = None,
+        reference: Sequence[Tensor] | None = None,
+        tolerance: float = 1e-5,
+        report: Mapping[str, Any] | None = None,
+        write_more: Callable[[Path], None] | None = None,
+    ) -> Equivalence:
+        """Write a checkpoint, once it is shown to answer as the model in memory does.
+
+        Everything is written beside ``folder``, reloaded, compared on ``batches``, and renamed to ``folder`` only
+        then: whatever fails, what was at ``folder`` before is still there, whole.
+
+        Args:
+            folder: where the checkpoint goes.
+            format: ``native`` needs ``import lmcompress`` to load; ``vanilla`` is a stock checkpoint for shapes that
+                a stock config
+                can express; ``self_loading`` carries a loader for those who pass ``trust_remote_code=True``.
+            tokenizer: saved beside the model.
+            batches: inputs to compare on, real ones at best; default: two batches of random token ids.
+            reference: outputs of the model as it was trained, before anything was cut, for the same ``batches``
+                (see :func:`outputs_of`); default: those of the model now.
+            tolerance: greatest difference allowed, relative to the greatest output.
+            report: goes into ``lmcompress.json`` and the model card.
+            write_more: called with the temporary folder, to add files.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            EquivalenceError: the reloaded model answers differently; nothing was written.
+            LmcompressError: ``vanilla`` was asked for shapes that it cannot express, or the disk is full; nothing was
+                written.
+        """
+        if format not in ("native", "vanilla", "self_loading"):
+            raise LmcompressError(f"format must be native, vanilla or self_loading, got {format!r}")
+        if format == "vanilla" and (obstacle := self.why_not_vanilla()):
+            raise LmcompressError(
+                f"this model has no vanilla form: {obstacle}. Save it as native or self_loading instead"
+            )
+        inputs = "random" if batches is None else "given"
+        batches = random_batches(self.model) if batches is None else list(batches)
+        before = list(reference) if reference is not None else outputs_of(self.model, batches)
+        with replaced_folder(Path(folder)) as temporary:
+            with self._config_for(format):
+                self.model.save_pretrained(temporary)
+            if format == "self_loading":
+                write_self_loader(self.model, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            measured = self._gate(temporary, format, batches, before, tolerance, inputs)
+            everything = dict(report or {}) | {"model": self.report(), "equivalence": vars(measured), "format": format}
+            (temporary / REPORT_FILE).write_text(json.dumps(everything, indent=2, default=str), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(everything), encoding="utf-8")
+            if write_more is not None:
+                write_more(temporary)
+        return measured
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **save: Any) -> str:
+        """Save as :meth:`save_pretrained` does, with a model card, and upload the folder.
+
+        Args:
+            repo_id: ``"user/name"``.
+            private: whether a repository made now is private.
+            token: of the Hub; default: the one logged in with.
+            **save: for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save_pretrained(folder, **save)
+            return push_folder(folder, repo_id, private=private, token=token)
+
+    @contextmanager
+    def _config_for(self, format: SaveFormat) -> Iterator[None]:
+        """Let the inner model's config say what the format asks for, while it is written."""
+        config = self.model.config
+        kept = {name: getattr(config, name) for name in ("quantization_config", "auto_map") if hasattr(config, name)}
+        if format == "vanilla":
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+        else:
+            config.quantization_config = self.compression
+        set_stock_shapes(config, self.structure)
+        quantizer = self.model.__dict__.pop("hf_quantizer", None) if format == "vanilla" else None
+        try:
+            yield
+        finally:
+            if quantizer is not None:
+                self.model.hf_quantizer = quantizer
+            for name in ("quantization_config", "auto_map"):
+                if name in kept:
+                    setattr(config, name, kept[name])
+                elif hasattr(config, name):
+                    delattr(config, name)
+
+    def _gate(
+        self,
+        folder: Path,
+        format: SaveFormat,
+        batches: Sequence[Batch],
+        before: Sequence[Tensor],
+        tolerance: float,
+        inputs: str,
+    ) -> Equivalence:
+        reloaded = type(self.model).from_pretrained(
+            folder, dtype=self.model.dtype, attn_implementation=self.model.config._attn_implementation
+        )
+        reloaded.to(self.model.device)
+        after = outputs_of(reloaded, batches)
+        if [a.shape for a in after] != [b.shape for b in before]:
+            raise EquivalenceError(
+                f"the model reloaded from disk ({format}) answers in shapes {[tuple(a.shape) for a in after]}, the "
+                f"one in memory in {[tuple(b.shape) for b in before]}; nothing was written"
+            )
+        # max of a tensor, not Python's, which would lose a NaN behind a number
+        error = float(torch.stack([(a - b).abs().max() for a, b in zip(after, before, strict=True)]).max())
+        scale = float(torch.stack([b.abs().max() for b in before]).max())
+        relative = error / scale if scale > 0 else error
+        # written this way round so that NaN fails
+        if not relative <= tolerance:
+            raise EquivalenceError(
+                f"the model reloaded from disk ({format}) differs from the one in memory by {error:.3g} "
+                f"({relative:.3g} relative, allowed {tolerance:.3g}) on {len(batches)} batches; nothing was written. "
+                "If the model answers NaN, training diverged; otherwise please report this with the recipe."
+            )
+        return Equivalence(max_error=error, relative_error=relative, batches=len(batches), inputs=inputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # only reached for what is not here; "model" itself is missing while unpickling or copying
+        if name == "model" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        structure = self.structure
+        blocks = ", ".join(f"{b.heads}×{structure.head_size}+{b.ffn}" for b in structure.blocks)
+        return f"CompressedModel({type(self.model).__name__}, blocks=[{blocks}])"
+
+
+def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """The first output (logits, or the last hidden state) of a model for each batch, in float32 on the CPU.
+
+    Args:
+        model: put to evaluation mode for the time and back.
+        batches: model inputs; entries the model does not take (labels, teacher inputs) are left out.
+
+    Returns:
+        One tensor per batch; padded positions are zero.
+    """
+    wanted = ("input_ids", "attention_mask", "token_type_ids")
+    training = model.training
+    # after mixed-precision training, accelerate leaves its autocast around forward; what is saved has none
+    forward = getattr(model, "_original_forward", model)
+    model.eval()
+    outputs = []
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {name: batch[name].to(model.device) for name in wanted if name in batch}
+                if not _takes_token_types(model):
+                    inputs.pop("token_type_ids", None)
+                answer = forward(**inputs)
+                first = answer["logits"] if "logits" in answer else answer[0]
+                mask = batch.get("attention_mask")
+                if mask is not None and first.dim() == 3 and first.shape[:2] == mask.shape:
+                    first = first * mask.to(first).unsqueeze(-1)
+                outputs.append(first.float().cpu())
+    finally:
+        model.train(training)
+    return outputs
+
+
+def random_batches(
+    model: PreTrainedModel, *, count: int = 2, rows: int = 4, length: int = 32, seed: int = 0
+) -> list[Batch]:
+    """Batches of random token ids, the last of them with padding on the right.
+
+    Args:
+        model: its vocabulary and number of positions bound the ids and the length.
+        count: how many batches.
+        rows: rows of each; one where the model cannot take more, for want of a padding token.
+        length: tokens of each row, at most half of the model's positions.
+        seed: of the generator.
+
+    Returns:
+        Dictionaries with ``input_ids`` and ``attention_mask``, ``(rows, length)`` int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    anatomy = anatomy_of(model)
+    if anatomy.family.causal and anatomy.head is None and model.config.pad_token_id is None:
+        rows = 1  # GPT-2 with a task head finds the last token by the padding and takes single rows only without it
+    length = max(2, min(length, int(getattr(model.config, "max_position_embeddings", length)) // 2))
+    batches: list[Batch] = []
+    for index in range(count):
+        mask = torch.ones(rows, length, dtype=torch.long)
+        if index == count - 1:
+            mask[1:, length // 2 :] = 0
+        # id 1 is RoBERTa's padding, from which it counts positions
+        ids = torch.randint(2, int(model.config.vocab_size), (rows, length), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        folder: may exist; it is replaced as a whole, and untouched until then.
+
+    Yields:
+        The temporary folder, on the same file system.
+
+    Raises:
+        LmcompressError: ``folder`` is a file, or holds something else than a checkpoint, or its place cannot be
+            written (a full disk, no permission).
+    """
+    folder = folder.resolve()
+    if folder.is_file():
+        raise LmcompressError(f"{folder} is a file; a checkpoint is a folder, name another path")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise LmcompressError(
+            f"{folder} holds files but no checkpoint, and would be replaced as a whole; "
+            "name a new folder or an empty one"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    except OSError as error:
+        raise LmcompressError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if folder.exists():
+            old = temporary.with_suffix(".old")
+            os.replace(folder, old)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_error(error):
+            raise LmcompressError(
+                f"could not write {folder}: {error}. Nothing was changed there; free some space or name another path"
+            ) from error
+        raise
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a saved checkpoint, model card and report included.
+
+    Args:
+        folder: as :meth:`CompressedModel.save_pretrained` wrote it.
+        repo_id: ``"user/name"``; made if it is not there.
+        private: whether a repository made now is private.
+        token: of the Hub; default: the one logged in with.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        LmcompressError: ``folder`` holds no checkpoint.
+    """
+    if not (folder / "config.json").is_file():
+        raise LmcompressError(
+            f"{folder} holds no checkpoint (no config.json); push the folder that a run wrote its model to"
+        )
+    # imported here: tests and offline use replace it, and a login is only needed now
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload with lmcompress")
+    return str(commit)
+
+
+def library_version() -> str:
+    """The version of lmcompress that is installed."""
+    return version("lmcompress")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    # safetensors reports a full disk as its own error type, with the words of the system's
+    # transformers raises OSErrors of its own, without a number, for what is no trouble of the disk
+    return (isinstance(error, OSError) and error.errno is not None) or "No space left" in str(error)
+
+
+def _takes_token_types(model: PreTrainedModel) -> bool:
+    return anatomy_of(model).family.token_type_embeddings != ""
+
+
+def _same_shapes(one: Structure, other: Structure) -> bool:
+    return one.head_size == other.head_size and [(b.heads, b.ffn) for b in one.blocks] == [
+        (b.heads, b.ffn) for b in other.blocks
+    ]
+
+
+def _compression_of(config: Any) -> CompressionConfig | None:
+    value = getattr(config, "quantization_config", None)
+    if value is None or isinstance(value, CompressionConfig):
+        return value
+    # a dictionary before loading; a class of its own where a self-loading checkpoint came first
+    values = value if isinstance(value, dict) else value.to_dict()
+    return CompressionConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
+
+
+def _class_of(config: Any) -> Any:
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return AutoModel
+
+
+__all__ = [
+    "MAX_BLOCKS",
+    "REPORT_FILE",
+    "Batch",
+    "CheckpointError",
+    "CompressedModel",
+    "Equivalence",
+    "SaveFormat",
+    "library_version",
+    "outputs_of",
+    "push_folder",
+    "random_batches",
+    "replaced_folder",
+]

@@ -1,0 +1,424 @@
+"""What a recipe names, made: rows, tokenizer, models; on ``meta``, where nothing is allocated, or with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from lmcompress.anatomy import FAMILIES, family_of
+from lmcompress.compact.students import by_layers, by_shape, named
+from lmcompress.config import CompressionConfig
+from lmcompress.data import (
+    Collator,
+    Operation,
+    Task,
+    TaskData,
+    TaskKind,
+    augment,
+    collator,
+    delete_tokens,
+    load_task,
+    long_disorder,
+    mask_tokens,
+    n_gram_sample,
+    same_tokenizer,
+    short_disorder,
+    tokenize,
+    train_tokenizer,
+)
+from lmcompress.errors import LmcompressError
+from lmcompress.recipes.schema import BASE_MODEL, Augmentation, FromScratch, Recipe, Stage, StudentSpec, TaskSpec
+from lmcompress.structure import shape_skeleton, stock_structure
+
+_OPERATIONS: dict[str, Callable[..., list[str]]] = {
+    "mask": mask_tokens,
+    "delete": delete_tokens,
+    "n_gram": n_gram_sample,
+    "short_disorder": short_disorder,
+    "long_disorder": long_disorder,
+}
+
+
+@dataclass
+class Materials:
+    """What all stages of a run share.
+
+    Attributes:
+        recipe: the recipe.
+        data: the task's rows as they are.
+        tokenizer: of the recipe's model and all its students.
+    """
+
+    recipe: Recipe
+    data: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    _tokenized: dict[str, TaskData] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.data.task
+
+    def rows(
+        self, augmentation: Augmentation | None = None, teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> TaskData:
+        """The rows as model inputs.
+
+        Args:
+            augmentation: of the training texts.
+            teacher_tokenizer: its inputs are added if it differs from the student's.
+        """
+        key = repr((augmentation, None if teacher_tokenizer is None else teacher_tokenizer.name_or_path))
+        if key not in self._tokenized:
+            data = self.data if augmentation is None else _augmented(self.data, augmentation, self.recipe.seed)
+            length = self.recipe.task.max_length
+            with _progress_bars_of_datasets_off():
+                tokenized = tokenize(data, self.tokenizer, max_length=length, teacher_tokenizer=teacher_tokenizer)
+            self._tokenized[key] = tokenized
+        return self._tokenized[key]
+
+    def collator(self, teacher_tokenizer: PreTrainedTokenizerBase | None = None) -> Collator:
+        """What makes batches of :meth:`rows`.
+
+        Args:
+            teacher_tokenizer: as for :meth:`rows`.
+        """
+        return collator(self.task, self.tokenizer, teacher_tokenizer)
+
+
+def gather(recipe: Recipe) -> Materials:
+    """Load and check the rows, and load or train the tokenizer.
+
+    Args:
+        recipe: any.
+
+    Raises:
+        LmcompressError: rows, columns or labels are not as the recipe says, or there is no such tokenizer.
+    """
+    with _progress_bars_of_datasets_off():
+        data = read_task(recipe.task)
+    if not data.train.num_rows:
+        raise LmcompressError(f"{data.task.name} has no rows to train on; {'; '.join(data.notes)}")
+    for split in recipe.evaluation.splits:
+        if split not in data.splits():
+            raise LmcompressError(f"evaluation.splits names {split!r}; {data.task.name} has: {', '.join(data.splits())}")
+        label = data.task.label_column
+        if label is not None and label not in data.splits()[split].column_names:
+            raise LmcompressError(f"evaluation.splits names {split!r}, which has no labels in {data.task.name}")
+    tokenizer = _tokenizer(recipe.model, data)
+    return Materials(recipe, data, tokenizer)
+
+
+def read_task(task: TaskSpec) -> TaskData:
+    """The rows that a recipe's task names, checked.
+
+    Args:
+        task: of the recipe.
+    """
+    return load_task(
+        task.name,
+        data=task.data,
+        text_columns=task.text_columns,
+        label_column=task.label_column,
+        kind=None if task.kind is None else task.kind.value,
+        splits=task.splits,
+        limit=task.limit,
+    )
+
+
+def auto_class(task: Task) -> Any:
+    """The ``AutoModelFor...`` of a task.
+
+    Args:
+        task: any.
+    """
+    if task.kind is TaskKind.CAUSAL_LM:
+        return AutoModelForCausalLM
+    return AutoModelForTokenClassification if task.kind is TaskKind.TOKEN_CLASSIFICATION else AutoModelForSequenceClassification
+
+
+def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model.
+
+    Args:
+        path: folder, or name on the Hub.
+        task: words that come one by one need a space before them.
+
+    Raises:
+        LmcompressError: there is none.
+    """
+    words = {"add_prefix_space": True} if task.kind is TaskKind.TOKEN_CLASSIFICATION else {}
+    with _found(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **words)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
+    """The recipe's own model with the head that the task needs.
+
+    Args:
+        materials: of the run.
+        meta: without weights.
+
+    Raises:
+        LmcompressError: there is no such model, or its family is not known.
+    """
+    model, task = materials.recipe.model, materials.task
+    cls = auto_class(task)
+    if isinstance(model, FromScratch):
+        config = _config_from_scratch(model, materials)
+        set_seed(materials.recipe.seed)
+        with torch.device("meta") if meta else nullcontext():
+            return cls.from_config(config)  # type: ignore[no-any-return]
+    config = _config_of(model, _head(task))
+    if config.pad_token_id is None:
+        config.pad_token_id = materials.tokenizer.pad_token_id
+    if meta:
+        return skeleton(config, cls)
+    set_seed(materials.recipe.seed)
+    trained = AutoConfig.from_pretrained(model)
+    # a head for other labels is made anew
+    other_head = bool(_head(task)) and trained.num_labels != task.num_labels
+    with _found(model, "model"):
+        return cls.from_pretrained(model, config=config, ignore_mismatched_sizes=other_head)  # type: ignore[no-any-return]
+
+
+def teacher_skeleton(path: str, task: Task) -> PreTrainedModel:
+    """A teacher from outside, without weights, to check student and matches against.
+
+    Args:
+        path: folder, or name on the Hub.
+        task: of the recipe.
+
+    Raises:
+        LmcompressError: there is no such model, or it has no head for the task.
+    """
+    config = _config_of(path, {})
+    cls = auto_class(task)
+    wanted = cls.__name__.removeprefix("AutoModel")
+    if config.architectures and not any(wanted in name or "LMHead" in name for name in config.architectures):
+        raise LmcompressError(
+            f"the teacher {path} is a {', '.join(config.architectures)}, without a trained head for {task.kind}: "
+            "train it in an earlier stage, and name that stage as the teacher"
+        )
+    model = skeleton(config, cls)
+    model.config.name_or_path = path
+    return model
+
+
+def skeleton(config: PretrainedConfig, cls: Any) -> PreTrainedModel:
+    """A model without weights, of the shapes that its config names.
+
+    Args:
+        config: perhaps with what lmcompress did to the model.
+        cls: an ``AutoModelFor...``.
+    """
+    stock_structure(config)
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, Mapping) and described.get("quant_method") == "lmcompress":
+        described = CompressionConfig.from_dict(described)
+    if isinstance(described, CompressionConfig) and described.structure is not None:
+        shape_skeleton(model, described.structure)
+    return model  # type: ignore[no-any-return]
+
+
+def make_student(start: PreTrainedModel, spec: StudentSpec | None, seed: int) -> PreTrainedModel:
+    """The model that a stage trains.
+
+    Args:
+        start: what it is made from; on ``meta``, so is the student.
+        spec: how; None: it is the start itself.
+        seed: of what is drawn.
+
+    Raises:
+        LmcompressError: layers that are not there, or sizes that do not fit.
+    """
+    if spec is None:
+        return start
+    meta = start.device.type == "meta"
+    choose: Any = spec.choose
+    if spec.layers is not None:
+        return by_layers(start, spec.layers, choose=choose).model
+    # norms, by which a slice is chosen, need weights
+    initialise: Any = "random" if meta else spec.initialise
+    with torch.device("meta") if meta else nullcontext():
+        if spec.named is not None:
+            return named(spec.named, start, initialise=initialise, seed=seed).model
+        assert spec.shape is not None
+        sizes: dict[str, Any] = spec.shape.model_dump()
+        return by_shape(start, **sizes, choose=choose, initialise=initialise, seed=seed).model
+
+
+def different_tokenizer(
+    stage: Stage, stages: Mapping[str, Any], materials: Materials
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a stage's teachers, if it is another than the student's.
+
+    Args:
+        stage: with distillation.
+        stages: names of stages, whose tokenizer is the recipe's.
+        materials: of the run.
+
+    Raises:
+        LmcompressError: the teachers have several.
+    """
+    outside = [name for name in stage.distillation.teachers if name not in stages] if stage.distillation else []
+    tokenizers = {name: load_tokenizer(name, materials.task) for name in outside}
+    others = {name: t for name, t in tokenizers.items() if not same_tokenizer(materials.tokenizer, t)}
+    if not others or stage.distillation is None:
+        return None
+    first = next(iter(others.values()))
+    if len(others) < len(stage.distillation.teachers) or not all(same_tokenizer(first, t) for t in others.values()):
+        raise LmcompressError(
+            f"stage {stage.name!r}: all teachers must have one tokenizer; {', '.join(others)} differ from the others"
+        )
+    if materials.task.kind in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION):
+        raise LmcompressError(
+            f"stage {stage.name!r}: the teacher {next(iter(others))} has another tokenizer than the student, so that their "
+            f"answers for single tokens can't be compared; choose a student of the teacher's family"
+        )
+    return first
+
+
+def text_of(data: TaskData, split: str) -> str:
+    """A split of a causal task as one text, for perplexity.
+
+    Args:
+        data: not tokenised.
+        split: its name.
+    """
+    return "\n\n".join(data.splits()[split][data.task.text_columns[0]])
+
+
+def gate_batches(materials: Materials, *, count: int = 2, rows: int = 8) -> list[Any]:
+    """Real inputs for the equivalence gate: the first validation rows.
+
+    Args:
+        materials: of the run.
+        count: batches.
+        rows: of each.
+    """
+    data = materials.rows().validation
+    together = materials.collator()
+    spans = [range(i * rows, min((i + 1) * rows, data.num_rows)) for i in range(count)]
+    return [together([data[i] for i in span]) for span in spans if len(span)]
+
+
+def is_stage(name: str) -> bool:
+    """Whether a start is a stage rather than the recipe's model.
+
+    Args:
+        name: of the start.
+    """
+    return name != BASE_MODEL
+
+
+def _tokenizer(model: str | FromScratch, data: TaskData) -> PreTrainedTokenizerBase:
+    if isinstance(model, str):
+        return load_tokenizer(model, data.task)
+    texts = (text for column in data.task.text_columns for text in data.train[column])
+    if data.task.kind is TaskKind.TOKEN_CLASSIFICATION:
+        texts = (" ".join(words) for words in texts)
+    tokenizer = train_tokenizer(texts, kind=model.tokenizer.kind, vocab_size=model.tokenizer.vocab_size)
+    tokenizer.model_max_length = model.positions
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _config_from_scratch(model: FromScratch, materials: Materials) -> PretrainedConfig:
+    family = FAMILIES[model.family]
+    tokenizer = materials.tokenizer
+    known = AutoConfig.for_model(model.family)
+    for name in model.config:
+        if not hasattr(known, name):
+            raise LmcompressError(f"model.config.{name}: a config of the family {model.family} has no such field")
+    special = {"pad_token_id": tokenizer.pad_token_id}
+    if materials.task.kind is TaskKind.CAUSAL_LM:
+        special |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    # RoBERTa counts positions from the padding's id
+    positions = model.positions + (tokenizer.pad_token_id + 1 if model.family == "roberta" else 0)
+    values = {
+        family.hidden_size: model.hidden_size,
+        family.num_layers: model.layers,
+        family.num_heads: model.num_heads,
+        family.intermediate_size: model.intermediate_size or 4 * model.hidden_size,
+        "max_position_embeddings" if model.family != "gpt2" else "n_positions": positions,
+        "vocab_size": len(tokenizer),
+        **({"embedding_size": model.hidden_size} if model.family == "electra" else {}),
+    }
+    return AutoConfig.for_model(model.family, **values | special | _head(materials.task) | model.config)
+
+
+def _head(task: Task) -> dict[str, Any]:
+    if task.kind is TaskKind.CAUSAL_LM:
+        return {}
+    names = {"id2label": task.id2label, "label2id": task.label2id} if task.label_names else {}
+    problem = {"problem_type": task.problem_type} if task.problem_type else {}
+    return {"num_labels": task.num_labels} | names | problem
+
+
+def _config_of(path: str, head: Mapping[str, Any]) -> PretrainedConfig:
+    with _found(path, "model"):
+        config = AutoConfig.from_pretrained(path, **head)
+    family_of(config)
+    return config
+
+
+@contextmanager
+def _found(path: str | Path, what: str) -> Iterator[None]:
+    """Turns the many ways in which Transformers says that there is nothing into one."""
+    try:
+        yield
+    except LmcompressError:
+        raise
+    except (OSError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LmcompressError(
+            f"could not load the {what} of {str(path)!r}: {first[:300]} (a folder, or a name on the Hub; without a network "
+            "give a folder)"
+        ) from error
+
+
+def _augmented(data: TaskData, augmentation: Augmentation, seed: int) -> TaskData:
+    operations: list[Operation] = []
+    for name in augmentation.operations:
+        has_probability = augmentation.probability is not None and name != "n_gram"
+        function = _OPERATIONS[name]
+        operations.append(partial(function, p=augmentation.probability) if has_probability else function)
+    rows = augment(data.train, data.task.text_columns, operations, copies=augmentation.copies, seed=seed)
+    return replace(data, train=rows)
+
+
+@contextmanager
+def _progress_bars_of_datasets_off() -> Iterator[None]:
+    import datasets
+
+    was_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()

@@ -1,0 +1,103 @@
+"""What a run shows while it works: headlines, and one bar per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StageBar(TrainerCallback):  # type: ignore[misc]
+    """A bar over the optimizer steps of one stage, with the latest loss; nothing where there is no terminal.
+
+    Args:
+        console: where it is drawn.
+        label: what stands before it.
+    """
+
+    def __init__(self, console: Console, label: str) -> None:
+        self.label = label
+        self.progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the bar.
+
+        Args:
+            args: not used.
+            state: knows how many steps there are.
+            control: not used.
+            **kwargs: not used.
+        """
+        self.progress.start()
+        self.task = self.progress.add_task(self.label, total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move on.
+
+        Args:
+            args: not used.
+            state: knows the step.
+            control: not used.
+            **kwargs: not used.
+        """
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Show the loss.
+
+        Args:
+            args: not used.
+            state: not used.
+            control: not used.
+            logs: of the trainer.
+            **kwargs: not used.
+        """
+        if self.task is not None and logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+
+    def close(self) -> None:
+        """Take the bar away, however training ended."""
+        self.progress.stop()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Transformers and datasets say nothing but errors, and draw no bars of their own, for the time."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    data_verbosity, data_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        datasets.logging.set_verbosity(data_verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if data_bars:
+            datasets.enable_progress_bars()

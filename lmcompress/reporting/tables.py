@@ -1,0 +1,174 @@
+"""The one table at the end of a run, in words that fit a terminal, a card and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Report = Mapping[str, Any]
+"""What ``results.json`` holds."""
+
+
+def card_rows(report: Report) -> list[dict[str, str]]:
+    """The table of a run as text: one dictionary per model, the same keys in all.
+
+    Args:
+        report: see :func:`lmcompress.recipes.runner.run`.
+    """
+    rows = report["rows"]
+    reference = next((row for row in rows if row["name"] == report["reference"]), rows[0])
+    batches = sorted({entry["batch_size"] for row in rows for entry in row["latency"]})
+    table = []
+    for row in rows:
+        cells = {
+            "model": row["name"],
+            "role": row["role"],
+            metric_title(report): number(quality_of(report, row)),
+            f"of {reference['name']}": "" if row is reference else kept(report, row, reference),
+            "parameters": f"{row['parameters']:,}",
+            "MB on disk": "–" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.2f}",
+        }
+        for batch in batches:
+            cells[f"batch {batch}"] = _latency_cell(row, batch)
+        table.append(cells)
+    return table
+
+
+def results_table(report: Report) -> Table:
+    """The same table for a terminal.
+
+    Args:
+        report: see :func:`card_rows`.
+    """
+    rows = card_rows(report)
+    caption = f"{report['task']}, {report['split']}; latency: medians, side by side in one process"
+    table = Table(title=report["recipe"], caption=caption, title_style="bold")
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+    for cells in rows:
+        shown = [cell.replace(" ms, ", " ms\n") for cell in cells.values()]
+        table.add_row(*shown, style="bold" if cells["role"] == "student" else None)
+    return table
+
+
+def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Latencies of models beside one another.
+
+    Args:
+        rows: fields of :class:`~lmcompress.evaluation.LatencyRow`, and ``verdict``.
+    """
+    table = Table(caption="medians and quartiles, side by side in one process")
+    for name, justify in (("batch", "right"), ("model", "left"), ("median ms", "right"), ("quartiles", "right"), ("", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        quartiles = f"{row['lower_ms']:.2f} – {row['upper_ms']:.2f}"
+        table.add_row(str(row["batch_size"]), row["model"], f"{row['median_ms']:.2f}", quartiles, row["verdict"])
+    return table
+
+
+def plan_table(stages: Sequence[Any]) -> Table:
+    """The stages of a plan.
+
+    Args:
+        stages: :class:`~lmcompress.recipes.planning.StagePlan` each.
+    """
+    table = Table()
+    for name in ("stage", "role", "from", "shape", "learns from"):
+        table.add_column(name, overflow="fold")
+    for name in ("steps", "parameters", "MB"):
+        table.add_column(name, justify="right", overflow="fold")
+    for entry in stages:
+        table.add_row(
+            entry.stage.name,
+            entry.role,
+            entry.start,
+            entry.shape,
+            ", ".join(("labels", *entry.teachers)) if _uses_labels(entry) else ", ".join(entry.teachers),
+            f"{entry.steps:,}",
+            f"{entry.parameters:,}",
+            f"{entry.bytes_estimate / 1e6:.1f}",
+        )
+    return table
+
+
+def print_plan(plan: Any, console: Console) -> None:
+    """A plan in a table and a few sentences.
+
+    Args:
+        plan: :class:`~lmcompress.recipes.planning.Plan`.
+        console: where.
+    """
+    data = plan.materials.data
+    splits = ", ".join(f"{name} {rows.num_rows:,}" for name, rows in data.splits().items())
+    console.print(f"[bold]{plan.recipe.name}[/]  {plan.recipe.description}", highlight=False)
+    console.print(f"task: {data.task.name} ({data.task.kind}), rows: {splits}", highlight=False)
+    console.print(plan_table(plan.stages))
+    for entry in plan.stages:
+        terms = [] if entry.distillation is None else [f"{m.loss} {m.student}←{m.teacher}" for m in entry.distillation.matches]
+        if terms:
+            console.print(f"{entry.stage.name}: matches {', '.join(terms)}", highlight=False)
+        loads = "stock Transformers can hold it (save: vanilla)" if entry.vanilla_obstacle is None else entry.vanilla_obstacle
+        console.print(f"{entry.stage.name}: {loads}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+    console.print("Nothing was trained. Parameters are exact, MB are those of float32 weights.")
+
+
+def quality_of(report: Report, row: Mapping[str, Any]) -> float:
+    """The main number of a row.
+
+    Args:
+        report: says which it is.
+        row: of the report.
+    """
+    return float(row["metrics"][report["split"]][report["metric"]])
+
+
+def metric_title(report: Report) -> str:
+    """What the main number is called.
+
+    Args:
+        report: of a run.
+    """
+    return "perplexity" if report["lower_is_better"] else str(report["metric"]).replace("_", " ")
+
+
+def kept(report: Report, row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """How much of the reference's quality a row keeps: per cent of a score, or by how much perplexity rises.
+
+    Args:
+        report: says whether lower is better.
+        row: of the report.
+        reference: likewise.
+    """
+    mine, theirs = quality_of(report, row), quality_of(report, reference)
+    if theirs <= 0:
+        return "–"
+    return f"{(mine / theirs - 1) * 100:+.1f} %" if report["lower_is_better"] else f"{mine / theirs * 100:.1f} %"
+
+
+def number(value: float) -> str:
+    """Four digits that matter.
+
+    Args:
+        value: any.
+
+    Example:
+        >>> number(0.93412), number(48.2351), number(12345.6)
+        ('0.9341', '48.24', '12346')
+    """
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _latency_cell(row: Mapping[str, Any], batch: int) -> str:
+    found = next((entry for entry in row["latency"] if entry["batch_size"] == batch), None)
+    if found is None:
+        return "–"
+    return f"{found['median_ms']:.2f} ms" + ("" if found["verdict"] == "baseline" else f", {found['verdict']}")
+
+
+def _uses_labels(entry: Any) -> bool:
+    return entry.distillation is None or entry.distillation.label_weight > 0

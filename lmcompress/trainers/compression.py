@@ -1,0 +1,353 @@
+"""The one training loop: a ``Trainer`` whose loss is a sum of named terms, right under accumulation and over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.method import UNITS, Method, Step, Term, Unit
+from lmcompress.model import CompressedModel
+from lmcompress.structure import stock_structure, structure_of
+
+STATE_FILE = "lmcompress_training_state.safetensors"
+DEAD_STEPS = 50
+
+
+class CompressionTrainer(Trainer):  # type: ignore[misc]
+    """A :class:`~transformers.Trainer` to which compression methods add loss terms.
+
+    Without methods it trains as ``Trainer`` does, but for the denominator: every term, the loss on the labels among them, is a mean over the
+    whole optimizer step, all micro-batches and processes, so that a batch of 8 × 1 is 1 × 8. (For GPT-2, ``Trainer`` of 5.17 and 5.23 divides
+    by the labels before the shift; here it is by the tokens that are predicted.)
+
+    Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints carry the state of the methods and resume to
+    the bit on a CPU; what is saved in the end is the student alone.
+
+    Args:
+        model: the student; a :class:`CompressedModel` is unwrapped.
+        args: as for ``Trainer``.
+        methods: what is done to the student; in the order in which they were made.
+        gradient_shares: every so many optimizer steps, also log each term's share of the norm of the student's gradient
+            (``share_kd``, …); costs one more backward pass for each term then. 0: never.
+        **kwargs: as for ``Trainer``.
+
+    Raises:
+        LmcompressError: label smoothing, a loss function of one's own, or several GPUs in one process, none of which the terms allow for.
+    """
+
+    # our terms are divided by the counts of the whole step; transformers from 5.19 asks, before it divided unless the model took loss kwargs
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | CompressedModel | nn.Module,
+        args: TrainingArguments | None = None,
+        methods: Sequence[Method] = (),
+        *,
+        gradient_shares: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        student = model.model if isinstance(model, CompressedModel) else model
+        if args is not None and args.label_smoothing_factor:
+            raise LmcompressError("label_smoothing_factor must be 0: smooth the teacher's temperature instead")
+        if kwargs.get("compute_loss_func") is not None:
+            raise LmcompressError("compute_loss_func is not used here: pass what it does as a method")
+        self.student: Any = student
+        self.methods = list(methods)
+        self.gradient_shares = gradient_shares
+        self._counts: dict[Unit, Tensor] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._sum_steps = 0
+        self._silent_steps: dict[str, int] = {}
+        self._shares: dict[str, float] = {}
+        super().__init__(student, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise LmcompressError(
+                f"{self.args.n_gpu} GPUs in one process would split batches behind the hooks' back: start with "
+                "'torchrun --nproc_per_node=N' or 'accelerate launch', or set CUDA_VISIBLE_DEVICES to one"
+            )
+        # without this, transformers before 5.19 hands num_items_in_batch to the model and skips its own division, or not, by the model's signature
+        self.model_accepts_loss_kwargs = False
+        self._divides_by_accumulation = not hasattr(Trainer, "loss_is_scaled_for_ga")
+        self._causal = isinstance(student, PreTrainedModel) and anatomy_of(student).family.causal
+        if isinstance(student, PreTrainedModel):
+            _describe_structure(student)
+        for method in self.methods:
+            method.prepare(self)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimizer step; counts all units in them, over all processes.
+
+        Args:
+            epoch_iterator: of the data loader.
+            num_batches: how many micro-batches.
+            device: of the counts.
+
+        Returns:
+            ``(batches, None)``.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            total = torch.stack([_count_vector(batch, self._is_causal(batch)).to(device) for batch in batches]).sum(0)
+            if self.args.world_size > 1:
+                total = self.accelerator.reduce(total, reduction="sum")
+            self._counts = dict(zip(UNITS, total.unbind(), strict=True))
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum of all terms; in evaluation the loss on the labels alone, as ``Trainer`` has it.
+
+        Args:
+            model: the student, perhaps wrapped.
+            inputs: one micro-batch.
+            return_outputs: also return the student's outputs.
+            num_items_in_batch: not used: units are counted in :meth:`get_batch_samples`.
+
+        Returns:
+            The loss, or ``(loss, outputs)``.
+
+        Raises:
+            LmcompressError: there is nothing to train on, or a term has no gradient.
+        """
+        if not model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
+        counts = self._counts if self._counts is not None else self._count_alone(inputs)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        step = Step(model, inputs, self._student_inputs(inputs), progress)
+        label_weight = 1.0
+        for method in self.methods:
+            method.before_forward(step)
+            label_weight *= method.label_weight(progress)
+        with_labels = label_weight > 0 and "labels" in inputs
+        step.outputs = model(**step.student_inputs, **({"labels": inputs["labels"]} if with_labels else {}))
+        terms: dict[str, Term] = {}
+        if with_labels:
+            terms["label"] = self._label_term(step.outputs, inputs, label_weight)
+        for method in self.methods:
+            terms |= method.loss_terms(step)
+        if not terms:
+            raise LmcompressError("there is nothing to train on: the batch has no labels and no method gave a loss term")
+        # DDP averages gradients over processes; the counts are of all processes
+        scale = float(self.accelerator.num_processes)
+        if self._divides_by_accumulation:
+            scale *= self.current_gradient_accumulation_steps
+        weighted = {name: term.weight * scale * _mean(term, counts) for name, term in terms.items() if term.weight > 0}
+        self._check_gradients(terms)
+        if self.gradient_shares and self.state.global_step % self.gradient_shares == 0:
+            self._measure_shares(weighted)
+        self._remember(terms, counts)
+        loss = torch.stack([value.to(torch.float64 if value.device.type != "mps" else torch.float32) for value in weighted.values()]).sum().float()
+        return (loss, step.outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of ``Trainer``, with the methods' own parameters as further groups without weight decay.
+
+        Args:
+            model: as for ``Trainer``.
+
+        Returns:
+            The optimizer.
+        """
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        for method in self.methods:
+            parameters = []
+            for group in method.parameter_groups():
+                optimizer.add_param_group({"weight_decay": 0.0, **group})
+                parameters += list(group["params"])
+            if parameters:
+                self._care_for(optimizer, parameters, method.max_norm)
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the terms since the last time; refuses to go on with a term that has been dead for long.
+
+        Args:
+            logs: what ``Trainer`` logs.
+            start_time: as for ``Trainer``.
+
+        Raises:
+            LmcompressError: a term was exactly zero for 50 steps or more.
+        """
+        if "loss" in logs and self._sum_steps:
+            for name, total in self._sums.items():
+                value = float(self.accelerator.gather(total.reshape(1)).sum()) / self._sum_steps
+                logs[f"loss_{name}"] = value
+                self._watch(name, value)
+            logs |= {f"share_{name}": share for name, share in self._shares.items()}
+            self._sums, self._sum_steps, self._shares = {}, 0, {}
+        super().log(logs) if start_time is None else super().log(logs, start_time)
+
+    def finish(self) -> None:
+        """Let every method make its work permanent and take its hooks away; the trainer is done then."""
+        for method in self.methods:
+            method.finish()
+
+    def _evaluation_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        for method in self.methods:
+            method.set_active(False)
+        try:
+            kept = self._student_inputs(inputs) | {k: v for k, v in inputs.items() if k in self.label_names}
+            outputs = model(**kept)
+        finally:
+            for method in self.methods:
+                method.set_active(True)
+        loss = outputs["loss"] if "loss" in outputs else None
+        return (loss, outputs) if return_outputs else loss
+
+    def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in self.label_names}
+
+    def _label_term(self, outputs: Any, inputs: Mapping[str, Any], weight: float) -> Term:
+        # heads give the mean over what they count; the product with that count is the sum
+        count = _count_vector(inputs, self._is_causal(inputs))[UNITS.index("labels")]
+        loss = outputs["loss"].float()
+        if not loss.requires_grad or not bool(count > 0):
+            # a micro-batch without a single label has a mean of 0 / 0
+            loss = torch.where(count > 0, loss, torch.zeros_like(loss))
+        return Term(loss * count, "labels", weight)
+
+    def _count_alone(self, inputs: Mapping[str, Any]) -> dict[Unit, Tensor]:
+        return dict(zip(UNITS, _count_vector(inputs, self._is_causal(inputs)).unbind(), strict=True))
+
+    def _is_causal(self, batch: Mapping[str, Any]) -> bool:
+        return self._causal and "labels" not in batch or self._causal and batch["labels"].dim() == 2
+
+    def _check_gradients(self, terms: Mapping[str, Term]) -> None:
+        for name, term in terms.items():
+            if not term.total.requires_grad and term.weight > 0:
+                raise LmcompressError(
+                    f"the loss term {name!r} has no gradient: nothing that is trained reaches it. "
+                    "Are the layers it looks at frozen, or is the student the teacher itself?"
+                )
+
+    def _measure_shares(self, weighted: Mapping[str, Tensor]) -> None:
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        norms = {}
+        for name, value in weighted.items():
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            norms[name] = float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
+        total = sum(norms.values())
+        self._shares = {name: norm / total if total else 0.0 for name, norm in norms.items()}
+
+    def _remember(self, terms: Mapping[str, Term], counts: Mapping[Unit, Tensor]) -> None:
+        for name, term in terms.items():
+            for part, total in (term.parts or {name: term.total}).items():
+                value = total.detach() / counts[term.unit].clamp(min=1)
+                self._sums[part] = self._sums.get(part, torch.zeros_like(value)) + value
+        self._sum_steps += 1 if self.accelerator.sync_gradients else 0
+
+    def _watch(self, name: str, value: float) -> None:
+        silent = self._silent_steps.get(name, 0) + self._sum_steps if value == 0 else 0
+        self._silent_steps[name] = silent
+        if silent >= DEAD_STEPS:
+            raise LmcompressError(
+                f"the loss term {name!r} has been exactly zero for {silent} steps, and so has its gradient. Usual causes: teacher "
+                "and student are the same model, a softmax over a single output (use the mse loss), or a mask that hides all tokens. "
+                "Take the term out if it is meant to be zero."
+            )
+
+    def _care_for(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float | None) -> None:
+        # Trainer averages, clips and zeroes the gradients of its model only
+        limit = max_norm if max_norm is not None else self.args.max_grad_norm
+
+        def before(*_: Any) -> None:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if self.args.world_size > 1:
+                for gradient in gradients:
+                    gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
+            if limit and limit > 0:
+                torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+        def after(*_: Any) -> None:
+            for parameter in parameters:
+                parameter.grad = None
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        self._signature_columns += [c for c in columns if c.startswith("teacher_") or c == "task"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and (state := self._method_state()):
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            if folder.is_dir():
+                save_file(state, folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        wanted = self._method_state()
+        if not wanted:
+            return
+        file = Path(resume_from_checkpoint) / STATE_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{resume_from_checkpoint} has no {STATE_FILE}: it was written without these methods; start from the beginning, "
+                "or resume with the methods that wrote it"
+            )
+        state = load_file(file)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
+            raise CheckpointError(
+                f"{file} holds the state of other methods: it has {sorted(state)[:6]}, these methods have {sorted(wanted)[:6]}"
+            )
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                tensor.copy_(state[name])
+
+    def _method_state(self) -> dict[str, Tensor]:
+        return {
+            f"{method.name}.{number}.{part}.{name}": tensor
+            for number, method in enumerate(self.methods)
+            for part, module in method.modules().items()
+            for name, tensor in module.state_dict().items()
+        }
+
+
+def _mean(term: Term, counts: Mapping[Unit, Tensor]) -> Tensor:
+    return term.total / counts[term.unit].clamp(min=1)
+
+
+def _count_vector(batch: Mapping[str, Any], causal: bool) -> Tensor:
+    """How many of each unit a batch has, float64 ``(len(UNITS),)``, in the order of ``UNITS``."""
+    ids = batch["input_ids"] if "input_ids" in batch else next(v for v in batch.values() if isinstance(v, Tensor))
+    mask = batch.get("attention_mask")
+    lengths = mask.sum(-1) if mask is not None else torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
+    # exact counts, so that sum / count of one micro-batch is its mean to the bit; MPS has no float64
+    lengths = lengths.to(torch.float32 if lengths.device.type == "mps" else torch.float64)
+    pairs = (lengths * (lengths + 1) / 2 if causal else lengths * lengths).sum()
+    labels = batch.get("labels")
+    if labels is None and causal:
+        counted = (lengths - 1).clamp(min=0).sum()
+    elif labels is None:
+        counted = lengths.new_tensor(ids.shape[0])
+    elif labels.is_floating_point():
+        counted = lengths.new_tensor(labels.shape[0])
+    else:
+        counted = (labels[:, 1:] if causal else labels).ne(-100).sum().to(lengths.dtype)
+    return torch.stack([lengths.new_tensor(ids.shape[0]), counted, lengths.sum(), pairs])
+
+
+def _describe_structure(student: PreTrainedModel) -> None:
+    """Let the config say what the shapes are, so that every checkpoint on the way reloads."""
+    described = CompressedModel(student).compression
+    if described.structure is not None and structure_of(student) != stock_structure(student.config):
+        student.config.quantization_config = described

@@ -1,0 +1,57 @@
+"""Writes the checkpoints of one format version, to be reloaded by every later one: ``python tests/artefacts/make.py``.
+
+Run once for each new format version, and never again for an old one: an artefact is worth something only because it was
+written by the code of its time. An existing version is not overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+from families import cut_unevenly, make  # noqa: E402
+
+from lmcompress import CompressedModel  # noqa: E402
+from lmcompress.config import FORMAT_VERSION, Provenance  # noqa: E402
+
+MODELS = {"bert": "classification", "gpt2": "language"}
+INPUT_IDS = [[5, 9, 2, 33, 60, 17, 4, 8], [7, 7, 21, 3, 50, 11, 1, 1]]
+ATTENTION_MASK = [[1] * 8, [1] * 6 + [0] * 2]
+
+
+def write(target: Path) -> None:
+    """Make all models of this version below ``target``.
+
+    Args:
+        target: a folder that is not there yet.
+    """
+    if target.exists():
+        raise SystemExit(f"{target} is there already; artefacts of a version are written once and kept for ever")
+    for family, head in MODELS.items():
+        model = cut_unevenly(make(family, head, seed=1))
+        provenance = Provenance(
+            base_model="tiny-random", recipe="artefact", methods=("pruning",), library_version="0.1.0"
+        )
+        CompressedModel(model, provenance).save_pretrained(target / family)
+        for unused in ("README.md", "lmcompress.json"):
+            (target / family / unused).unlink()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(INPUT_IDS), attention_mask=torch.tensor(ATTENTION_MASK)).logits
+        expected = {
+            "class": type(model).__name__,
+            "input_ids": INPUT_IDS,
+            "attention_mask": ATTENTION_MASK,
+            "logits": [[round(x, 6) for x in row] for row in logits.flatten(1).tolist()],
+        }
+        (target / family / "expected.json").write_text(json.dumps(expected) + "\n")
+
+
+if __name__ == "__main__":
+    folder = HERE / f"v{FORMAT_VERSION}"
+    write(folder)
+    print(f"wrote {folder}")

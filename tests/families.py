@@ -1,0 +1,135 @@
+"""The model families that every test of structure, loading and training runs over: one line per family.
+
+A model here is tiny and random: 3 blocks, 4 heads of 4, 24 neurons, 64 words; it is made in milliseconds and needs no
+network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.structure import keep_heads, keep_layers, keep_neurons
+
+LAYERS, HEADS, HEAD_SIZE, FFN, VOCAB, LABELS = 3, 4, 4, 24, 64, 3
+HIDDEN = HEADS * HEAD_SIZE
+
+
+@dataclass(frozen=True)
+class TestFamily:
+    """How to make a tiny model of a family.
+
+    Attributes:
+        name: of the test, and key of the family.
+        prefix: of the model classes, such as ``Bert``.
+        make_config: keyword arguments to a config of 3 blocks.
+        language_head: class that gives one vector of logits per token.
+    """
+
+    name: str
+    prefix: str
+    make_config: Callable[..., PretrainedConfig]
+    language_head: str
+
+    __test__ = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _bert_like(config: type[PretrainedConfig], **defaults: Any) -> Callable[..., PretrainedConfig]:
+    sizes = dict(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=FFN)
+    others = dict(vocab_size=VOCAB, max_position_embeddings=40, num_labels=LABELS)
+    return lambda **given: config(**{**sizes, **others, **defaults, **given})
+
+
+def _distilbert(**given: Any) -> PretrainedConfig:
+    sizes = dict(dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=FFN, vocab_size=VOCAB)
+    return DistilBertConfig(**{**sizes, "max_position_embeddings": 40, "num_labels": LABELS, **given})
+
+
+def _gpt2(**given: Any) -> PretrainedConfig:
+    sizes = dict(n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_inner=FFN, vocab_size=VOCAB, n_positions=40)
+    ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    return GPT2Config(**{**sizes, **ids, "num_labels": LABELS, **given})
+
+
+FAMILIES = [
+    TestFamily("bert", "Bert", _bert_like(BertConfig), "BertForMaskedLM"),
+    TestFamily("roberta", "Roberta", _bert_like(RobertaConfig), "RobertaForMaskedLM"),
+    TestFamily("distilbert", "DistilBert", _distilbert, "DistilBertForMaskedLM"),
+    TestFamily("electra", "Electra", _bert_like(ElectraConfig, embedding_size=HIDDEN), "ElectraForMaskedLM"),
+    TestFamily("electra-projected", "Electra", _bert_like(ElectraConfig, embedding_size=8), "ElectraForMaskedLM"),
+    TestFamily("gpt2", "GPT2", _gpt2, "GPT2LMHeadModel"),
+]
+BY_NAME = {family.name: family for family in FAMILIES}
+AUTO_CLASSES = {
+    "base": "AutoModel",
+    "classification": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+}
+
+
+def class_name(family: TestFamily, head: str) -> str:
+    """Name of the model class for ``head``: base, classification, tokens or language."""
+    endings = {"base": "Model", "classification": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+    return family.language_head if head == "language" else family.prefix + endings[head]
+
+
+def auto_class(family: TestFamily, head: str) -> Any:
+    """The ``AutoModel…`` class that loads :func:`class_name`."""
+    language = "AutoModelForCausalLM" if family.name == "gpt2" else "AutoModelForMaskedLM"
+    return getattr(transformers, AUTO_CLASSES.get(head, language))
+
+
+def make(family: TestFamily | str, head: str = "classification", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A tiny random model in evaluation mode; weights larger than stock so that every part shows in the logits."""
+    family = BY_NAME[family] if isinstance(family, str) else family
+    torch.manual_seed(seed)
+    model = getattr(transformers, class_name(family, head))(family.make_config(initializer_range=0.3, **config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+    return model.eval()
+
+
+def inputs(model: PreTrainedModel, *, rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids with padding on the right of the last row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCAB, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def outputs(model: Any, **kwargs: Any) -> torch.Tensor:
+    """Logits, or the last hidden state, for :func:`inputs`."""
+    with torch.no_grad():
+        answer = model(**inputs(model, **kwargs))
+    return answer["logits"] if "logits" in answer else answer[0]
+
+
+def cut_unevenly(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes heads, neurons and the middle block away, differently in each block; in place."""
+    keep_layers(model, [0, 2])
+    first, second = anatomy_of(model).blocks
+    keep_heads(first, [1, 3])
+    keep_heads(second, [2])
+    keep_neurons(first, range(0, FFN, 2))
+    keep_neurons(second, range(5))
+    return model

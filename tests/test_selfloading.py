@@ -1,0 +1,98 @@
+"""selfloading: the loader that travels with a checkpoint works where lmcompress is not installed."""
+
+import ast
+import json
+import shutil
+
+import pytest
+import torch
+from families import FAMILIES, auto_class, cut_unevenly, inputs, make, outputs
+
+from lmcompress import CompressedModel
+
+_LOAD = """
+import json
+from pathlib import Path
+rows = json.loads(sys.argv[1])
+for row in rows:
+    trust = {"trust_remote_code": True} if row["trust"] else {}
+    try:
+        model = getattr(transformers, row["auto"]).from_pretrained(row["folder"], **trust).eval()
+        with torch.no_grad():
+            answer = model(**{name: torch.tensor(value) for name, value in row["inputs"].items()})
+        row["logits"] = (answer["logits"] if "logits" in answer else answer[0]).tolist()
+        if row["again"]:
+            model.save_pretrained(row["again"])
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(rows))
+"""
+
+
+def _row(model, folder, auto, trust=True, again=None):
+    given = {name: value.tolist() for name, value in inputs(model).items()}
+    return dict(folder=str(folder), auto=auto, inputs=given, trust=trust, again=again and str(again))
+
+
+def test_every_family_loads_without_lmcompress_when_trusted_and_fails_loudly_otherwise(tmp_path, without_lmcompress):
+    rows, expected = [], []
+    for family in FAMILIES:
+        for head in ("classification", "language"):
+            folder = tmp_path / f"{family.name}_{head}".replace("-", "_")
+            model = cut_unevenly(make(family, head))
+            CompressedModel(model).save_pretrained(folder, format="self_loading")
+            auto = auto_class(family, head).__name__
+            rows.append(_row(model, folder, auto, trust=False))
+            expected.append(None)
+            rows.append(_row(model, folder, auto, again=folder.with_name(folder.name + "_again")))
+            expected.append(outputs(model))
+        with torch.no_grad():
+            base = model.base_model(**inputs(model))[0]
+        rows += [_row(model, folder, "AutoModel"), _row(model, rows[-1]["again"], auto)]
+        expected += [base, outputs(model)]
+    # without trust first: one trusted load registers the loader for the rest of the process
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["trust"])
+    done = without_lmcompress(_LOAD, json.dumps([rows[i] for i in order]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for i, answer in zip(order, answers, strict=True):
+        if expected[i] is None:
+            assert "logits" not in answer and "mismatch" in answer["error"]
+        else:
+            assert "error" not in answer, answer["error"]
+            assert torch.equal(torch.tensor(answer["logits"]), expected[i]), answer["folder"]
+
+
+def test_with_lmcompress_imported_no_trust_is_needed(family, tmp_path):
+    model = cut_unevenly(make(family))
+    CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
+    reloaded = auto_class(family, "classification").from_pretrained(tmp_path / "m")
+    assert torch.equal(outputs(reloaded), outputs(model))
+
+
+def test_the_loader_is_python_and_names_both_classes(family, tmp_path):
+    model = cut_unevenly(make(family))
+    CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
+    source = (tmp_path / "m" / "modeling_lmcompress.py").read_text()
+    compile(source, "modeling_lmcompress.py", "exec")
+    auto_map = json.loads((tmp_path / "m" / "config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoModel": f"modeling_lmcompress.{type(model.base_model).__name__}",
+        "AutoModelForSequenceClassification": f"modeling_lmcompress.{type(model).__name__}",
+    }
+    imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    assert not any(name.startswith("lmcompress") for name in imported)
+
+
+def test_the_loader_stays_with_the_checkpoint_through_a_copy(tmp_path):
+    model = cut_unevenly(make("bert"))
+    CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
+    shutil.copytree(tmp_path / "m", tmp_path / "elsewhere")
+    assert torch.equal(outputs(CompressedModel.from_pretrained(tmp_path / "elsewhere")), outputs(model))
+
+
+@pytest.mark.parametrize("format", ["native", "vanilla"])
+def test_other_formats_carry_no_code(tmp_path, format):
+    CompressedModel(make("bert")).save_pretrained(tmp_path / "m", format=format)
+    assert not list((tmp_path / "m").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "m" / "config.json").read_text())

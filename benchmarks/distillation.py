@@ -1,6 +1,6 @@
 """How much of a teacher does half of it keep, with a teacher to learn from and without?
 
-Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: every second of its layers, classifier and
+Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: its first three layers, classifier and
 embeddings taken over, embeddings frozen. Each student is trained twice with everything equal: on labels alone (control), and on
 the teacher's logits, its hidden states and the labels (distilled), the teacher's answers coming from a disk store that is
 written once for all epochs and seeds. The last epoch counts, not the best.
@@ -35,14 +35,14 @@ from lmcompress.model import CompressedModel
 from lmcompress.trainers import CompressionTrainer
 
 LAYERS = 3
-# task: (epochs, seeds, learning rate)
-BUDGET = {
-    "rte": (4, 3, 1e-4),
-    "mrpc": (5, 3, 1e-4),
-    "stsb": (4, 3, 1e-4),
-    "cola": (4, 3, 1e-4),
-    "sst2": (1, 1, 1e-4),
-    "qnli": (2, 1, 1e-4),
+# task: (epochs, seeds, learning rate); a part of an epoch where the time of the small machine would not allow more
+BUDGET: dict[str, tuple[float, int, float]] = {
+    "rte": (3, 3, 2e-4),
+    "mrpc": (3, 3, 2e-4),
+    "stsb": (3, 3, 3e-4),
+    "cola": (3, 3, 2e-4),
+    "sst2": (0.5, 1, 2e-4),
+    "qnli": (1, 1, 2e-4),
 }
 MATCHED = ((1, 2), (2, 4), (3, 6))
 
@@ -64,7 +64,7 @@ def train_student(
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(options.work / "teachers" / task)
     teacher = AutoModelForSequenceClassification.from_pretrained(options.work / "teachers" / task)
-    student = by_layers(teacher, LAYERS, choose="uniform").model
+    student = by_layers(teacher, LAYERS, choose="first").model
     student.get_input_embeddings().requires_grad_(False)
     methods = []
     if role == "distilled":
@@ -118,7 +118,7 @@ def train_student(
 def run_task(options: argparse.Namespace, task: str) -> None:
     """Teacher, store, and all students of one task."""
     teacher_folder = options.work / "teachers"
-    summary = train_teacher(options.data, teacher_folder, task)
+    summary = train_teacher(options.data, teacher_folder, task, quick=options.quick)
     print("teacher", summary, flush=True)
     split = {"train": TASKS[task][1], "validation": "validation"}
     data = load_task(f"glue/{task}", data=options.data, splits=split, limit=200 if options.quick else None)

@@ -70,8 +70,8 @@ def metrics(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
     return values | {"score": float(np.mean(list(values.values())))}
 
 
-def train_teacher(data: Path, work: Path, task: str) -> dict[str, Any]:
-    """Fine-tune one teacher, unless it is there already, and return what ``teacher.json`` says of it."""
+def train_teacher(data: Path, work: Path, task: str, *, quick: bool = False) -> dict[str, Any]:
+    """Fine-tune one teacher, unless it is there already, and return what ``teacher.json`` says of it; ``quick``: 10 steps."""
     folder = work / task
     if (folder / "teacher.json").exists():
         return dict(json.loads((folder / "teacher.json").read_text()))
@@ -84,6 +84,7 @@ def train_teacher(data: Path, work: Path, task: str) -> dict[str, Any]:
     sets = {}
     for name in (train_split, "validation"):
         rows = glue_split(data, task, name)
+        rows = rows.select(range(100)) if quick else rows
         sets[name] = rows.map(
             lambda batch: tokenizer(*(batch[c] for c in columns), truncation=True, max_length=MAX_LENGTH)
             | {"labels": batch["label"]},
@@ -96,6 +97,7 @@ def train_teacher(data: Path, work: Path, task: str) -> dict[str, Any]:
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=64,
         num_train_epochs=epochs,
+        max_steps=10 if quick else -1,
         warmup_steps=0.06,
         lr_scheduler_type="linear",
         weight_decay=0.01,
@@ -148,9 +150,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
     parser.add_argument("--work", type=Path, default=Path("runs/teachers"), help="where the teachers go")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--quick", action="store_true", help="10 steps, to see that it runs")
     options = parser.parse_args()
     for task in options.tasks:
-        print(train_teacher(options.data, options.work, task), flush=True)
+        print(train_teacher(options.data, options.work, task, quick=options.quick), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,14 +60,12 @@ class Provenance(_Strict):
         base_model: name or path of the model that was compressed.
         recipe: name of the recipe, if there was one.
         methods: what was applied, in order.
-        equivalence_error: greatest difference between the logits before saving and after reloading.
     """
 
     library_version: Annotated[str, Field(max_length=64)] = ""
     base_model: Annotated[str, Field(max_length=1024)] = ""
     recipe: Annotated[str, Field(max_length=1024)] = ""
     methods: Annotated[tuple[str, ...], Field(max_length=64)] = ()
-    equivalence_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     @field_validator("methods", mode="before")
     @classmethod

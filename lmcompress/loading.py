@@ -54,9 +54,9 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
             if name in self._expected and tuple(tensor.shape) != self._expected[name]:
                 # other tensors were compared before loading: this one is of a head
                 raise CheckpointError(
-                    f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint and {self._expected[name]} in the model: "
-                    f"with a compressed checkpoint, transformers {transformers.__version__} cannot replace a head by one of "
-                    "another width. Use a newer transformers, or load it with AutoModel, save that, and load that for the task"
+                    f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint, {self._expected[name]} here: "
+                    f"transformers {transformers.__version__} cannot replace the head of a compressed checkpoint by "
+                    "one of another width. Use a newer one, or load with AutoModel, save that and load it for the task"
                 )
         # on the way through the stock loader the config is given back as it was read, source numbers included
         model.config.quantization_config = self.quantization_config

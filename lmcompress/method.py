@@ -40,6 +40,7 @@ class Step:
         progress: share of the training done, in [0, 1].
         outputs: the student's outputs, once somebody has run it.
         shared: for methods that look at the same thing, such as one forward pass of a teacher.
+        retain_graph: whether gradients are taken more than once, so that nothing may be freed after the first time.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Step:
     progress: float
     outputs: Any = None
     shared: dict[str, Any] = field(default_factory=dict)
+    retain_graph: bool = False
 
 
 class Method(Protocol):

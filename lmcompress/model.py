@@ -55,7 +55,7 @@ class CompressedModel:
 
     Args:
         model: of a family that :mod:`lmcompress.anatomy` knows.
-        provenance: where the model comes from.
+        provenance: where the model comes from; default: what it says itself.
 
     Raises:
         UnknownFamilyError: the family is not known.
@@ -69,7 +69,9 @@ class CompressedModel:
             )
         anatomy_of(model)
         self.model = model
-        self.provenance = provenance or Provenance(base_model=str(model.config.name_or_path or "")[:1024])
+        recorded = _compression_of(model.config)
+        itself = recorded.provenance if recorded else Provenance(base_model=_public_name(model))
+        self.provenance = provenance or itself
 
     @classmethod
     def wrap(cls, model: PreTrainedModel | CompressedModel, provenance: Provenance | None = None) -> CompressedModel:
@@ -102,10 +104,10 @@ class CompressedModel:
             },
         )
         stock_structure(config)  # absurd sizes are refused before a skeleton is built
-        compression = _compression_of(config)
+        _compression_of(config)
         loader = auto_class if auto_class is not None else _class_of(config)
         model = loader.from_pretrained(path, **kwargs)
-        return cls(model, compression.provenance if compression else None)
+        return cls(model)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -364,26 +366,26 @@ def random_batches(
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, *, marker: str = "config.json") -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends well, and vanishes when it does not.
 
     Args:
         folder: may exist; it is replaced as a whole, and untouched until then.
+        marker: a file that an existing folder must hold, so that no folder of another kind is ever replaced.
 
     Yields:
         The temporary folder, on the same file system.
 
     Raises:
-        LmcompressError: ``folder`` is a file, or holds something else than a checkpoint, or its place cannot be
+        LmcompressError: ``folder`` is a file, or holds files but no ``marker``, or its place cannot be
             written (a full disk, no permission).
     """
     folder = folder.resolve()
     if folder.is_file():
         raise LmcompressError(f"{folder} is a file; a checkpoint is a folder, name another path")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise LmcompressError(
-            f"{folder} holds files but no checkpoint, and would be replaced as a whole; "
-            "name a new folder or an empty one"
+            f"{folder} holds files but no {marker}, and would be replaced as a whole; name a new folder or an empty one"
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -444,6 +446,12 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, toke
 def library_version() -> str:
     """The version of lmcompress that is installed."""
     return version("lmcompress")
+
+
+def _public_name(model: PreTrainedModel) -> str:
+    """Name of a model on the Hub; of a folder its last part only, for a checkpoint may be published."""
+    name = str(model.config.name_or_path or "")
+    return (Path(name).name if Path(name).exists() else name)[:1024]
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import lmcompress.loading
 from lmcompress import CheckpointError, CompressedModel, CompressionConfig
 from lmcompress.anatomy import anatomy_of
-from lmcompress.loading import LmcompressQuantizer, safetensors_header
+from lmcompress.loading import safetensors_header
 from lmcompress.structure import structure_of
 
 HEADS = [*AUTO_CLASSES, "language"]
@@ -79,9 +79,7 @@ def test_a_head_of_another_width_can_be_replaced_by_the_user(family, saved, tmp_
     model, folder = saved(family)
     load = auto_class(family, "classification").from_pretrained
     if Version(transformers.__version__) < Version("5.23"):
-        with pytest.raises(
-            CheckpointError, match="cannot replace a head by one of another width.*load it with AutoModel"
-        ):
+        with pytest.raises(CheckpointError, match="cannot replace the head of a compressed checkpoint"):
             load(folder, num_labels=7, ignore_mismatched_sizes=True)
         AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "base")
         reloaded = load(tmp_path / "base", num_labels=7)
@@ -164,7 +162,7 @@ def test_generation_and_pipelines_just_work(saved):
 
 def test_registering_again_is_harmless(saved):
     lmcompress.loading.register()
-    assert AUTO_QUANTIZER_MAPPING["lmcompress"] is LmcompressQuantizer
+    assert AUTO_QUANTIZER_MAPPING["lmcompress"] is lmcompress.loading.LmcompressQuantizer
     again = importlib.reload(lmcompress.loading)
     again.register()
     again.register()

@@ -94,6 +94,13 @@ def test_shapes_origins_and_provenance_survive_saving(tmp_path):
     assert CompressedModel.from_pretrained(tmp_path / "n").compression == again.compression
 
 
+def test_a_model_loaded_by_stock_transformers_says_itself_where_it_comes_from(tmp_path):
+    provenance = Provenance(base_model="a/b", methods=("distillation",))
+    CompressedModel(cut_unevenly(make("bert")), provenance).save_pretrained(tmp_path / "m")
+    assert CompressedModel.wrap(AutoModel.from_pretrained(tmp_path / "m")).provenance == provenance
+    assert CompressedModel(make("bert")).provenance == Provenance()
+
+
 def test_saving_leaves_the_model_in_memory_as_it_was(family, tmp_path):
     for format in ("native", "vanilla", "self_loading"):
         model = make(family).train()
@@ -319,7 +326,7 @@ def test_a_target_that_is_a_file_is_refused(tmp_path):
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(LmcompressError, match="holds files but no checkpoint, and would be replaced as a whole"):
+    with pytest.raises(LmcompressError, match="holds files but no config.json, and would be replaced as a whole"):
         CompressedModel(make("bert")).save_pretrained(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, auto_class, cut_unevenly, inputs, make, outputs
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lmcompress import CompressedModel
 
@@ -89,6 +90,48 @@ def test_the_loader_stays_with_the_checkpoint_through_a_copy(tmp_path):
     CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
     shutil.copytree(tmp_path / "m", tmp_path / "elsewhere")
     assert torch.equal(outputs(CompressedModel.from_pretrained(tmp_path / "elsewhere")), outputs(model))
+
+
+@pytest.fixture
+def only_the_loader(tmp_path, monkeypatch):
+    """``only_the_loader(model)``: saves it, and registers the loader that travels with it in place of lmcompress."""
+
+    def run(model):
+        CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
+        for mapping in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+            monkeypatch.delitem(mapping, "lmcompress", raising=False)
+        source = (tmp_path / "m" / "modeling_lmcompress.py").read_text()
+        loader = {"__name__": "modeling_lmcompress"}
+        exec(compile(source, "modeling_lmcompress.py", "exec"), loader)
+        assert AUTO_QUANTIZER_MAPPING["lmcompress"] is loader["_Quantizer"]
+        return tmp_path / "m", loader
+
+    return run
+
+
+def test_lmcompress_reads_what_the_loader_loaded(family, only_the_loader):
+    model = cut_unevenly(make(family))
+    folder, _ = only_the_loader(model)
+    loaded = type(model).from_pretrained(folder)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert CompressedModel(loaded).compression == CompressedModel.from_pretrained(folder).compression
+
+
+@pytest.mark.parametrize("change", [{"heads": 3}, {"ffn": 7}], ids=str)
+def test_the_loader_refuses_a_config_that_does_not_fit_the_files(only_the_loader, change):
+    model = cut_unevenly(make("bert"))
+    folder, _ = only_the_loader(model)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["structure"]["blocks"][0] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RuntimeError), match="mismatch"):
+        type(model).from_pretrained(folder)
+
+
+def test_the_loader_refuses_another_format_version(only_the_loader):
+    _, loader = only_the_loader(make("bert"))
+    with pytest.raises(ValueError, match="pip install lmcompress"):
+        loader["_Config"](format_version=2)
 
 
 @pytest.mark.parametrize("format", ["native", "vanilla"])

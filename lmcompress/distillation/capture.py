@@ -45,6 +45,23 @@ def resolve(model: PreTrainedModel, kind: str, layer: int) -> Feature:
     return kind, wanted
 
 
+def shape_of(model: PreTrainedModel, feature: Feature) -> tuple[int, ...]:
+    """Sizes of a feature of one row.
+
+    Args:
+        model: whose feature it is; nothing is run.
+        feature: resolved (see :func:`resolve`).
+
+    Returns:
+        The shape without the batch axis; 0 where a size is the row's length.
+    """
+    kind, layer = feature
+    if kind == "hidden":
+        return (0, anatomy_of(model).hidden_size)
+    block = anatomy_of(model).blocks[layer - 1]
+    return (block.num_heads, 0, 0) if kind in ("scores", "probabilities") else (block.num_heads, 0, block.head_size)
+
+
 class Capture:
     """Hooks on a model that keep what was asked for of its next forward pass.
 

@@ -21,8 +21,8 @@ class TemperatureSchedule(_Part):
         Literal["constant", "flsw", "cwsm"],
         Field(description="flsw: by the cosine of student and teacher logits; cwsm: by the student's confidence."),
     ] = "constant"
-    beta: Annotated[float, Field(description="How far temperatures spread.")] = 1.0
-    gamma: Annotated[float, Field(ge=0, description="flsw only: exponent of 1 − cosine.")] = 1.0
+    beta: Annotated[float, Field(ge=0, description="How far temperatures spread.")] = 1.0
+    gamma: Annotated[float, Field(gt=0, description="flsw only: exponent of 1 − cosine.")] = 1.0
     minimum: Annotated[float, Field(gt=0, description="Temperatures are clamped from below.")] = 1.0
     maximum: Annotated[float, Field(gt=0, description="Temperatures are clamped from above.")] = 20.0
 
@@ -30,10 +30,14 @@ class TemperatureSchedule(_Part):
 class Match(_Part):
     """One comparison of a student's feature with a teacher's."""
 
-    loss: Annotated[str, Field(description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …")]
+    loss: Annotated[
+        str, Field(description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …")
+    ]
     student: Annotated[
         int | tuple[int, ...],
-        Field(description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1. Negative from the end."),
+        Field(
+            description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1. Negative from the end."
+        ),
     ]
     teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted likewise.")]
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
@@ -50,7 +54,9 @@ class Match(_Part):
         Field(description="Attention matches only, and needed there: before or after the softmax."),
     ] = None
     which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
-    options: Annotated[dict[str, Any], Field(description="Further arguments of the match, such as relation_heads.")] = {}
+    options: Annotated[
+        dict[str, Any], Field(description="Further arguments of the match, such as relation_heads.")
+    ] = {}
 
 
 class EmdMatch(_Part):
@@ -79,11 +85,14 @@ class DistillationConfig(_Part):
     temperature: Annotated[float, Field(gt=0, description="Softens teacher and student alike; usually 1 to 8.")] = 4.0
     temperature_schedule: TemperatureSchedule = TemperatureSchedule()
     scale_by_temperature: Annotated[
-        bool, Field(description="Multiply by temperature², so that the gradient's scale does not depend on it (Hinton).")
+        bool,
+        Field(description="Multiply by temperature², so that the gradient's scale does not depend on it (Hinton)."),
     ] = True
     weight: Annotated[float, Field(ge=0, description="Weight of the loss on the logits.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
-    label_weight: Annotated[float, Field(ge=0, description="Weight of the loss on the labels; 0: labels are not used.")] = 1.0
+    label_weight: Annotated[
+        float, Field(ge=0, description="Weight of the loss on the labels; 0: labels are not used.")
+    ] = 1.0
     label_weight_schedule: WeightSchedule = "constant"
     probability_shift: Annotated[
         bool, Field(description="Where the teacher is wrong, swap the logit of the label with the greatest.")
@@ -91,7 +100,7 @@ class DistillationConfig(_Part):
     beta: Annotated[float, Field(gt=0, lt=1, description="jsd only: share of the teacher in the mixture.")] = 0.5
     teacher_weights: Annotated[
         tuple[float, ...] | None,
-        Field(description="With several teachers: how their logits are averaged; default: evenly."),
+        Field(min_length=1, description="With several teachers: how their logits are averaged; default: evenly."),
     ] = None
     matches: tuple[Match, ...] = ()
     emd: EmdMatch | None = None
@@ -108,6 +117,10 @@ class DistillationConfig(_Part):
             raise ValueError("weight, label_weight and matches are all zero: there is nothing to train on")
         if self.teacher_weights is not None and (min(self.teacher_weights) < 0 or sum(self.teacher_weights) <= 0):
             raise ValueError(f"teacher_weights must be >= 0 and not all 0, got {self.teacher_weights}")
-        if self.temperature_schedule.minimum > self.temperature_schedule.maximum:
-            raise ValueError("temperature_schedule.minimum must not exceed its maximum")
+        schedule = self.temperature_schedule
+        if schedule.kind != "constant" and not schedule.minimum <= self.temperature <= schedule.maximum:
+            raise ValueError(
+                f"temperature must lie between temperature_schedule.minimum {schedule.minimum} and maximum "
+                f"{schedule.maximum}, got {self.temperature}"
+            )
         return self

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of
-from lmcompress.distillation.capture import Capture, Feature, Features, resolve
+from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.config import DistillationConfig, Match
 from lmcompress.distillation.layer_maps import emd_hidden_mse
 from lmcompress.distillation.losses import js_divergence, loss_for, probability_shift
 from lmcompress.distillation.matches import MatchLoss, match_for
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, cwsm, flsw
-from lmcompress.distillation.teachers import Answers, LiveTeacher, Teacher
+from lmcompress.distillation.teachers import Answers, LiveTeacher, StoredTeacher, Teacher, teacher_inputs
 from lmcompress.distillation.textbrewer import read_textbrewer
 from lmcompress.distillation.vocabulary import VocabularyLoss, vocabulary_loss
 from lmcompress.errors import LmcompressError
 from lmcompress.method import Step, Term
+from lmcompress.model import CompressedModel
 
 _LOGIT_LOSSES = {
     "auto": None,
@@ -55,30 +56,37 @@ class _Matched:
                     f"{', '.join(sorted(self.loss.options)) or 'none'}"
                 )
         self.student = [resolve(student, self.loss.feature, layer) for layer in wanted[0]]
-        if teacher.model is not None:
-            self.teacher = [resolve(teacher.model, self.loss.feature, layer) for layer in wanted[1]]
-            _check_heads(self.loss, self.student, student, self.teacher, teacher.model)
-        else:
-            if min(wanted[1]) < 0:
-                raise LmcompressError(
-                    f"a stored teacher's layers are counted from the beginning, got {match.teacher} in {match.loss!r}"
-                )
-            self.teacher = [(self.loss.feature, layer) for layer in wanted[1]]
-        self.projection = self._make_projection(student, teacher, number)
+        self.teacher = [teacher.resolve(self.loss.feature, layer) for layer in wanted[1]]
+        mine = [shape_of(student, feature) for feature in self.student]
+        theirs = [teacher.shape_of(feature) for feature in self.teacher]
+        self.projection = self._make_projection(mine[0][-1], theirs[0][-1], number)
+        self._try(mine, theirs)
 
-    def _make_projection(self, student: PreTrainedModel, teacher: Teacher, number: int) -> Projection | None:
+    def _make_projection(self, width: int, target: int, number: int) -> Projection | None:
         if self.match.projection == "none" or not self.loss.projectable:
             if self.match.projection not in ("none", "auto"):
                 raise LmcompressError(f"the match {self.match.loss!r} takes no projection; leave it out")
             return None
-        width = anatomy_of(student).hidden_size
-        # a store does not say how wide its features are until it is read; widths then have to agree
-        target = anatomy_of(teacher.model).hidden_size if teacher.model is not None else width
         if self.match.projection == "auto":
-            if width == target:
-                return None
-            return Projection(width, target, "linear", seed=number)
+            return Projection(width, target, "linear", seed=number) if width != target else None
         return Projection(width, target, self.match.projection, seed=number)
+
+    def _try(self, mine: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> None:
+        """Compare nothing with nothing in the right shapes: heads, widths and options that do not fit show before training."""
+        length = 2
+        student, teacher = (
+            {
+                feature: torch.zeros(1, *(size or length for size in shape))
+                for feature, shape in zip(side, shapes, strict=True)
+            }
+            for side, shapes in ((self.student, mine), (self.teacher, theirs))
+        )
+        try:
+            with torch.no_grad():
+                self(student, teacher, torch.ones(1, length, dtype=torch.long), False)
+        except (LmcompressError, TypeError) as error:
+            layers = f"student layer {self.match.student}, teacher layer {self.match.teacher}"
+            raise LmcompressError(f"the match {self.name} ({layers}) does not fit: {error}") from error
 
     def __call__(self, student: Features, teacher: Features, mask: Tensor, causal: bool) -> Tensor:
         mine = [student[feature] for feature in self.student]
@@ -87,9 +95,7 @@ class _Matched:
         theirs = [teacher[feature].detach() for feature in self.teacher]
         if self.loss.layers == 1:
             return self.loss(mine[0], theirs[0], mask, causal=causal, **self.match.options).sum()
-        return self.loss(
-            (mine[0], mine[1]), (theirs[0], theirs[1]), mask, causal=causal, **self.match.options
-        ).sum()
+        return self.loss((mine[0], mine[1]), (theirs[0], theirs[1]), mask, causal=causal, **self.match.options).sum()
 
 
 class Distillation:
@@ -105,9 +111,11 @@ class Distillation:
 
     name = "distillation"
 
-    def __init__(self, config: DistillationConfig, teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]) -> None:
+    def __init__(
+        self, config: DistillationConfig, teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]
+    ) -> None:
         given = list(teachers) if isinstance(teachers, Sequence) else [teachers]
-        self.teachers: list[Teacher] = [LiveTeacher(t) if isinstance(t, PreTrainedModel) else t for t in given]
+        self.teachers: list[Teacher] = [_teacher(teacher) for teacher in given]
         if not self.teachers:
             raise LmcompressError("distillation needs at least one teacher")
         weights = config.teacher_weights or (1.0,) * len(self.teachers)
@@ -119,10 +127,13 @@ class Distillation:
         self._capture: Capture | None = None
         self._matches: list[_Matched] = []
         self._emd_projection: Projection | None = None
+        self._needed: list[bool] = []
 
     @classmethod
     def from_textbrewer(
-        cls, config: str | Path | Mapping[str, Any], teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]
+        cls,
+        config: str | Path | Mapping[str, Any],
+        teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel],
     ) -> Distillation:
         """From TextBrewer's own ``DistillationConfig`` as JSON.
 
@@ -145,6 +156,9 @@ class Distillation:
             LmcompressError: vocabularies, labels, layers or heads do not agree, or a loss does not fit the head.
         """
         self.attach(trainer.student, trainer.args.device, trainer.accelerator.autocast)
+        columns = _columns(trainer.train_dataset)
+        if columns:
+            self._check_tokens("teacher_input_ids" in columns)
 
     def attach(self, student: PreTrainedModel, device: torch.device, autocast: Any) -> None:
         """What :meth:`prepare` does, without a trainer.
@@ -158,20 +172,28 @@ class Distillation:
             LmcompressError: as :meth:`prepare`.
         """
         self._autocast = autocast
+        self._student = student
         self.problem = problem_type_of(student)
         # a masked language model is a token classifier over the vocabulary
         kind = "token_classification" if self.problem == "masked_lm" else self.problem
         self._logit_loss = loss_for(kind, _LOGIT_LOSSES[self.config.loss])
         self._causal = anatomy_of(student).family.causal
         self._chunked = self.problem == "causal_lm"
+        if self.config.probability_shift and self.problem in ("regression", "multi_label_classification"):
+            raise LmcompressError(f"probability_shift needs one right class; a head for {self.problem} has none")
         for teacher in self.teachers:
             if teacher.model is not None:
-                _check_agreement(student, teacher.model, self.problem)
+                _check_separate(student, teacher.model)
+            if self.config.weight > 0:
+                self._check_logits(student, teacher)
         for number, match in enumerate(self.config.matches):
             if match.which >= len(self.teachers):
-                raise LmcompressError(f"match {number} names teacher {match.which}; there are {len(self.teachers)}, from 0")
+                raise LmcompressError(
+                    f"match {number} names teacher {match.which}; there are {len(self.teachers)}, from 0"
+                )
         self._matches = [
-            _Matched(match, number, student, self.teachers[match.which]) for number, match in enumerate(self.config.matches)
+            _Matched(match, number, student, self.teachers[match.which])
+            for number, match in enumerate(self.config.matches)
         ]
         wanted = {feature for matched in self._matches for feature in matched.student}
         asked: list[set[Feature]] = [set() for _ in self.teachers]
@@ -179,9 +201,13 @@ class Distillation:
             asked[matched.match.which].update(matched.teacher)
         if self.config.emd is not None:
             self._prepare_emd(student, wanted, asked)
+        if self._capture is not None:
+            self._capture.remove()
         self._capture = Capture(student, wanted, last_hidden=self._chunked)
+        logits = self.config.weight > 0
+        self._needed = [logits or bool(features) for features in asked]
         for teacher, features in zip(self.teachers, asked, strict=True):
-            teacher.prepare(sorted(features), causal=self._chunked, device=device)
+            teacher.prepare(sorted(features), logits=logits, causal=self._chunked, device=device)
         for module in self.modules().values():
             module.to(device)
 
@@ -190,14 +216,41 @@ class Distillation:
         which = self.config.emd.which
         teacher = self.teachers[which].model if which < len(self.teachers) else None
         if teacher is None:
-            raise LmcompressError(f"emd needs a teacher that runs, number {which} is none; there are {len(self.teachers)}")
+            raise LmcompressError(
+                f"emd needs a teacher that runs, number {which} is none; there are {len(self.teachers)}"
+            )
         self._emd_layers = [
-            [("hidden", layer) for layer in range(1, len(anatomy_of(model).block_list) + 1)] for model in (student, teacher)
+            [("hidden", layer) for layer in range(1, len(anatomy_of(model).block_list) + 1)]
+            for model in (student, teacher)
         ]
         wanted.update(self._emd_layers[0])
         asked[which].update(self._emd_layers[1])
         widths = anatomy_of(student).hidden_size, anatomy_of(teacher).hidden_size
         self._emd_projection = Projection(*widths, seed=len(self._matches)) if widths[0] != widths[1] else None
+        try:
+            mine, theirs = ([torch.zeros(1, 2, width)] for width in widths)
+            emd_hidden_mse(mine, theirs, torch.ones(1, 2), projection=self._emd_projection)
+        except ImportError as error:
+            raise LmcompressError(str(error)) from error
+
+    def _check_logits(self, student: PreTrainedModel, teacher: Teacher) -> None:
+        if teacher.model is not None:
+            _check_agreement(student, teacher.model, self.problem)
+        elif isinstance(teacher, StoredTeacher):
+            _check_store(student, teacher, self.problem, self.config.loss)
+
+    def _check_tokens(self, separate: bool) -> None:
+        """Refuse to feed one model's token ids to another whose vocabulary is of another size."""
+        for teacher in self.teachers:
+            if teacher.model is None or separate:
+                continue
+            sizes = self._student.config.vocab_size, teacher.model.config.vocab_size
+            if sizes[0] != sizes[1]:
+                raise LmcompressError(
+                    f"the student has a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}, but both would be "
+                    "given the same input_ids: tokenize for the teacher too and add its columns as teacher_input_ids and "
+                    "teacher_attention_mask"
+                )
 
     def before_forward(self, step: Step) -> None:
         """Ask a causal student for its hidden states only: the vocabulary comes in chunks.
@@ -223,15 +276,17 @@ class Distillation:
             step: with the student's outputs.
         """
         assert self._capture is not None
+        self._check_batch(step.inputs)
         answers = self._answers(step)
         mask = step.inputs.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(step.inputs["input_ids"])
         terms: dict[str, Term] = {}
         if self._chunked:
-            terms |= self._chunked_terms(step, answers)
+            if self.config.weight > 0 or self.config.label_weight > 0:
+                terms |= self._chunked_terms(step, answers)
         elif self.config.weight > 0:
-            terms["kd"] = self._logit_term(step, answers)
+            terms["kd"] = self._logit_term(step, answers, mask)
         student = self._capture.take(mask)
         for matched in self._matches:
             theirs = answers[matched.match.which].features
@@ -274,9 +329,11 @@ class Distillation:
         return found
 
     def finish(self) -> None:
-        """Take the hooks off the student."""
+        """Take the hooks off student and teachers."""
         if self._capture is not None:
             self._capture.remove()
+        for teacher in self.teachers:
+            teacher.release()
 
     def set_active(self, active: bool) -> None:
         """Let the hooks on the student keep something or not; they cost nothing while they do not.
@@ -296,10 +353,28 @@ class Distillation:
     def _answers(self, step: Step) -> list[Answers]:
         # by identity: two methods with the same teacher share its one forward pass
         known = step.shared.setdefault("answers", {})
-        for teacher in self.teachers:
-            if id(teacher) not in known:
+        for teacher, needed in zip(self.teachers, self._needed, strict=True):
+            if needed and id(teacher) not in known:
                 known[id(teacher)] = teacher.answer(step.inputs, self._autocast)
-        return [known[id(teacher)] for teacher in self.teachers]
+        return [known.get(id(teacher), Answers(None, None, {})) for teacher in self.teachers]
+
+    def _check_batch(self, inputs: Mapping[str, Any]) -> None:
+        # shapes and types only: nothing waits for the device
+        self._check_tokens("teacher_input_ids" in inputs)
+        labels = inputs.get("labels")
+        if labels is not None and labels.is_floating_point() and self.problem == "single_label_classification":
+            raise LmcompressError(
+                "the labels are floating-point numbers, but the student's head is for one class of several: set "
+                "config.problem_type of student and teacher to 'multi_label_classification' or 'regression'"
+            )
+        per_token = self.problem in ("token_classification", "masked_lm", "causal_lm")
+        if per_token and self.config.weight > 0 and "teacher_input_ids" in inputs:
+            lengths = inputs["input_ids"].shape[1], teacher_inputs(inputs)["input_ids"].shape[1]
+            if lengths[0] != lengths[1]:
+                raise LmcompressError(
+                    f"student and teacher see sequences of {lengths[0]} and {lengths[1]} tokens: a loss per token needs "
+                    "one tokenisation for both"
+                )
 
     def _temperature(self, student: Tensor, teacher: Tensor) -> float | Tensor:
         schedule = self.config.temperature_schedule
@@ -333,7 +408,7 @@ class Distillation:
             mean += weight * one
         return mean
 
-    def _logit_term(self, step: Step, answers: Sequence[Answers]) -> Term:
+    def _logit_term(self, step: Step, answers: Sequence[Answers], mask: Tensor) -> Term:
         student = step.outputs["logits"]
         teacher = self._mean_logits([answer.logits for answer in answers if answer.logits is not None])
         weight = self._soft_weight(step.progress)
@@ -342,17 +417,12 @@ class Distillation:
             if self.problem == "regression":
                 student, teacher = student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
             return Term(self._row_loss(student, teacher, labels).sum(), "examples", weight)
-        if student.shape[:2] != teacher.shape[:2]:
-            raise LmcompressError(
-                f"student and teacher see sequences of {student.shape[1]} and {teacher.shape[1]} tokens: a loss per token "
-                "needs one tokenisation for both"
-            )
         # positions without a label (padding, further pieces of a word) teach nothing the head is used for
         if labels is not None:
             rows, unit = labels != -100, "labels"
             labels = labels[rows]
         else:
-            rows, unit = step.inputs["attention_mask"].bool(), "tokens"
+            rows, unit = mask.bool(), "tokens"
         total = self._row_loss(student[rows], teacher[rows], labels).sum()
         return Term(total, unit, weight)  # type: ignore[arg-type]
 
@@ -372,6 +442,7 @@ class Distillation:
             scale=temperature**2 if self.config.scale_by_temperature else 1.0,
             soft=None if self._closed_form else self._row_loss_of_chunk,
             chunk=self.config.chunk_tokens,
+            retain=step.retain_graph,
         )
         with self._autocast():
             total, label_sum, soft_sum = vocabulary_loss(
@@ -381,8 +452,9 @@ class Distillation:
                 lambda start, stop: self._mean_logits([chunk(start, stop) for chunk in chunks]),
                 asked,
             )
-        parts = {"label": label_sum, "kd": soft_sum}
-        return {"label+kd": Term(total, "labels", parts=parts)}
+        # a part that is not asked for is no dead term
+        sums = (("label", label_sum, asked.label_weight), ("kd", soft_sum, asked.soft_weight))
+        return {"label+kd": Term(total, "labels", parts={name: part for name, part, weight in sums if weight > 0})}
 
     @property
     def _closed_form(self) -> bool:
@@ -406,7 +478,9 @@ def next_token_labels(inputs: Mapping[str, Any]) -> Tensor:
     if labels is None:
         labels = inputs["input_ids"]
         if (mask := inputs.get("attention_mask")) is not None:
-            labels = labels.masked_fill(mask == 0, -100)
+            # the first real token after padding on the left has nothing that it could be told from
+            before = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=0)
+            labels = labels.masked_fill((mask == 0) | (before == 0), -100)
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
@@ -439,22 +513,58 @@ def _layers(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_heads(
-    loss: MatchLoss,
-    student_features: Sequence[Feature],
-    student: PreTrainedModel,
-    teacher_features: Sequence[Feature],
-    teacher: PreTrainedModel,
-) -> None:
-    if loss.name not in ("attention_mse", "attention_ce", "minilm_attention"):
-        return
-    for (_, mine), (_, theirs) in zip(student_features, teacher_features, strict=True):
-        heads = anatomy_of(student).blocks[mine - 1].num_heads, anatomy_of(teacher).blocks[theirs - 1].num_heads
-        if heads[0] != heads[1]:
-            raise LmcompressError(
-                f"{loss.name} compares head with head, but student layer {mine} has {heads[0]} heads and teacher layer "
-                f"{theirs} has {heads[1]}: use attention_mse_mean or attention_ce_mean, or minilmv2_* relations"
-            )
+def _teacher(given: Any) -> Teacher:
+    model = given.model if isinstance(given, CompressedModel) else given
+    if isinstance(model, PreTrainedModel):
+        return LiveTeacher(model)
+    if isinstance(model, (str, Path, nn.Module)):
+        raise LmcompressError(
+            f"a teacher must be a PreTrainedModel, or a source such as StoredTeacher, got {type(model).__name__}; "
+            "load a path with load_teacher"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _columns(dataset: Any) -> Sequence[str]:
+    """Names of the columns of a data set, or none where they cannot be known without using it up."""
+    if (names := getattr(dataset, "column_names", None)) is not None:
+        return list(names)
+    if isinstance(dataset, Sequence) and dataset and isinstance(dataset[0], Mapping):
+        return list(dataset[0])
+    return []
+
+
+def _check_separate(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    own = {id(parameter) for parameter in student.parameters()}
+    if student is teacher or any(id(parameter) in own for parameter in teacher.parameters()):
+        raise LmcompressError(
+            "student and teacher share parameters, so there would be nothing to learn and the student would be frozen: "
+            "load the teacher a second time, or use copy.deepcopy(model)"
+        )
+
+
+def _check_store(student: PreTrainedModel, teacher: StoredTeacher, problem: str, loss: str) -> None:
+    meta, folder = teacher.store.meta, teacher.store.folder
+    unit = "row" if problem in ("single_label_classification", "multi_label_classification", "regression") else "token"
+    if meta.logits != unit:
+        raise LmcompressError(
+            f"the student's head is for {problem} and needs logits per {unit}; the teacher store {folder} has them per {meta.logits}"
+        )
+    size, of = (
+        (student.config.vocab_size, "tokens")
+        if problem in ("causal_lm", "masked_lm")
+        else (student.config.num_labels, "labels")
+    )
+    if meta.vocab_size != size:
+        raise LmcompressError(
+            f"the student has {size} {of}, the teacher store {folder} was made for {meta.vocab_size}: they must agree"
+        )
+    sigmoid = problem in ("multi_label_classification", "regression")
+    if meta.top_k is not None and meta.top_k < meta.vocab_size and (sigmoid or loss == "mse"):
+        raise LmcompressError(
+            f"the teacher store {folder} keeps the top {meta.top_k} of {meta.vocab_size} logits, which describe a softmax; "
+            f"{'a head for ' + problem if sigmoid else 'the loss mse'} needs all of them: build it again without top_k"
+        )
 
 
 def _check_agreement(student: PreTrainedModel, teacher: PreTrainedModel, problem: str) -> None:
@@ -468,11 +578,17 @@ def _check_agreement(student: PreTrainedModel, teacher: PreTrainedModel, problem
             )
         return
     if problem_type_of(teacher) != problem:
-        raise LmcompressError(f"the student's head is for {problem}, the teacher's ({names[1]}) for {problem_type_of(teacher)}")
+        raise LmcompressError(
+            f"the student's head is for {problem}, the teacher's ({names[1]}) for {problem_type_of(teacher)}"
+        )
     labels = student.config.num_labels, teacher.config.num_labels
     if labels[0] != labels[1]:
-        raise LmcompressError(f"the student has {labels[0]} labels, the teacher ({names[1]}) has {labels[1]}: they must agree")
-    maps: list[Callable[[int], str]] = [lambda i, m=model: str(m.config.id2label.get(i, i)) for model in (student, teacher)]  # type: ignore[misc]
+        raise LmcompressError(
+            f"the student has {labels[0]} labels, the teacher ({names[1]}) has {labels[1]}: they must agree"
+        )
+    maps: list[Callable[[int], str]] = [
+        lambda i, m=model: str(m.config.id2label.get(i, i)) for model in (student, teacher)
+    ]  # type: ignore[misc]
     mine, theirs = ([name(i) for i in range(labels[0])] for name in maps)
     generic = [f"LABEL_{i}" for i in range(labels[0])]
     if mine != theirs and generic not in (mine, theirs):

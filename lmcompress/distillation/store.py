@@ -14,12 +14,7 @@ import hashlib
 import inspect
 import json
 import math
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,7 +44,6 @@ KEY_BYTES = 16
 # the least float16; lower logits have no probability left, and minus infinity would make losses NaN
 _LOWEST = -65504.0
 
-_STORE_FILE = re.compile(r"meta\.json|index\.safetensors|shard-\d+\.safetensors")
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # of one row, without the batch axis
@@ -360,7 +354,7 @@ class TeacherStore:
         training = teacher.training
         teacher.eval()
         try:
-            with _replaced_store(Path(folder)) as temporary, torch.no_grad():
+            with replaced_folder(Path(folder), marker=META_FILE) as temporary, torch.no_grad():
                 writer = _Writer(temporary, dtype, top_k)
                 for batch in batches:
                     inputs = _teacher_inputs(batch)
@@ -676,33 +670,6 @@ class _Writer:
         save_file({name: torch.cat(rows) for name, rows in self.pending.items()}, path)
         self.shards.append(_file_info(path))
         self.pending, self.pending_bytes = {}, 0
-
-
-@contextmanager
-def _replaced_store(folder: Path) -> Iterator[Path]:
-    """:func:`replaced_folder` for stores: replaces an older store, never a folder that holds anything else."""
-    folder = folder.resolve()
-    if not folder.is_dir() or not any(folder.iterdir()):
-        with replaced_folder(folder) as temporary:
-            yield temporary
-        return
-    if strange := sorted(path.name for path in folder.iterdir() if not _STORE_FILE.fullmatch(path.name)):
-        raise LmcompressError(
-            f"{folder} holds something else than a teacher store ({', '.join(strange[:3])}) and would be replaced as a "
-            "whole; name a new folder"
-        )
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        with replaced_folder(scratch / "new") as temporary:
-            yield temporary
-        os.replace(folder, scratch / "old")
-        try:
-            os.replace(scratch / "new", folder)
-        except BaseException:
-            os.replace(scratch / "old", folder)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _lasting(config: PretrainedConfig) -> dict[str, Any]:

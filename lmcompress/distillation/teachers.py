@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of
-from lmcompress.distillation.capture import Capture, Feature, Features
+from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.store import TeacherStore, expand_top_k
 from lmcompress.distillation.vocabulary import TeacherChunk
 from lmcompress.errors import LmcompressError
@@ -41,16 +41,32 @@ class Answers:
 class Teacher(Protocol):
     """A source of answers."""
 
-    def prepare(self, features: Sequence[Feature], *, causal: bool, device: torch.device) -> None:
-        """Called once before training.
+    def resolve(self, kind: str, layer: int) -> Feature:
+        """A feature with its layer counted from the beginning.
+
+        Args:
+            kind: such as ``"hidden"``.
+            layer: negative counts from the end.
+
+        Raises:
+            LmcompressError: it cannot be given.
+        """
+
+    def shape_of(self, feature: Feature) -> tuple[int, ...]:
+        """Sizes of a feature of one row, 0 where a size is the row's length.
+
+        Args:
+            feature: resolved.
+        """
+
+    def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
+        """Called before training by each method that asks this teacher.
 
         Args:
             features: that will be asked for, with layers resolved.
+            logits: whether logits will be asked for.
             causal: whether the vocabulary's logits are wanted in chunks.
             device: where training happens.
-
-        Raises:
-            LmcompressError: a feature cannot be given.
         """
 
     def answer(self, batch: Mapping[str, Any], autocast: Autocast) -> Answers:
@@ -60,6 +76,9 @@ class Teacher(Protocol):
             batch: the whole batch, ``teacher_*`` columns included.
             autocast: makes the context in which a model runs.
         """
+
+    def release(self) -> None:
+        """Called after training: take hooks away."""
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -73,40 +92,65 @@ def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: a collated batch.
     """
     own = {name.removeprefix(TEACHER_PREFIX): v for name, v in batch.items() if name.startswith(TEACHER_PREFIX)}
-    return own or {name: v for name, v in batch.items() if name not in ("labels", "task")}
+    return {name: v for name, v in (own or batch).items() if name not in ("labels", "task")}
 
 
 class LiveTeacher:
     """A model that runs beside the student, frozen and without dropout.
 
     Args:
-        model: of any precision; it is put to evaluation mode and its gradients are switched off.
+        model: of any precision; before training it is put to evaluation mode and its gradients are switched off.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self._model = model
         self._capture: Capture | None = None
-        self._causal = False
-        self._accepted = set(inspect.signature(model.forward).parameters)
+        self._features: set[Feature] = set()
+        self._logits = self._causal = False
+        # of the class: accelerate and hooks wrap the instance's
+        self._accepted = set(inspect.signature(type(model).forward).parameters)
 
     @property
     def model(self) -> PreTrainedModel:
         """The model."""
         return self._model
 
-    def prepare(self, features: Sequence[Feature], *, causal: bool, device: torch.device) -> None:
-        """Put hooks on the model and move it to the device; see :class:`Teacher`.
+    def resolve(self, kind: str, layer: int) -> Feature:
+        """A feature with its layer counted from the beginning; see :class:`Teacher`.
 
         Args:
-            features: resolved.
+            kind: of feature.
+            layer: negative counts from the end.
+        """
+        return resolve(self._model, kind, layer)
+
+    def shape_of(self, feature: Feature) -> tuple[int, ...]:
+        """Sizes of a feature of one row; see :class:`Teacher`.
+
+        Args:
+            feature: resolved.
+        """
+        return shape_of(self._model, feature)
+
+    def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
+        """Freeze the model, put hooks on it and move it to the device; see :class:`Teacher`.
+
+        Args:
+            features: resolved; several methods may ask one teacher, each for its own.
+            logits: whether the head is needed.
             causal: whether chunks are wanted.
             device: a model that was loaded in 8 or 4 bits stays where it is.
         """
         if self._capture is not None:
             self._capture.remove()
-        self._capture = Capture(self._model, features)
+        self._model.eval().requires_grad_(False)
+        self._features.update(features)
+        self._capture = Capture(self._model, self._features)
+        self._logits = self._logits or logits
         self._causal = causal
-        if not getattr(self._model, "is_loaded_in_8bit", False) and not getattr(self._model, "is_loaded_in_4bit", False):
+        if not getattr(self._model, "is_loaded_in_8bit", False) and not getattr(
+            self._model, "is_loaded_in_4bit", False
+        ):
             self._model.to(device)
 
     def answer(self, batch: Mapping[str, Any], autocast: Autocast) -> Answers:
@@ -117,8 +161,14 @@ class LiveTeacher:
             autocast: context for the forward pass.
         """
         assert self._capture is not None
+        if self._model.training:
+            # somebody called train() on it in the meantime
+            self._model.eval()
         inputs = {name: v for name, v in teacher_inputs(batch).items() if name in self._accepted}
         with torch.no_grad(), autocast():
+            if not self._logits:
+                self._model.base_model(**inputs)
+                return Answers(None, None, self._capture.take(inputs.get("attention_mask")))
             if not self._causal:
                 return Answers(self._model(**inputs).logits, None, self._capture.take(inputs.get("attention_mask")))
             hidden = self._model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
@@ -136,6 +186,12 @@ class LiveTeacher:
 
         return Answers(None, chunk, self._capture.take(inputs.get("attention_mask")))
 
+    def release(self) -> None:
+        """Take the hooks away; see :class:`Teacher`."""
+        if self._capture is not None:
+            self._capture.remove()
+        self._capture, self._features, self._logits = None, set(), False
+
 
 class StoredTeacher:
     """A teacher whose answers were written to disk before.
@@ -148,26 +204,47 @@ class StoredTeacher:
 
     def __init__(self, store: TeacherStore) -> None:
         self.store = store
-        self._features: tuple[Feature, ...] = ()
+        self._features: set[Feature] = set()
         self._causal = False
 
-    def prepare(self, features: Sequence[Feature], *, causal: bool, device: torch.device) -> None:
-        """Check that the store has what will be asked for; see :class:`Teacher`.
+    def resolve(self, kind: str, layer: int) -> Feature:
+        """A feature with its layer counted from the beginning; see :class:`Teacher`.
+
+        Args:
+            kind: of feature.
+            layer: negative counts from the end.
+
+        Raises:
+            LmcompressError: the store lacks it.
+        """
+        feature = (kind, layer if layer >= 0 else self.store.meta.layers + 1 + layer)
+        if feature not in self.store.features:
+            there = ", ".join(f"{kind} {layer}" for kind, layer in self.store.features) or "no features"
+            raise LmcompressError(
+                f"the teacher store {self.store.folder} has no {kind} of layer {layer}, it has {there}: build it again "
+                "with the features that are matched"
+            )
+        return feature
+
+    def shape_of(self, feature: Feature) -> tuple[int, ...]:
+        """Sizes of a feature of one row; see :class:`Teacher`.
+
+        Args:
+            feature: resolved.
+        """
+        return {(info.kind, info.layer): info.shape for info in self.store.meta.features}[feature]
+
+    def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
+        """Remember what will be asked for; see :class:`Teacher`.
 
         Args:
             features: resolved.
+            logits: they are always there.
             causal: whether chunks are wanted.
             device: answers come on the batch's device.
-
-        Raises:
-            LmcompressError: the store lacks a feature.
         """
-        missing = [feature for feature in features if feature not in self.store.features]
-        if missing:
-            raise LmcompressError(
-                f"the teacher store has no {missing}, it has {list(self.store.features)}: build it anew with these features"
-            )
-        self._features, self._causal = tuple(features), causal
+        self._features.update(features)
+        self._causal = causal
 
     def answer(self, batch: Mapping[str, Any], autocast: Autocast) -> Answers:
         """Look the batch up; see :class:`Teacher`.
@@ -176,7 +253,7 @@ class StoredTeacher:
             batch: the whole batch.
             autocast: not needed.
         """
-        found = self.store.lookup(batch, self._features)
+        found = self.store.lookup(batch, sorted(self._features))
         if found.top_k is None:
             logits = found.logits
             assert logits is not None
@@ -198,11 +275,16 @@ class StoredTeacher:
             kept = values[rows], indices[rows], total[rows]
 
             def logits(start: int, stop: int) -> Tensor:
-                return expand_top_k(*(part[start:stop] for part in kept), top.vocab_size)
+                chosen = [part[start:stop] for part in kept]
+                return expand_top_k(chosen[0], chosen[1], chosen[2], top.vocab_size)
 
             return logits
 
         return Answers(None, sparse, found.features)
+
+    def release(self) -> None:
+        """Forget what was asked for; see :class:`Teacher`."""
+        self._features.clear()
 
 
 def load_teacher(

@@ -82,7 +82,7 @@ def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfi
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LmcompressError(f"cannot read {path} as a TextBrewer configuration: {error}") from error
     if not isinstance(values, dict):
@@ -90,8 +90,8 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _schedule(name: str) -> str:
-    if name not in _SCHEDULES:
+def _schedule(name: Any) -> str:
+    if not isinstance(name, str) or name not in _SCHEDULES:
         raise LmcompressError(f"TextBrewer has no weight scheduler {name!r}{nearest(str(name), _SCHEDULES)}")
     return _SCHEDULES[name]
 
@@ -104,36 +104,58 @@ def _temperature(value: str | list[Any]) -> dict[str, Any]:
         return {"kind": "flsw", "beta": options[0], "gamma": options[1]}
     if name == "cwsm" and len(options) == 1:
         return {"kind": "cwsm", "beta": options[0]}
-    raise LmcompressError(f'TextBrewer\'s temperature_scheduler is "none", ["flsw", beta, gamma] or ["cwsm", beta], got {value!r}')
+    raise LmcompressError(
+        f'TextBrewer\'s temperature_scheduler is "none", ["flsw", beta, gamma] or ["cwsm", beta], got {value!r}'
+    )
 
 
-def _match(match: Mapping[str, Any]) -> dict[str, Any]:
+def _match(match: Any) -> dict[str, Any]:
+    if not isinstance(match, Mapping):
+        raise LmcompressError(f"a TextBrewer match is an object with {', '.join(_MATCH_KEYS)}, got {match!r}")
     for key in match:
         if key not in _MATCH_KEYS:
             raise LmcompressError(f"a TextBrewer match has no {key!r}{nearest(key, _MATCH_KEYS)}")
-    loss = match.get("loss")
+    if missing := [key for key in ("layer_T", "layer_S", "feature", "loss") if key not in match]:
+        raise LmcompressError(f"a TextBrewer match needs {' and '.join(missing)}, got {dict(match)}")
+    loss, feature = match["loss"], match["feature"]
     if loss not in _MATCHES:
         raise LmcompressError(f"TextBrewer has no match loss {loss!r}{nearest(str(loss), _MATCHES)}")
-    attention = match.get("feature") == "attention"
+    attention = _MATCHES[loss].startswith("attention")
+    if feature != ("attention" if attention else "hidden"):
+        raise LmcompressError(
+            f"the match loss {loss!r} compares the feature {'attention' if attention else 'hidden'!r}, got {feature!r}"
+        )
     values: dict[str, Any] = {
         "loss": _MATCHES[loss],
         # TextBrewer counts the layers of a list: attention 0 is the first block, hidden 0 the embeddings
         "student": _layer(match["layer_S"], attention),
         "teacher": _layer(match["layer_T"], attention),
         "weight": match.get("weight", 1.0),
+        "projection": "none",
     }
     if attention:
         values["on"] = "scores"
     if match.get("proj"):
-        kind, _, _, *more = match["proj"]
-        values["projection"] = kind
-        if more and "lr" in more[0]:
-            values["projection_learning_rate"] = more[0]["lr"]
-    elif not attention:
-        values["projection"] = "none"
+        values |= _projection(match["proj"])
     return values
 
 
-def _layer(value: int | list[int], attention: bool) -> int | tuple[int, ...]:
-    shift = 1 if attention else 0
-    return tuple(layer + shift for layer in value) if isinstance(value, list) else value + shift
+def _projection(proj: Any) -> dict[str, Any]:
+    shaped = isinstance(proj, list | tuple) and 3 <= len(proj) <= 4 and isinstance(proj[0], str)
+    options = proj[3] if shaped and len(proj) == 4 else {}
+    if not shaped or not isinstance(options, Mapping) or set(options) - {"lr"}:
+        raise LmcompressError(
+            'TextBrewer\'s proj is [kind, student width, teacher width] and perhaps {"lr": rate} (other options of the '
+            f"optimizer have no counterpart here), got {proj!r}"
+        )
+    values = {"projection": proj[0]}
+    return values | ({"projection_learning_rate": options["lr"]} if "lr" in options else {})
+
+
+def _layer(value: Any, attention: bool) -> int | tuple[int, ...]:
+    layers = value if isinstance(value, list | tuple) else [value]
+    if not layers or not all(isinstance(layer, int) for layer in layers):
+        raise LmcompressError(f"layer_T and layer_S are a number or a list of numbers, got {value!r}")
+    # from the end, both count alike
+    moved = tuple(layer + 1 if attention and layer >= 0 else layer for layer in layers)
+    return moved if isinstance(value, list | tuple) else moved[0]

@@ -32,6 +32,7 @@ class VocabularyLoss:
         scale: factor of the closed form, usually ``temperature ** 2``.
         soft: another loss than KL, differentiated by autograd; None is KL(teacher ‖ student) with its gradient in closed form.
         chunk: rows at a time.
+        retain: whether backward runs more than once; costs one more gradient of the head.
     """
 
     label_weight: float
@@ -40,6 +41,7 @@ class VocabularyLoss:
     scale: float = 1.0
     soft: SoftLoss | None = None
     chunk: int = 512
+    retain: bool = False
 
 
 def vocabulary_loss(
@@ -90,6 +92,7 @@ class _Chunked(torch.autograd.Function):
                     else:
                         grad_weight += gradient.t() @ rows
         ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.retain = asked.retain
         ctx.set_materialize_grads(False)
         total = asked.label_weight * sums[0] + asked.soft_weight * sums[1]
         label_sum, soft_sum = sums[0].clone(), sums[1].clone()
@@ -100,10 +103,15 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return None, None, None, None, None
+        if ctx.grads is None:
+            raise RuntimeError("backward through a chunked vocabulary loss a second time: ask for it with retain=True")
         grad_hidden, grad_weight = ctx.grads
-        ctx.grads = (None, None)
-        # in place: the matrix of gradients of the head is as large as the head
-        scaled = [None if grad is None else grad.mul_(grad_total) for grad in (grad_hidden, grad_weight)]
+        if ctx.retain:
+            scaled = [None if grad is None else grad * grad_total for grad in (grad_hidden, grad_weight)]
+        else:
+            ctx.grads = None
+            # in place: the matrix of gradients of the head is as large as the head
+            scaled = [None if grad is None else grad.mul_(grad_total) for grad in (grad_hidden, grad_weight)]
         return scaled[0], scaled[1], None, None, None
 
 

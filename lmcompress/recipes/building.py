@@ -1,4 +1,4 @@
-"""What a recipe names, made: rows, tokenizer, models; on ``meta``, where nothing is allocated, or with their weights."""
+"""What a recipe names, made: rows, tokenizer, models; on ``meta``, where nothing is allocated, or with weights."""
 
 from __future__ import annotations
 
@@ -118,7 +118,9 @@ def gather(recipe: Recipe) -> Materials:
         raise LmcompressError(f"{data.task.name} has no rows to train on; {'; '.join(data.notes)}")
     for split in recipe.evaluation.splits:
         if split not in data.splits():
-            raise LmcompressError(f"evaluation.splits names {split!r}; {data.task.name} has: {', '.join(data.splits())}")
+            raise LmcompressError(
+                f"evaluation.splits names {split!r}; {data.task.name} has: {', '.join(data.splits())}"
+            )
         label = data.task.label_column
         if label is not None and label not in data.splits()[split].column_names:
             raise LmcompressError(f"evaluation.splits names {split!r}, which has no labels in {data.task.name}")
@@ -151,7 +153,11 @@ def auto_class(task: Task) -> Any:
     """
     if task.kind is TaskKind.CAUSAL_LM:
         return AutoModelForCausalLM
-    return AutoModelForTokenClassification if task.kind is TaskKind.TOKEN_CLASSIFICATION else AutoModelForSequenceClassification
+    return (
+        AutoModelForTokenClassification
+        if task.kind is TaskKind.TOKEN_CLASSIFICATION
+        else AutoModelForSequenceClassification
+    )
 
 
 def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
@@ -169,7 +175,7 @@ def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, **words)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
@@ -188,7 +194,7 @@ def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
         config = _config_from_scratch(model, materials)
         set_seed(materials.recipe.seed)
         with torch.device("meta") if meta else nullcontext():
-            return cls.from_config(config)  # type: ignore[no-any-return]
+            return cls.from_config(config)
     config = _config_of(model, _head(task))
     if config.pad_token_id is None:
         config.pad_token_id = materials.tokenizer.pad_token_id
@@ -199,7 +205,7 @@ def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
     # a head for other labels is made anew
     other_head = bool(_head(task)) and trained.num_labels != task.num_labels
     with _found(model, "model"):
-        return cls.from_pretrained(model, config=config, ignore_mismatched_sizes=other_head)  # type: ignore[no-any-return]
+        return cls.from_pretrained(model, config=config, ignore_mismatched_sizes=other_head)
 
 
 def teacher_skeleton(path: str, task: Task) -> PreTrainedModel:
@@ -240,7 +246,7 @@ def skeleton(config: PretrainedConfig, cls: Any) -> PreTrainedModel:
         described = CompressionConfig.from_dict(described)
     if isinstance(described, CompressionConfig) and described.structure is not None:
         shape_skeleton(model, described.structure)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def make_student(start: PreTrainedModel, spec: StudentSpec | None, seed: int) -> PreTrainedModel:
@@ -295,8 +301,8 @@ def different_tokenizer(
         )
     if materials.task.kind in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION):
         raise LmcompressError(
-            f"stage {stage.name!r}: the teacher {next(iter(others))} has another tokenizer than the student, so that their "
-            f"answers for single tokens can't be compared; choose a student of the teacher's family"
+            f"stage {stage.name!r}: the teacher {next(iter(others))} has another tokenizer than the student, so that "
+            f"their answers for single tokens can't be compared; choose a student of the teacher's family"
         )
     return first
 
@@ -396,8 +402,8 @@ def _found(path: str | Path, what: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LmcompressError(
-            f"could not load the {what} of {str(path)!r}: {first[:300]} (a folder, or a name on the Hub; without a network "
-            "give a folder)"
+            f"could not load the {what} of {str(path)!r}: {first[:300]} "
+            "(a folder, or a name on the Hub; without a network give a folder)"
         ) from error
 
 

@@ -30,21 +30,26 @@ ON_COMMAND_LINE = 0
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: ``on`` is a word and ``1e-4`` a number, which is not so in the YAML 1.1 of PyYAML."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
     ("merge", r"<<", "<"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))  # type: ignore[no-untyped-call]
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 # YAML 1.1 reads 010 as eight
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _number(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _number(node.value))
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -86,7 +91,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
 
     Args:
         text: YAML.
-        overrides: ``key.path=value`` each, the value in YAML. Stages go by name (``stages.student.training.max_steps=10``) or number;
+        overrides: ``key.path=value`` each, the value in YAML. Stages go by name
+            (``stages.student.training.max_steps=10``) or number;
             ``training.…`` is for all stages.
         where: the file's name, for messages.
 
@@ -116,7 +122,9 @@ def dump_recipe(recipe: Recipe) -> str:
         True
     """
     values = recipe.model_dump(mode="json", exclude_none=True)
-    return yaml.dump(values, sort_keys=False, allow_unicode=True, width=120, Dumper=_Dumper)
+    # PyYAML writes exotic line ends as they are, and reads them as spaces
+    readable = json.dumps(values, ensure_ascii=False).isprintable()
+    return yaml.dump(values, sort_keys=False, allow_unicode=readable, width=120, Dumper=_Dumper)
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -125,7 +133,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Short lists on one line; strings that another YAML would read as something else in quotes."""
+    """Without anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -140,20 +148,21 @@ def _read(text: str, where: str) -> tuple[dict[str, Any], dict[Path_, int]]:
             if node is None:
                 raise LmcompressError(f"{where} is empty; lmcompress recipes show quickstart prints one to start from")
             if not isinstance(node, MappingNode):
-                raise LmcompressError(f"{where} must be a mapping of keys to values, got {node.id} on line 1")
+                raise LmcompressError(f"{where} must be a mapping of keys to values, got something else on line 1")
             for count, (path, line) in enumerate(_walk(node, (), where, 0)):
                 if count > MAX_NODES:
                     raise LmcompressError(f"{where} has more than {MAX_NODES} values; a recipe is a page of YAML")
                 lines[path] = line
-            document = loader.construct_document(node)  # type: ignore[no-untyped-call]
+            document = loader.construct_document(node)
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
-    except (yaml.YAMLError, ValueError) as error:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, LmcompressError):
             raise
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise LmcompressError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        reason = getattr(error, "problem", None) or error
+        at_line = f", line {mark.line + 1}" if mark is not None else ""
+        raise LmcompressError(f"{where}{at_line}: not valid YAML: {reason}") from error
     return document, lines
 
 
@@ -162,7 +171,9 @@ def _walk(node: Node, path: Path_, where: str, depth: int) -> Iterator[tuple[Pat
     if depth > MAX_DEPTH:
         raise LmcompressError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        raise LmcompressError(f"{where}, line {line}: the tag {node.tag!r} has no place in a recipe; write plain values")
+        raise LmcompressError(
+            f"{where}, line {line}: the tag {node.tag!r} has no place in a recipe; write plain values"
+        )
     if isinstance(node, MappingNode):
         yield path, line
         seen: dict[str, int] = {}
@@ -172,7 +183,7 @@ def _walk(node: Node, path: Path_, where: str, depth: int) -> Iterator[tuple[Pat
                 raise LmcompressError(f"{where}, line {at}: keys must be plain words")
             if key.value in seen:
                 raise LmcompressError(
-                    f"{where}, line {at}: {'.'.join(map(str, (*path, key.value)))} is there twice, first on line {seen[key.value]}"
+                    f"{where}, line {at}: {_dotted((*path, key.value))} is there twice, first on line {seen[key.value]}"
                 )
             seen[key.value] = at
             yield (*path, key.value), at
@@ -195,13 +206,15 @@ def _apply(document: dict[str, Any], override: str, lines: dict[Path_, int]) -> 
     if not equals or not all(keys):
         raise LmcompressError(f"an override must look like key.path=value, got {override!r}")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise LmcompressError(f"the value of the override {override!r} is not valid YAML") from error
     stages = document.get("stages")
     if keys[0] == "training":
         if len(keys) < 2:
-            raise LmcompressError("training=... needs a field, such as training.learning_rate=1e-4; it is for all stages")
+            raise LmcompressError(
+                "training=... needs a field, such as training.learning_rate=1e-4; it is for all stages"
+            )
         for index, stage in enumerate(stages if isinstance(stages, list) else []):
             if isinstance(stage, dict):
                 _set(document, ("stages", index, *keys), value, lines, override)
@@ -223,23 +236,28 @@ def _stage_index(stages: Any, key: str, override: str) -> int:
 
 def _set(document: Any, path: Path_, value: Any, lines: dict[Path_, int], override: str) -> None:
     at = document
+    resolved: list[str | int] = []
     for depth, key in enumerate(path):
         is_last = depth == len(path) - 1
         if isinstance(at, list):
             if not (isinstance(key, int) or key.isdecimal()) or int(key) >= len(at):
-                raise LmcompressError(f"override {override!r}: {_dotted(path[:depth])} has {len(at)} entries, no {key!r}")
+                raise LmcompressError(
+                    f"override {override!r}: {_dotted(path[:depth])} has {len(at)} entries, no {key!r}"
+                )
             key = int(key)
         elif not isinstance(at, dict):
             raise LmcompressError(f"override {override!r}: {_dotted(path[:depth])} is {at!r}, which has no {key!r}")
+        resolved.append(key)
         if is_last:
             at[key] = value
-        elif isinstance(at, dict) and at.get(str(key)) is None:
-            at = at.setdefault(str(key), {}) if str(key) not in at else at.__setitem__(str(key), {}) or at[str(key)]
         else:
-            at = at[key] if isinstance(at, list) else at[str(key)]
-    for length in range(1, len(path) + 1):
-        lines.setdefault(path[:length], ON_COMMAND_LINE)
-    lines[path] = ON_COMMAND_LINE
+            # an empty key in YAML is None
+            if isinstance(at, dict) and at.get(key) is None:
+                at[key] = {}
+            at = at[key]
+    for length in range(1, len(resolved) + 1):
+        lines.setdefault(tuple(resolved[:length]), ON_COMMAND_LINE)
+    lines[tuple(resolved)] = ON_COMMAND_LINE
 
 
 def _problems(error: ValidationError, lines: Mapping[Path_, int], document: Any) -> Iterator[str]:
@@ -268,7 +286,7 @@ def _says(path: Path_, model: type[BaseModel] | None, problem: Any) -> str:
 
 
 def _locate(location: Sequence[str | int], document: Any) -> tuple[Path_, type[BaseModel] | None]:
-    """The path of an error in the document, without pydantic's marks of unions, and the model that its last key is of."""
+    """The path of an error in the document, without pydantic's marks of unions; and the model of its last key."""
     annotation: Any = Recipe
     owner: type[BaseModel] | None = None
     path: list[str | int] = []

@@ -130,7 +130,9 @@ def plan(recipe: Recipe) -> Plan:
             raise type(error)(f"stage {stage.name!r}: {error}") from error
         rows = materials.rows(teacher_tokenizer=teacher_tokenizer).train.num_rows
         rows *= 1 + (stage.augmentation.copies if stage.augmentation else 0)
-        role: Role = "teacher" if stage.name in used else "control" if control_of else "student" if teachers else "model"
+        role: Role = (
+            "teacher" if stage.name in used else "control" if control_of else "student" if teachers else "model"
+        )
         parameters = parameter_count(model)
         plans.append(
             StagePlan(

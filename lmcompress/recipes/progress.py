@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,9 +51,7 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
         self.progress.start()
         self.task = self.progress.add_task(self.label, total=state.max_steps, completed=state.global_step, loss="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on.
 
         Args:
@@ -88,6 +87,10 @@ def quiet_libraries() -> Iterator[None]:
     """Transformers and datasets say nothing but errors, and draw no bars of their own, for the time."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     data_verbosity, data_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    # what is cut or left out is noted in the report
+    own = logging.getLogger("lmcompress")
+    level = own.level
+    own.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
@@ -95,6 +98,7 @@ def quiet_libraries() -> Iterator[None]:
     try:
         yield
     finally:
+        own.setLevel(level)
         transformers.logging.set_verbosity(verbosity)
         datasets.logging.set_verbosity(data_verbosity)
         if bars:

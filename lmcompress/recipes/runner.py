@@ -29,7 +29,14 @@ from transformers import (
 from lmcompress.card import model_card
 from lmcompress.config import Provenance
 from lmcompress.data import TaskKind
-from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, StoredTeacher, TeacherStore, load_teacher
+from lmcompress.distillation import (
+    Distillation,
+    DistillationConfig,
+    LiveTeacher,
+    StoredTeacher,
+    TeacherStore,
+    load_teacher,
+)
 from lmcompress.distillation.capture import extract, resolve
 from lmcompress.distillation.matches import match_for
 from lmcompress.distillation.teachers import Teacher
@@ -74,7 +81,8 @@ class RunResult:
     """What a run left behind.
 
     Attributes:
-        folder: with ``recipe.yaml``, ``results.json``, ``metrics.json``, ``report.md``, ``report.html``, ``plots/`` and the models.
+        folder: with ``recipe.yaml``, ``results.json``, ``metrics.json``, ``report.md``, ``report.html``, ``plots/``
+            and the models.
         report: as ``results.json`` has it.
         models: name of a stage to the folder of its model.
     """
@@ -105,7 +113,8 @@ def run(
 ) -> RunResult:
     """Train the recipe's stages, measure them beside each other, and write everything into one folder.
 
-    A stage that is finished is not trained again as long as what it was made from has not changed; one that was interrupted goes on from its
+    A stage that is finished is not trained again as long as what it was made from has not changed; one that was
+    interrupted goes on from its
     last checkpoint. So the same call after a crash takes up where it was.
 
     Args:
@@ -116,7 +125,8 @@ def run(
         console: where headlines and bars go.
 
     Raises:
-        LmcompressError: the recipe does not fit its rows or models (see :func:`~lmcompress.recipes.planning.plan`), or the folder holds
+        LmcompressError: the recipe does not fit its rows or models (see :func:`~lmcompress.recipes.planning.plan`),
+            or the folder holds
             another recipe's stages. Both are found before anything is trained.
     """
     console = console or Console()
@@ -140,6 +150,8 @@ def run(
             console.print(f"{headline}: {stage.steps:,} steps on {stage.train_rows:,} rows")
             _StageRun(planned, stage, folder, hashes[stage.stage.name], console, resume).train()
             gc.collect()
+        if (folder / CHECKPOINTS).is_dir() and not any((folder / CHECKPOINTS).iterdir()):
+            (folder / CHECKPOINTS).rmdir()
         console.print("[bold]measuring[/] quality, size and latency")
         report = _measure(planned, folder, models)
         write_report(report, folder)
@@ -148,7 +160,8 @@ def run(
 
 
 def stage_hashes(planned: Plan) -> dict[str, str]:
-    """A hash for each stage of all that its model depends on: its own description, the task, the model, and the stages before it.
+    """A hash for each stage of all that its model depends on: its own description, the task, the model, and the
+    stages before it.
 
     Args:
         planned: the plan.
@@ -169,12 +182,16 @@ def stage_hashes(planned: Plan) -> dict[str, str]:
 class _StageRun:
     """One stage: its model, its teachers, its trainer, its folder."""
 
-    def __init__(self, planned: Plan, entry: StagePlan, folder: Path, digest: str, console: Console, resume: bool) -> None:
+    def __init__(
+        self, planned: Plan, entry: StagePlan, folder: Path, digest: str, console: Console, resume: bool
+    ) -> None:
         self.planned = planned
         self.entry = entry
         self.stage: Stage = entry.stage
         self.folder = folder
         self.target = folder / entry.stage.name
+        # beside the model, not in it: a checkpoint is replaced as a whole
+        self.checkpoints = folder / CHECKPOINTS / entry.stage.name
         self.digest = digest
         self.console = console
         self.resume = resume
@@ -198,7 +215,12 @@ class _StageRun:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         training = {"seconds": round(seconds, 1), "steps": trainer.state.global_step, "resumed": checkpoint is not None}
         training |= {"last_log": history[-1] if history else {}}
-        marker = {"hash": self.digest, "stage": _described(self.stage), "training": training, "log": trainer.state.log_history}
+        marker = {
+            "hash": self.digest,
+            "stage": _described(self.stage),
+            "training": training,
+            "log": trainer.state.log_history,
+        }
         trained = trainer.student.to("cpu")
         # no reference cycle may keep two models in memory while the gate reloads one
         del trainer
@@ -211,8 +233,10 @@ class _StageRun:
             report={"recipe": self.recipe.name, "task": self.materials.task.name, "stage": self.stage.name},
             write_more=lambda temporary: _write_json(temporary / STAGE_FILE, marker),
         )
+        shutil.rmtree(self.checkpoints)
         self.console.print(
-            f"  {seconds:.0f} s; saved to {self.target}, reloaded, greatest difference of any output {equivalence.max_error:.2g}"
+            f"  {seconds:.0f} s; saved to {self.target}, reloaded, greatest difference of "
+            f"any output {equivalence.max_error:.2g}"
         )
 
     def _model(self) -> PreTrainedModel:
@@ -254,9 +278,7 @@ class _StageRun:
         chosen = self.stage.training.arguments()
         defaults = {"report_to": "none", "seed": self.recipe.seed, "dataloader_pin_memory": torch.cuda.is_available()}
         try:
-            return TrainingArguments(
-                output_dir=str(self.target / CHECKPOINTS), disable_tqdm=True, **defaults | chosen
-            )
+            return TrainingArguments(output_dir=str(self.checkpoints), disable_tqdm=True, **defaults | chosen)
         except (ValueError, TypeError) as error:
             raise LmcompressError(f"stage {self.stage.name!r}, training: {error}") from error
 
@@ -273,11 +295,18 @@ class _StageRun:
             return [LiveTeacher(model) for model in models], config
         config = _layers_counted_from_the_beginning(config, models)
         return [
-            StoredTeacher(self._store(store, number, model, config, train, collate)) for number, model in enumerate(models)
+            StoredTeacher(self._store(store, number, model, config, train, collate))
+            for number, model in enumerate(models)
         ], config
 
     def _store(
-        self, spec: StoreSpec, number: int, teacher: PreTrainedModel, config: DistillationConfig, train: Any, collate: Any
+        self,
+        spec: StoreSpec,
+        number: int,
+        teacher: PreTrainedModel,
+        config: DistillationConfig,
+        train: Any,
+        collate: Any,
     ) -> TeacherStore:
         folder = Path(spec.folder) if spec.folder else self.folder / "stores" / self.stage.name
         folder = folder / str(number)
@@ -318,12 +347,16 @@ class _StageRun:
 
     def _prepare_checkpoints(self) -> Path | None:
         """Where to go on from, if anywhere; marks the folder of checkpoints as this stage's."""
-        folder = self.target / CHECKPOINTS
+        folder = self.checkpoints
         if folder.exists() and (_hash_in(folder) != self.digest or not self.resume):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / STAGE_FILE, {"hash": self.digest, "stage": _described(self.stage)})
-        numbered = {int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()}
+        numbered = {
+            int(p.name.rpartition("-")[2]): p
+            for p in folder.glob("checkpoint-*")
+            if p.name.rpartition("-")[2].isdecimal()
+        }
         for _, checkpoint in sorted(numbered.items(), reverse=True):
             # the state is written last: without it the process died while it wrote
             if (checkpoint / "trainer_state.json").is_file():
@@ -336,33 +369,32 @@ def _check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwr
     for entry in planned.stages:
         name = entry.stage.name
         target = folder / name
-        if not target.exists() or overwrite:
+        checkpoints = folder / CHECKPOINTS / name
+        finished, interrupted = _finished_hash(target), _hash_in(checkpoints)
+        if finished is None and (target.is_file() or target.is_dir() and any(target.iterdir())):
+            raise LmcompressError(f"{target} holds something that is no stage of a run; name another --output")
+        if overwrite or hashes[name] in (finished, interrupted):
             continue
-        finished, interrupted = _finished_hash(target), _hash_in(target / CHECKPOINTS)
-        if hashes[name] in (finished, interrupted):
-            continue
-        if finished is None and interrupted is None and (target.is_file() or any(target.iterdir())):
-            raise LmcompressError(
-                f"{target} holds something that is no stage of a run; name another --output, or pass --overwrite to replace it"
-            )
         if finished is not None or interrupted is not None:
-            changed = _what_changed(target, entry.stage)
+            changed = _what_changed((target, checkpoints), entry.stage)
             raise LmcompressError(
-                f"{target} was made by a different recipe ({changed}). Name another --output to keep it, or pass --overwrite "
-                "to train that stage and those after it anew"
+                f"{target} was made by a different recipe ({changed}). Name another --output to keep it, or pass "
+                "--overwrite to train that stage and those after it anew"
             )
 
 
-def _what_changed(target: Path, stage: Stage) -> str:
-    for file in (target / STAGE_FILE, target / CHECKPOINTS / STAGE_FILE):
+def _what_changed(folders: Sequence[Path], stage: Stage) -> str:
+    for folder in folders:
         try:
-            before = _flat(json.loads(file.read_text("utf-8"))["stage"])
+            before = _flat(json.loads((folder / STAGE_FILE).read_text("utf-8"))["stage"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         now = _flat(_described(stage))
         keys = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
         if keys:
-            shown = ", ".join(f"{key}: {before.get(key, 'unset')} then, {now.get(key, 'unset')} now" for key in keys[:3])
+            shown = ", ".join(
+                f"{key}: {before.get(key, 'unset')} then, {now.get(key, 'unset')} now" for key in keys[:3]
+            )
             return shown + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
         return "the model, the task, the seed or an earlier stage differs"
     return "its stage.json cannot be read"
@@ -398,7 +430,9 @@ def _begin(folder: Path, recipe: Recipe) -> None:
         raise LmcompressError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def _layers_counted_from_the_beginning(config: DistillationConfig, teachers: Sequence[PreTrainedModel]) -> DistillationConfig:
+def _layers_counted_from_the_beginning(
+    config: DistillationConfig, teachers: Sequence[PreTrainedModel]
+) -> DistillationConfig:
     """A store does not know how many layers its teacher has."""
     matches = []
     for match in config.matches:
@@ -412,15 +446,15 @@ def _layers_counted_from_the_beginning(config: DistillationConfig, teachers: Seq
 def _measure(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[str, Any]:
     materials, recipe = planned.materials, planned.recipe
     entries = [_Entry(t, "teacher", t, load_tokenizer(t, materials.task), {}) for t in planned.outside_teachers]
-    for entry in planned.stages:
-        name = entry.stage.name
+    for staged in planned.stages:
+        name = staged.stage.name
         marker = json.loads((models[name] / STAGE_FILE).read_text("utf-8"))
-        entries.append(_Entry(name, entry.role, str(models[name]), materials.tokenizer, marker["training"]))
+        entries.append(_Entry(name, staged.role, str(models[name]), materials.tokenizer, marker["training"]))
     entries.sort(key=lambda e: e.name != planned.reference)
     cls = auto_class(materials.task)
     loaded = {entry.name: cls.from_pretrained(entry.path).eval() for entry in entries}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in entries:
         model = loaded[entry.name].to(device)
         size = _size(entry.path)
@@ -430,7 +464,9 @@ def _measure(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[st
                 "name": entry.name,
                 "role": entry.role,
                 "folder": entry.path,
-                "metrics": {split: _quality(materials, model, entry.tokenizer, split) for split in recipe.evaluation.splits},
+                "metrics": {
+                    split: _quality(materials, model, entry.tokenizer, split) for split in recipe.evaluation.splits
+                },
                 "parameters": parameter_count(model),
                 "size_bytes": None if size is None else size.total_bytes,
                 "weights_bytes": None if size is None else size.weights_bytes,
@@ -480,7 +516,9 @@ def _quality(
     rows = materials.rows() if own else Materials(materials.recipe, materials.data, tokenizer).rows()
     collate = materials.collator() if own else Materials(materials.recipe, materials.data, tokenizer).collator()
     kind = materials.task.kind.value
-    return evaluate_classifier(model, rows.splits()[split], collate, kind, materials.task.metrics, evaluation.batch_size)
+    return evaluate_classifier(
+        model, rows.splits()[split], collate, kind, materials.task.metrics, evaluation.batch_size
+    )
 
 
 def _latency(planned: Plan, models: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
@@ -491,9 +529,7 @@ def _latency(planned: Plan, models: Mapping[str, PreTrainedModel]) -> list[dict[
     measured: list[LatencyRow] = compare_latency(
         models, batch_sizes=evaluation.latency_batches, sequence_length=length, repeats=evaluation.repeats
     )
-    return [
-        {**vars(row), "verdict": words} for row, words in zip(measured, verdict(measured), strict=True)
-    ]
+    return [{**vars(row), "verdict": words} for row, words in zip(measured, verdict(measured), strict=True)]
 
 
 def _size(path: str) -> Any:

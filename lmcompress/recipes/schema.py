@@ -1,4 +1,4 @@
-"""What a recipe is: one model, one task, a few stages. Everything in a recipe is validated here, before anything runs."""
+"""What a recipe is: one model, one task, a few stages; everything in it is validated before anything runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE_MODEL = "model"
 
 CONTROL_SUFFIX = "-control"
 
-_RESERVED = (BASE_MODEL, "plots", "stores")
+_RESERVED = (BASE_MODEL, "checkpoints", "plots", "stores")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OWNED_BY_THE_RUN = {
@@ -49,7 +49,8 @@ class TokenizerSpec(_Part):
     """A small tokenizer, trained on the training texts."""
 
     kind: Annotated[
-        Literal["wordpiece", "bytelevel_bpe"], Field(description="wordpiece: lower-casing, as BERT's; bytelevel_bpe: as GPT-2's.")
+        Literal["wordpiece", "bytelevel_bpe"],
+        Field(description="wordpiece: lower-casing, as BERT's; bytelevel_bpe: as GPT-2's."),
     ]
     vocab_size: Annotated[int, Field(ge=16, le=1 << 20, description="The most entries, special tokens included.")]
 
@@ -60,9 +61,12 @@ class FromScratch(_Part):
     family: Annotated[str, Field(description="Model family: bert, roberta, distilbert, electra or gpt2.")]
     hidden_size: Annotated[int, Field(ge=1, le=1 << 16, description="Width of the hidden states.")]
     layers: Annotated[int, Field(ge=1, le=256, description="Number of Transformer blocks.")]
-    num_heads: Annotated[int, Field(ge=1, le=256, description="Attention heads of each block; must divide hidden_size.")]
+    num_heads: Annotated[
+        int, Field(ge=1, le=256, description="Attention heads of each block; must divide hidden_size.")
+    ]
     intermediate_size: Annotated[
-        int | None, Field(ge=1, le=1 << 18, description="Width of the feed-forward networks; default: four times hidden_size.")
+        int | None,
+        Field(ge=1, le=1 << 18, description="Width of the feed-forward networks; default: four times hidden_size."),
     ] = None
     positions: Annotated[int, Field(ge=2, le=1 << 20, description="The longest input, in tokens.")] = 512
     tokenizer: Annotated[TokenizerSpec, Field(description="The tokenizer that is trained for it.")]
@@ -92,15 +96,16 @@ class TaskSpec(_Part):
         str,
         Field(
             min_length=1,
-            description="glue/<task>, embedded/<name>, a folder or file, a Hub data set (owner/name:configuration), or, with data, "
-            "a name of your own.",
+            description="glue/<task>, embedded/<name>, a folder or file, a Hub data set (owner/name:configuration), "
+            "or, with data, a name of your own.",
         ),
     ]
     data: Annotated[
         str | None, Field(description="Folder or file with the rows; for GLUE the folder that holds glue/<task>/.")
     ] = None
     text_columns: Annotated[
-        tuple[str, ...] | None, Field(min_length=1, max_length=2, description="One column or two; default: the usual names.")
+        tuple[str, ...] | None,
+        Field(min_length=1, max_length=2, description="One column or two; default: the usual names."),
     ] = None
     label_column: Annotated[str | None, Field(description="Default: the usual names are looked for.")] = None
     kind: Annotated[TaskKind | None, Field(description="Default: the labels' type tells.")] = None
@@ -110,7 +115,9 @@ class TaskSpec(_Part):
     max_length: Annotated[
         int, Field(ge=2, description="Tokens of a row; longer texts are cut. For causal_lm the size of a packed block.")
     ] = 128
-    limit: Annotated[int | None, Field(ge=1, description="At most so many rows of each split, to try things out.")] = None
+    limit: Annotated[int | None, Field(ge=1, description="At most so many rows of each split, to try things out.")] = (
+        None
+    )
 
 
 class Shape(_Part):
@@ -120,7 +127,9 @@ class Shape(_Part):
         int | tuple[int, ...] | None, Field(description="Number of Transformer blocks, or which (counted from 0).")
     ] = None
     hidden_size: Annotated[int | None, Field(ge=1, le=1 << 16, description="Width of the hidden states.")] = None
-    intermediate_size: Annotated[int | None, Field(ge=1, le=1 << 18, description="Width of the feed-forward networks.")] = None
+    intermediate_size: Annotated[
+        int | None, Field(ge=1, le=1 << 18, description="Width of the feed-forward networks.")
+    ] = None
     num_heads: Annotated[int | None, Field(ge=1, le=256, description="Attention heads of each block.")] = None
 
 
@@ -132,20 +141,25 @@ class StudentSpec(_Part):
         Field(description="Keep so many blocks, or these (counted from 0), with their weights."),
     ] = None
     shape: Annotated[Shape | None, Field(description="Any sizes that a stock config can say.")] = None
-    named: Annotated[str | None, Field(description="A shape by its name: T3, T4-tiny, DistilBERT, DistilGPT2, ...")] = None
+    named: Annotated[str | None, Field(description="A shape by its name: T3, T4-tiny, DistilBERT, DistilGPT2, ...")] = (
+        None
+    )
     choose: Annotated[
         Literal["uniform", "first", "last", "skip"],
         Field(description="With a number of layers: which are kept. skip: the last one of each group."),
     ] = "uniform"
     initialise: Annotated[
-        Literal["slice", "random"], Field(description="shape and named: cut the weights out of the start's, or draw them.")
+        Literal["slice", "random"],
+        Field(description="shape and named: cut the weights out of the start's, or draw them."),
     ] = "slice"
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StudentSpec:
         given = [name for name in ("layers", "shape", "named") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of layers, shape and named must be given, got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"exactly one of layers, shape and named must be given, got {' and '.join(given) or 'none'}"
+            )
         if self.named is not None and self.named not in NAMED_SHAPES:
             raise ValueError(f"no shape is called {self.named!r}{nearest(self.named, NAMED_SHAPES)}")
         if self.initialise == "random" and self.layers is not None:
@@ -164,7 +178,8 @@ class LayerLoss(_Part):
     ] = "auto"
     projection_learning_rate: Annotated[float | None, Field(gt=0, description="Default: that of the model.")] = None
     on: Annotated[
-        Literal["scores", "probabilities"] | None, Field(description="Attention matches only: before or after the softmax.")
+        Literal["scores", "probabilities"] | None,
+        Field(description="Attention matches only: before or after the softmax."),
     ] = None
     which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
     options: Annotated[dict[str, Any], Field(description="Further arguments of the match.")] = {}
@@ -174,7 +189,8 @@ class StoreSpec(_Part):
     """The teacher's answers are computed once and kept on disk."""
 
     top_k: Annotated[
-        int | None, Field(ge=1, description="Keep only so many of the greatest logits of each row or token; default: all.")
+        int | None,
+        Field(ge=1, description="Keep only so many of the greatest logits of each row or token; default: all."),
     ] = None
     folder: Annotated[str | None, Field(description="Where; default: in the stage's folder.")] = None
 
@@ -189,13 +205,18 @@ class StageDistillation(DistillationConfig):
         Literal["float32", "bfloat16", "float16", "8bit", "4bit"] | None,
         Field(description="How teachers are loaded; 8bit and 4bit need pip install lmcompress[bnb] and a GPU."),
     ] = None
-    store: Annotated[StoreSpec | None, Field(description="Keep the teacher's answers on disk instead of asking it each time.")] = None
+    store: Annotated[
+        StoreSpec | None, Field(description="Keep the teacher's answers on disk instead of asking it each time.")
+    ] = None
     layer_map: Annotated[
         Literal["uniform", "skip", "last"] | tuple[tuple[int, int], ...] | None,
-        Field(description="Which block of the student learns from which of the teacher, for losses; or pairs of your own."),
+        Field(
+            description="Which block of the student learns from which of the teacher, for losses; or pairs of your own."
+        ),
     ] = None
     losses: Annotated[
-        tuple[str | LayerLoss, ...], Field(description="Matches to repeat for every pair of layer_map, as names or in full.")
+        tuple[str | LayerLoss, ...],
+        Field(description="Matches to repeat for every pair of layer_map, as names or in full."),
     ] = ()
 
     @model_validator(mode="after")
@@ -222,7 +243,10 @@ else:
         "_TransformersFields",
         __base__=_Part,
         **{
-            name: (bool | int | float | str | list[Any] | dict[str, Any] | None, Field(None, description="As in transformers."))
+            name: (
+                bool | int | float | str | list[Any] | dict[str, Any] | None,
+                Field(None, description="As in transformers."),
+            )
             for name in sorted(TRAINING_FIELDS)
         },
     )
@@ -241,7 +265,9 @@ class Training(_TransformersFields):
         float, Field(ge=0, description="Steps in which the learning rate rises; below 1 a share of all steps.")
     ] = 0.1
     weight_decay: Annotated[float, Field(ge=0, description="Of AdamW.")] = 0.01
-    lr_scheduler_type: Annotated[str, Field(description="linear, cosine, constant, constant_with_warmup, ...")] = "linear"
+    lr_scheduler_type: Annotated[str, Field(description="linear, cosine, constant, constant_with_warmup, ...")] = (
+        "linear"
+    )
     max_grad_norm: Annotated[float, Field(ge=0, description="Gradients are clipped to this norm; 0: not at all.")] = 1.0
     bf16: Annotated[bool, Field(description="bfloat16 autocast.")] = False
     logging_steps: Annotated[float, Field(gt=0, description="Steps between two entries of the log.")] = 50
@@ -289,7 +315,9 @@ class Stage(_Part):
 
     name: Annotated[str, Field(description="Also the name of its folder: letters, digits, . _ -")]
     start: Annotated[str, Field(description="Name of an earlier stage, or model: the recipe's own.")] = BASE_MODEL
-    student: Annotated[StudentSpec | None, Field(description="How the start is made smaller; default: it is not.")] = None
+    student: Annotated[StudentSpec | None, Field(description="How the start is made smaller; default: it is not.")] = (
+        None
+    )
     distillation: Annotated[
         StageDistillation | None, Field(description="Left out: plain fine-tuning, which is how teachers are made.")
     ] = None
@@ -297,10 +325,14 @@ class Stage(_Part):
     augmentation: Annotated[Augmentation | None, Field(description="More training texts.")] = None
     save: Annotated[
         Literal["native", "vanilla", "self_loading"],
-        Field(description="native: import lmcompress to load it; vanilla: stock Transformers loads it; self_loading: trust_remote_code."),
+        Field(
+            description="native: import lmcompress to load it; vanilla: stock Transformers loads it; "
+            "self_loading: trust_remote_code."
+        ),
     ] = "native"
     control: Annotated[
-        bool, Field(description="Also train the same student without a teacher, from the same start, for as many steps.")
+        bool,
+        Field(description="Also train the same student without a teacher, from the same start, for as many steps."),
     ] = False
 
     @field_validator("name")
@@ -323,15 +355,18 @@ class Stage(_Part):
 class EvaluationSpec(_Part):
     """What is measured at the end, for all stages alike."""
 
-    splits: Annotated[tuple[str, ...], Field(min_length=1, description="Splits that quality is measured on, the main one first.")] = (
-        "validation",
-    )
+    splits: Annotated[
+        tuple[str, ...], Field(min_length=1, description="Splits that quality is measured on, the main one first.")
+    ] = ("validation",)
     batch_size: Annotated[int, Field(ge=1, description="Rows of a batch when quality is measured.")] = 64
     latency_batches: Annotated[
         tuple[int, ...], Field(description="Batch sizes that latency is measured at; empty: it is not measured.")
     ] = (1, 32)
     sequence_length: Annotated[
-        int | None, Field(ge=1, description="Tokens of a row when latency is measured; default: the task's max_length, at most 128.")
+        int | None,
+        Field(
+            ge=1, description="Tokens of a row when latency is measured; default: the task's max_length, at most 128."
+        ),
     ] = None
     repeats: Annotated[int, Field(ge=3, description="Timed calls of each model.")] = 20
     stride: Annotated[
@@ -346,10 +381,13 @@ class Recipe(_Part):
     description: Annotated[str, Field(description="What it does, in a sentence or two.")] = ""
     paper: Annotated[str | None, Field(description="Where the method comes from: authors, year, link.")] = None
     model: Annotated[
-        str | FromScratch, Field(description="Path or name on the Hub of a pretrained model, or sizes of one with random weights.")
+        str | FromScratch,
+        Field(description="Path or name on the Hub of a pretrained model, or sizes of one with random weights."),
     ]
     task: Annotated[TaskSpec, Field(description="What the models are trained for.")]
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64, description="In the order in which they run.")]
+    stages: Annotated[
+        tuple[Stage, ...], Field(min_length=1, max_length=64, description="In the order in which they run.")
+    ]
     evaluation: Annotated[EvaluationSpec, Field(description="What is measured at the end.")] = EvaluationSpec()
     seed: Annotated[int, Field(ge=0, description="Of weights, order of rows and dropout, in every stage.")] = 0
     output: Annotated[str | None, Field(description="Folder of the run; default: runs/<name>.")] = None

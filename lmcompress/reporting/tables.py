@@ -61,7 +61,13 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: fields of :class:`~lmcompress.evaluation.LatencyRow`, and ``verdict``.
     """
     table = Table(caption="medians and quartiles, side by side in one process")
-    for name, justify in (("batch", "right"), ("model", "left"), ("median ms", "right"), ("quartiles", "right"), ("", "left")):
+    for name, justify in (
+        ("batch", "right"),
+        ("model", "left"),
+        ("median ms", "right"),
+        ("quartiles", "right"),
+        ("", "left"),
+    ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         quartiles = f"{row['lower_ms']:.2f} – {row['upper_ms']:.2f}"
@@ -107,10 +113,18 @@ def print_plan(plan: Any, console: Console) -> None:
     console.print(f"task: {data.task.name} ({data.task.kind}), rows: {splits}", highlight=False)
     console.print(plan_table(plan.stages))
     for entry in plan.stages:
-        terms = [] if entry.distillation is None else [f"{m.loss} {m.student}←{m.teacher}" for m in entry.distillation.matches]
+        terms = (
+            []
+            if entry.distillation is None
+            else [f"{m.loss} {m.student}←{m.teacher}" for m in entry.distillation.matches]
+        )
         if terms:
             console.print(f"{entry.stage.name}: matches {', '.join(terms)}", highlight=False)
-        loads = "stock Transformers can hold it (save: vanilla)" if entry.vanilla_obstacle is None else entry.vanilla_obstacle
+        loads = (
+            "stock Transformers can hold it (save: vanilla)"
+            if entry.vanilla_obstacle is None
+            else entry.vanilla_obstacle
+        )
         console.print(f"{entry.stage.name}: {loads}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)

@@ -2,5 +2,12 @@
 
 from lmcompress.trainers.compression import CompressionTrainer
 from lmcompress.trainers.distillation import DistillationTrainer
+from lmcompress.trainers.multitask import MultiTaskDistillation, MultiTaskStudent, MultiTaskTrainer
 
-__all__ = ["CompressionTrainer", "DistillationTrainer"]
+__all__ = [
+    "CompressionTrainer",
+    "DistillationTrainer",
+    "MultiTaskDistillation",
+    "MultiTaskStudent",
+    "MultiTaskTrainer",
+]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,17 @@ from lmcompress.structure import stock_structure, structure_of
 
 STATE_FILE = "lmcompress_training_state.safetensors"
 DEAD_STEPS = 50
+# what a teacher may take and the student not; Trainer takes columns away that the student does not know
+TEACHER_COLUMNS = ("token_type_ids", "teacher_input_ids", "teacher_attention_mask", "teacher_token_type_ids")
+
+
+@dataclass
+class _Logged:
+    """Means of one term since the last log, and in how many optimizer steps it took part."""
+
+    total: Tensor
+    steps: int = 0
+    last_step: int = -1
 
 
 class CompressionTrainer(Trainer):  # type: ignore[misc]
@@ -64,10 +78,10 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         self.methods = list(methods)
         self.gradient_shares = gradient_shares
         self._counts: dict[Unit, Tensor] | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._sum_steps = 0
+        self._logged: dict[str, _Logged] = {}
         self._silent_steps: dict[str, int] = {}
         self._shares: dict[str, float] = {}
+        self._own_parameters: list[nn.Parameter] = []
         super().__init__(student, args, **kwargs)
         if self.args.n_gpu > 1:
             raise LmcompressError(
@@ -77,7 +91,6 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         # without this, transformers before 5.19 hands num_items_in_batch to the model and skips its own division, or not, by the model's signature
         self.model_accepts_loss_kwargs = False
         self._divides_by_accumulation = not hasattr(Trainer, "loss_is_scaled_for_ga")
-        self._causal = isinstance(student, PreTrainedModel) and anatomy_of(student).family.causal
         if isinstance(student, PreTrainedModel):
             _describe_structure(student)
         for method in self.methods:
@@ -97,8 +110,11 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             ``(batches, None)``.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # not after the step: a gradient scaler skips steps that overflow, and Trainer zeroes its model only
+        for parameter in self._own_parameters:
+            parameter.grad = None
         if batches:
-            total = torch.stack([_count_vector(batch, self._is_causal(batch)).to(device) for batch in batches]).sum(0)
+            total = torch.stack([self._count(batch).to(device) for batch in batches]).sum(0)
             if self.args.world_size > 1:
                 total = self.accelerator.reduce(total, reduction="sum")
             self._counts = dict(zip(UNITS, total.unbind(), strict=True))
@@ -126,10 +142,15 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             LmcompressError: there is nothing to train on, or a term has no gradient.
         """
         if not model.training:
-            return self._evaluation_loss(model, inputs, return_outputs)
-        counts = self._counts if self._counts is not None else self._count_alone(inputs)
+            outputs = model(**inputs)
+            loss = outputs["loss"] if "loss" in outputs else None
+            return (loss, outputs) if return_outputs else loss
+        counts = (
+            self._counts if self._counts is not None else dict(zip(UNITS, self._count(inputs).unbind(), strict=True))
+        )
         progress = self.state.global_step / max(1, self.state.max_steps)
-        step = Step(model, inputs, self._student_inputs(inputs), progress)
+        measured = self.gradient_shares > 0 and self.state.global_step % self.gradient_shares == 0
+        step = Step(model, inputs, self._student_inputs(inputs), progress, retain_graph=measured)
         label_weight = 1.0
         for method in self.methods:
             method.before_forward(step)
@@ -140,19 +161,31 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         if with_labels:
             terms["label"] = self._label_term(step.outputs, inputs, label_weight)
         for method in self.methods:
-            terms |= method.loss_terms(step)
-        if not terms:
-            raise LmcompressError("there is nothing to train on: the batch has no labels and no method gave a loss term")
+            new = method.loss_terms(step)
+            if clash := sorted(terms.keys() & new.keys()):
+                raise LmcompressError(
+                    f"two methods have a loss term {clash[0]!r}; give both teachers to one Distillation"
+                )
+            terms |= new
+        if not terms and "labels" not in inputs:
+            raise LmcompressError(
+                "there is nothing to train on: the batch has no labels and no method gave a loss term"
+            )
         # DDP averages gradients over processes; the counts are of all processes
         scale = float(self.accelerator.num_processes)
         if self._divides_by_accumulation:
             scale *= self.current_gradient_accumulation_steps
         weighted = {name: term.weight * scale * _mean(term, counts) for name, term in terms.items() if term.weight > 0}
         self._check_gradients(terms)
-        if self.gradient_shares and self.state.global_step % self.gradient_shares == 0:
+        if measured:
             self._measure_shares(weighted)
         self._remember(terms, counts)
-        loss = torch.stack([value.to(torch.float64 if value.device.type != "mps" else torch.float32) for value in weighted.values()]).sum().float()
+        if weighted:
+            loss = torch.stack([value.to(_exact(value.device)) for value in weighted.values()]).sum().float()
+        if not weighted or self.args.world_size > 1:
+            # schedules may begin at 0; and DDP waits for every parameter that the outputs depend on
+            nothing = 0.0 * step.outputs["logits"].float().sum()
+            loss = loss + nothing if weighted else nothing
         return (loss, step.outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -165,11 +198,14 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             The optimizer.
         """
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for method in self.methods:
             parameters = []
             for group in method.parameter_groups():
-                optimizer.add_param_group({"weight_decay": 0.0, **group})
-                parameters += list(group["params"])
+                # a second train() comes here with the optimizer of the first
+                if not known.intersection(map(id, group["params"])):
+                    optimizer.add_param_group({"weight_decay": 0.0, **group})
+                    parameters += list(group["params"])
             if parameters:
                 self._care_for(optimizer, parameters, method.max_norm)
         return optimizer
@@ -184,13 +220,13 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         Raises:
             LmcompressError: a term was exactly zero for 50 steps or more.
         """
-        if "loss" in logs and self._sum_steps:
-            for name, total in self._sums.items():
-                value = float(self.accelerator.gather(total.reshape(1)).sum()) / self._sum_steps
+        if "loss" in logs and self._logged:
+            for name, logged in self._logged.items():
+                value = float(self.accelerator.gather(logged.total.reshape(1)).sum()) / logged.steps
                 logs[f"loss_{name}"] = value
-                self._watch(name, value)
+                self._watch(name, value, logged.steps)
             logs |= {f"share_{name}": share for name, share in self._shares.items()}
-            self._sums, self._sum_steps, self._shares = {}, 0, {}
+            self._logged, self._shares = {}, {}
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
     def finish(self) -> None:
@@ -198,35 +234,64 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         for method in self.methods:
             method.finish()
 
-    def _evaluation_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As ``Trainer``'s, with what is a teacher's taken out of the batch, and without anything being captured.
+
+        Args:
+            model: the student, perhaps wrapped.
+            inputs: one batch.
+            prediction_loss_only: as for ``Trainer``.
+            ignore_keys: as for ``Trainer``.
+
+        Returns:
+            Loss, logits and labels, as ``Trainer`` has them.
+        """
+        kept = self._student_inputs(inputs) | {k: v for k, v in inputs.items() if k in self.label_names}
+        with self._nothing_captured():
+            return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
+
+    @contextmanager
+    def _nothing_captured(self) -> Iterator[None]:
         for method in self.methods:
             method.set_active(False)
         try:
-            kept = self._student_inputs(inputs) | {k: v for k, v in inputs.items() if k in self.label_names}
-            outputs = model(**kept)
+            yield
         finally:
             for method in self.methods:
                 method.set_active(True)
-        loss = outputs["loss"] if "loss" in outputs else None
-        return (loss, outputs) if return_outputs else loss
+
+    def _model_for(self, batch: Mapping[str, Any]) -> Any:
+        """The model, not wrapped, that this batch is for."""
+        return self.student
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in self.label_names}
+        names = inspect.signature(type(self._model_for(inputs)).forward).parameters
+        kept = {
+            k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in ("labels", *self.label_names)
+        }
+        # a column may be there for the teacher alone, such as BERT's token types beside a DistilBERT
+        return {k: v for k, v in kept.items() if k in names} if "input_ids" in names else kept
 
     def _label_term(self, outputs: Any, inputs: Mapping[str, Any], weight: float) -> Term:
         # heads give the mean over what they count; the product with that count is the sum
-        count = _count_vector(inputs, self._is_causal(inputs))[UNITS.index("labels")]
+        count = self._count(inputs)[UNITS.index("labels")]
         loss = outputs["loss"].float()
-        if not loss.requires_grad or not bool(count > 0):
-            # a micro-batch without a single label has a mean of 0 / 0
-            loss = torch.where(count > 0, loss, torch.zeros_like(loss))
-        return Term(loss * count, "labels", weight)
+        # a micro-batch without a single label has a mean of 0 / 0
+        return Term(torch.where(count > 0, loss, torch.zeros_like(loss)) * count, "labels", weight)
 
-    def _count_alone(self, inputs: Mapping[str, Any]) -> dict[Unit, Tensor]:
-        return dict(zip(UNITS, _count_vector(inputs, self._is_causal(inputs)).unbind(), strict=True))
-
-    def _is_causal(self, batch: Mapping[str, Any]) -> bool:
-        return self._causal and "labels" not in batch or self._causal and batch["labels"].dim() == 2
+    def _count(self, batch: Mapping[str, Any]) -> Tensor:
+        student = self._model_for(batch)
+        if not isinstance(student, PreTrainedModel):
+            return _count_vector(batch, causal=False, shifted=False)
+        anatomy = anatomy_of(student)
+        # a classifier on GPT-2 is causal in its attention, but has no next token to predict
+        return _count_vector(batch, causal=anatomy.family.causal, shifted=anatomy.head is not None)
 
     def _check_gradients(self, terms: Mapping[str, Term]) -> None:
         for name, term in terms.items():
@@ -241,19 +306,22 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         norms = {}
         for name, value in weighted.items():
             gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            norms[name] = float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
+            squares = [float(g.float().square().sum()) for g in gradients if g is not None]
+            norms[name] = sum(squares) ** 0.5
         total = sum(norms.values())
         self._shares = {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
     def _remember(self, terms: Mapping[str, Term], counts: Mapping[Unit, Tensor]) -> None:
         for name, term in terms.items():
-            for part, total in (term.parts or {name: term.total}).items():
+            for part, total in ({name: term.total} if term.parts is None else term.parts).items():
                 value = total.detach() / counts[term.unit].clamp(min=1)
-                self._sums[part] = self._sums.get(part, torch.zeros_like(value)) + value
-        self._sum_steps += 1 if self.accelerator.sync_gradients else 0
+                logged = self._logged.setdefault(part, _Logged(torch.zeros_like(value)))
+                logged.total = logged.total + value
+                if logged.last_step != self.state.global_step:
+                    logged.steps, logged.last_step = logged.steps + 1, self.state.global_step
 
-    def _watch(self, name: str, value: float) -> None:
-        silent = self._silent_steps.get(name, 0) + self._sum_steps if value == 0 else 0
+    def _watch(self, name: str, value: float, steps: int) -> None:
+        silent = self._silent_steps.get(name, 0) + steps if value == 0 else 0
         self._silent_steps[name] = silent
         if silent >= DEAD_STEPS:
             raise LmcompressError(
@@ -262,8 +330,11 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 "Take the term out if it is meant to be zero."
             )
 
-    def _care_for(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float | None) -> None:
-        # Trainer averages, clips and zeroes the gradients of its model only
+    def _care_for(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float | None
+    ) -> None:
+        # Trainer averages and clips the gradients of its model only
+        self._own_parameters += parameters
         limit = max_norm if max_norm is not None else self.args.max_grad_norm
 
         def before(*_: Any) -> None:
@@ -274,17 +345,15 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             if limit and limit > 0:
                 torch.nn.utils.clip_grad_norm_(parameters, limit)
 
-        def after(*_: Any) -> None:
-            for parameter in parameters:
-                parameter.grad = None
-
         optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(after)
 
     def _set_signature_columns_if_needed(self) -> None:
+        known = self._signature_columns
         super()._set_signature_columns_if_needed()
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        self._signature_columns += [c for c in columns if c.startswith("teacher_") or c == "task"]
+        if known is None and self.methods:
+            columns = getattr(self.train_dataset, "column_names", None) or []
+            wanted = dict.fromkeys([*TEACHER_COLUMNS, *(c for c in columns if c.startswith("teacher_"))])
+            self._signature_columns += [c for c in wanted if c not in self._signature_columns]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -294,11 +363,11 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 save_file(state, folder / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_student(resume_from_checkpoint, model)
         wanted = self._method_state()
-        if not wanted:
-            return
         file = Path(resume_from_checkpoint) / STATE_FILE
+        if not wanted and not file.is_file():
+            return
         if not file.is_file():
             raise CheckpointError(
                 f"{resume_from_checkpoint} has no {STATE_FILE}: it was written without these methods; start from the beginning, "
@@ -313,6 +382,9 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             for name, tensor in wanted.items():
                 tensor.copy_(state[name])
 
+    def _load_student(self, folder: str, model: nn.Module | None) -> None:
+        super()._load_from_checkpoint(folder, model)
+
     def _method_state(self) -> dict[str, Tensor]:
         return {
             f"{method.name}.{number}.{part}.{name}": tensor
@@ -326,23 +398,32 @@ def _mean(term: Term, counts: Mapping[Unit, Tensor]) -> Tensor:
     return term.total / counts[term.unit].clamp(min=1)
 
 
-def _count_vector(batch: Mapping[str, Any], causal: bool) -> Tensor:
-    """How many of each unit a batch has, float64 ``(len(UNITS),)``, in the order of ``UNITS``."""
+def _exact(device: torch.device) -> torch.dtype:
+    # MPS has no float64
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _count_vector(batch: Mapping[str, Any], *, causal: bool, shifted: bool) -> Tensor:
+    """How many of each unit a batch has, ``(len(UNITS),)``, in the order of ``UNITS``.
+
+    Args:
+        batch: on any device.
+        causal: whether a token sees only those before it.
+        shifted: whether each position predicts the next token.
+    """
     ids = batch["input_ids"] if "input_ids" in batch else next(v for v in batch.values() if isinstance(v, Tensor))
     mask = batch.get("attention_mask")
-    lengths = mask.sum(-1) if mask is not None else torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
-    # exact counts, so that sum / count of one micro-batch is its mean to the bit; MPS has no float64
-    lengths = lengths.to(torch.float32 if lengths.device.type == "mps" else torch.float64)
+    mask = torch.ones(ids.shape[:2], device=ids.device) if mask is None else mask
+    # exact counts, so that sum / count of one micro-batch is its mean to the bit
+    lengths = mask.sum(-1).to(_exact(ids.device))
     pairs = (lengths * (lengths + 1) / 2 if causal else lengths * lengths).sum()
     labels = batch.get("labels")
-    if labels is None and causal:
-        counted = (lengths - 1).clamp(min=0).sum()
-    elif labels is None:
+    if labels is None and shifted:
+        counted = (mask[:, 1:].bool() & mask[:, :-1].bool()).sum().to(lengths.dtype)
+    elif labels is None or labels.is_floating_point():
         counted = lengths.new_tensor(ids.shape[0])
-    elif labels.is_floating_point():
-        counted = lengths.new_tensor(labels.shape[0])
     else:
-        counted = (labels[:, 1:] if causal else labels).ne(-100).sum().to(lengths.dtype)
+        counted = (labels[:, 1:] if shifted else labels).ne(-100).sum().to(lengths.dtype)
     return torch.stack([lengths.new_tensor(ids.shape[0]), counted, lengths.sum(), pairs])
 
 

@@ -84,9 +84,7 @@ def test_gradient_accumulation_does_not_change_the_step(tmp_path, kind, soft):
     trained, logged = [], []
     for batch_size, accumulation in [(8, 1), (1, 8)]:
         student, teacher = student_and_teacher(kind)
-        args = arguments(
-            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
-        )
+        args = arguments(tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
         config = DistillationConfig(weight=soft, matches=ALL_UNITS if soft else (), chunk_tokens=3)
         trainer = DistillationTrainer(student, teacher, args, config, train_dataset=ragged_rows(kind))
         trainer.train()
@@ -180,9 +178,7 @@ def test_a_run_killed_and_resumed_ends_as_one_that_was_not(tmp_path, kind):
     second.train(resume_from_checkpoint=True)
     for name, tensor in whole.student.state_dict().items():
         assert torch.equal(tensor, second.student.state_dict()[name]), name
-    for one, other in zip(
-        whole.methods[0].modules().values(), second.methods[0].modules().values(), strict=True
-    ):
+    for one, other in zip(whole.methods[0].modules().values(), second.methods[0].modules().values(), strict=True):
         for name, tensor in one.state_dict().items():
             assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -193,14 +189,18 @@ def test_resuming_with_other_methods_is_refused(tmp_path):
     CompressionTrainer(student, args, train_dataset=ragged_rows("classification")).train()
     config = DistillationConfig(matches=[Match(loss="hidden_mse", student=1, teacher=1, projection="tanh")])
     student, teacher = student_and_teacher("classification")
-    trainer = DistillationTrainer(student, teacher, arguments(tmp_path, max_steps=4), config, train_dataset=ragged_rows("c"))
+    trainer = DistillationTrainer(
+        student, teacher, arguments(tmp_path, max_steps=4), config, train_dataset=ragged_rows("c")
+    )
     with pytest.raises(CheckpointError, match="was written without these methods"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_projections_are_trained_clipped_and_never_saved_with_the_student(tmp_path):
     student, teacher = student_and_teacher("classification")
-    match = Match(loss="hidden_mse", student=1, teacher=1, projection="linear", projection_learning_rate=1.0, weight=100.0)
+    match = Match(
+        loss="hidden_mse", student=1, teacher=1, projection="linear", projection_learning_rate=1.0, weight=100.0
+    )
     config = DistillationConfig(matches=[match], max_projection_norm=1e-3)
     trainer = DistillationTrainer(student, teacher, arguments(tmp_path), config, train_dataset=ragged_rows("c"))
     (projection,) = trainer.methods[0].modules().values()

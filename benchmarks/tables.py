@@ -1,0 +1,199 @@
+"""Writes the README's tables from the results, so that no number in it was typed by hand.
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is a key of ``TABLES``. Where the results
+are missing, the place says so.
+
+    python benchmarks/tables.py            # write README.md
+    python benchmarks/tables.py --check    # write nothing; exit 1 where README.md and the results differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+_PLACE = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+_TASKS = {
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "rte": "RTE",
+    "stsb": "STS-B",
+    "qnli": "QNLI",
+    "cola": "CoLA",
+    "mnli": "MNLI",
+}
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """One line: command, date, commit and machine of a result."""
+    machine = result["machine"]
+    hardware = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    return (
+        f"`{result['command']}`, {result['date']}, commit {result['commit']}; {hardware}; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}."
+    )
+
+
+def distillation(results: Path) -> str | None:
+    """Teacher, student with it, student without it, for every task; None where there are no results."""
+    result = _read(results / "distillation.json")
+    if result is None:
+        return None
+    rows = {(row["task"], row["role"]): row for row in result["rows"]}
+    tasks = [task for task in dict.fromkeys(row["task"] for row in result["rows"]) if (task, "distilled") in rows]
+    roles = ("teacher", "distilled", "control")
+    table = [[_TASKS.get(task, task), *_scores([rows.get((task, role)) for role in roles])] for task in tasks]
+    averaged = [task for task in tasks if task != "cola" and (task, "control") in rows]
+    if len(averaged) > 1:
+        means = [statistics.mean(rows[task, role]["score"] for task in averaged) for role in roles]
+        shares = [f"{100 * mean / means[0]:.1f} %" for mean in means[1:]]
+        name = "**mean without CoLA**" if "cola" in tasks else "**mean**"
+        table.append([name, *(f"**{cell}**" for cell in [*(f"{mean:.1f}" for mean in means), *shares])])
+    if not table:
+        return None
+    columns = [
+        "GLUE, validation",
+        "teacher",
+        "distilled",
+        "same student, labels only",
+        "distilled keeps",
+        "labels only keeps",
+    ]
+    teacher, student = (next(row for row in result["rows"] if row["role"] == role) for role in ("teacher", "distilled"))
+    size = (
+        f"Teacher: {_millions(teacher)} parameters, {_megabytes(teacher)}; students: {_millions(student)}, "
+        f"{_megabytes(student)} (the embeddings stay as they are). "
+    )
+    return f"{markdown(columns, table)}\n\n{size}{_seeds(rows.values())}{origin(result)}"
+
+
+def trainer_overhead(results: Path) -> str | None:
+    """Time of a distillation step beside what it cannot avoid; None where there are no results."""
+    result = _read(results / "trainer_overhead.json")
+    if result is None:
+        return None
+    timed = [row for row in result["rows"] if "ratio" in row]
+    table = [
+        [
+            f"{row['model']}, {row['rows']} × {row['length']} tokens",
+            f"{row['baseline_ms']:.0f} ms",
+            f"{row['lmcompress_ms']:.0f} ms",
+            f"{row['ratio']:.3f} ({' – '.join(f'{quartile:.3f}' for quartile in row['ratio_quartiles'])})",
+        ]
+        for row in timed
+    ]
+    columns = ["one training step", "student + teacher's forward", "distillation", "ratio (quartiles)"]
+    text = markdown(columns, table)
+    for row in result["rows"]:
+        if memory := row.get("peak_memory_mib"):
+            parts = ", ".join(f"{way} {mib:,.0f} MiB" for way, mib in memory.items())
+            text += f"\n\nPeak memory of the {row['model']} step: {parts}."
+    return f"{text} {origin(result)}" if "Peak" in text else f"{text}\n\n{origin(result)}"
+
+
+def asked(results: Path) -> str | None:
+    """Every number that was asked of every benchmark, met or not; None where there are no results."""
+    table = []
+    for file in sorted(results.glob("*.json")):
+        result = json.loads(file.read_text("utf-8"))
+        for item in result["asked"]:
+            measured = item["measured"]
+            shown = f"{measured:.4g}" if isinstance(measured, (int, float)) else str(measured)
+            verdict = "–" if item["target"] == "reported" else "yes" if item["met"] else "**no**"
+            table.append([f"{result['benchmark']}: {item['name']}", item["target"], shown, verdict])
+    return markdown(["asked", "target", "measured", "met"], table) if table else None
+
+
+TABLES: dict[str, Callable[[Path], str | None]] = {
+    "distillation": distillation,
+    "trainer_overhead": trainer_overhead,
+    "asked": asked,
+}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        SystemExit: a place names no table.
+    """
+
+    def make(place: re.Match[str]) -> str:
+        name = place["name"]
+        if name not in TABLES:
+            raise SystemExit(f"no table {name!r}; there are: {', '.join(TABLES)}")
+        table = TABLES[name](results) or "_Not measured yet._"
+        return f"{place[1]}{table}\n{place[4]}"
+
+    return _PLACE.sub(make, text)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+
+def _scores(rows: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    scores = []
+    for row in rows:
+        spread = f" ± {row['spread']:.1f}" if row and row["spread"] is not None else ""
+        scores.append(f"{row['score']:.1f}{spread}" if row else "–")
+    return scores + [f"{row['of_teacher']:.1f} %" if row else "–" for row in rows[1:]]
+
+
+def _seeds(rows: Iterable[Mapping[str, Any]]) -> str:
+    by_count: dict[int, set[str]] = {}
+    for row in rows:
+        if row["role"] != "teacher":
+            by_count.setdefault(row["seeds"], set()).add(_TASKS.get(row["task"], row["task"]))
+    words = [
+        f"{'one seed' if count == 1 else f'mean ± standard deviation of {count} seeds'}: {', '.join(sorted(tasks))}"
+        for count, tasks in sorted(by_count.items(), reverse=True)
+    ]
+    return f"Students, {'; '.join(words)}. "
+
+
+def _millions(row: Mapping[str, Any]) -> str:
+    return f"{row['parameters'] / 1e6:.1f} M"
+
+
+def _megabytes(row: Mapping[str, Any]) -> str:
+    return f"{row['bytes'] / 1e6:.1f} MB"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where the page and the results differ"
+    )
+    parser.add_argument("--page", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    before = options.page.read_text("utf-8")
+    after = fill(before, options.results)
+    if options.check:
+        difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "page", "results", lineterm=""))
+        if difference:
+            raise SystemExit("\n".join([*difference, "run: python benchmarks/tables.py"]))
+    elif after != before:
+        options.page.write_text(after, "utf-8")
+        print(f"wrote {options.page}")
+
+
+if __name__ == "__main__":
+    main()

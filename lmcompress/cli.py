@@ -1,0 +1,518 @@
+"""The command line: everything that a recipe can do, and a few looks at models that are already there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.data import TaskKind
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.evaluation import compare_latency, evaluate_classifier, parameter_count, perplexity, size_on_disk
+from lmcompress.evaluation import tensor_table as tensors_of
+from lmcompress.evaluation import verdict as verdicts
+from lmcompress.model import REPORT_FILE, CompressedModel, library_version, push_folder
+from lmcompress.recipes import Recipe, builtin_recipes, load_recipe, plan, recipe_schema
+from lmcompress.recipes import run as run_recipe
+from lmcompress.recipes.building import Materials, auto_class, load_tokenizer, read_task, text_of
+from lmcompress.recipes.planning import shape_in_words
+from lmcompress.recipes.progress import quiet_libraries
+from lmcompress.recipes.schema import EvaluationSpec, Stage, TaskSpec
+from lmcompress.reporting import latency_table, print_plan, results_table
+
+app = typer.Typer(
+    name="lmcompress",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make transformer language models small and fast without losing what they know.\n\n"
+    "Start here:  [bold]lmcompress quickstart[/]  trains a teacher, distils a student from it and compares them, "
+    "in some minutes on a CPU.",
+)
+recipes_app = typer.Typer(
+    no_args_is_help=True, help="Look at the recipes that come with lmcompress.", rich_markup_mode="rich"
+)
+app.add_typer(recipes_app, name="recipes")
+
+QUICKSTARTS = {"classification": "quickstart", "lm": "quickstart-lm"}
+
+_debug = False
+
+
+def main() -> None:
+    """The entry point of ``lmcompress``."""
+    sys.exit(run_app(sys.argv[1:]))
+
+
+def run_app(arguments: list[str]) -> int:
+    """Run a command line; errors of lmcompress become one message and exit code 2.
+
+    Args:
+        arguments: without the program's name.
+
+    Returns:
+        The exit code.
+    """
+    global _debug
+    _debug = "--debug" in arguments
+    try:
+        code = app(arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _errors().print("stopped; the same command goes on from the last checkpoint", style="yellow")
+        return 130
+    except LmcompressError as error:
+        if _debug:
+            raise
+        _errors().print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
+) -> None:
+    del debug
+    if version:
+        typer.echo(f"lmcompress {library_version()}")
+        raise typer.Exit
+
+
+@app.command(no_args_is_help=True)
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a built-in recipe (lmcompress recipes list).")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key.path=value each. training.x=… is for all stages, stages.NAME.training.x=… for one."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; default: runs/<name>.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; train nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train stages anew that a different recipe left in the folder.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on from the checkpoints of an interrupted stage, or begin it anew."
+        ),
+    ] = True,
+) -> None:
+    """Run a recipe: train its stages, measure all models side by side, write one self-contained folder.
+
+    The same command again keeps the stages that are finished and goes on where it was interrupted.
+
+    Examples:
+
+      lmcompress run quickstart --dry-run
+
+      lmcompress run distil-glue task.name=glue/mrpc model=bert-base-uncased
+
+      lmcompress run my.yaml training.learning_rate=1e-4 stages.student.training.num_train_epochs=5 -o runs/second
+    """
+    _run(load_recipe(recipe, overrides or []), output, dry_run=dry_run, overwrite=overwrite, resume=resume)
+
+
+@app.command()
+def quickstart(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value each, as for run.")] = None,
+    task: Annotated[
+        str, typer.Option("--task", help="classification (CLINC150) or lm (inaugural addresses).")
+    ] = "classification",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/quickstart"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; train nothing.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train stages anew that a different recipe left.")
+    ] = False,
+) -> None:
+    """Train a small teacher on the spot, distil a student from it, and compare them; some minutes on a CPU, no network.
+
+    The data come with the package. It is the built-in recipe [bold]quickstart[/] (or quickstart-lm): lmcompress
+    recipes show quickstart
+
+    Examples:
+
+      lmcompress quickstart
+
+      lmcompress quickstart --task lm --output runs/lm
+    """
+    if task not in QUICKSTARTS:
+        raise LmcompressError(f"no quickstart for the task {task!r}{nearest(task, QUICKSTARTS)}")
+    if task == "lm" and output == Path("runs/quickstart"):
+        output = Path("runs/quickstart-lm")
+    _run(load_recipe(QUICKSTARTS[task], overrides or []), output, dry_run=dry_run, overwrite=overwrite, resume=True)
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the Hub.")],
+    task: Annotated[str, typer.Option("--task", help="glue/<task>, embedded/<name>, a folder, or a Hub data set.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Folder or file with the rows; for GLUE what holds glue/<task>/.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Which rows.")] = "validation",
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="Tokens of a row, or of a window for perplexity; default: 128 at most."),
+    ] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Perplexity: tokens between windows.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="At most so many rows.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a batch.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a model on a task: the GLUE metrics, or perplexity.
+
+    Examples:
+
+      lmcompress evaluate runs/quickstart/student --task embedded/clinc150 --split test
+
+      lmcompress evaluate my-model --task glue/sst2 --data ../data
+    """
+    with quiet_libraries():
+        rows = read_task(TaskSpec(name=task, data=data, limit=limit))
+        if split not in rows.splits():
+            raise LmcompressError(f"no split {split!r}{nearest(split, rows.splits())}")
+        if (column := rows.task.label_column) is not None and column not in rows.splits()[split].column_names:
+            raise LmcompressError(f"split {split!r} of {task} has no labels: it can be predicted, not scored")
+        loaded = _load(model, auto_class(rows.task))
+        tokenizer = load_tokenizer(model, rows.task)
+        length = max_length or min(128, tokenizer.model_max_length)
+        if rows.task.kind is TaskKind.CAUSAL_LM:
+            found = perplexity(
+                loaded, tokenizer, text_of(rows, split), stride=stride, max_length=length, batch_size=batch_size
+            )
+            metrics = {
+                name: float(getattr(found, name)) for name in ("token_perplexity", "word_perplexity", "bits_per_byte")
+            }
+        else:
+            _check_labels(loaded, rows.task, model)
+            # the runner's way from rows to batches, for one model
+            spec = TaskSpec(name=task, data=data, max_length=length, limit=limit)
+            recipe = Recipe(
+                name="evaluate", model=model, task=spec, stages=(Stage(name="none"),), evaluation=EvaluationSpec()
+            )
+            materials = Materials(recipe, rows, tokenizer)
+            metrics = evaluate_classifier(
+                loaded,
+                materials.rows().splits()[split],
+                materials.collator(),
+                rows.task.kind.value,
+                rows.task.metrics,
+                batch_size,
+            )
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"model": model, "task": task, "split": split, "metrics": metrics, "notes": rows.notes}, indent=2
+            )
+        )
+        return
+    table = Table(title=f"{model} on {rows.task.name}, {split} ({rows.splits()[split].num_rows:,} rows)")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    _console().print(table)
+    for note in rows.notes:
+        _console().print(f"note: {note}", highlight=False)
+
+
+@app.command(no_args_is_help=True)
+def benchmark(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the Hub.")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="A second model; the first is compared with it.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", help="Batch size; may be given several times. Default: 1 and 32.")
+    ] = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a row.")] = 128,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed calls of each model.")] = 20,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads of torch; default: as they are.")] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Time greedy generation of 32 tokens instead of one pass.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time a model, alone or beside another one in the same process.
+
+    A model is called faster only where the quartiles of the two do not overlap.
+
+    Examples:
+
+      lmcompress benchmark runs/quickstart/student --against runs/quickstart/teacher --batch 1 --batch 32
+    """
+    with quiet_libraries():
+        names = [name for name in (against, model) if name is not None]
+        if len(set(names)) < len(names):
+            raise LmcompressError(f"{model} cannot be compared with itself; name another model with --against")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        models = {name: _load(name).to(device) for name in names}
+        # the shortest positions bound the length that all can take
+        limit = min(int(getattr(m.config, "max_position_embeddings", length)) for m in models.values())
+        measured = compare_latency(
+            models,
+            batch_sizes=batch or [1, 32],
+            sequence_length=min(length, limit - (32 if generate else 0)),
+            repeats=repeats,
+            threads=threads,
+            mode="generate" if generate else "forward",
+        )
+    rows = [{**vars(row), "verdict": words} for row, words in zip(measured, verdicts(measured), strict=True)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    _console().print(latency_table(rows))
+    for name, loaded in models.items():
+        weight = f", {size_on_disk(name).total_bytes / 1e6:.2f} MB on disk" if Path(name).is_dir() else ""
+        _console().print(f"{name}: {parameter_count(loaded):,} parameters{weight}", highlight=False)
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its name on the Hub.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a model is made of: blocks, tensors and their bytes, where it comes from, how it can be saved, what
+    was checked.
+
+    Examples:
+
+      lmcompress inspect runs/quickstart/student --tensors
+    """
+    with quiet_libraries():
+        compressed = CompressedModel.from_pretrained(model) if _exists(model) else _missing(model)
+        report = compressed.report()
+        folder = Path(model) if Path(model).is_dir() else None
+        entries = tensors_of(folder) if folder else []
+        size = size_on_disk(folder) if folder else None
+        saved = (
+            json.loads((folder / REPORT_FILE).read_text("utf-8")) if folder and (folder / REPORT_FILE).is_file() else {}
+        )
+    by_part = _bytes_by_part(compressed, entries)
+    if as_json:
+        listed = [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.num_bytes} for t in entries]
+        files = size.by_file if size else {}
+        typer.echo(
+            json.dumps(report | {"files": files, "bytes_by_part": by_part, "tensors": listed, "saved": saved}, indent=2)
+        )
+        return
+    console = _console()
+    console.print(f"[bold]{model}[/]: {report['architecture']}, {shape_in_words(compressed)}", highlight=False)
+    console.print(f"{report['parameters']:,} parameters", highlight=False)
+    table = Table(title="bytes")
+    for name in ("part", "tensors", "bytes", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    total = sum(entry["bytes"] for entry in by_part.values()) or 1
+    for part, entry in by_part.items():
+        table.add_row(part, str(entry["tensors"]), f"{entry['bytes']:,}", f"{entry['bytes'] / total:.1%}")
+    if by_part:
+        console.print(table)
+    if size is not None:
+        console.print(
+            "files: " + ", ".join(f"{name} {count:,}" for name, count in size.by_file.items()), highlight=False
+        )
+    if tensors:
+        listing = Table("tensor", "dtype", "shape", "bytes")
+        for tensor in entries:
+            listing.add_row(tensor.name, tensor.dtype, "×".join(map(str, tensor.shape)), f"{tensor.num_bytes:,}")
+        console.print(listing)
+    made = report["provenance"]
+    words = [f"{key.replace('_', ' ')}: {', '.join(v) if isinstance(v, list) else v}" for key, v in made.items() if v]
+    console.print("provenance: " + ("; ".join(words) or "nothing recorded"), highlight=False)
+    obstacle = report["vanilla_obstacle"]
+    console.print(
+        "stock config: " + ("can express these shapes (save: vanilla)" if obstacle is None else str(obstacle)),
+        highlight=False,
+    )
+    if "equivalence" in saved:
+        gate = saved["equivalence"]
+        console.print(
+            f"checked when it was saved: reloaded on {gate['batches']} batches ({gate['inputs']}), greatest difference "
+            f"{gate['max_error']:.3g}",
+            highlight=False,
+        )
+
+
+@app.command(no_args_is_help=True)
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, as a run wrote it.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository made now is private.")] = False,
+) -> None:
+    """Upload a model with its card and report to the Hugging Face Hub (log in first: hf auth login).
+
+    Examples:
+
+      lmcompress push runs/quickstart/student my-name/clinc150-small
+    """
+    if repository.count("/") != 1:
+        raise LmcompressError(f"the repository must be user/name, got {repository!r}")
+    typer.echo(push_folder(folder, repository, private=private or None))
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """List the built-in recipes."""
+    table = Table("recipe", "what it does", "stages")
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        table.add_row(name, recipe.description.strip(), ", ".join(stage.name for stage in recipe.stages))
+    _console().print(table)
+
+
+@recipes_app.command("show", no_args_is_help=True)
+def show_recipe(name: Annotated[str, typer.Argument(help="Of lmcompress recipes list.")]) -> None:
+    """Print a built-in recipe, to read or to start one's own from.
+
+    Examples:
+
+      lmcompress recipes show quickstart > my.yaml
+    """
+    library = builtin_recipes()
+    if name not in library:
+        raise LmcompressError(f"no built-in recipe {name!r}{nearest(name, library)}")
+    console = _console()
+    if console.is_terminal:
+        console.print(Syntax(library[name], "yaml", background_color="default"))
+    else:
+        typer.echo(library[name], nl=False)
+
+
+@recipes_app.command("schema")
+def show_schema() -> None:
+    """Print the JSON Schema of recipes, for editors that complete and check YAML.
+
+    Examples:
+
+      lmcompress recipes schema > recipe.schema.json
+    """
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def _run(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite: bool, resume: bool) -> None:
+    console = _console()
+    if dry_run:
+        with quiet_libraries():
+            print_plan(plan(recipe), console)
+        return
+    result = run_recipe(recipe, output, overwrite=overwrite, resume=resume, console=console)
+    console.print(results_table(result.report))
+    for note in result.report["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    console.print(
+        f"report: {result.folder / 'report.html'} (also .md, results.json, plots)", highlight=False, soft_wrap=True
+    )
+    last = next((row for row in reversed(result.report["rows"]) if row["role"] == "student"), result.report["rows"][-1])
+    head = auto_class_name(result.report["kind"])
+    needed = "" if last["format"] == "vanilla" else "import lmcompress; "
+    console.print(
+        f"load it:\n  {needed}from transformers import {head}\n"
+        f"  model = {head}.from_pretrained({str(last['folder'])!r})",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def auto_class_name(kind: str) -> str:
+    """The ``AutoModelFor...`` of a kind of task, as it is imported.
+
+    Args:
+        kind: of :class:`~lmcompress.data.TaskKind`.
+    """
+    heads = {"causal_lm": "CausalLM", "token_classification": "TokenClassification"}
+    return f"AutoModelFor{heads.get(kind, 'SequenceClassification')}"
+
+
+def _load(name: str, cls: Any = None) -> Any:
+    if not _exists(name):
+        _missing(name)
+    try:
+        return CompressedModel.from_pretrained(name, cls).model.eval()
+    except OSError as error:
+        raise LmcompressError(f"could not load the model {name!r}: {str(error).splitlines()[0][:300]}") from error
+
+
+def _exists(name: str) -> bool:
+    # whatever looks like user/name may be on the Hub
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name)
+    return (folder / "config.json").is_file() or not (is_path or folder.exists())
+
+
+def _missing(name: str) -> Any:
+    folder = Path(name)
+    there = sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
+    hint = f"; its models are: {', '.join(str(folder / name) for name in there)}" if there else ""
+    raise LmcompressError(f"{name} holds no model (no config.json){hint}")
+
+
+def _check_labels(model: Any, task: Any, name: str) -> None:
+    if model.config.num_labels != task.num_labels:
+        raise LmcompressError(
+            f"{name} has {model.config.num_labels} labels, {task.name} has {task.num_labels}: "
+            "it was not trained for this task"
+        )
+    names = [str(model.config.id2label.get(i, i)) for i in range(task.num_labels)]
+    if task.label_names and names != list(task.label_names) and names != [f"LABEL_{i}" for i in range(task.num_labels)]:
+        raise LmcompressError(
+            f"{name} calls its labels {names[:5]}, {task.name} {list(task.label_names)[:5]}: numbers would not agree"
+        )
+
+
+def _bytes_by_part(model: CompressedModel, tensors: list[Any]) -> dict[str, dict[str, int]]:
+    """Bytes on disk by part of the model: embeddings, each block, and the rest."""
+    anatomy = anatomy_of(model.model)
+    blocks, base = anatomy.family.blocks, model.model.base_model_prefix
+    parts: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        name = tensor.name.removeprefix(f"{base}.")
+        if name.startswith(f"{blocks}."):
+            part = f"block {name[len(blocks) + 1 :].split('.')[0]}"
+        elif name.startswith(("embeddings", "wte", "wpe")):
+            part = "embeddings"
+        else:
+            part = "head and rest"
+        entry = parts.setdefault(part, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.num_bytes
+    order = sorted(
+        parts, key=lambda p: (p != "embeddings", p == "head and rest", int(p[6:]) if p.startswith("block ") else 0)
+    )
+    return {part: parts[part] for part in order}
+
+
+def _console() -> Console:
+    console = Console()
+    # not a terminal: a log or a pipe, where tables should not be squeezed into 80 columns
+    return console if console.is_terminal else Console(width=120)
+
+
+def _errors() -> Console:
+    return Console(stderr=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Several tasks in one run: students that share a body, a teacher for each task, batches of one task at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainingArguments
+
+from lmcompress.data import MultiTaskCollator, MultiTaskDataset, TaskSampledBatches
+from lmcompress.distillation import Distillation
+from lmcompress.errors import CheckpointError, LmcompressError, nearest
+from lmcompress.method import Method, Step, Term
+from lmcompress.model import CompressedModel
+from lmcompress.trainers.compression import CompressionTrainer
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+class MultiTaskStudent(nn.Module):
+    """One model for each task; with a shared body, all are heads on one.
+
+    Args:
+        models: by task; a task's name is also that of its folder.
+        share_backbone: let all use the base model of the first, whose weights are kept; the others' are dropped.
+
+    Raises:
+        LmcompressError: no models, a name that is no folder, or bodies that are not of one shape.
+    """
+
+    def __init__(self, models: Mapping[str, PreTrainedModel | CompressedModel], *, share_backbone: bool = True) -> None:
+        super().__init__()
+        if not models:
+            raise LmcompressError("a multi-task student needs at least one task, got none")
+        for task in models:
+            if not re.fullmatch(r"\w[\w-]*", task):
+                raise LmcompressError(f"a task's name is made of letters, digits, - and _, got {task!r}")
+        self.models = {task: CompressedModel.wrap(model).model for task, model in models.items()}
+        if share_backbone:
+            first, *others = self.models.values()
+            for model in others:
+                _share(first, model)
+        # a list, since ModuleDict refuses names such as "keys"
+        self.heads = nn.ModuleList(self.models.values())
+
+    def model_for(self, task: str) -> PreTrainedModel:
+        """The model of a task.
+
+        Args:
+            task: its name.
+
+        Raises:
+            LmcompressError: there is no such task.
+        """
+        if task not in self.models:
+            raise LmcompressError(f"there is no task {task!r}{nearest(task, self.models)}")
+        return self.models[task]
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        """Runs the model of a task.
+
+        Args:
+            task: its name.
+            **inputs: what that model takes.
+
+        Returns:
+            what it gives.
+        """
+        return self.model_for(task)(**inputs)
+
+
+class MultiTaskDistillation:
+    """A method that hands every batch to the distillation of its task; terms are named ``task/term``.
+
+    A step's loss is a mean over all that the step has of a unit, whatever its tasks.
+
+    Args:
+        methods: by task.
+    """
+
+    name = "multi_task_distillation"
+
+    def __init__(self, methods: Mapping[str, Distillation]) -> None:
+        self.methods = dict(methods)
+        self._task = ""
+
+    def prepare(self, trainer: Any) -> None:
+        """Prepare each task's distillation for its student; see :class:`~lmcompress.method.Method`.
+
+        Args:
+            trainer: a :class:`MultiTaskTrainer`.
+
+        Raises:
+            LmcompressError: tasks that have no distillation, or one that does not fit; the message names the task.
+        """
+        if set(self.methods) != set(trainer.student.models):
+            raise LmcompressError(
+                f"the student's tasks are {sorted(trainer.student.models)}, the teachers' {sorted(self.methods)}"
+            )
+        for task, method in self.methods.items():
+            try:
+                method.attach(trainer.student.models[task], trainer.args.device, trainer.accelerator.autocast)
+            except LmcompressError as error:
+                raise LmcompressError(f"task {task!r}: {error}") from error
+        self.set_active(False)
+
+    def before_forward(self, step: Step) -> None:
+        """Let the hooks of the batch's task keep something, and of no other: they may look at the same modules.
+
+        Args:
+            step: of a batch with ``"task"``.
+        """
+        self._task = step.inputs["task"]
+        for task, method in self.methods.items():
+            method.set_active(task == self._task)
+        self.methods[self._task].before_forward(step)
+
+    def loss_terms(self, step: Step) -> dict[str, Term]:
+        """The terms of the batch's task.
+
+        Args:
+            step: with outputs.
+        """
+        return {
+            _named(self._task, n): _renamed(self._task, t) for n, t in self.methods[self._task].loss_terms(step).items()
+        }
+
+    def label_weight(self, progress: float) -> float:
+        """What the loss on the labels is multiplied by in the task of this batch.
+
+        Args:
+            progress: share of the training done.
+        """
+        return self.methods[self._task].label_weight(progress)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Those of all tasks."""
+        return [group for method in self.methods.values() for group in method.parameter_groups()]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of all tasks."""
+        return {_named(task, n): m for task, method in self.methods.items() for n, m in method.modules().items()}
+
+    @property
+    def max_norm(self) -> float | None:
+        """The least of all tasks'."""
+        return min((method.max_norm for method in self.methods.values() if method.max_norm is not None), default=None)
+
+    def set_active(self, active: bool) -> None:
+        """Nothing is kept until a batch says of which task it is.
+
+        Args:
+            active: without effect.
+        """
+        for method in self.methods.values():
+            method.set_active(False)
+
+    def finish(self) -> None:
+        """Take all hooks away."""
+        for method in self.methods.values():
+            method.finish()
+
+
+class MultiTaskTrainer(CompressionTrainer):
+    """The training loop for a :class:`MultiTaskStudent`; tasks are drawn by the tempered share of their rows.
+
+    Checkpoints and :meth:`save_model` write each task's model to a folder of its name. Evaluate the models one by one.
+
+    Args:
+        model: the student.
+        args: as for ``Trainer``.
+        methods: usually one :class:`MultiTaskDistillation`.
+        train_datasets: tokenised rows by task.
+        collators: by task.
+        tau: 1 draws tasks as often as they have rows, 0 all alike.
+        **kwargs: as for :class:`CompressionTrainer`.
+
+    Raises:
+        LmcompressError: the tasks of model, data and collators are not the same.
+    """
+
+    def __init__(
+        self,
+        model: MultiTaskStudent,
+        args: TrainingArguments | None = None,
+        methods: Sequence[Method] = (),
+        *,
+        train_datasets: Mapping[str, Sequence[dict[str, Any]]],
+        collators: Mapping[str, Collate],
+        tau: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        for what, given in (("train_datasets", train_datasets), ("collators", collators)):
+            if set(given) != set(model.models):
+                raise LmcompressError(
+                    f"the student's tasks are {sorted(model.models)}, those of {what} {sorted(given)}"
+                )
+        dataset = MultiTaskDataset(train_datasets)
+        super().__init__(
+            model, args, methods, train_dataset=dataset, data_collator=MultiTaskCollator(collators), **kwargs
+        )
+        self.tau = tau
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of one task each, on every process the same task."""
+        assert isinstance(self.train_dataset, MultiTaskDataset)
+        batches = TaskSampledBatches(
+            self.train_dataset.sizes,
+            self._train_batch_size,
+            tau=self.tau,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            num_processes=self.args.world_size,
+        )
+        # accelerate tells the epoch to the sampler of a batch sampler that it has cut for several processes
+        batches.sampler = batches  # type: ignore[attr-defined]
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write each task's model to its folder, through the equivalence gate but for checkpoints on the way.
+
+        Args:
+            output_dir: default: that of the arguments.
+        """
+        if not self.args.should_save:
+            return
+        for task, model in self.student.models.items():
+            folder = Path(output_dir or self.args.output_dir) / task
+            if _internal_call:
+                model.save_pretrained(folder)
+            else:
+                CompressedModel(model).save_pretrained(folder)
+
+    def _model_for(self, batch: Mapping[str, Any]) -> PreTrainedModel:
+        model: PreTrainedModel = self.student.model_for(batch["task"])
+        return model
+
+    def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super()._student_inputs(inputs), "task": inputs["task"]}
+
+    def _load_student(self, folder: str, model: nn.Module | None) -> None:
+        for task, head in self.student.models.items():
+            if not (Path(folder) / task).is_dir():
+                raise CheckpointError(f"{folder} has no folder {task!r}: it was written for other tasks")
+            saved = type(head).from_pretrained(Path(folder) / task, dtype=head.dtype)
+            head.load_state_dict(saved.state_dict())
+
+
+def _share(first: PreTrainedModel, model: PreTrainedModel) -> None:
+    body, other = first.base_model, model.base_model
+    shapes = [{name: tensor.shape for name, tensor in part.state_dict().items()} for part in (body, other)]
+    if type(body) is not type(other) or shapes[0] != shapes[1]:
+        raise LmcompressError(
+            f"tasks can share a body of one class and shape only, got {type(body).__name__} of {type(first).__name__} and "
+            f"{type(other).__name__} of {type(model).__name__}; use share_backbone=False"
+        )
+    setattr(model, model.base_model_prefix, body)
+    model.tie_weights()
+
+
+def _named(task: str, name: str) -> str:
+    return f"{task}/{name}"
+
+
+def _renamed(task: str, term: Term) -> Term:
+    parts = None if term.parts is None else {_named(task, name): part for name, part in term.parts.items()}
+    return Term(term.total, term.unit, term.weight, parts)

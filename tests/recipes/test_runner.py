@@ -1,0 +1,211 @@
+"""A run from a recipe to models that load; killed, resumed, changed and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lmcompress.errors import LmcompressError
+from lmcompress.recipes import load_recipe, parse_recipe, run
+from lmcompress.trainers import CompressionTrainer
+
+FILES = {
+    "recipe.yaml",
+    "results.json",
+    "metrics.json",
+    "report.md",
+    "report.html",
+    "plots",
+    "teacher",
+    "student",
+    "student-control",
+}
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A run that nobody changes."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    return run(parse_recipe(tiny), folder, console=Console(quiet=True))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same, to be changed."""
+    return shutil.copytree(finished.folder, tmp_path / "tiny")
+
+
+def test_a_run_leaves_models_reports_and_plots(finished):
+    assert {path.name for path in finished.folder.iterdir()} == FILES
+    assert {path.name for path in (finished.folder / "plots").iterdir()} == {
+        "quality_size.png",
+        "quality_latency_1.png",
+    }
+    report = json.loads((finished.folder / "results.json").read_text())
+    assert [row["role"] for row in report["rows"]] == ["teacher", "student", "control"]
+    assert report["machine"]["torch"] and report["versions"]["transformers"]
+    for row in report["rows"]:
+        assert 0 <= row["metrics"]["validation"]["accuracy"] <= 1
+        assert row["size_bytes"] > row["weights_bytes"] >= 4 * row["parameters"]
+        assert row["equivalence"]["inputs"] == "given" and row["equivalence"]["max_error"] == 0
+        assert row["training"]["steps"] == 4
+    assert json.loads((finished.folder / "metrics.json").read_text())["student"]["validation"]
+
+
+def test_the_student_loads_with_automodel_and_knows_its_labels(finished):
+    model = AutoModelForSequenceClassification.from_pretrained(finished.models["student"])
+    tokenizer = AutoTokenizer.from_pretrained(finished.models["student"])
+    logits = model(**tokenizer("a great film", return_tensors="pt")).logits
+    assert logits.shape == (1, 2) and torch.isfinite(logits).all()
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.num_hidden_layers == 2
+
+
+def test_the_card_of_a_model_has_the_table_of_the_run(finished):
+    card = (finished.models["student"] / "README.md").read_text()
+    assert "student-control" in card and "of teacher" in card
+
+
+def test_the_resolved_recipe_of_a_run_is_the_recipe(finished, tiny):
+    assert load_recipe(finished.folder / "recipe.yaml") == parse_recipe(tiny)
+
+
+def test_the_control_starts_where_the_student_does(finished):
+    student, control = (
+        load_file(finished.models[name] / "model.safetensors") for name in ("student", "student-control")
+    )
+    assert student.keys() == control.keys()
+    assert any(not torch.equal(student[name], control[name]) for name in student)
+
+
+def test_a_finished_run_is_not_trained_again(copied, tiny, monkeypatch, console):
+    monkeypatch.setattr(CompressionTrainer, "train", lambda *_, **__: pytest.fail("everything is there"))
+    run(parse_recipe(tiny), copied, console=console)
+    assert console.file.getvalue().count("finished before, kept") == 3
+
+
+def test_a_changed_recipe_is_refused_and_the_change_named(copied, tiny):
+    before = (copied / "student" / "model.safetensors").read_bytes()
+    changed = parse_recipe(tiny, ["stages.student.training.max_steps=2"])
+    with pytest.raises(
+        LmcompressError,
+        match=r"student was made by a different recipe \(training.max_steps: 4 then, 2 now\).*--overwrite",
+    ):
+        run(changed, copied, console=Console(quiet=True))
+    assert (copied / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_overwrite_trains_what_changed_and_keeps_the_rest(copied, tiny, console):
+    changed = parse_recipe(tiny, ["stages.student.training.max_steps=2"])
+    result = run(changed, copied, overwrite=True, console=console)
+    assert [row["training"]["steps"] for row in result.report["rows"]] == [4, 2, 2]
+    assert console.file.getvalue().count("finished before, kept") == 1
+
+
+def test_a_change_before_a_stage_is_a_change_of_the_stage(copied, tiny):
+    with pytest.raises(LmcompressError, match="teacher was made by a different recipe"):
+        run(parse_recipe(tiny, ["seed=1"]), copied, console=Console(quiet=True))
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tiny, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "thesis.txt").write_text("years of work")
+    with pytest.raises(LmcompressError, match="holds something that is no stage"):
+        run(parse_recipe(tiny), tmp_path, overwrite=True, console=Console(quiet=True))
+    assert (tmp_path / "teacher" / "thesis.txt").read_text() == "years of work"
+
+
+class _Killed(BaseException):
+    """What no handler catches."""
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_result(finished, tiny, tmp_path, monkeypatch, console):
+    plain = CompressionTrainer._save_checkpoint
+    saved = []
+
+    def die_after_the_third(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        saved.append(self.state.global_step)
+        if len(saved) == 3:
+            raise _Killed
+
+    monkeypatch.setattr(CompressionTrainer, "_save_checkpoint", die_after_the_third)
+    with pytest.raises(_Killed):
+        run(parse_recipe(tiny), tmp_path / "tiny", console=console)
+    assert (tmp_path / "tiny" / "checkpoints" / "student" / "checkpoint-2").is_dir()
+    monkeypatch.setattr(CompressionTrainer, "_save_checkpoint", plain)
+    # and a checkpoint that was being written is not taken for one
+    (tmp_path / "tiny" / "checkpoints" / "student" / "checkpoint-3").mkdir()
+    result = run(parse_recipe(tiny), tmp_path / "tiny", console=console)
+    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
+    for name in ("teacher", "student", "student-control"):
+        resumed, straight = (
+            load_file(models[name] / "model.safetensors") for models in (result.models, finished.models)
+        )
+        torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def test_an_interrupted_stage_of_another_recipe_is_refused(tiny, tmp_path, monkeypatch):
+    def die(self, *args, **kwargs):
+        raise _Killed
+
+    monkeypatch.setattr(CompressionTrainer, "_save_checkpoint", die)
+    with pytest.raises(_Killed):
+        run(parse_recipe(tiny), tmp_path / "tiny", console=Console(quiet=True))
+    with pytest.raises(LmcompressError, match="was made by a different recipe"):
+        run(parse_recipe(tiny, ["training.max_steps=5"]), tmp_path / "tiny", console=Console(quiet=True))
+
+
+def test_a_stored_teacher_teaches_as_a_live_one(finished, copied, tiny):
+    stored = parse_recipe(
+        tiny, ["stages.student.distillation.store={}", "stages.student.distillation.losses=[hidden_mse]"]
+    )
+    live = parse_recipe(tiny, ["stages.student.distillation.losses=[hidden_mse]"])
+    trained = []
+    for recipe in (live, stored):
+        result = run(recipe, copied, overwrite=True, console=Console(quiet=True))
+        trained.append(load_file(result.models["student"] / "model.safetensors"))
+    assert (copied / "stores" / "student" / "0" / "meta.json").is_file()
+    torch.testing.assert_close(*trained, rtol=1e-2, atol=1e-3)
+
+
+def test_a_language_model_is_measured_by_perplexity(tmp_path):
+    text = " ".join(f"word{i % 7} and word{i % 3} ." for i in range(400))
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "validation.txt").write_text(text[:2000])
+    recipe = parse_recipe(
+        f"""
+name: lm
+model: {{family: gpt2, hidden_size: 16, layers: 2, num_heads: 2, positions: 16, tokenizer: {{kind: bytelevel_bpe,
+    vocab_size: 300}}}}
+task: {{name: {tmp_path}, max_length: 16}}
+stages:
+  - {{name: teacher, training: {{max_steps: 2, per_device_train_batch_size: 2}}}}
+  - name: student
+    start: teacher
+    student: {{layers: 1}}
+    save: vanilla
+    distillation: {{teachers: [teacher]}}
+    training: {{max_steps: 2, per_device_train_batch_size: 2}}
+evaluation: {{latency_batches: []}}
+"""
+    )
+    result = run(recipe, tmp_path / "run", console=Console(quiet=True))
+    assert result.report["lower_is_better"]
+    assert all(row["metrics"]["validation"]["token_perplexity"] > 1 for row in result.report["rows"])
+    assert AutoModelForCausalLM.from_pretrained(result.models["student"]).config.n_layer == 1
+
+
+def test_augmented_rows_are_trained_on(copied, tiny):
+    recipe = parse_recipe(
+        tiny, ["stages.student.augmentation={operations: [mask, n_gram], copies: 2}", "stages.student.control=false"]
+    )
+    result = run(recipe, copied, overwrite=True, console=Console(quiet=True))
+    assert {row["name"] for row in result.report["rows"]} == {"teacher", "student"}

@@ -1,0 +1,193 @@
+"""What the README and the guides say is true: code runs, commands exist, links lead somewhere, tables are the results."""
+
+import importlib.util
+import json
+import pydoc
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+import transformers
+import typer
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import lmcompress
+from lmcompress.cli import app
+from lmcompress.data import load_task, train_tokenizer
+from lmcompress.recipes import builtin_recipes, parse_recipe
+
+ROOT = Path(lmcompress.__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    """Code of a page in one language; ``no-run`` after the language marks what needs the Hub, a GPU or hours."""
+    found = [(info.split(), code) for info, code in FENCE.findall(page.read_text("utf-8"))]
+    return [code for words, code in found if words[:1] == [language] and "no-run" not in words]
+
+
+def _save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A folder as the quickstarts leave it, but for the models, which are tiny and know nothing."""
+    folder = tmp_path_factory.mktemp("work")
+    data = load_task("embedded/clinc150")
+    tokenizer = train_tokenizer(data.train["text"][:2000], kind="wordpiece", vocab_size=600)
+    tokenizer.model_max_length = 64
+    shape = dict(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=len(tokenizer)
+    )
+    labels = dict(id2label=data.task.id2label, label2id=data.task.label2id, problem_type=data.task.problem_type)
+    config = BertConfig(**shape, **labels, max_position_embeddings=64)
+    _save(BertForSequenceClassification(config), tokenizer, folder / "runs" / "quickstart" / "teacher")
+    texts = load_task("embedded/inaugural").train["text"][:3]
+    tokenizer = train_tokenizer(texts, kind="bytelevel_bpe", vocab_size=400)
+    tokenizer.model_max_length = 64
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=len(tokenizer), **ids)
+    _save(GPT2LMHeadModel(config), tokenizer, folder / "runs" / "lm" / "teacher")
+    return folder
+
+
+def _pages_with(language):
+    return [page for page in PAGES if blocks(page, language)]
+
+
+# TrainingArguments pin memory unless told not to; torch says so on machines without a GPU
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("page", _pages_with("python"), ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, teachers, monkeypatch, capsys):
+    monkeypatch.chdir(teachers)
+    monkeypatch.setattr(transformers.Trainer, "log", lambda *_, **__: None)
+    namespace = {"__name__": "__main__"}
+    for number, code in enumerate(blocks(page, "python"), 1):
+        exec(compile(code, f"{page.name}, Python block {number}", "exec"), namespace)
+
+
+def test_the_first_python_of_the_readme_is_short_and_distils():
+    first = blocks(ROOT / "README.md", "python")[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 15
+    assert "DistillationTrainer(" in first and ".train()" in first
+
+
+def _commands():
+    """Every command line of lmcompress on any page, and the page."""
+    for page in PAGES:
+        for code in blocks(page, "bash"):
+            for line in code.replace("\\\n", " ").splitlines():
+                for part in line.partition("  #")[0].split("&&"):
+                    if part.split()[:1] == ["lmcompress"]:
+                        yield pytest.param(part.partition(">")[0].strip(), id=f"{page.name}: {part.strip()}")
+
+
+@pytest.mark.parametrize("command", list(_commands()))
+def test_a_command_line_is_one_that_lmcompress_takes(command):
+    group, arguments, context = typer.main.get_command(app), shlex.split(command)[1:], None
+    while hasattr(group, "resolve_command"):
+        context = group.make_context(group.name, list(arguments), parent=context, resilient_parsing=False)
+        _, group, arguments = group.resolve_command(context, [*context._protected_args, *context.args])
+        assert group is not None
+    # parses, and calls nothing
+    group.make_context(group.name, list(arguments), parent=context)
+    if group.name in ("run", "show") and "." not in arguments[0]:
+        assert arguments[0] in builtin_recipes()
+
+
+@pytest.mark.parametrize("page", _pages_with("yaml"), ids=lambda page: page.name)
+def test_the_yaml_of_a_page_is_of_valid_recipes(page):
+    whole = "name: a\nmodel: m\ntask: {name: t}\nstages:\n- name: teacher\n- name: student\n"
+    for code in blocks(page, "yaml"):
+        parse_recipe(code if code.startswith("name:") else whole + textwrap.indent(code, "  "))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text("utf-8"))
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+
+
+def test_ci_installs_and_tests_in_the_words_of_the_readme():
+    (command,) = [code.strip() for code in blocks(ROOT / "README.md", "bash") if '".[test]"' in code]
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    install, test = command.split(" && ")
+    assert f"\n{install}\n" in script and f"\n{test} | tee" in script
+
+
+def test_constraints_pin_everything_that_pyproject_names():
+    tomllib = pytest.importorskip("tomllib")  # in Python from 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *project["optional-dependencies"]["emd"],
+    ]
+    names = {re.split(r"[<>=!~ \[]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    assert names - pinned == set()
+
+
+def test_papers_name_modules_and_functions_that_exist():
+    text = (ROOT / "docs" / "papers.md").read_text("utf-8")
+    named = set(re.findall(r"`(lmcompress(?:\.\w+)+)`", text))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if pydoc.locate(name) is None] == []
+
+
+def test_papers_name_every_built_in_recipe():
+    text = (ROOT / "docs" / "papers.md").read_text("utf-8")
+    assert [name for name in builtin_recipes() if f"`{name}`" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_readme_are_the_results(tables):
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert tables.fill(text) == text, "run: python benchmarks/tables.py"
+
+
+def test_a_table_without_results_says_so(tables, tmp_path):
+    page = "a\n<!-- table:distillation -->\nold\n<!-- /table -->\nb\n"
+    filled = tables.fill(page, tmp_path)
+    assert filled == "a\n<!-- table:distillation -->\n_Not measured yet._\n<!-- /table -->\nb\n"
+    assert tables.fill(filled, tmp_path) == filled
+
+
+def test_an_unknown_table_is_refused(tables, tmp_path):
+    with pytest.raises(SystemExit, match="no table 'x'; there are: distillation"):
+        tables.fill("<!-- table:x -->\n<!-- /table -->\n", tmp_path)
+
+
+def test_the_distillation_table_has_teacher_student_control_and_the_mean_without_cola(tables, tmp_path):
+    def row(task, role, score, seeds=3):
+        spread = None if role == "teacher" else 0.25
+        sizes = dict(parameters=2_000_000, bytes=8_000_000)
+        return dict(task=task, role=role, score=score, spread=spread, seeds=seeds, of_teacher=score, **sizes)
+
+    scores = {"rte": (80.0, 76.0, 70.0), "mrpc": (90.0, 86.0, 84.0), "cola": (50.0, 30.0, 20.0)}
+    roles = ("teacher", "distilled", "control")
+    rows = [row(task, role, score) for task, three in scores.items() for role, score in zip(roles, three, strict=True)]
+    machine = dict(processor="P", cores=2, gpu=None, torch="2", transformers="5")
+    wanted = [{"name": "kept", "target": ">= 97 %", "measured": 95.0, "met": False}]
+    result = dict(
+        benchmark="distillation", command="python x", date="d", commit="c", machine=machine, rows=rows, asked=wanted
+    )
+    (tmp_path / "distillation.json").write_text(json.dumps(result))
+    table = tables.distillation(tmp_path)
+    assert "| RTE | 80.0 | 76.0 ± 0.2 | 70.0 ± 0.2 | 76.0 % | 70.0 % |" in table
+    assert "| **mean without CoLA** | **85.0** | **81.0** | **77.0** | **95.3 %** | **90.6 %** |" in table
+    assert "| distillation: kept | >= 97 % | 95 | **no** |" in tables.asked(tmp_path)

@@ -18,7 +18,9 @@ def commit() -> str:
     """The commit that is measured; marked where the tree differs from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        ).stdout
 
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", "../lmcompress", ".").strip()

@@ -1,9 +1,10 @@
 """How much of a teacher does half of it keep, with a teacher to learn from and without?
 
-Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: its first three layers, classifier and
-embeddings taken over, embeddings frozen. Each student is trained twice with everything equal: on labels alone (control), and on
-the teacher's logits, its hidden states and the labels (distilled), the teacher's answers coming from a disk store that is
-written once for all epochs and seeds. The last epoch counts, not the best.
+Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: its first three
+layers, classifier and embeddings taken over, embeddings frozen. Each student is trained twice with everything
+equal: on labels alone (control), and on the teacher's logits, its hidden states and the labels (distilled), the
+teacher's answers coming from a disk store that is written once for all epochs and seeds. The last epoch counts, not
+the best.
 
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers
     python benchmarks/distillation.py --data ../shared/data --work runs
@@ -174,7 +175,8 @@ def report(options: argparse.Namespace) -> None:
             mean = statistics.mean(scores)
             rows.append(
                 {
-                    "task": task, "epochs": mine[0]["epochs"], "train_rows": mine[0]["rows"], "role": role, "score": mean,
+                    "task": task, "epochs": mine[0]["epochs"], "train_rows": mine[0]["rows"], "role": role,
+                    "score": mean,
                     "spread": statistics.stdev(scores) if len(scores) > 1 else None, "seeds": len(scores),
                     "of_teacher": 100 * mean / score, "parameters": mine[0]["parameters"], "bytes": mine[0]["bytes"],
                     "seconds": statistics.mean(run["seconds"] for run in mine),
@@ -186,10 +188,14 @@ def report(options: argparse.Namespace) -> None:
     without_cola = [t for t in complete if t != "cola"]
     wanted = []
     if without_cola:
-        mean = {r: statistics.mean(by[t, r]["score"] for t in without_cola) for r in ("teacher", "distilled", "control")}
+        mean = {
+            r: statistics.mean(by[t, r]["score"] for t in without_cola) for r in ("teacher", "distilled", "control")
+        }
         kept = 100 * mean["distilled"] / mean["teacher"]
         control = 100 * mean["control"] / mean["teacher"]
-        wanted.append(asked(f"share of the teacher's mean kept ({', '.join(without_cola)})", ">= 97 %", kept, kept >= 97))
+        wanted.append(
+            asked(f"share of the teacher's mean kept ({', '.join(without_cola)})", ">= 97 %", kept, kept >= 97)
+        )
         wanted.append(asked("the same for the control", "reported", control, True))
     for task in complete:
         gain = by[task, "distilled"]["score"] - by[task, "control"]["score"]
@@ -200,7 +206,8 @@ def report(options: argparse.Namespace) -> None:
     setting = {"layers": LAYERS, "distillation": distillation_config().model_dump(mode="json"), "budget": BUDGET}
     path = write("distillation", rows, wanted, quick=options.quick, setting=setting)
     for row in rows:
-        print(f"{row['task']:6} {row['role']:10} {row['score']:6.2f} ± {row['spread'] or 0:.2f}  {row['of_teacher']:.1f} %")
+        spread = row["spread"] or 0
+        print(f"{row['task']:6} {row['role']:10} {row['score']:6.2f} ± {spread:.2f}  {row['of_teacher']:.1f} %")
     for item in wanted:
         print(item)
     print(path)

@@ -1,8 +1,9 @@
 """Half of a GPT-2, trained on WikiText-2 with its teacher and without, and the same shape from scratch.
 
-The teacher is the 4-layer GPT-2 of ``--model`` (trained on WikiText-2). The student keeps its first and its last layer, embeddings and head. Each
-student sees the same blocks in the same order for the same steps: on labels alone (control), and on labels and the teacher's next-token
-distributions (distilled). Perplexity is of the test text in blocks of 128 tokens, the length that the teacher was trained on.
+The teacher is the 4-layer GPT-2 of ``--model`` (trained on WikiText-2). The student keeps its first and its last
+layer, embeddings and head. Each student sees the same blocks in the same order for the same steps: on labels alone
+(control), and on labels and the teacher's next-token distributions (distilled). Perplexity is of the test text in
+blocks of 128 tokens, the length that the teacher was trained on.
 
     python benchmarks/distillation_lm.py --data ../shared/data --model ../shared/models/gpt2-wikitext2
 """
@@ -102,12 +103,31 @@ def main() -> None:
     ratio = sum(of["distilled"]) / sum(of["control"])
     wanted = [
         asked("perplexity with the teacher over without", "< 1", ratio, ratio < 1),
-        asked("greatest difference of logits after reloading", "0", e := max(r.get("reload_error", 0) for r in rows), e == 0),
+        asked(
+            "greatest difference of logits after reloading",
+            "0",
+            e := max(r.get("reload_error", 0) for r in rows),
+            e == 0,
+        ),
     ]
-    setting = {"block": BLOCK, "batch": BATCH, "steps": STEPS, "learning_rate": LEARNING_RATE, "layers": "4 -> 2 (0, 3)"}
+    setting = {
+        "block": BLOCK,
+        "batch": BATCH,
+        "steps": STEPS,
+        "learning_rate": LEARNING_RATE,
+        "layers": "4 -> 2 (0, 3)",
+    }
     for line in rows + wanted:
         print(line)
-    print(write("distillation_lm", rows, wanted, quick=options.quick, setting=setting | {"distillation": CONFIG.model_dump(mode="json")}))
+    print(
+        write(
+            "distillation_lm",
+            rows,
+            wanted,
+            quick=options.quick,
+            setting=setting | {"distillation": CONFIG.model_dump(mode="json")},
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Does a checkpoint answer as the model did? Every family, whole and cut, saved and loaded by the plain ``AutoModel`` classes.
+"""Does a checkpoint answer as the model did? Every family, whole and cut, saved and loaded by the plain ``AutoModel``
+classes.
 
-Random weights at a width of 256; heads and neurons are cut differently in each block, and a block is dropped. What is reported is the greatest
-difference of any output on two batches, one of them padded.
+Random weights at a width of 256; heads and neurons are cut differently in each block, and a block is dropped. What
+is reported is the greatest difference of any output on two batches, one of them padded.
 
     python benchmarks/reload.py
 """

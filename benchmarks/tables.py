@@ -82,6 +82,28 @@ def distillation(results: Path) -> str | None:
     return f"{markdown(columns, table)}\n\n{size}{_seeds(rows.values())}{origin(result)}"
 
 
+def distillation_lm(results: Path) -> str | None:
+    """Perplexity of a GPT-2 and of its halves; None where there are no results."""
+    result = _read(results / "distillation_lm.json")
+    if result is None:
+        return None
+    words = {
+        "teacher": "teacher",
+        "distilled": "half of its layers, distilled",
+        "control": "half of its layers, labels only",
+        "scratch": "the same shape from random weights, labels only",
+    }
+    table = []
+    for role, name in words.items():
+        rows = [row for row in result["rows"] if row["role"] == role]
+        if rows:
+            means = [statistics.mean(row[of] for row in rows) for of in ("token_perplexity", "word_perplexity")]
+            table.append([name, *(f"{mean:.1f}" for mean in means), _millions(rows[0]), _megabytes(rows[0])])
+    columns = ["GPT-2, WikiText-2, test", "token perplexity", "word perplexity", "parameters", "weights"]
+    seeds = max(sum(row["role"] == role for row in result["rows"]) for role in words)
+    return f"{markdown(columns, table)}\n\n{'One seed' if seeds == 1 else f'Means of {seeds} seeds'}. {origin(result)}"
+
+
 def trainer_overhead(results: Path) -> str | None:
     """Time of a distillation step beside what it cannot avoid; None where there are no results."""
     result = _read(results / "trainer_overhead.json")
@@ -121,6 +143,7 @@ def asked(results: Path) -> str | None:
 
 TABLES: dict[str, Callable[[Path], str | None]] = {
     "distillation": distillation,
+    "distillation_lm": distillation_lm,
     "trainer_overhead": trainer_overhead,
     "asked": asked,
 }

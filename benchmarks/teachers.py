@@ -71,23 +71,23 @@ def metrics(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
 
 
 def train_teacher(data: Path, work: Path, task: str, *, quick: bool = False) -> dict[str, Any]:
-    """Fine-tune one teacher, unless it is there already, and return what ``teacher.json`` says of it; ``quick``: 10 steps."""
+    """Fine-tune one teacher, unless it is there already, and return what ``teacher.json`` says of it."""
     folder = work / task
     if (folder / "teacher.json").exists():
         return dict(json.loads((folder / "teacher.json").read_text()))
     columns, train_split, epochs, learning_rate = TASKS[task]
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(minilm_path())
-    model = AutoModelForSequenceClassification.from_pretrained(
-        minilm_path(), num_labels=1 if task == "stsb" else 2
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=1 if task == "stsb" else 2)
     sets = {}
     for name in (train_split, "validation"):
         rows = glue_split(data, task, name)
         rows = rows.select(range(100)) if quick else rows
         sets[name] = rows.map(
-            lambda batch: tokenizer(*(batch[c] for c in columns), truncation=True, max_length=MAX_LENGTH)
-            | {"labels": batch["label"]},
+            lambda batch: (
+                tokenizer(*(batch[c] for c in columns), truncation=True, max_length=MAX_LENGTH)
+                | {"labels": batch["label"]}
+            ),
             batched=True,
             remove_columns=rows.column_names,
         )

@@ -1,9 +1,10 @@
 """What does a distillation step cost beyond what it cannot avoid?
 
-The baseline is a step of plain ``Trainer`` on the student plus a forward pass of the teacher without gradient, in the same process, steps
-interleaved (A, B, A, B, ...), medians. BERT: MiniLM's shape, 6 layers teaching 3, a batch of 16 × 64, logits and three hidden
-states. GPT-2: the full vocabulary of 50,257. Peak memory of the GPT-2 step is measured in a process of its own for each of: plain student
-step with the teacher's forward, our step, and a naive step that computes both logit matrices and the KL in float32 at once.
+The baseline is a step of plain ``Trainer`` on the student plus a forward pass of the teacher without gradient, in
+the same process, steps interleaved (A, B, A, B, ...), medians. BERT: MiniLM's shape, 6 layers teaching 3, a batch
+of 16 × 64, logits and three hidden states. GPT-2: the full vocabulary of 50,257. Peak memory of the GPT-2 step is
+measured in a process of its own for each of: plain student step with the teacher's forward, our step, and a naive
+step that computes both logit matrices and the KL in float32 at once.
 
     python benchmarks/trainer_overhead.py
 """
@@ -64,7 +65,12 @@ def make_batch(kind: str, device: Any) -> dict[str, torch.Tensor]:
 def arguments(folder: str) -> TrainingArguments:
     """Everything that is not measured is off."""
     return TrainingArguments(
-        folder, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=not torch.cuda.is_available(), max_steps=1000
+        folder,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=1000,
     )
 
 
@@ -73,7 +79,9 @@ class NaiveTrainer(Trainer):
 
     teacher: Any
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Labels and KL of all tokens at once."""
         outputs = model(**inputs)
         with torch.no_grad():
@@ -133,15 +141,19 @@ def ratio(kind: str, repeats: int) -> dict[str, Any]:
     quartiles = statistics.quantiles(pairs, n=4)
     return {
         "model": kind, "rows": ROWS[kind], "length": LENGTH[kind], "baseline_ms": 1000 * median["baseline"],
-        "lmcompress_ms": 1000 * median["lmcompress"], "ratio": statistics.median(pairs), "ratio_quartiles": quartiles[::2],
-        "repeats": repeats,
+        "lmcompress_ms": 1000 * median["lmcompress"], "ratio": statistics.median(pairs),
+        "ratio_quartiles": quartiles[::2], "repeats": repeats,
     }  # fmt: skip
 
 
 def peak_memory(way: str) -> float:
     """Peak of resident memory in MiB during two GPT-2 steps, above what it was before the first; in a fresh process."""
     output = subprocess.run(
-        [sys.executable, __file__, "--memory-of", way], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        [sys.executable, __file__, "--memory-of", way],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
     ).stdout
     return float(json.loads(output.splitlines()[-1])["mib"])
 

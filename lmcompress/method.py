@@ -18,7 +18,8 @@ class Term:
 
     Attributes:
         total: 0-d float32, with gradient; the sum, not the mean.
-        unit: the trainer divides by the number of these in the whole optimizer step, over all micro-batches and processes.
+        unit: the trainer divides by the number of these in the whole optimizer step, over all micro-batches and
+            processes.
         weight: what the mean is multiplied by in the loss; the value that is logged is without it.
         parts: sums, without gradient, to log instead of ``total`` where several losses share one gradient.
     """
@@ -76,6 +77,9 @@ class Method(Protocol):
 
         Args:
             step: with the student's ``outputs``.
+
+        Returns:
+            The terms, their names unlike those of other methods.
         """
 
     def label_weight(self, progress: float) -> float:
@@ -83,6 +87,9 @@ class Method(Protocol):
 
         Args:
             progress: share of the training done, in [0, 1].
+
+        Returns:
+            A factor, at least 0.
         """
 
     def parameter_groups(self) -> list[dict[str, Any]]:

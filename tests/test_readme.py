@@ -1,4 +1,4 @@
-"""What the README and the guides say is true: code runs, commands exist, links lead somewhere, tables are the results."""
+"""What the README and the guides say is true: code runs, commands exist, links lead somewhere, tables are results."""
 
 import importlib.util
 import json
@@ -191,3 +191,15 @@ def test_the_distillation_table_has_teacher_student_control_and_the_mean_without
     assert "| RTE | 80.0 | 76.0 ± 0.2 | 70.0 ± 0.2 | 76.0 % | 70.0 % |" in table
     assert "| **mean without CoLA** | **85.0** | **81.0** | **77.0** | **95.3 %** | **90.6 %** |" in table
     assert "| distillation: kept | >= 97 % | 95 | **no** |" in tables.asked(tmp_path)
+
+
+def test_the_table_of_language_models_averages_over_seeds(tables, tmp_path):
+    sizes = dict(parameters=2_000_000, bytes=8_000_000)
+    rows = [dict(role="teacher", token_perplexity=40.0, word_perplexity=60.0, **sizes)]
+    rows += [dict(role="distilled", token_perplexity=50.0 + i, word_perplexity=70.0 + i, **sizes) for i in (0, 2)]
+    machine = dict(processor="P", cores=2, gpu="G", torch="2", transformers="5")
+    result = dict(benchmark="x", command="python x", date="d", commit="c", machine=machine, rows=rows, asked=[])
+    (tmp_path / "distillation_lm.json").write_text(json.dumps(result))
+    table = tables.distillation_lm(tmp_path)
+    assert "| half of its layers, distilled | 51.0 | 71.0 | 2.0 M | 8.0 MB |" in table
+    assert table.endswith("Means of 2 seeds. `python x`, d, commit c; G; torch 2, transformers 5.")

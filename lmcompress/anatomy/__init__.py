@@ -54,7 +54,8 @@ def family_of(config: PretrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnknownFamilyError(
-            f"lmcompress does not know the model family {config.model_type!r}. It knows: {', '.join(sorted(FAMILIES))}. "
+            f"lmcompress does not know the model family {config.model_type!r}. "
+            f"It knows: {', '.join(sorted(FAMILIES))}. "
             "To add one, describe its parts as a Family in lmcompress/anatomy/ and name it in FAMILIES there "
             "(CONTRIBUTING.md, 'A new family')."
         )

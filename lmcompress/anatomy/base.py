@@ -81,7 +81,7 @@ def in_features(module: nn.Module) -> int:
 
 
 def weight_view(module: nn.Module) -> Tensor:
-    """The weight as ``(out, in)``, whichever way round it is stored; a view, so that in-place changes reach the module."""
+    """The weight as ``(out, in)``, whichever way round it is stored; a view: in-place changes reach the module."""
     weight = _weight(module)
     return weight.t() if is_conv1d(module) else weight
 
@@ -101,7 +101,10 @@ class Block:
         self.family = family
 
     def get(self, part: str) -> nn.Module:
-        """The submodule that the family calls ``part``, such as ``"ffn_in"``.
+        """The submodule that the family calls ``part``.
+
+        Args:
+            part: such as ``"ffn_in"``.
 
         Raises:
             LmcompressError: the family has no such part.
@@ -213,7 +216,8 @@ def new_projection(
 
     Args:
         old: module whose kind, dtype and having-a-bias are copied.
-        in_width, out_width: widths of the new module.
+        in_width: width of its input.
+        out_width: width of its output.
         device: default: that of ``old``.
 
     Returns:

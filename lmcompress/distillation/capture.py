@@ -28,6 +28,9 @@ def resolve(model: PreTrainedModel, kind: str, layer: int) -> Feature:
         kind: one of :data:`FEATURES`.
         layer: negative counts from the end.
 
+    Returns:
+        ``(kind, layer)``.
+
     Raises:
         LmcompressError: an unknown kind, or a layer that is not there.
     """
@@ -98,7 +101,8 @@ class Capture:
         """What the last forward pass left, and forget it.
 
         Args:
-            attention_mask: ``(batch, length)`` of that pass, 1 = real token; needed for ``probabilities`` where there is padding.
+            attention_mask: ``(batch, length)`` of that pass, 1 = real token; needed for ``probabilities`` where
+                there is padding.
 
         Returns:
             Tensors by feature, in the dtype in which the model computed them.
@@ -202,7 +206,7 @@ def _needs(feature: Feature) -> list[Feature]:
 
 
 def _projection(block: Block, kind: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The module whose output holds queries, keys or values, and how to read them as ``(batch, heads, length, size)``."""
+    """The module whose output holds queries, keys or values, and its reading as ``(batch, heads, length, size)``."""
     size = block.head_size
 
     def split(tensor: Tensor) -> Tensor:

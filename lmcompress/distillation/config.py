@@ -35,9 +35,7 @@ class Match(_Part):
     ]
     student: Annotated[
         int | tuple[int, ...],
-        Field(
-            description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1. Negative from the end."
-        ),
+        Field(description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1; -1 is the last."),
     ]
     teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted likewise.")]
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
@@ -71,8 +69,8 @@ class EmdMatch(_Part):
 class DistillationConfig(_Part):
     """How a student is fitted to its teachers.
 
-    The loss is ``label_weight`` × the loss on the labels + ``weight`` × the loss on the logits + the matches, each a mean
-    over the whole optimizer step.
+    The loss is ``label_weight`` × the loss on the labels + ``weight`` × the loss on the logits + the matches, each a
+    mean over the whole optimizer step.
     """
 
     loss: Annotated[

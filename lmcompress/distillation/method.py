@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class _Matched:
         wanted = _layers(match.student), _layers(match.teacher)
         if {len(side) for side in wanted} != {self.loss.layers}:
             raise LmcompressError(
-                f"the match {match.loss!r} takes {self.loss.layers} layer(s) of each model, got student {match.student} "
-                f"and teacher {match.teacher}"
+                f"the match {match.loss!r} takes {self.loss.layers} layer(s) of each model, got student "
+                f"{match.student} and teacher {match.teacher}"
             )
         for option in match.options:
             if option not in self.loss.options:
@@ -72,7 +72,7 @@ class _Matched:
         return Projection(width, target, self.match.projection, seed=number)
 
     def _try(self, mine: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> None:
-        """Compare nothing with nothing in the right shapes: heads, widths and options that do not fit show before training."""
+        """Compare zeros of the right shapes: heads, widths and options that do not fit show before training."""
         length = 2
         student, teacher = (
             {
@@ -140,6 +140,9 @@ class Distillation:
         Args:
             config: file, or the dictionary.
             teachers: as for the class.
+
+        Returns:
+            The method.
 
         Raises:
             LmcompressError: the file asks for something that has no meaning here; the message says what.
@@ -247,9 +250,9 @@ class Distillation:
             sizes = self._student.config.vocab_size, teacher.model.config.vocab_size
             if sizes[0] != sizes[1]:
                 raise LmcompressError(
-                    f"the student has a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}, but both would be "
-                    "given the same input_ids: tokenize for the teacher too and add its columns as teacher_input_ids and "
-                    "teacher_attention_mask"
+                    f"the student has a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}, but both "
+                    "would be given the same input_ids: tokenize for the teacher too and add its columns as "
+                    "teacher_input_ids and teacher_attention_mask"
                 )
 
     def before_forward(self, step: Step) -> None:
@@ -266,6 +269,9 @@ class Distillation:
 
         Args:
             progress: share of the training done.
+
+        Returns:
+            What the loss of the head is multiplied by.
         """
         return 0.0 if self._chunked else self._label_weight(progress)
 
@@ -274,6 +280,9 @@ class Distillation:
 
         Args:
             step: with the student's outputs.
+
+        Returns:
+            ``kd`` (causal models: ``label+kd``), ``emd``, and the matches as their name and number.
         """
         assert self._capture is not None
         self._check_batch(step.inputs)
@@ -372,8 +381,8 @@ class Distillation:
             lengths = inputs["input_ids"].shape[1], teacher_inputs(inputs)["input_ids"].shape[1]
             if lengths[0] != lengths[1]:
                 raise LmcompressError(
-                    f"student and teacher see sequences of {lengths[0]} and {lengths[1]} tokens: a loss per token needs "
-                    "one tokenisation for both"
+                    f"student and teacher see sequences of {lengths[0]} and {lengths[1]} tokens: a loss per token "
+                    "needs one tokenisation for both"
                 )
 
     def _temperature(self, student: Tensor, teacher: Tensor) -> float | Tensor:
@@ -419,12 +428,10 @@ class Distillation:
             return Term(self._row_loss(student, teacher, labels).sum(), "examples", weight)
         # positions without a label (padding, further pieces of a word) teach nothing the head is used for
         if labels is not None:
-            rows, unit = labels != -100, "labels"
-            labels = labels[rows]
-        else:
-            rows, unit = mask.bool(), "tokens"
-        total = self._row_loss(student[rows], teacher[rows], labels).sum()
-        return Term(total, unit, weight)  # type: ignore[arg-type]
+            rows = labels != -100
+            return Term(self._row_loss(student[rows], teacher[rows], labels[rows]).sum(), "labels", weight)
+        rows = mask.bool()
+        return Term(self._row_loss(student[rows], teacher[rows], None).sum(), "tokens", weight)
 
     def _chunked_terms(self, step: Step, answers: Sequence[Answers]) -> dict[str, Term]:
         assert self._capture is not None
@@ -490,6 +497,9 @@ def problem_type_of(model: PreTrainedModel) -> str:
     Args:
         model: with a head.
 
+    Returns:
+        Such as ``"regression"``.
+
     Raises:
         LmcompressError: the head is of no kind that logits can be distilled for.
     """
@@ -522,7 +532,7 @@ def _teacher(given: Any) -> Teacher:
             f"a teacher must be a PreTrainedModel, or a source such as StoredTeacher, got {type(model).__name__}; "
             "load a path with load_teacher"
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _columns(dataset: Any) -> Sequence[str]:
@@ -548,7 +558,8 @@ def _check_store(student: PreTrainedModel, teacher: StoredTeacher, problem: str,
     unit = "row" if problem in ("single_label_classification", "multi_label_classification", "regression") else "token"
     if meta.logits != unit:
         raise LmcompressError(
-            f"the student's head is for {problem} and needs logits per {unit}; the teacher store {folder} has them per {meta.logits}"
+            f"the student's head is for {problem} and needs logits per {unit}; the teacher store {folder} has them "
+            f"per {meta.logits}"
         )
     size, of = (
         (student.config.vocab_size, "tokens")
@@ -562,8 +573,9 @@ def _check_store(student: PreTrainedModel, teacher: StoredTeacher, problem: str,
     sigmoid = problem in ("multi_label_classification", "regression")
     if meta.top_k is not None and meta.top_k < meta.vocab_size and (sigmoid or loss == "mse"):
         raise LmcompressError(
-            f"the teacher store {folder} keeps the top {meta.top_k} of {meta.vocab_size} logits, which describe a softmax; "
-            f"{'a head for ' + problem if sigmoid else 'the loss mse'} needs all of them: build it again without top_k"
+            f"the teacher store {folder} keeps the top {meta.top_k} of {meta.vocab_size} logits, which describe a "
+            f"softmax; {'a head for ' + problem if sigmoid else 'the loss mse'} needs all of them: build it again "
+            "without top_k"
         )
 
 
@@ -573,8 +585,9 @@ def _check_agreement(student: PreTrainedModel, teacher: PreTrainedModel, problem
         sizes = student.config.vocab_size, teacher.config.vocab_size
         if sizes[0] != sizes[1]:
             raise LmcompressError(
-                f"student and teacher must share a vocabulary: {names[1]} has {sizes[1]} tokens, {names[0]} has {sizes[0]}. "
-                "Choose a student of the teacher's family, or resize its embeddings with resize_token_embeddings"
+                f"student and teacher must share a vocabulary: {names[1]} has {sizes[1]} tokens, {names[0]} has "
+                f"{sizes[0]}. Choose a student of the teacher's family, or resize its embeddings with "
+                "resize_token_embeddings"
             )
         return
     if problem_type_of(teacher) != problem:
@@ -586,10 +599,7 @@ def _check_agreement(student: PreTrainedModel, teacher: PreTrainedModel, problem
         raise LmcompressError(
             f"the student has {labels[0]} labels, the teacher ({names[1]}) has {labels[1]}: they must agree"
         )
-    maps: list[Callable[[int], str]] = [
-        lambda i, m=model: str(m.config.id2label.get(i, i)) for model in (student, teacher)
-    ]  # type: ignore[misc]
-    mine, theirs = ([name(i) for i in range(labels[0])] for name in maps)
+    mine, theirs = ([str(model.config.id2label.get(i, i)) for i in range(labels[0])] for model in (student, teacher))
     generic = [f"LABEL_{i}" for i in range(labels[0])]
     if mine != theirs and generic not in (mine, theirs):
         raise LmcompressError(

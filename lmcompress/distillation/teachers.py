@@ -48,6 +48,9 @@ class Teacher(Protocol):
             kind: such as ``"hidden"``.
             layer: negative counts from the end.
 
+        Returns:
+            ``(kind, layer)``.
+
         Raises:
             LmcompressError: it cannot be given.
         """
@@ -57,6 +60,9 @@ class Teacher(Protocol):
 
         Args:
             feature: resolved.
+
+        Returns:
+            The shape without the batch axis.
         """
 
     def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
@@ -75,6 +81,9 @@ class Teacher(Protocol):
         Args:
             batch: the whole batch, ``teacher_*`` columns included.
             autocast: makes the context in which a model runs.
+
+        Returns:
+            Logits, or what gives them in chunks, and the features.
         """
 
     def release(self) -> None:
@@ -90,6 +99,9 @@ def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         batch: a collated batch.
+
+    Returns:
+        The inputs by name, without ``teacher_``.
     """
     own = {name.removeprefix(TEACHER_PREFIX): v for name, v in batch.items() if name.startswith(TEACHER_PREFIX)}
     return {name: v for name, v in (own or batch).items() if name not in ("labels", "task")}
@@ -121,6 +133,9 @@ class LiveTeacher:
         Args:
             kind: of feature.
             layer: negative counts from the end.
+
+        Returns:
+            ``(kind, layer)``.
         """
         return resolve(self._model, kind, layer)
 
@@ -129,6 +144,9 @@ class LiveTeacher:
 
         Args:
             feature: resolved.
+
+        Returns:
+            The shape without the batch axis.
         """
         return shape_of(self._model, feature)
 
@@ -159,6 +177,9 @@ class LiveTeacher:
         Args:
             batch: the whole batch.
             autocast: context for the forward pass.
+
+        Returns:
+            Logits, or what gives them in chunks, and the features.
         """
         assert self._capture is not None
         if self._model.training:
@@ -214,6 +235,9 @@ class StoredTeacher:
             kind: of feature.
             layer: negative counts from the end.
 
+        Returns:
+            ``(kind, layer)``.
+
         Raises:
             LmcompressError: the store lacks it.
         """
@@ -231,6 +255,9 @@ class StoredTeacher:
 
         Args:
             feature: resolved.
+
+        Returns:
+            The shape without the batch axis.
         """
         return {(info.kind, info.layer): info.shape for info in self.store.meta.features}[feature]
 
@@ -252,6 +279,9 @@ class StoredTeacher:
         Args:
             batch: the whole batch.
             autocast: not needed.
+
+        Returns:
+            Logits, or what gives them in chunks, and the features.
         """
         found = self.store.lookup(batch, sorted(self._features))
         if found.top_k is None:
@@ -296,6 +326,9 @@ def load_teacher(
         path: folder or name.
         auto_class: such as ``AutoModelForSequenceClassification``.
         precision: ``8bit`` and ``4bit`` (NF4) go through bitsandbytes: ``pip install "lmcompress[bnb]"``.
+
+    Returns:
+        The model.
 
     Raises:
         LmcompressError: bitsandbytes is missing, or the precision is unknown.

@@ -44,14 +44,17 @@ _SCHEDULES = {"none": "constant", "linear_decay": "linear_decay", "linear_growth
 def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfig:
     """A TextBrewer configuration as one of ours, with TextBrewer's defaults.
 
-    Two things are kept as TextBrewer has them: there is no factor ``temperature ** 2``, and labels count for nothing unless
-    ``hard_label_weight`` says so. Three are mended: schedules scale the configured weight where TextBrewer's replace it,
-    per-example temperatures are clamped, and attention matches look at the scores before the softmax, whatever the attention kernel.
-    ``attention_mse_sum`` becomes ``attention_mse_mean``, which is smaller by the square of the number of heads.
-    ``is_caching_logits`` has no counterpart here: use a teacher store.
+    Two things are kept as TextBrewer has them: there is no factor ``temperature ** 2``, and labels count for nothing
+    unless ``hard_label_weight`` says so. Three are mended: schedules scale the configured weight where TextBrewer's
+    replace it, per-example temperatures are clamped, and attention matches look at the scores before the softmax,
+    whatever the attention kernel. ``attention_mse_sum`` becomes ``attention_mse_mean``, which is smaller by the square
+    of the number of heads. ``is_caching_logits`` has no counterpart here: use a teacher store.
 
     Args:
         source: a JSON file, or its content.
+
+    Returns:
+        The configuration.
 
     Raises:
         LmcompressError: it is no TextBrewer configuration, or asks for something that has no meaning here.
@@ -67,12 +70,12 @@ def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfi
         return DistillationConfig(
             loss=kind,
             temperature=values.get("temperature", 4.0),
-            temperature_schedule=_temperature(values.get("temperature_scheduler", "none")),  # type: ignore[arg-type]
+            temperature_schedule=_temperature(values.get("temperature_scheduler", "none")),
             scale_by_temperature=False,
             weight=values.get("kd_loss_weight", 1.0),
-            weight_schedule=_schedule(values.get("kd_loss_weight_scheduler", "none")),  # type: ignore[arg-type]
+            weight_schedule=_schedule(values.get("kd_loss_weight_scheduler", "none")),
             label_weight=values.get("hard_label_weight", 0.0),
-            label_weight_schedule=_schedule(values.get("hard_label_weight_scheduler", "none")),  # type: ignore[arg-type]
+            label_weight_schedule=_schedule(values.get("hard_label_weight_scheduler", "none")),
             probability_shift=values.get("probability_shift", False),
             matches=tuple(_match(match) for match in values.get("intermediate_matches") or ()),
         )

@@ -30,7 +30,8 @@ class VocabularyLoss:
         soft_weight: weight of the loss against the teacher.
         temperature: of the closed form below.
         scale: factor of the closed form, usually ``temperature ** 2``.
-        soft: another loss than KL, differentiated by autograd; None is KL(teacher ‖ student) with its gradient in closed form.
+        soft: another loss than KL, differentiated by autograd; None is KL(teacher ‖ student) with its gradient in
+            closed form.
         chunk: rows at a time.
         retain: whether backward runs more than once; costs one more gradient of the head.
     """

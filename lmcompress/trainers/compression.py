@@ -1,4 +1,4 @@
-"""The one training loop: a ``Trainer`` whose loss is a sum of named terms, right under accumulation and over processes."""
+"""The one training loop: a ``Trainer`` whose loss is a sum of named terms, right under accumulation and DDP."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class _Logged:
 class CompressionTrainer(Trainer):  # type: ignore[misc]
     """A :class:`~transformers.Trainer` to which compression methods add loss terms.
 
-    Without methods it trains as ``Trainer`` does, but for the denominator: every term, the loss on the labels among them, is a mean over the
-    whole optimizer step, all micro-batches and processes, so that a batch of 8 × 1 is 1 × 8. (For GPT-2, ``Trainer`` of 5.17 and 5.23 divides
-    by the labels before the shift; here it is by the tokens that are predicted.)
+    Without methods it trains as ``Trainer`` does, but for the denominator: every term, the loss on the labels among
+    them, is a mean over the whole optimizer step, all micro-batches and processes, so that a batch of 8 × 1 is 1 × 8.
+    (For GPT-2, ``Trainer`` of 5.17 and 5.23 divides by the labels before the shift; here it is by the tokens that are
+    predicted.)
 
-    Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints carry the state of the methods and resume to
-    the bit on a CPU; what is saved in the end is the student alone.
+    Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints carry the state of the
+    methods and resume to the bit on a CPU; what is saved in the end is the student alone.
 
     Args:
         model: the student; a :class:`CompressedModel` is unwrapped.
@@ -54,10 +55,12 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         **kwargs: as for ``Trainer``.
 
     Raises:
-        LmcompressError: label smoothing, a loss function of one's own, or several GPUs in one process, none of which the terms allow for.
+        LmcompressError: label smoothing, a loss function of one's own, or several GPUs in one process, none of which
+            the terms allow for.
     """
 
-    # our terms are divided by the counts of the whole step; transformers from 5.19 asks, before it divided unless the model took loss kwargs
+    # our terms are divided by the counts of the whole step; transformers asks from 5.19 on, before that it divided
+    # unless the model took loss kwargs
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -88,7 +91,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 f"{self.args.n_gpu} GPUs in one process would split batches behind the hooks' back: start with "
                 "'torchrun --nproc_per_node=N' or 'accelerate launch', or set CUDA_VISIBLE_DEVICES to one"
             )
-        # without this, transformers before 5.19 hands num_items_in_batch to the model and skips its own division, or not, by the model's signature
+        # without this, transformers before 5.19 hands num_items_in_batch to the model and skips its own division, or
+        # not, by the model's signature
         self.model_accepts_loss_kwargs = False
         self._divides_by_accumulation = not hasattr(Trainer, "loss_is_scaled_for_ga")
         if isinstance(student, PreTrainedModel):
@@ -325,9 +329,9 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         self._silent_steps[name] = silent
         if silent >= DEAD_STEPS:
             raise LmcompressError(
-                f"the loss term {name!r} has been exactly zero for {silent} steps, and so has its gradient. Usual causes: teacher "
-                "and student are the same model, a softmax over a single output (use the mse loss), or a mask that hides all tokens. "
-                "Take the term out if it is meant to be zero."
+                f"the loss term {name!r} has been exactly zero for {silent} steps, and so has its gradient. Usual "
+                "causes: teacher and student are the same model, a softmax over a single output (use the mse loss), or "
+                "a mask that hides all tokens. Take the term out if it is meant to be zero."
             )
 
     def _care_for(
@@ -355,12 +359,11 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             wanted = dict.fromkeys([*TEACHER_COLUMNS, *(c for c in columns if c.startswith("teacher_"))])
             self._signature_columns += [c for c in wanted if c not in self._signature_columns]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # here, and not after the checkpoint: older checkpoints go when it is complete, and this must not come later
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and (state := self._method_state()):
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            if folder.is_dir():
-                save_file(state, folder / STATE_FILE)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(output_dir) / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_student(resume_from_checkpoint, model)
@@ -370,13 +373,14 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             return
         if not file.is_file():
             raise CheckpointError(
-                f"{resume_from_checkpoint} has no {STATE_FILE}: it was written without these methods; start from the beginning, "
-                "or resume with the methods that wrote it"
+                f"{resume_from_checkpoint} has no {STATE_FILE}: it was written without these methods; start from the "
+                "beginning, or resume with the methods that wrote it"
             )
         state = load_file(file)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
             raise CheckpointError(
-                f"{file} holds the state of other methods: it has {sorted(state)[:6]}, these methods have {sorted(wanted)[:6]}"
+                f"{file} holds the state of other methods: it has {sorted(state)[:6]}, these methods have "
+                f"{sorted(wanted)[:6]}"
             )
         with torch.no_grad():
             for name, tensor in wanted.items():
@@ -410,6 +414,9 @@ def _count_vector(batch: Mapping[str, Any], *, causal: bool, shifted: bool) -> T
         batch: on any device.
         causal: whether a token sees only those before it.
         shifted: whether each position predicts the next token.
+
+    Returns:
+        Counts, float64 but on MPS.
     """
     ids = batch["input_ids"] if "input_ids" in batch else next(v for v in batch.values() if isinstance(v, Tensor))
     mask = batch.get("attention_mask")

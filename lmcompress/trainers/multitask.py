@@ -54,6 +54,9 @@ class MultiTaskStudent(nn.Module):
         Args:
             task: its name.
 
+        Returns:
+            The model.
+
         Raises:
             LmcompressError: there is no such task.
         """
@@ -125,6 +128,9 @@ class MultiTaskDistillation:
 
         Args:
             step: with outputs.
+
+        Returns:
+            By ``task/term``.
         """
         return {
             _named(self._task, n): _renamed(self._task, t) for n, t in self.methods[self._task].loss_terms(step).items()
@@ -135,6 +141,9 @@ class MultiTaskDistillation:
 
         Args:
             progress: share of the training done.
+
+        Returns:
+            The factor.
         """
         return self.methods[self._task].label_weight(progress)
 
@@ -225,13 +234,14 @@ class MultiTaskTrainer(CompressionTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+        return self.accelerator.prepare(loader)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write each task's model to its folder, through the equivalence gate but for checkpoints on the way.
 
         Args:
             output_dir: default: that of the arguments.
+            _internal_call: whether ``Trainer`` calls, for a checkpoint.
         """
         if not self.args.should_save:
             return
@@ -262,8 +272,8 @@ def _share(first: PreTrainedModel, model: PreTrainedModel) -> None:
     shapes = [{name: tensor.shape for name, tensor in part.state_dict().items()} for part in (body, other)]
     if type(body) is not type(other) or shapes[0] != shapes[1]:
         raise LmcompressError(
-            f"tasks can share a body of one class and shape only, got {type(body).__name__} of {type(first).__name__} and "
-            f"{type(other).__name__} of {type(model).__name__}; use share_backbone=False"
+            f"tasks can share a body of one class and shape only, got {type(body).__name__} of {type(first).__name__} "
+            f"and {type(other).__name__} of {type(model).__name__}; use share_backbone=False"
         )
     setattr(model, model.base_model_prefix, body)
     model.tie_weights()

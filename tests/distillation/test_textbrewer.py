@@ -37,7 +37,7 @@ TINY = {
             "layer_T": 3, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1,
             "proj": ["linear", 8, 16, {"lr": 0.01}],
         },
-        {"layer_T": [0, 3], "layer_S": [0, 1], "feature": "hidden", "loss": "fsp", "weight": 1, "proj": ["tanh", 8, 16]},
+        {"layer_T": [0, 3], "layer_S": [0, 1], "feature": "hidden", "loss": "fsp", "proj": ["tanh", 8, 16]},
     ],
 }  # fmt: skip
 

@@ -11,11 +11,16 @@ from torch.utils.data import default_collate
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from families import make
-from test_compression import ALL_UNITS, arguments, ragged_rows, set_dropout
+from families import make  # noqa: E402
+from test_compression import ALL_UNITS, arguments, ragged_rows, set_dropout  # noqa: E402
 
-from lmcompress.distillation import Distillation, DistillationConfig, Match
-from lmcompress.trainers import DistillationTrainer, MultiTaskDistillation, MultiTaskStudent, MultiTaskTrainer
+from lmcompress.distillation import Distillation, DistillationConfig, Match  # noqa: E402
+from lmcompress.trainers import (  # noqa: E402
+    DistillationTrainer,
+    MultiTaskDistillation,
+    MultiTaskStudent,
+    MultiTaskTrainer,
+)
 
 PROJECTED = Match(
     loss="hidden_mse", student=2, teacher=3, projection="linear", projection_learning_rate=0.1, weight=10.0

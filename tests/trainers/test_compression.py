@@ -23,7 +23,7 @@ ALL_UNITS = (
 
 
 def ragged_rows(kind: str, rows: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Rows of unequal length and unequal numbers of labels, already padded: equal rows would hide a wrong denominator."""
+    """Padded rows of unequal length and unequal numbers of labels: equal rows would hide a wrong denominator."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for row in range(rows):
@@ -293,7 +293,9 @@ def test_bf16_trains_near_fp32_and_losses_are_float32(tmp_path, kind):
             assert losses[1][name] == pytest.approx(value, rel=0.05, abs=1e-3), name
 
 
+# the compiler imports a part of torch that warns of its own age
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["classification", "causal"])
 def test_compiled_training_gives_the_same_step(tmp_path, kind):
     trained = []

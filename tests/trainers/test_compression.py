@@ -293,18 +293,24 @@ def test_bf16_trains_near_fp32_and_losses_are_float32(tmp_path, kind):
             assert losses[1][name] == pytest.approx(value, rel=0.05, abs=1e-3), name
 
 
-# the compiler imports a part of torch that warns of its own age
+# the compiler imports a part of torch that warns of its own age; inductor calls a C++ compiler, which takes minutes
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["classification", "causal"])
-def test_compiled_training_gives_the_same_step(tmp_path, kind):
+def test_compiled_training_gives_the_same_step(tmp_path, kind, backend):
+    torch.compiler.reset()
     trained = []
-    for compiled in (False, True):
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
         student, teacher = student_and_teacher(kind)
         DistillationTrainer(
-            student, teacher, arguments(tmp_path, torch_compile=compiled), DistillationConfig(matches=ALL_UNITS),
+            student,
+            teacher,
+            arguments(tmp_path, **compiled),
+            DistillationConfig(matches=ALL_UNITS),
             train_dataset=ragged_rows(kind),
-        ).train()  # fmt: skip
+        ).train()
         trained.append(student.state_dict())
     torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-5)
 

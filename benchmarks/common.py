@@ -34,6 +34,11 @@ def asked(name: str, target: str, measured: float | str, met: bool) -> dict[str,
     return {"name": name, "target": target, "measured": measured, "met": met}
 
 
+def _public(argument: str) -> str:
+    """An argument without the place where it lies on somebody's machine."""
+    return Path(argument).name if argument.startswith(("/", "~")) else argument
+
+
 def write(name: str, rows: list[dict[str, Any]], wanted: list[dict[str, Any]], *, quick: bool, **more: Any) -> Path:
     """Write ``results/<name>.json`` (``results/quick/`` for a quick run, which is not committed)."""
     folder = RESULTS / "quick" if quick else RESULTS
@@ -43,7 +48,7 @@ def write(name: str, rows: list[dict[str, Any]], wanted: list[dict[str, Any]], *
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "machine": machine(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])]),
         **more,
         "rows": rows,
         "asked": wanted,

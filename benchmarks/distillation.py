@@ -181,6 +181,7 @@ def report(options: argparse.Namespace) -> None:
                     "of_teacher": 100 * mean / score, "parameters": mine[0]["parameters"], "bytes": mine[0]["bytes"],
                     "seconds": statistics.mean(run["seconds"] for run in mine),
                     "reload_error": max(run["reload_error"] for run in mine), "scores": scores,
+                    "trained_at": sorted({run["commit"] for run in mine}),
                 }
             )  # fmt: skip
     by = {(row["task"], row["role"]): row for row in rows}

@@ -14,7 +14,7 @@ from lmcompress.evaluation import perplexity
 from lmcompress.evaluation.perplexity import count_words, windows
 
 TEXT = "One two three, vier fünf.\nSix\n\nseven eight nine ten"
-SHARED = Path("/work/shared")
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 @given(st.integers(2, 200), st.integers(2, 20), st.data())

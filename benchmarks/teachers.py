@@ -1,7 +1,7 @@
 """Fine-tune the MiniLM BERT (6 layers, 384 wide) on GLUE tasks: the teachers that other benchmarks share.
 
-Plain ``transformers.Trainer``, nothing of lmcompress, so that a teacher cannot profit from what is being measured.
-The last epoch is kept, not the best: choosing by the development set would flatter the teacher.
+Trained by plain ``transformers.Trainer``, by nothing of lmcompress, so that a teacher cannot profit from what is being
+measured. The last epoch is kept, not the best: choosing by the development set would flatter the teacher.
 
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers --tasks rte mrpc
 """
@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,6 +26,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from lmcompress.evaluation import glue_metrics, glue_score
 
 # task: (columns of text, training file, epochs, learning rate); RTE does not leave chance at 5e-5 in 6 epochs
 TASKS: dict[str, tuple[tuple[str, ...], str, int, float]] = {
@@ -56,18 +56,8 @@ def glue_split(data: Path, task: str, split: str) -> Dataset:
 
 def metrics(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The official GLUE metrics of a task, and ``score``: their mean, as the GLUE leaderboard averages them."""
-    if task == "stsb":
-        values = {
-            "pearson": float(pearsonr(predictions, labels)[0]),
-            "spearmanr": float(spearmanr(predictions, labels)[0]),
-        }
-    elif task == "cola":
-        values = {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
-    else:
-        values = {"accuracy": float(accuracy_score(labels, predictions))}
-        if task in ("mrpc", "qqp"):
-            values["f1"] = float(f1_score(labels, predictions))
-    return values | {"score": float(np.mean(list(values.values())))}
+    values = glue_metrics(task, predictions, labels)
+    return values | {"score": glue_score(values)}
 
 
 def train_teacher(data: Path, work: Path, task: str, *, quick: bool = False) -> dict[str, Any]:

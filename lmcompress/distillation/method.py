@@ -311,19 +311,14 @@ class Distillation:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One optimizer group for each projection, with its own learning rate where one was given."""
-        groups = []
-        for matched in self._matches:
-            if matched.projection is not None:
-                group: dict[str, Any] = {"params": list(matched.projection.parameters())}
-                if matched.match.projection_learning_rate is not None:
-                    group["lr"] = matched.match.projection_learning_rate
-                groups.append(group)
-        if self._emd_projection is not None and self.config.emd is not None:
-            group = {"params": list(self._emd_projection.parameters())}
-            if self.config.emd.projection_learning_rate is not None:
-                group["lr"] = self.config.emd.projection_learning_rate
-            groups.append(group)
-        return groups
+        projections = [(matched.projection, matched.match.projection_learning_rate) for matched in self._matches]
+        if self.config.emd is not None:
+            projections.append((self._emd_projection, self.config.emd.projection_learning_rate))
+        return [
+            {"params": list(projection.parameters())} | ({} if learning_rate is None else {"lr": learning_rate})
+            for projection, learning_rate in projections
+            if projection is not None
+        ]
 
     @property
     def max_norm(self) -> float | None:

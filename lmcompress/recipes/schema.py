@@ -276,7 +276,8 @@ class Training(_TransformersFields):
     ] = "epoch"
     save_total_limit: Annotated[int | None, Field(ge=1, description="Checkpoints kept while training.")] = 1
     train_sampling_strategy: Annotated[
-        Literal["random", "sequential", "group_by_length"], Field(description="group_by_length saves padding.")
+        Literal["random", "sequential", "group_by_length"],
+        Field(description="group_by_length saves padding: the rows of a batch are alike in length."),
     ] = "random"
 
     def arguments(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.method import UNITS, Method, Step, Term, Unit
 from lmcompress.model import CompressedModel
 from lmcompress.structure import stock_structure, structure_of
+from lmcompress.trainers.sampling import LengthGroupedSampler
 
 STATE_FILE = "lmcompress_training_state.safetensors"
 DEAD_STEPS = 50
@@ -123,6 +124,15 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 total = self.accelerator.reduce(total, reduction="sum")
             self._counts = dict(zip(UNITS, total.unbind(), strict=True))
         return batches, items
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__") or not len(rows):
+            return super()._get_train_sampler(train_dataset)
+        columns = getattr(rows, "column_names", None)
+        ids = rows["input_ids"] if columns and "input_ids" in columns else (row["input_ids"] for row in rows)
+        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler([len(row) for row in ids], step_rows, self.args.seed)
 
     def compute_loss(
         self,

@@ -144,8 +144,10 @@ def test_every_term_is_logged_by_name_with_its_share_of_the_gradient(tmp_path):
     assert logs["loss"] == pytest.approx(sum(v for k, v in logs.items() if k.startswith("loss_")), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["classification", "causal"])
-def test_a_run_killed_and_resumed_ends_as_one_that_was_not(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "sampling"), [("classification", "random"), ("classification", "group_by_length"), ("causal", "random")]
+)
+def test_a_run_killed_and_resumed_ends_as_one_that_was_not(tmp_path, kind, sampling):
     config = DistillationConfig(
         matches=[Match(loss="hidden_mse", student=1, teacher=2, projection="linear", projection_learning_rate=0.01)],
         weight_schedule="linear_decay",
@@ -156,7 +158,7 @@ def test_a_run_killed_and_resumed_ends_as_one_that_was_not(tmp_path, kind):
         set_dropout(student, 0.1)
         args = arguments(
             tmp_path / folder, max_steps=6, optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0,
-            lr_scheduler_type="linear", **changes,
+            lr_scheduler_type="linear", train_sampling_strategy=sampling, **changes,
         )  # fmt: skip
         return DistillationTrainer(student, teacher, args, config, train_dataset=ragged_rows(kind))
 

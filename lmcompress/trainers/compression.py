@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         return self.student
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        names = inspect.signature(type(self._model_for(inputs)).forward).parameters
+        names = _parameters_of(type(self._model_for(inputs)).forward)
         kept = {
             k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in ("labels", *self.label_names)
         }
@@ -406,6 +407,11 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             for part, module in method.modules().items()
             for name, tensor in module.state_dict().items()
         }
+
+
+@cache
+def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _mean(term: Term, counts: Mapping[Unit, Tensor]) -> Tensor:

@@ -1,10 +1,12 @@
 """How much of a teacher does half of it keep, with a teacher to learn from and without?
 
-Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: its first three
-layers, classifier and embeddings taken over, embeddings frozen. Each student is trained twice with everything
-equal: on labels alone (control), and on the teacher's logits, its hidden states and the labels (distilled), the
-teacher's answers coming from a disk store that is written once for all epochs and seeds. The last epoch counts, not
-the best.
+Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: three layers, word
+embeddings taken over and frozen. With a teacher, they learn twice, as in TinyBERT: first, once for all tasks, from the
+pretrained MiniLM on the bare sentences of the tasks and of MNLI, QQP and SNLI (hidden states only, no labels, no
+validation rows); then for each task from the fine-tuned teacher (logits, hidden states, and the labels), whose answers
+come from a disk store that is written once for all epochs and seeds. Without a teacher (control), they are the first
+three layers of the fine-tuned model, trained on the labels for as many steps. ``direct`` is between the two: as the
+control, but taught by the fine-tuned teacher. The last epoch counts, not the best.
 
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers
     python benchmarks/distillation.py --data ../shared/data --work runs
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -23,8 +26,16 @@ from typing import Any
 
 import torch
 from common import asked, commit, write
-from teachers import MAX_LENGTH, TASKS, train_teacher
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
+from datasets import Dataset
+from teachers import MAX_LENGTH, TASKS, minilm_path, train_teacher
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    IntervalStrategy,
+    TrainingArguments,
+    set_seed,
+)
 
 import lmcompress
 from lmcompress.compact.students import by_layers
@@ -46,12 +57,89 @@ BUDGET: dict[str, tuple[float, int, float]] = {
     "qnli": (3, 1, 2e-4),
 }
 MATCHED = ((1, 2), (2, 4), (3, 6))
+GENERAL_LENGTH = 64
+ROLES = ("distilled", "direct", "control")
+
+
+def matches() -> tuple[Match, ...]:
+    """Each layer of the student beside the teacher's of the same relative depth."""
+    return tuple(Match(loss="hidden_mse", student=mine, teacher=theirs, weight=1.0) for mine, theirs in MATCHED)
 
 
 def distillation_config() -> DistillationConfig:
-    """Logits at temperature 2, hidden states of the layers that were kept, labels."""
-    matches = tuple(Match(loss="hidden_mse", student=mine, teacher=theirs, weight=1.0) for mine, theirs in MATCHED)
-    return DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=matches)
+    """Logits at temperature 2, hidden states, labels."""
+    return DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=matches())
+
+
+def sentences(options: argparse.Namespace, tokenizer: Any) -> Dataset:
+    """Training texts of GLUE and SNLI as model inputs, without labels, each once, in random order."""
+    files = {
+        task: (columns, options.data / "glue" / task / f"{split}.parquet")
+        for task, (columns, split, *_) in TASKS.items()
+    }
+    files["mnli"] = (("premise", "hypothesis"), options.data / "glue" / "mnli" / "train_subset.parquet")
+    files["qqp"] = (("question1", "question2"), options.data / "glue" / "qqp" / "train_subset.parquet")
+    files["snli"] = (("premise", "hypothesis"), options.data / "extra" / "snli" / "train_subset.parquet")
+    texts: dict[tuple[str, ...], None] = {}
+    for columns, file in files.values():
+        table = Dataset.from_parquet(str(file), keep_in_memory=True)
+        texts |= dict.fromkeys(zip(*(table[column] for column in columns), strict=True))
+    rows = sorted(texts)
+    random.Random(0).shuffle(rows)
+    rows = rows[:200] if options.quick else rows
+
+    def encode(batch: dict[str, list[Any]]) -> Any:
+        pairs = [tuple(row) if len(row) == 2 else row[0] for row in batch["text"]]
+        return tokenizer(pairs, truncation=True, max_length=GENERAL_LENGTH)
+
+    made = Dataset.from_dict({"text": [list(row) for row in rows]})
+    return made.map(encode, batched=True, remove_columns=["text"])
+
+
+def general_student(options: argparse.Namespace) -> Any:
+    """Three layers that give the hidden states of the pretrained six; trained once."""
+    folder = options.work / "distillation" / "general"
+    if not (folder / "model").exists():
+        set_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+        teacher = AutoModelForSequenceClassification.from_pretrained(minilm_path())
+        student = by_layers(teacher, LAYERS, choose="first").model
+        student.get_input_embeddings().requires_grad_(False)
+        config = DistillationConfig(weight=0.0, label_weight=0.0, matches=matches())
+        args = arguments(folder, 5e-4, 1, 0, quick=options.quick)
+        args.save_strategy, args.save_steps, args.save_total_limit = IntervalStrategy.STEPS, 500, 1
+        trainer = CompressionTrainer(
+            student, args, [Distillation(config, LiveTeacher(teacher))], train_dataset=sentences(options, tokenizer),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )  # fmt: skip
+        start = time.time()
+        trainer.train(resume_from_checkpoint=any((folder / "checkpoints").glob("checkpoint-*")))
+        trainer.finish()
+        print(f"general distillation: {time.time() - start:.0f} s", trainer.state.log_history[-2:], flush=True)
+        CompressedModel(student).save_pretrained(folder / "model", tokenizer=tokenizer)
+    return AutoModelForSequenceClassification.from_pretrained(folder / "model")
+
+
+def arguments(folder: Path, learning_rate: float, epochs: float, seed: int, *, quick: bool) -> TrainingArguments:
+    """How every student is trained."""
+    return TrainingArguments(
+        str(folder / "checkpoints"),
+        learning_rate=learning_rate,
+        per_device_train_batch_size=32,
+        num_train_epochs=1 if quick else epochs,
+        max_steps=20 if quick else -1,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        optim="adamw_torch_fused",
+        bf16=True,
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
 
 
 def train_student(
@@ -66,29 +154,16 @@ def train_student(
     tokenizer = AutoTokenizer.from_pretrained(options.work / "teachers" / task)
     teacher = AutoModelForSequenceClassification.from_pretrained(options.work / "teachers" / task)
     student = by_layers(teacher, LAYERS, choose="first").model
+    if role == "distilled":
+        taught = general_student(options).base_model
+        student.base_model.embeddings.load_state_dict(taught.embeddings.state_dict())
+        student.base_model.encoder.load_state_dict(taught.encoder.state_dict())
     student.get_input_embeddings().requires_grad_(False)
     methods = []
-    if role == "distilled":
+    if role != "control":
         source = StoredTeacher(store) if store is not None else LiveTeacher(teacher)
         methods = [Distillation(distillation_config(), source)]
-    args = TrainingArguments(
-        str(folder / "checkpoints"),
-        learning_rate=learning_rate,
-        per_device_train_batch_size=32,
-        num_train_epochs=1 if options.quick else epochs,
-        max_steps=20 if options.quick else -1,
-        warmup_steps=0.06,
-        weight_decay=0.01,
-        optim="adamw_torch_fused",
-        bf16=True,
-        seed=seed,
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        logging_steps=50,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    args = arguments(folder, learning_rate, epochs, seed, quick=options.quick)
     collate = collator(data.task, tokenizer)
     trainer = CompressionTrainer(student, args, methods, train_dataset=rows.train, data_collator=collate)
     start = time.time()
@@ -116,18 +191,19 @@ def train_student(
     return row
 
 
-def run_task(options: argparse.Namespace, task: str) -> None:
-    """Teacher, store, and all students of one task."""
-    teacher_folder = options.work / "teachers"
-    summary = train_teacher(options.data, teacher_folder, task, quick=options.quick)
-    print("teacher", summary, flush=True)
+def load_rows(options: argparse.Namespace, task: str) -> tuple[Any, Any, Any]:
+    """A task's rows as they are and as the teacher's inputs, and what makes batches of them."""
     split = {"train": TASKS[task][1], "validation": "validation"}
     data = load_task(f"glue/{task}", data=options.data, splits=split, limit=200 if options.quick else None)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_folder / task)
-    rows = tokenize(data, tokenizer, max_length=MAX_LENGTH)
-    teacher = AutoModelForSequenceClassification.from_pretrained(teacher_folder / task)
-    store_folder = options.work / "distillation" / task / "store"
-    if not store_folder.exists():
+    tokenizer = AutoTokenizer.from_pretrained(options.work / "teachers" / task)
+    return data, tokenize(data, tokenizer, max_length=MAX_LENGTH), collator(data.task, tokenizer)
+
+
+def teacher_store(options: argparse.Namespace, task: str, rows: Any, collate: Any) -> TeacherStore:
+    """The teacher's logits and hidden states for all training rows, asked for once."""
+    teacher = AutoModelForSequenceClassification.from_pretrained(options.work / "teachers" / task)
+    folder = options.work / "distillation" / task / "store"
+    if not folder.exists():
         start = time.time()
         features = [("hidden", layer) for _, layer in MATCHED]
 
@@ -136,13 +212,19 @@ def run_task(options: argparse.Namespace, task: str) -> None:
                 return extract(model, batch, wanted)
 
         TeacherStore.build(
-            store_folder, teacher, rows.train, collator(data.task, tokenizer), extract=in_bf16, features=features,
-            progress=False,
+            folder, teacher, rows.train, collate, extract=in_bf16, features=features, progress=False
         )  # fmt: skip
         print(f"store of {task}: {time.time() - start:.0f} s", flush=True)
-    store = TeacherStore.open(store_folder, teacher=teacher)
+    return TeacherStore.open(folder, teacher=teacher)
+
+
+def run_task(options: argparse.Namespace, task: str) -> None:
+    """Teacher, store, and all students of one task."""
+    print("teacher", train_teacher(options.data, options.work / "teachers", task, quick=options.quick), flush=True)
+    data, rows, collate = load_rows(options, task)
+    store = teacher_store(options, task, rows, collate)
     for seed in range(1 if options.quick else BUDGET[task][1]):
-        for role in ("distilled", "control"):
+        for role in options.roles:
             print(train_student(options, task, seed, role, data, rows, store), flush=True)
 
 
@@ -167,7 +249,7 @@ def report(options: argparse.Namespace) -> None:
                 "seconds": teacher["seconds"], "reload_error": None,
             }
         )  # fmt: skip
-        for role in ("distilled", "control"):
+        for role in ROLES:
             mine = [run for run in runs if run["role"] == role]
             if not mine:
                 continue
@@ -220,6 +302,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and students go")
     parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET))
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
     parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, to see that it runs")
     parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
     parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")

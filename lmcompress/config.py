@@ -10,7 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmcompress.errors import CheckpointError
 
-FORMAT_VERSION = 1
+# 1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own
+FORMAT_VERSION = 2
 QUANT_METHOD = "lmcompress"
 MAX_BLOCKS, MAX_HEADS, MAX_WIDTH = 1024, 1024, 1 << 20
 
@@ -23,13 +24,13 @@ class BlockShape(_Strict):
     """The shape of one Transformer block.
 
     Attributes:
-        heads: attention heads kept.
-        ffn: neurons of the feed-forward network kept.
+        heads: attention heads kept; with 0, the attention's answer is the bias of its output projection.
+        ffn: neurons of the feed-forward network kept; with 0, its answer is the bias of its second matrix.
         source: number of the block in the model this one was cut from, counted from 0; only for people to read.
     """
 
-    heads: Annotated[int, Field(ge=1, le=MAX_HEADS)]
-    ffn: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    heads: Annotated[int, Field(ge=0, le=MAX_HEADS)]
+    ffn: Annotated[int, Field(ge=0, le=MAX_WIDTH)]
     source: Annotated[int, Field(ge=0, lt=MAX_BLOCKS)] | None = None
 
 
@@ -41,10 +42,12 @@ class Structure(_Strict):
     Attributes:
         head_size: width of one attention head, the same everywhere.
         blocks: one shape per block; as many as the config says the model has layers.
+        hidden: width of the residual stream, where it is not the one that the stock config says.
     """
 
     head_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
     blocks: Annotated[tuple[BlockShape, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
+    hidden: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
 
     @field_validator("blocks", mode="before")
     @classmethod
@@ -83,7 +86,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: refused, with the names that are known.
 
     Raises:
-        CheckpointError: a value of a wrong type or out of range, an unknown key, a version of the future.
+        CheckpointError: a value of a wrong type or out of range, an unknown key, a version of the future, or shapes
+            that the version did not have.
     """
 
     def __init__(
@@ -111,6 +115,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.structure = _validated(Structure, structure)
+        if format_version == 1 and self.structure is not None:
+            _refuse_second_version(self.structure)
         self.provenance = _validated(Provenance, provenance) or Provenance()
 
     @classmethod
@@ -145,6 +151,34 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __hash__(self) -> int:
         return hash(repr(self.to_dict()))
+
+
+def recorded_compression(config: Any) -> CompressionConfig | None:
+    """What a model's config says lmcompress has done to it, or None.
+
+    Args:
+        config: of a model, loaded or about to be.
+
+    Raises:
+        CheckpointError: it says something that cannot be.
+    """
+    value = getattr(config, "quantization_config", None)
+    if value is None or isinstance(value, CompressionConfig):
+        return value
+    # a dictionary before loading; a class of its own where a self-loading checkpoint came first
+    values = value if isinstance(value, dict) else value.to_dict()
+    return CompressionConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
+
+
+def _refuse_second_version(structure: Structure) -> None:
+    newer = "a hidden size of its own" if structure.hidden is not None else ""
+    if any(block.heads == 0 or block.ffn == 0 for block in structure.blocks):
+        newer = "a block with 0 heads or neurons"
+    if newer:
+        raise CheckpointError(
+            f"quantization_config says format version 1 and {newer}, which came with version 2: the config is damaged; "
+            "load the checkpoint as it was written"
+        )
 
 
 def _validated(schema: type[_Strict], value: Any) -> Any:

@@ -136,7 +136,7 @@ def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
         files: the safetensors files of the checkpoint; files of other kinds are left to Transformers.
 
     Raises:
-        CheckpointError: a file is damaged, a tensor is missing or has another shape.
+        CheckpointError: a file is damaged, a tensor is missing or has another shape, or one of a block is too many.
     """
     paths = list(files)
     if any(path.suffix != ".safetensors" for path in paths):
@@ -145,7 +145,16 @@ def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
     for path in paths:
         found |= safetensors_header(path)
     prefix = model.base_model_prefix + "."
+    # a block that is described without heads, whose file has some
+    blocks = anatomy_of(model).family.blocks + "."
+    expected = {name.removeprefix(prefix) for name in model.state_dict()}
     found = {name.removeprefix(prefix): shape for name, shape in found.items()}
+    for name in found:
+        if name.startswith(blocks) and name not in expected:
+            raise CheckpointError(
+                f"the checkpoint has a tensor {name}, by its config there is none: config.json and the weights do not "
+                "belong together; fetch or copy both again"
+            )
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
     tied = set(model.all_tied_weights_keys)
     must = {name.removeprefix(prefix) for name in _backbone_names(model)}

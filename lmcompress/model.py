@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from lmcompress.anatomy import Anatomy, anatomy_of
 from lmcompress.card import model_card
-from lmcompress.config import MAX_BLOCKS, QUANT_METHOD, CompressionConfig, Provenance, Structure
+from lmcompress.config import MAX_BLOCKS, CompressionConfig, Provenance, Structure, recorded_compression
 from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
 from lmcompress.selfloading import write_self_loader
-from lmcompress.structure import set_stock_shapes, stock_structure, structure_of, why_not_vanilla
+from lmcompress.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
 
 SaveFormat = Literal["native", "vanilla", "self_loading"]
 Batch = Mapping[str, Tensor]
@@ -69,8 +69,10 @@ class CompressedModel:
             )
         anatomy_of(model)
         self.model = model
-        recorded = _compression_of(model.config)
-        itself = recorded.provenance if recorded else Provenance(base_model=_public_name(model))
+        recorded = recorded_compression(model.config)
+        known = recorded.provenance if recorded else Provenance()
+        # one that was cut in memory has shapes in its config, and no history yet
+        itself = known if known != Provenance() else Provenance(base_model=_public_name(model))
         self.provenance = provenance or itself
 
     @classmethod
@@ -104,7 +106,7 @@ class CompressedModel:
             },
         )
         stock_structure(config)  # absurd sizes are refused before a skeleton is built
-        _compression_of(config)
+        recorded_compression(config)
         loader = auto_class if auto_class is not None else _class_of(config)
         model = loader.from_pretrained(path, **kwargs)
         return cls(model)
@@ -117,11 +119,7 @@ class CompressedModel:
     @property
     def structure(self) -> Structure:
         """The shapes of the model now."""
-        structure = structure_of(self.model)
-        recorded = _compression_of(self.model.config)
-        if recorded is not None and recorded.structure is not None and _same_shapes(recorded.structure, structure):
-            return recorded.structure
-        return structure
+        return recorded_structure(self.model)
 
     @property
     def compression(self) -> CompressionConfig:
@@ -236,12 +234,13 @@ class CompressedModel:
         """Let the inner model's config say what the format asks for, while it is written."""
         config = self.model.config
         kept = {name: getattr(config, name) for name in ("quantization_config", "auto_map") if hasattr(config, name)}
+        # first: a hidden size that the stock config now says is no longer the structure's
+        set_stock_shapes(config, self.structure)
         if format == "vanilla":
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
         else:
             config.quantization_config = self.compression
-        set_stock_shapes(config, self.structure)
         quantizer = self.model.__dict__.pop("hf_quantizer", None) if format == "vanilla" else None
         try:
             yield
@@ -298,7 +297,8 @@ class CompressedModel:
     def __repr__(self) -> str:
         structure = self.structure
         blocks = ", ".join(f"{b.heads}×{structure.head_size}+{b.ffn}" for b in structure.blocks)
-        return f"CompressedModel({type(self.model).__name__}, blocks=[{blocks}])"
+        hidden = "" if structure.hidden is None else f", hidden={structure.hidden}"
+        return f"CompressedModel({type(self.model).__name__}, blocks=[{blocks}]{hidden})"
 
 
 def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
@@ -468,21 +468,6 @@ def _is_disk_error(error: BaseException) -> bool:
 
 def _takes_token_types(model: PreTrainedModel) -> bool:
     return anatomy_of(model).family.token_type_embeddings != ""
-
-
-def _same_shapes(one: Structure, other: Structure) -> bool:
-    return one.head_size == other.head_size and [(b.heads, b.ffn) for b in one.blocks] == [
-        (b.heads, b.ffn) for b in other.blocks
-    ]
-
-
-def _compression_of(config: Any) -> CompressionConfig | None:
-    value = getattr(config, "quantization_config", None)
-    if value is None or isinstance(value, CompressionConfig):
-        return value
-    # a dictionary before loading; a class of its own where a self-loading checkpoint came first
-    values = value if isinstance(value, dict) else value.to_dict()
-    return CompressionConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
 
 
 def _class_of(config: Any) -> Any:

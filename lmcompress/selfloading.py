@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,23 +10,23 @@ from string import Template
 
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import FAMILIES, Family
+from lmcompress.anatomy import FAMILIES, Family, narrow
+from lmcompress.config import FORMAT_VERSION
 
 LOADER_FILE = "modeling_lmcompress.py"
 
-# Paths and head attributes are filled in from the anatomy, so that no second description of a family exists. All
-# families are in
-# every loader: the first one that a process runs serves all checkpoints that follow.
-_LOADER = Template('''\
-"""Rebuilds this checkpoint's shapes without lmcompress; written by lmcompress, Apache-2.0.
+# Paths and head attributes are filled in from the anatomy, and its module of odd shapes is copied whole, so that no
+# second description of a family exists. All families are in every loader: the first one that a process runs serves all
+# checkpoints that follow.
+_LOADER = Template("""\
+$narrow
 
-Loaded by ``AutoModel*.from_pretrained(path, trust_remote_code=True)``. With lmcompress imported first, this file only
-passes on the stock class.
-"""
+# Rebuilds this checkpoint's shapes without lmcompress; written by lmcompress, Apache-2.0. Loaded by
+# AutoModel*.from_pretrained(path, trust_remote_code=True). With lmcompress imported first, this file only passes on the
+# stock class.
 
-import torch
 import transformers
-from torch import nn
+from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -34,13 +35,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # per family: paths of the parts; and attributes of the attention as (a, b), for a * heads + b * heads * head size
 PATHS = $paths
 HEAD_ATTRIBUTES = $head_attributes
-SUPPORTED_FORMAT = 1
+SUPPORTED_FORMAT = $format_version
 
 
 class _Config(QuantizationConfigMixin):
     def __init__(self, **values):
-        if values.get("format_version") != SUPPORTED_FORMAT:
-            raise ValueError("this loader reads format version 1 only: pip install lmcompress and import it")
+        if values.get("format_version") not in range(1, SUPPORTED_FORMAT + 1):
+            raise ValueError(
+                f"this loader reads format versions up to {SUPPORTED_FORMAT}: pip install lmcompress and import it"
+            )
         self.quant_method = "lmcompress"
         self.values = values
 
@@ -58,12 +61,16 @@ def _replace(block, path, in_width=None, out_width=None):
     owner = block.get_submodule(parent)
     old = getattr(owner, name)
     old_out, old_in = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
-    in_width, out_width = in_width or old_in, out_width or old_out
-    if isinstance(old, Conv1D):
-        with torch.device(old.weight.device):
-            new = Conv1D(out_width, in_width).to(old.weight.dtype)
+    in_width = old_in if in_width is None else in_width
+    out_width = old_out if out_width is None else out_width
+    device, dtype = old.weight.device, old.weight.dtype
+    if in_width == 0 or out_width == 0:
+        new = Hollow(in_width, out_width, old.bias is not None, device, dtype)
+    elif isinstance(old, Conv1D):
+        with torch.device(device):
+            new = Conv1D(out_width, in_width).to(dtype)
     else:
-        new = nn.Linear(in_width, out_width, old.bias is not None, old.weight.device, old.weight.dtype)
+        new = nn.Linear(in_width, out_width, old.bias is not None, device, dtype)
     setattr(owner, name, new)
 
 
@@ -76,10 +83,19 @@ class _Quantizer(HfQuantizer):
     def is_serializable(self, safe_serialization=None):
         return True
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         structure = self.quantization_config.values.get("structure")
         if structure is not None:
             self._shape(model, structure)
+        prefix = model.base_model_prefix + "."
+        empty = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Hollow)}
+        empty = {name.removeprefix(prefix) for name in empty}
+        for file in [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]:
+            with safe_open(file, "pt") as tensors:
+                found = {name.removeprefix(prefix) for name in tensors.keys()}
+            # what is too many in a file, transformers only warns of
+            for name in sorted(empty & found):
+                raise ValueError(f"size mismatch for {name}: config.json and the weights do not belong together")
         self.expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
@@ -108,6 +124,10 @@ class _Quantizer(HfQuantizer):
             attention = block.get_submodule(paths["attention"])
             for name, (a, b) in attributes.items():
                 setattr(attention, name, a * heads + b * width)
+            if heads == 0:
+                remove_heads(attention, paths["attention_tail"])
+        if structure.get("hidden") is not None:
+            narrow_stream(model, stream_axes(model, paths), torch.arange(structure["hidden"]))
 
 
 _present = AUTO_QUANTIZER_MAPPING.get("lmcompress")
@@ -118,12 +138,27 @@ if _present is None or getattr(_present, "supported_format", SUPPORTED_FORMAT) <
     register_quantization_config("lmcompress")(_Config)
     register_quantizer("lmcompress")(_Quantizer)
 
-$classes''')
+$classes""")
 
 _CLASS = Template("""
 class $class_name(transformers.$class_name):
     pass
 """)
+
+_PARTS = (
+    "blocks",
+    "attention",
+    "query",
+    "key",
+    "value",
+    "qkv",
+    "attention_out",
+    "ffn_in",
+    "ffn_out",
+    "attention_tail",
+    "hidden_size",
+    "num_layers",
+)
 
 _AUTO_CLASSES = {
     "SequenceClassification": "AutoModelForSequenceClassification",
@@ -142,14 +177,15 @@ def write_self_loader(model: PreTrainedModel, folder: Path) -> None:
         model: whose checkpoint it is.
         folder: holds ``config.json`` already.
     """
-    parts = ("blocks", "attention", "query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
     class_name = type(model).__name__
     auto_class = next((auto for ending, auto in _AUTO_CLASSES.items() if class_name.endswith(ending)), "AutoModel")
     # a checkpoint with a head also loads without it
     classes = {"AutoModel": type(model.base_model).__name__, auto_class: class_name}
     source = _LOADER.substitute(
         classes="\n".join(_CLASS.substitute(class_name=name) for name in dict.fromkeys(classes.values())),
-        paths=_table({name: {part: getattr(family, part) for part in parts} for name, family in FAMILIES.items()}),
+        narrow=inspect.getsource(narrow).rstrip(),
+        format_version=FORMAT_VERSION,
+        paths=_table({name: {part: getattr(family, part) for part in _PARTS} for name, family in FAMILIES.items()}),
         head_attributes=_table({name: _linear(family) for name, family in FAMILIES.items()}),
     )
     (folder / LOADER_FILE).write_text(source, encoding="utf-8")

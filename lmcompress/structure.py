@@ -13,10 +13,12 @@ from lmcompress.anatomy import (
     anatomy_of,
     config_value,
     family_of,
+    narrow_stream,
     new_projection,
+    stream_axes,
     weight_view,
 )
-from lmcompress.config import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure
+from lmcompress.config import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure, recorded_compression
 from lmcompress.errors import CheckpointError, LmcompressError
 
 
@@ -26,10 +28,41 @@ def structure_of(model: PreTrainedModel) -> Structure:
     Args:
         model: of a known family, on any device.
     """
-    blocks = anatomy_of(model).blocks
+    anatomy = anatomy_of(model)
+    blocks = anatomy.blocks
+    stock = config_value(model.config, anatomy.family, "hidden_size")
     return Structure(
-        head_size=blocks[0].head_size, blocks=tuple(BlockShape(heads=b.num_heads, ffn=b.ffn_width) for b in blocks)
+        head_size=blocks[0].head_size,
+        blocks=tuple(BlockShape(heads=b.num_heads, ffn=b.ffn_width) for b in blocks),
+        hidden=anatomy.hidden_size if anatomy.hidden_size != stock else None,
     )
+
+
+def same_shapes(one: Structure, other: Structure) -> bool:
+    """Whether two structures differ at most in where their blocks came from.
+
+    Args:
+        one: some shapes.
+        other: those they are compared with.
+    """
+    bare = [
+        (shapes.head_size, shapes.hidden, [(block.heads, block.ffn) for block in shapes.blocks])
+        for shapes in (one, other)
+    ]
+    return bare[0] == bare[1]
+
+
+def recorded_structure(model: PreTrainedModel) -> Structure:
+    """The shapes of a model now, with the numbers of the blocks it was cut from where its config knows them.
+
+    Args:
+        model: of a known family.
+    """
+    structure = structure_of(model)
+    recorded = recorded_compression(model.config)
+    if recorded is not None and recorded.structure is not None and same_shapes(recorded.structure, structure):
+        return recorded.structure
+    return structure
 
 
 def stock_structure(config: PretrainedConfig) -> Structure:
@@ -65,8 +98,8 @@ def stock_structure(config: PretrainedConfig) -> Structure:
 def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | None:
     """Why a stock config cannot express these shapes, or None where it can.
 
-    A stock config has one head count, which must be the hidden size over the head size, and one FFN width. The number
-    of blocks is free, and so is the FFN width as long as it is the same everywhere.
+    A stock config has one head count, one FFN width and one hidden size, which must be the head count times the head
+    size. The number of blocks is free, and so is the FFN width as long as it is the same everywhere.
 
     Args:
         structure: the shapes wanted.
@@ -76,11 +109,19 @@ def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | Non
         One clause that names the obstacle and the nearest shape without it; None if there is no obstacle.
     """
     family = family_of(config)
-    hidden, heads = config_value(config, family, "hidden_size"), config_value(config, family, "num_heads")
-    full = hidden // structure.head_size
+    stock = config_value(config, family, "hidden_size")
+    hidden, size = structure.hidden or stock, structure.head_size
     counts = [block.heads for block in structure.blocks]
     widths = [block.ffn for block in structure.blocks]
-    if set(counts) != {full} or full != heads:
+    full = hidden // size
+    if hidden % size:
+        near = [n * size for n in (full, full + 1) if n and n * size <= stock]
+        return (
+            f"{family.model_type} derives the size of a head from hidden size / heads, and heads of {size} do not "
+            f"divide a hidden size of {hidden}. Nearest that would do: a hidden size of "
+            f"{' or '.join(f'{n} with {n // size} heads everywhere' for n in near)}"
+        )
+    if set(counts) != {full}:
         return (
             f"{family.model_type} derives the size of a head from hidden size / heads, so every block needs all "
             f"{full} heads; here they have {counts}. Nearest that would do: {full} heads everywhere"
@@ -90,21 +131,51 @@ def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | Non
             f"a stock {family.model_type} has one FFN width for all blocks; here they are {widths}. "
             f"Nearest that would do: {max(widths)} everywhere"
         )
+    if 0 in widths:
+        return f"a stock {family.model_type} has no FFN of width 0. Nearest that would do: 1 everywhere"
+    if hidden != stock and _loses_projection(config, hidden):
+        return (
+            f"a stock {family.model_type} has no projection of its embeddings where they are as wide as the hidden "
+            f"size, {hidden}, and this model has one. Nearest that would do: a hidden size of {hidden - size or stock} "
+            f"with {(hidden - size or stock) // size} heads everywhere"
+        )
     return None
 
 
 def set_stock_shapes(config: PretrainedConfig, structure: Structure) -> None:
-    """Write into ``config`` what a stock config can say of the shapes: number of blocks and, if uniform, FFN width.
+    """Write into ``config`` what a stock config can say of the shapes.
+
+    That is the number of blocks; the FFN width, if it is the same everywhere; and hidden size and number of heads, if
+    all blocks have as many heads as the hidden size over the head size. A hidden size that it cannot say stays as it
+    was: the skeleton is built from it, and cut down to ``structure.hidden``.
 
     Args:
         config: changed in place.
-        structure: the shapes of the model.
+        structure: the shapes of the model, with this config as it is.
     """
     family = family_of(config)
+    stock = config_value(config, family, "hidden_size")
+    hidden = structure.hidden or stock
     setattr(config, family.num_layers, len(structure.blocks))
     widths = {block.ffn for block in structure.blocks}
-    if len(widths) == 1:
+    if len(widths) == 1 and 0 not in widths:
         setattr(config, family.intermediate_size, widths.pop())
+    elif config_value(config, family, "intermediate_size") is None:
+        # GPT-2's None follows the hidden size
+        setattr(config, family.intermediate_size, 4 * stock)
+    heads = {block.heads for block in structure.blocks}
+    whole = len(heads) == 1 and hidden == structure.head_size * max(heads)
+    if hidden != stock and whole and not _loses_projection(config, hidden):
+        if getattr(config, "embedding_size", None) == stock:
+            config.embedding_size = hidden
+        setattr(config, family.hidden_size, hidden)
+        setattr(config, family.num_heads, heads.pop())
+
+
+def _loses_projection(config: PretrainedConfig, hidden: int) -> bool:
+    """Whether a stock model of this hidden size would lack the projection that the model of ``config`` has."""
+    stock = config_value(config, family_of(config), "hidden_size")
+    return bool(getattr(config, "embedding_size", stock) == hidden != stock)
 
 
 def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
@@ -115,7 +186,7 @@ def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
         structure: as a checkpoint's config names it.
 
     Raises:
-        CheckpointError: the number of blocks or the head size is not the model's.
+        CheckpointError: the number of blocks or the head size is not the model's, or the hidden size is greater.
     """
     blocks = anatomy_of(model).blocks
     if len(blocks) != len(structure.blocks):
@@ -128,8 +199,16 @@ def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
             f"config.json makes heads of {blocks[0].head_size}, quantization_config.structure of "
             f"{structure.head_size}: the config is damaged; load the checkpoint as it was written"
         )
+    hidden = anatomy_of(model).hidden_size
+    if structure.hidden is not None and structure.hidden > hidden:
+        raise CheckpointError(
+            f"config.json says a hidden size of {hidden}, quantization_config.structure of {structure.hidden}, which "
+            "must not be greater: the config is damaged; load the checkpoint as it was written"
+        )
     for block, shape in zip(blocks, structure.blocks, strict=True):
         _shape_block(block, shape)
+    if structure.hidden is not None and structure.hidden != hidden:
+        keep_hidden(model, range(structure.hidden))
 
 
 def _shape_block(block: Block, shape: BlockShape) -> None:
@@ -153,12 +232,48 @@ def keep_heads(block: Block, heads: Sequence[int]) -> None:
 
     Args:
         block: changed in place.
-        heads: numbers of the heads that stay, counted from 0 as they are now; at least one.
+        heads: numbers of the heads that stay, counted from 0 as they are now; at least one, as a block that loses them
+            all is asked for by :func:`drop_heads`.
 
     Raises:
         LmcompressError: no head is left, one is named twice, or one is not there.
     """
-    keep = _indices(heads, block.num_heads, "heads")
+    _cut_heads(block, _indices(heads, block.num_heads, "heads"))
+
+
+def drop_heads(block: Block) -> None:
+    """Take all heads out of a block; its attention then answers with the bias of its output projection.
+
+    Args:
+        block: changed in place.
+    """
+    _cut_heads(block, torch.empty(0, dtype=torch.long))
+
+
+def keep_neurons(block: Block, neurons: Sequence[int]) -> None:
+    """Cut a block's feed-forward network down to the given neurons.
+
+    Args:
+        block: changed in place.
+        neurons: numbers of the neurons that stay, counted from 0; at least one, as a block that loses them all is
+            asked for by :func:`drop_neurons`.
+
+    Raises:
+        LmcompressError: none is left, one is named twice, or one is not there.
+    """
+    _cut_neurons(block, _indices(neurons, block.ffn_width, "neurons"))
+
+
+def drop_neurons(block: Block) -> None:
+    """Take all neurons out of a block; its feed-forward network then answers with the bias of its second matrix.
+
+    Args:
+        block: changed in place.
+    """
+    _cut_neurons(block, torch.empty(0, dtype=torch.long))
+
+
+def _cut_heads(block: Block, keep: torch.Tensor) -> None:
     size = block.head_size
     columns = (keep[:, None] * size + torch.arange(size)).flatten()
     if block.family.qkv:
@@ -172,17 +287,7 @@ def keep_heads(block: Block, heads: Sequence[int]) -> None:
     block.set_heads(len(keep))
 
 
-def keep_neurons(block: Block, neurons: Sequence[int]) -> None:
-    """Cut a block's feed-forward network down to the given neurons.
-
-    Args:
-        block: changed in place.
-        neurons: numbers of the neurons that stay, counted from 0; at least one.
-
-    Raises:
-        LmcompressError: none is left, one is named twice, or one is not there.
-    """
-    keep = _indices(neurons, block.ffn_width, "neurons")
+def _cut_neurons(block: Block, keep: torch.Tensor) -> None:
     block.replace("ffn_in", _slice(block.get("ffn_in"), out=keep))
     block.replace("ffn_out", _slice(block.get("ffn_out"), into=keep))
 
@@ -207,6 +312,49 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     setattr(model.config, anatomy.family.num_layers, len(kept))
 
 
+def keep_hidden(model: PreTrainedModel, dimensions: Sequence[int]) -> None:
+    """Cut the residual stream down to the given dimensions, everywhere that the hidden size of the config reaches.
+
+    That is embeddings, norms, every matrix that reads or writes the stream, and what the task's head has of the same
+    width: a pooler, the transform of a masked language model. Tied tensors stay tied. The config is left alone: where
+    the heads of the stock skeleton still fill its hidden size, nothing else builds that skeleton
+    (:func:`set_stock_shapes` writes the new one where it can).
+
+    Args:
+        model: changed in place.
+        dimensions: numbers of the dimensions that stay, counted from 0; at least one.
+
+    Raises:
+        LmcompressError: none is left, one is named twice, or one is not there; or the model has parameters that a
+            stock model of its class has not, of which nobody knows whether they follow the hidden size.
+    """
+    keep = _indices(dimensions, anatomy_of(model).hidden_size, "hidden dimensions")
+    narrow_stream(model, {name: axes for name, (_, axes) in hidden_axes(model).items()}, keep)
+
+
+def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, tuple[int, ...]]]:
+    """Which axes of which parameters are as wide as the residual stream.
+
+    Args:
+        model: of a known family, with or without a head, of whatever shapes.
+
+    Returns:
+        By name, tied parameters under each of their names: the parameter, and its axes as it is stored; none where the
+        parameter has nothing to do with the stream.
+
+    Raises:
+        LmcompressError: the model has parameters that a stock model of its class has not.
+    """
+    axes = stream_axes(model, vars(anatomy_of(model).family))
+    for name, found in axes.items():
+        if found is None:
+            raise LmcompressError(
+                f"a stock {type(model).__name__} has no parameter {name}, so nobody knows whether it follows the "
+                "hidden size. Prune hidden dimensions before adding modules, or prune other parts"
+            )
+    return {name: (parameter, axes[name] or ()) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
 def _indices(wanted: Sequence[int], available: int, what: str) -> torch.Tensor:
     if not wanted or len(set(wanted)) != len(wanted) or min(wanted) < 0 or max(wanted) >= available:
         raise LmcompressError(
@@ -226,7 +374,8 @@ def _slice(old: nn.Module, *, out: torch.Tensor | None = None, into: torch.Tenso
     with torch.no_grad():
         weight_view(new).copy_(weight)
         if isinstance(bias, torch.Tensor):
-            new.get_parameter("bias").copy_(bias if out is None else bias[out.to(device)])
+            assert isinstance(new.bias, torch.Tensor)
+            new.bias.copy_(bias if out is None else bias[out.to(device)])
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(old.get_parameter(name).requires_grad)
+        parameter.requires_grad_(getattr(old, name).requires_grad)
     return new.train(old.training)

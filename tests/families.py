@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lmcompress.anatomy import anatomy_of
-from lmcompress.structure import keep_heads, keep_layers, keep_neurons
+from lmcompress.structure import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
 
 LAYERS, HEADS, HEAD_SIZE, FFN, VOCAB, LABELS = 3, 4, 4, 24, 64, 3
 HIDDEN = HEADS * HEAD_SIZE
@@ -132,4 +132,14 @@ def cut_unevenly(model: PreTrainedModel) -> PreTrainedModel:
     keep_heads(second, [2])
     keep_neurons(first, range(0, FFN, 2))
     keep_neurons(second, range(5))
+    return model
+
+
+def cut_to_nothing(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes all heads of the first block, all neurons of the second and some hidden dimensions away; in place."""
+    first, second, third = anatomy_of(model).blocks
+    drop_heads(first)
+    drop_neurons(second)
+    keep_heads(third, [0, 3])
+    keep_hidden(model, [d for d in range(HIDDEN) if d not in (1, 6, 7)])
     return model

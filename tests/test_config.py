@@ -12,12 +12,15 @@ from lmcompress.config import FORMAT_VERSION, MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, 
 
 blocks = st.builds(
     BlockShape,
-    heads=st.integers(1, MAX_HEADS),
-    ffn=st.integers(1, MAX_WIDTH),
+    heads=st.integers(0, MAX_HEADS),
+    ffn=st.integers(0, MAX_WIDTH),
     source=st.none() | st.integers(0, MAX_BLOCKS - 1),
 )
 structures = st.builds(
-    Structure, head_size=st.integers(1, MAX_WIDTH), blocks=st.lists(blocks, min_size=1, max_size=5).map(tuple)
+    Structure,
+    head_size=st.integers(1, MAX_WIDTH),
+    blocks=st.lists(blocks, min_size=1, max_size=5).map(tuple),
+    hidden=st.none() | st.integers(1, MAX_WIDTH),
 )
 provenances = st.builds(
     Provenance,
@@ -33,8 +36,12 @@ def valid():
     """A valid config as JSON, to be spoiled."""
     return {
         "quant_method": "lmcompress",
-        "format_version": 1,
-        "structure": {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24, "source": 2}]},
+        "format_version": FORMAT_VERSION,
+        "structure": {
+            "head_size": 4,
+            "blocks": [{"heads": 0, "ffn": 9}, {"heads": 1, "ffn": 0, "source": 2}],
+            "hidden": 7,
+        },
         "provenance": {"base_model": "bert-base-uncased", "methods": ["distillation"]},
     }
 
@@ -66,7 +73,7 @@ def test_configs_of_different_shapes_are_different():
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**9])
 def test_a_version_of_the_future_is_refused_with_the_way_out(version):
-    with pytest.raises(CheckpointError, match=f"format version {version}.*reads up to 1.*pip install --upgrade"):
+    with pytest.raises(CheckpointError, match=f"format version {version}.*reads up to {FORMAT_VERSION}.*pip install"):
         CompressionConfig.from_dict(valid() | {"format_version": version})
 
 
@@ -84,8 +91,30 @@ def test_an_unknown_key_is_named_with_the_known_ones():
 
 
 def test_a_future_version_is_told_before_its_unknown_keys():
-    with pytest.raises(CheckpointError, match="format version 2"):
-        CompressionConfig.from_dict(valid() | {"format_version": 2, "weights": {}})
+    with pytest.raises(CheckpointError, match=f"format version {FORMAT_VERSION + 1}"):
+        CompressionConfig.from_dict(valid() | {"format_version": FORMAT_VERSION + 1, "weights": {}})
+
+
+def test_the_first_version_is_read_and_kept_as_it_says():
+    structure = {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24, "source": 2}]}
+    first = valid() | {"format_version": 1, "structure": structure}
+    assert CompressionConfig.from_dict(first).to_dict() == first
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda s: s["blocks"][0].update(heads=0), "a block with 0 heads or neurons"),
+        (lambda s: s["blocks"][1].update(ffn=0), "a block with 0 heads or neurons"),
+        (lambda s: s.update(hidden=7), "a hidden size of its own"),
+    ],
+    ids=["heads", "ffn", "hidden"],
+)
+def test_the_first_version_has_no_shapes_of_the_second(change, what):
+    structure = {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24}]}
+    change(structure)
+    with pytest.raises(CheckpointError, match=f"says format version 1 and {what}, which came with version 2"):
+        CompressionConfig.from_dict(valid() | {"format_version": 1, "structure": structure})
 
 
 BAD = {
@@ -101,10 +130,11 @@ BAD = {
         [[]],
         [{"heads": 1, "ffn": 1}] * (MAX_BLOCKS + 1),
     ],
-    ("structure", "blocks", 0, "heads"): [0, -1, MAX_HEADS + 1, 10**9, "2", 2.5, True, None, math.inf],
-    ("structure", "blocks", 1, "ffn"): [0, -1, MAX_WIDTH + 1, 10**9, "9", 9.0, False, None, math.nan],
+    ("structure", "blocks", 0, "heads"): [-1, MAX_HEADS + 1, 10**9, "2", 2.5, True, None, math.inf],
+    ("structure", "blocks", 1, "ffn"): [-1, MAX_WIDTH + 1, 10**9, "9", 9.0, False, None, math.nan],
     ("structure", "blocks", 1, "source"): [-1, MAX_BLOCKS, "1", True, 0.5],
     ("structure", "blocks", 1, "head"): [1],
+    ("structure", "hidden"): [0, -1, MAX_WIDTH + 1, 10**9, "7", 7.0, False, math.nan],
     ("structure", "paths"): [[]],
     ("structure",): [[], 3, "x", True, {}],
     ("provenance", "base_model"): [3, None, [], "x" * 1025],

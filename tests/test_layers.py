@@ -15,7 +15,7 @@ LAYERS = [
     ["recipes"],
     ["reporting"],
     ["trainers"],
-    ["distillation"],
+    ["distillation", "pruning"],
     ["method"],
     ["compact"],
     ["evaluation"],

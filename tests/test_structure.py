@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, FFN, HEAD_SIZE, HEADS, LAYERS, inputs, make, outputs
+from families import FAMILIES, FFN, HEAD_SIZE, HEADS, HIDDEN, LAYERS, inputs, make, outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +10,10 @@ from lmcompress.anatomy import anatomy_of, in_features, out_features
 from lmcompress.config import MAX_BLOCKS, BlockShape, Structure
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.structure import (
+    drop_heads,
+    drop_neurons,
     keep_heads,
+    keep_hidden,
     keep_layers,
     keep_neurons,
     set_stock_shapes,
@@ -169,11 +172,12 @@ def test_a_skeleton_on_meta_takes_the_shapes_and_allocates_nothing(family):
         model = make(family)
     shapes = Structure(
         head_size=HEAD_SIZE,
-        blocks=(BlockShape(heads=1, ffn=5), BlockShape(heads=HEADS, ffn=FFN), BlockShape(heads=3, ffn=1000)),
+        blocks=(BlockShape(heads=1, ffn=5), BlockShape(heads=HEADS, ffn=FFN), BlockShape(heads=0, ffn=1000)),
+        hidden=HIDDEN - 3,
     )
     shape_skeleton(model, shapes)
     assert structure_of(model) == shapes
-    assert all(parameter.is_meta for parameter in anatomy_of(model).block_list.parameters())
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *anatomy_of(model).block_list.buffers()))
 
 
 @pytest.mark.parametrize("layers", [1, LAYERS + 1])
@@ -226,6 +230,61 @@ def test_why_not_vanilla_names_the_obstacle_and_the_nearest_shape_without_it(fam
     keep_neurons(anatomy_of(model).blocks[2], range(9))
     obstacle = why_not_vanilla(structure_of(model), model.config)
     assert "one FFN width" in obstacle and "[24, 24, 9]" in obstacle and "24 everywhere" in obstacle
+
+
+def test_why_not_vanilla_knows_widths_and_nothing(family):
+    model = make(family)
+    keep_hidden(model, range(HIDDEN - 2))
+    assert (
+        "do not divide a hidden size of 14. Nearest that would do: a hidden size of 12 with 3 heads everywhere or 16"
+        in (why_not_vanilla(structure_of(model), model.config))
+    )
+    keep_hidden(model, range(HIDDEN - 4))
+    assert "needs all 3 heads; here they have [4, 4, 4]" in why_not_vanilla(structure_of(model), model.config)
+    model = make(family)
+    for block in anatomy_of(model).blocks:
+        drop_neurons(block)
+    assert "no FFN of width 0" in why_not_vanilla(structure_of(model), model.config)
+    set_stock_shapes(model.config, structure_of(model))
+    assert stock_structure(model.config).blocks[0].ffn == FFN
+    drop_heads(anatomy_of(model).blocks[1])
+    assert "needs all 4 heads; here they have [4, 0, 4]" in why_not_vanilla(structure_of(model), model.config)
+
+
+def test_a_width_that_the_stock_config_cannot_say_leaves_it_buildable(family):
+    model = make(family)
+    keep_hidden(model, [1, 2, 3])
+    shapes = structure_of(model)
+    assert shapes.hidden == 3 == anatomy_of(model).hidden_size
+    set_stock_shapes(model.config, shapes)
+    assert stock_structure(model.config).head_size == HEAD_SIZE
+    skeleton = type(model)(model.config)
+    shape_skeleton(skeleton, shapes)
+    assert {n: p.shape for n, p in skeleton.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_gpt2_without_a_stated_width_keeps_it_when_the_stream_narrows():
+    model = make("gpt2", n_inner=None)
+    keep_neurons(anatomy_of(model).blocks[0], [0])
+    keep_hidden(model, range(8))
+    for block in anatomy_of(model).blocks:
+        keep_heads(block, [0, 1])
+    shapes = structure_of(model)
+    set_stock_shapes(model.config, shapes)
+    assert (model.config.n_embd, model.config.n_head, structure_of(model).hidden) == (8, 2, None)
+    assert [b.ffn for b in structure_of(model).blocks] == [1, 64, 64]
+
+
+@pytest.mark.parametrize("wanted", [[], [1, 1], [-1], [HIDDEN]], ids=str)
+def test_impossible_hidden_dimensions_are_refused(family, wanted):
+    with pytest.raises(LmcompressError, match=r"hidden dimensions to keep must be at least one number in \[0, 15\]"):
+        keep_hidden(make(family), wanted)
+
+
+def test_a_skeleton_refuses_a_wider_stream(family):
+    shapes = Structure(head_size=HEAD_SIZE, blocks=(BlockShape(heads=1, ffn=1),) * LAYERS, hidden=HIDDEN + 1)
+    with pytest.raises(CheckpointError, match="hidden size of 16.*of 17, which must not be greater"):
+        shape_skeleton(make(family), shapes)
 
 
 def test_a_uniformly_narrower_ffn_and_fewer_layers_have_a_stock_config(family):

@@ -22,6 +22,7 @@ from lmcompress.anatomy.base import (
 from lmcompress.anatomy.bert import BERT, ELECTRA, ROBERTA
 from lmcompress.anatomy.distilbert import DISTILBERT
 from lmcompress.anatomy.gpt2 import GPT2
+from lmcompress.anatomy.narrow import Hollow, narrow_stream, stream_axes
 from lmcompress.errors import UnknownFamilyError
 
 __all__ = [
@@ -29,13 +30,16 @@ __all__ = [
     "Anatomy",
     "Block",
     "Family",
+    "Hollow",
     "anatomy_of",
     "config_value",
     "family_of",
     "in_features",
     "is_conv1d",
+    "narrow_stream",
     "new_projection",
     "out_features",
+    "stream_axes",
     "weight_view",
 ]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lmcompress.anatomy.narrow import Hollow, remove_heads
 from lmcompress.errors import LmcompressError
 
 HeadAttributes = Callable[[int, int], dict[str, int]]
@@ -38,6 +39,10 @@ class Family:
         num_layers, num_heads, hidden_size, intermediate_size: names of the config's fields.
         head_attributes: what the attention module must be told when it loses heads.
         layer_index: paths, in a block, of integers that number the block (caches are indexed by them).
+        attention_tail: names, in the attention module, of what it applies to the output of the heads, in order; empty
+            where the output projection lies outside.
+        final_norm: the norm after the last block, in families whose blocks normalise what they read (pre-LN); empty
+            where they normalise what they write, and the embeddings have a norm of their own.
     """
 
     model_type: str
@@ -61,6 +66,8 @@ class Family:
     embedding_projection: str = ""
     causal: bool = False
     layer_index: tuple[str, ...] = field(default_factory=tuple)
+    attention_tail: tuple[str, ...] = ()
+    final_norm: str = ""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -144,10 +151,12 @@ class Block:
         return float(getattr(self.get("attention"), "scaling", self.head_size**-0.5))
 
     def set_heads(self, heads: int) -> None:
-        """Tell the attention module how many heads it has; the matrices are somebody else's business."""
+        """Tell the attention module how many heads it has, if any; the matrices are somebody else's business."""
         attention = self.get("attention")
         for name, value in self.family.head_attributes(heads, self.head_size).items():
             setattr(attention, name, value)
+        if heads == 0:
+            remove_heads(attention, self.family.attention_tail)
 
     def set_index(self, index: int) -> None:
         """Renumber the block, so that key/value caches stay dense when earlier blocks have gone."""
@@ -187,8 +196,8 @@ class Anatomy:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        return int(getattr(self.model.config, self.family.hidden_size))
+        """Width of the residual stream now; after a cut, the config may name that of the stock skeleton."""
+        return out_features(self.blocks[0].get("ffn_out"))
 
     @property
     def head(self) -> nn.Linear | None:
@@ -221,10 +230,13 @@ def new_projection(
         device: default: that of ``old``.
 
     Returns:
-        The new module; on ``meta`` nothing is allocated.
+        The new module; on ``meta`` nothing is allocated. With a width of 0 it is a
+        :class:`~lmcompress.anatomy.narrow.Hollow`, whose bias is zero.
     """
     weight = _weight(old)
     target = device if device is not None else weight.device
+    if in_width == 0 or out_width == 0:
+        return Hollow(in_width, out_width, old.bias is not None, device=target, dtype=weight.dtype)
     if is_conv1d(old):
         with torch.device(target):
             conv = Conv1D(out_width, in_width)

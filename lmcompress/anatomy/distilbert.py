@@ -21,4 +21,5 @@ DISTILBERT = Family(
     hidden_size="dim",
     intermediate_size="hidden_dim",
     head_attributes=lambda heads, head_size: {"n_heads": heads},
+    attention_tail=("out_lin",),
 )

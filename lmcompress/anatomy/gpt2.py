@@ -21,4 +21,6 @@ GPT2 = Family(
     head_attributes=lambda heads, head_size: {"num_heads": heads, "split_size": heads * head_size},
     causal=True,
     layer_index=("attn.layer_idx",),
+    attention_tail=("c_proj", "resid_dropout"),
+    final_norm="ln_f",
 )

@@ -34,8 +34,12 @@ class Match(_Part):
         str, Field(description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …")
     ]
     student: Annotated[
-        int | tuple[int, ...],
-        Field(description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1; -1 is the last."),
+        int | tuple[int, ...] | Literal["nearest"],
+        Field(
+            description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1; -1 is the last. "
+            "nearest, for hidden states: in every step the block whose states are nearest, in order over all such "
+            "matches, among those that pruning has left."
+        ),
     ]
     teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted likewise.")]
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0

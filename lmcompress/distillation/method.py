@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from lmcompress.anatomy import anatomy_of
 from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.config import DistillationConfig, Match
-from lmcompress.distillation.layer_maps import emd_hidden_mse
+from lmcompress.distillation.layer_maps import emd_hidden_mse, nearest_in_order
 from lmcompress.distillation.losses import js_divergence, loss_for, probability_shift
-from lmcompress.distillation.matches import MatchLoss, match_for
+from lmcompress.distillation.matches import MatchLoss, hidden_mse, match_for
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, cwsm, flsw
 from lmcompress.distillation.teachers import Answers, LiveTeacher, StoredTeacher, Teacher, teacher_inputs
@@ -43,7 +43,14 @@ class _Matched:
         self.match = match
         self.name = f"{match.loss}_{number}"
         assert self.loss.feature is not None
-        wanted = _layers(match.student), _layers(match.teacher)
+        self.nearest = match.student == "nearest"
+        if self.nearest and (self.loss.feature != "hidden" or self.loss.layers != 1):
+            raise LmcompressError(
+                f"student: nearest is for hidden states, one layer of each model; the match {match.loss!r} compares "
+                f"{self.loss.layers} layer(s) of {self.loss.feature}: name its student layers"
+            )
+        # "nearest" stands for the first block until the first step chooses one
+        wanted = (1,) if match.student == "nearest" else _layers(match.student), _layers(match.teacher)
         if {len(side) for side in wanted} != {self.loss.layers}:
             raise LmcompressError(
                 f"the match {match.loss!r} takes {self.loss.layers} layer(s) of each model, got student "
@@ -62,6 +69,12 @@ class _Matched:
         self.projection = self._make_projection(mine[0][-1], theirs[0][-1], number)
         self._try(mine, theirs)
 
+    def candidates(self, student: PreTrainedModel) -> list[Feature]:
+        """The student's features that this match may look at."""
+        if not self.nearest:
+            return self.student
+        return [("hidden", layer) for layer in range(1, len(anatomy_of(student).block_list) + 1)]
+
     def _make_projection(self, width: int, target: int, number: int) -> Projection | None:
         if self.match.projection == "none" or not self.loss.projectable:
             if self.match.projection not in ("none", "auto"):
@@ -69,6 +82,9 @@ class _Matched:
             return None
         if self.match.projection == "auto":
             return Projection(width, target, "linear", seed=number) if width != target else None
+        if self.nearest and width == target:
+            # CoFi's: a random map would make the first choices of the nearest layer random
+            return Projection(width, target, self.match.projection, initialisation="identity")
         return Projection(width, target, self.match.projection, seed=number)
 
     def _try(self, mine: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> None:
@@ -128,6 +144,7 @@ class Distillation:
         self._matches: list[_Matched] = []
         self._emd_projection: Projection | None = None
         self._needed: list[bool] = []
+        self._chosen_at: float | None = None
 
     @classmethod
     def from_textbrewer(
@@ -198,7 +215,7 @@ class Distillation:
             _Matched(match, number, student, self.teachers[match.which])
             for number, match in enumerate(self.config.matches)
         ]
-        wanted = {feature for matched in self._matches for feature in matched.student}
+        wanted = {feature for matched in self._matches for feature in matched.candidates(student)}
         asked: list[set[Feature]] = [set() for _ in self.teachers]
         for matched in self._matches:
             asked[matched.match.which].update(matched.teacher)
@@ -297,6 +314,7 @@ class Distillation:
         elif self.config.weight > 0:
             terms["kd"] = self._logit_term(step, answers, mask)
         student = self._capture.take(mask)
+        self._choose_nearest(step, student, answers, mask)
         for matched in self._matches:
             theirs = answers[matched.match.which].features
             weight = matched.match.weight * WEIGHT_SCHEDULES[matched.match.weight_schedule](step.progress)
@@ -347,6 +365,37 @@ class Distillation:
         """
         if self._capture is not None:
             self._capture.active = active
+
+    def _choose_nearest(self, step: Step, student: Features, answers: Sequence[Answers], mask: Tensor) -> None:
+        """Choose the layer of every match with ``student: nearest``, on the first micro-batch of an optimizer step.
+
+        Blocks that pruning has closed are no candidates: a method says so in ``step.shared["surviving_layers"]``.
+        """
+        matches = [matched for matched in self._matches if matched.nearest]
+        if not matches or self._chosen_at == step.progress:
+            return
+        self._chosen_at = step.progress
+        every = [layer for _, layer in matches[0].candidates(self._student)]
+        layers = list(step.shared.get("surviving_layers") or every)
+        for which in sorted({matched.match.which for matched in matches}):
+            # of several matches with one layer of the teacher the first decides for all
+            first = {m.teacher[0]: m for m in reversed(matches) if m.match.which == which}
+            wanted = sorted(first)
+            with torch.no_grad():
+                distances = torch.stack(
+                    [
+                        torch.stack(
+                            [_distance(first[feature], student["hidden", layer], theirs, mask) for layer in layers]
+                        )
+                        for feature in wanted
+                        for theirs in [answers[which].features[feature]]
+                    ]
+                )
+            pairs = nearest_in_order(distances, layers, [layer for _, layer in wanted])
+            chosen = {teacher: layer for layer, teacher in pairs}
+            for matched in matches:
+                if matched.match.which == which:
+                    matched.student = [("hidden", chosen[matched.teacher[0][1]])]
 
     def _label_weight(self, progress: float) -> float:
         return self.config.label_weight * WEIGHT_SCHEDULES[self.config.label_weight_schedule](progress)
@@ -516,6 +565,11 @@ def problem_type_of(model: PreTrainedModel) -> str:
 
 def _layers(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _distance(matched: _Matched, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    mine = student if matched.projection is None else matched.projection(student)
+    return hidden_mse(mine, teacher, mask).sum()
 
 
 def _teacher(given: Any) -> Teacher:

@@ -3,6 +3,7 @@
 from lmcompress.trainers.compression import CompressionTrainer
 from lmcompress.trainers.distillation import DistillationTrainer
 from lmcompress.trainers.multitask import MultiTaskDistillation, MultiTaskStudent, MultiTaskTrainer
+from lmcompress.trainers.pruning import PruningTrainer
 
 __all__ = [
     "CompressionTrainer",
@@ -10,4 +11,5 @@ __all__ = [
     "MultiTaskDistillation",
     "MultiTaskStudent",
     "MultiTaskTrainer",
+    "PruningTrainer",
 ]

@@ -14,12 +14,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
-from families import cut_unevenly, make  # noqa: E402
+from families import cut_to_nothing, cut_unevenly, make  # noqa: E402
 
 from lmcompress import CompressedModel  # noqa: E402
 from lmcompress.config import FORMAT_VERSION, Provenance  # noqa: E402
 
-MODELS = {"bert": "classification", "gpt2": "language"}
+MODELS = {
+    "bert": ("bert", "classification", cut_unevenly),
+    "electra": ("electra", "language", cut_to_nothing),
+    "gpt2": ("gpt2", "language", cut_to_nothing),
+}
 INPUT_IDS = [[5, 9, 2, 33, 60, 17, 4, 8], [7, 7, 21, 3, 50, 11, 1, 1]]
 ATTENTION_MASK = [[1] * 8, [1] * 6 + [0] * 2]
 
@@ -32,14 +36,14 @@ def write(target: Path) -> None:
     """
     if target.exists():
         raise SystemExit(f"{target} is there already; artefacts of a version are written once and kept for ever")
-    for family, head in MODELS.items():
-        model = cut_unevenly(make(family, head, seed=1))
+    for name, (family, head, shape) in MODELS.items():
+        model = shape(make(family, head, seed=1))
         provenance = Provenance(
             base_model="tiny-random", recipe="artefact", methods=("pruning",), library_version="0.1.0"
         )
-        CompressedModel(model, provenance).save_pretrained(target / family)
+        CompressedModel(model, provenance).save_pretrained(target / name)
         for unused in ("README.md", "lmcompress.json"):
-            (target / family / unused).unlink()
+            (target / name / unused).unlink()
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(INPUT_IDS), attention_mask=torch.tensor(ATTENTION_MASK)).logits
         expected = {
@@ -48,7 +52,7 @@ def write(target: Path) -> None:
             "attention_mask": ATTENTION_MASK,
             "logits": [[round(x, 6) for x in row] for row in logits.flatten(1).tolist()],
         }
-        (target / family / "expected.json").write_text(json.dumps(expected) + "\n")
+        (target / name / "expected.json").write_text(json.dumps(expected) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""What models of odd shapes are made of: projections of nothing, attention without heads, a narrower residual stream.
+
+What is here uses torch alone and no other module of lmcompress: the self-loading format carries its source text.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+READ_STREAM = ("query", "key", "value", "qkv", "ffn_in")
+WRITE_STREAM = ("attention_out", "ffn_out")
+"""The parts of a block that read the residual stream, and those that write it."""
+
+
+class Hollow(nn.Module):
+    """A projection that reads nothing or writes nothing: its answer is its bias, and no matrix is multiplied.
+
+    The empty matrix is a buffer that is not saved: files hold no empty tensors, which Transformers would take for
+    tensors that share memory.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output; one of the two is 0.
+        bias: whether there is a bias to answer with.
+        device: of the tensors.
+        dtype: of the tensors.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer(
+            "weight", torch.zeros(out_features, in_features, device=device, dtype=dtype), persistent=False
+        )
+        values = torch.zeros(out_features, device=device, dtype=dtype)
+        if bias and out_features:
+            self.bias = nn.Parameter(values)
+        else:
+            self.register_buffer("bias", values if bias else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bias at every position.
+
+        Args:
+            x: ``(..., in_features)``.
+
+        Returns:
+            ``(..., out_features)``, of the dtype of ``x``.
+        """
+        if self.out_features == 0:
+            return x[..., :0]
+        # zeros that hang on x: what comes before gets a gradient of 0, where DistributedDataParallel misses one of None
+        answer = x.sum(-1, keepdim=True).expand(*x.shape[:-1], self.out_features)
+        return answer.contiguous() if self.bias is None else answer + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The widths, as ``nn.Linear`` shows them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Headless:
+    """What attention does once it has no heads; mixed into the family's own class by :func:`remove_heads`."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        module = cast(Any, self)
+        length = hidden_states.shape[1]
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            # the length of what has been seen is read from the cache, from its first layer for one: a layer must not
+            # be without keys, and keys of no elements count as none. One number for each token is what this costs
+            cache = getattr(cache, "self_attention_cache", cache)
+            seen = hidden_states.new_zeros(hidden_states.shape[0], 1, length, 1)
+            length = cache.update(seen, seen, module.layer_idx)[0].shape[-2]
+        answer = hidden_states[..., :0]
+        for name in module.tail:
+            answer = module.get_submodule(name)(answer)
+        weights = None
+        if module.config._attn_implementation == "eager":
+            weights = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], length)
+        return answer, weights
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time: copies and pickles name the class that it was made of
+        return _rebuilt, (type(self).__mro__[2],), self.__dict__.copy()
+
+
+@cache
+def _headless_class(stock: type) -> type:
+    # a subclass of the stock class: transformers finds attention by its class where it collects what attention returns
+    return type(f"Headless{stock.__name__}", (_Headless, stock), {"__module__": stock.__module__})
+
+
+def _rebuilt(stock: type) -> Any:
+    made = _headless_class(stock)
+    return cast(Any, made).__new__(made)
+
+
+def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
+    """Make a module of attention one that has no heads; its projections are somebody else's business.
+
+    Args:
+        attention: changed in place: its class becomes one that is derived from its own.
+        tail: names of what it applies to the heads' output, in order; empty where it leaves that to others.
+    """
+    if not isinstance(attention, _Headless):
+        attention.__class__ = cast(Any, _headless_class)(type(attention))
+        attention.tail = tuple(tail)  # type: ignore[assignment]
+
+
+def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[int, ...] | None]:
+    """The axes of a model's parameters that are as wide as its residual stream.
+
+    Found by building the stock model twice on ``meta``, the second time wider, so that nothing has to be said for each
+    family and each head, and a width that happens to be the same number is never taken for it.
+
+    Args:
+        model: a ``PreTrainedModel`` of any shapes, with or without a head.
+        paths: of its family: ``blocks``, the parts of a block, and the config's fields ``hidden_size`` and
+            ``num_layers``.
+
+    Returns:
+        By name, tied parameters under each of their names: the axes as the parameter is stored, or None where a stock
+        model of this class has no such parameter.
+    """
+    shapes = []
+    stock = cast(Any, model).config
+    # ELECTRA has no projection of its embeddings where they are as wide as the hidden states
+    wider = 3 if getattr(stock, "embedding_size", None) == 2 * getattr(stock, paths["hidden_size"]) else 2
+    for factor in (1, wider):
+        config = copy.deepcopy(stock)
+        hidden = getattr(config, paths["hidden_size"])
+        setattr(config, paths["num_layers"], 1)
+        setattr(config, paths["hidden_size"], factor * hidden)
+        if getattr(config, "embedding_size", None) == hidden:
+            config.embedding_size = factor * hidden
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+        shapes.append({name: p.shape for name, p in skeleton.named_parameters(remove_duplicate=False)})
+    narrow, wide = shapes
+    blocks = cast(Any, model).base_model.get_submodule(paths["blocks"])
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    axes: dict[str, tuple[int, ...] | None] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        # the skeletons have one block
+        known = re.sub(rf"^{re.escape(prefix)}\.\d+\.", f"{prefix}.0.", name)
+        found = tuple(i for i, n in enumerate(narrow[known]) if wide[known][i] != n) if known in narrow else None
+        axes[name] = found
+    for index, block in enumerate(blocks):
+        for part in READ_STREAM + WRITE_STREAM:
+            if paths[part]:
+                # the other axis of these is heads or neurons, which follow the hidden size in a stock model only
+                module = block.get_submodule(paths[part])
+                into = 0 if hasattr(module, "nx") else 1
+                name, reads = f"{prefix}.{index}.{paths[part]}", part in READ_STREAM
+                axes[f"{name}.weight"] = (into if reads else 1 - into,)
+                axes[f"{name}.bias"] = () if reads else (0,)
+    return {name: axes[name] for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], keep: Tensor) -> None:
+    """Cut the residual stream down to some of its dimensions; what was tied stays tied.
+
+    Args:
+        model: changed in place; on ``meta`` nothing is allocated.
+        axes: as :func:`stream_axes` gives them.
+        keep: ``(dimensions,)`` int64, the numbers of those that stay.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        values = parameter.detach()
+        for axis in axes[name] or ():
+            # a pooler is as wide on both of its axes
+            values = values.index_select(axis, keep.to(values.device))
+        if axes[name] and id(parameter) not in new:
+            new[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            # every owner gets the same new one
+            setattr(module, name, new.get(id(old), old))
+        weight = getattr(module, "weight", None)
+        if isinstance(module, Hollow):
+            # of an empty matrix no parameter tells the width
+            width = len(keep)
+            module.in_features, module.out_features = (0, width) if module.in_features == 0 else (width, 0)
+            module.weight = module.weight.new_zeros(module.out_features, module.in_features)
+        elif isinstance(module, nn.LayerNorm) and weight is not None:
+            module.normalized_shape = tuple(weight.shape)
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = module.weight.shape[1]
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif hasattr(module, "nx") and isinstance(weight, Tensor):
+            # transformers' Conv1D
+            module.nx, module.nf = weight.shape  # type: ignore[assignment]

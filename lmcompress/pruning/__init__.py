@@ -1,0 +1,81 @@
+"""Structured pruning: what can be cut out of a model whole, how to choose it, and how to cut it."""
+
+from lmcompress.pruning.config import (
+    Gradual,
+    GroupLasso,
+    HardConcrete,
+    HardThresholding,
+    Iterative,
+    Movement,
+    OneShot,
+    PruningConfig,
+)
+from lmcompress.pruning.costs import (
+    CostModel,
+    EnergyCost,
+    FlopCost,
+    LatencyTable,
+    ModelSizes,
+    ParameterCost,
+    measure_latency,
+)
+from lmcompress.pruning.gates import Gates
+from lmcompress.pruning.method import StructuredPruning, prune
+from lmcompress.pruning.ranking import Shape, StockVerdict, Target, select, stock_verdict
+from lmcompress.pruning.repair import compensate_bias, least_squares, least_squares_in_order
+from lmcompress.pruning.report import PruningReport
+from lmcompress.pruning.scoring import CRITERIA, Criterion, score
+from lmcompress.pruning.sensitivity import SensitivityRow, mean_loss, sensitivity
+from lmcompress.pruning.surgery import census, coverage, cut, fold
+from lmcompress.pruning.units import PARTS, Part, Units, check_units, full, masked_structure, unit_shapes
+from lmcompress.pruning.vocabulary import VocabularyReport, count_tokens, prune_vocabulary
+
+__all__ = [
+    "CRITERIA",
+    "PARTS",
+    "CostModel",
+    "Criterion",
+    "EnergyCost",
+    "FlopCost",
+    "Gates",
+    "Gradual",
+    "GroupLasso",
+    "HardConcrete",
+    "HardThresholding",
+    "Iterative",
+    "LatencyTable",
+    "ModelSizes",
+    "Movement",
+    "OneShot",
+    "ParameterCost",
+    "Part",
+    "PruningConfig",
+    "PruningReport",
+    "SensitivityRow",
+    "Shape",
+    "StockVerdict",
+    "StructuredPruning",
+    "Target",
+    "Units",
+    "VocabularyReport",
+    "census",
+    "check_units",
+    "compensate_bias",
+    "count_tokens",
+    "coverage",
+    "cut",
+    "fold",
+    "full",
+    "least_squares",
+    "least_squares_in_order",
+    "masked_structure",
+    "mean_loss",
+    "measure_latency",
+    "prune",
+    "prune_vocabulary",
+    "score",
+    "select",
+    "sensitivity",
+    "stock_verdict",
+    "unit_shapes",
+]

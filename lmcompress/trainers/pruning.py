@@ -1,0 +1,82 @@
+"""PruningTrainer: a configuration of pruning, and perhaps a teacher, made into methods of the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from lmcompress.distillation.config import DistillationConfig
+from lmcompress.distillation.method import Distillation
+from lmcompress.distillation.teachers import Teacher
+from lmcompress.errors import LmcompressError
+from lmcompress.method import Method
+from lmcompress.model import CompressedModel
+from lmcompress.pruning.config import PruningConfig
+from lmcompress.pruning.costs import CostModel
+from lmcompress.pruning.method import StructuredPruning
+from lmcompress.pruning.report import PruningReport
+from lmcompress.trainers.compression import CompressionTrainer
+
+
+class PruningTrainer(CompressionTrainer):
+    """Prunes ``model`` while it is trained, on labels, on a teacher, or on both.
+
+    After :meth:`train`, :meth:`finish` cuts the model and gives the report; until then units that are gone are masked.
+    With a teacher, labels keep the weight that ``distillation`` says, 1 by default.
+
+    Args:
+        model: the student.
+        args: as for ``Trainer``.
+        pruning: what is pruned, how much and when.
+        teacher: a model, another source of answers, or several of them; often a copy of the model before pruning.
+        distillation: what is compared with the teacher; default: logits and labels. A match with ``student: nearest``
+            learns from the teacher's layer in the nearest block that pruning has left.
+        methods: further methods in the same run.
+        calibration: batches for scores and repair; default: rows of the training data.
+        cost: a latency table, for a latency target.
+        **kwargs: as for :class:`CompressionTrainer`.
+
+    Raises:
+        LmcompressError: no configuration, a distillation without a teacher, or a target that no shape can meet.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | CompressedModel,
+        args: TrainingArguments | None = None,
+        pruning: PruningConfig | None = None,
+        teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel] | None = None,
+        distillation: DistillationConfig | None = None,
+        methods: Sequence[Method] = (),
+        *,
+        calibration: Sequence[Mapping[str, Tensor]] | None = None,
+        cost: CostModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if pruning is None:
+            raise LmcompressError(
+                "pruning must say what to prune and how much, got None; for instance "
+                "PruningConfig(target=Target(sparsity=0.5))"
+            )
+        if teacher is None and distillation is not None:
+            raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
+        self.pruning = StructuredPruning(pruning, calibration=calibration, cost=cost)
+        # gates are hooked first: what distillation captures is what they left
+        first: list[Method] = [self.pruning]
+        if teacher is not None:
+            first.append(Distillation(distillation or DistillationConfig(), teacher))
+        super().__init__(model, args, [*first, *methods], **kwargs)
+
+    @property
+    def report(self) -> PruningReport:
+        """What was cut.
+
+        Raises:
+            LmcompressError: :meth:`finish` was not called yet.
+        """
+        if self.pruning.report is None:
+            raise LmcompressError("there is no report before finish(): call it after train()")
+        return self.pruning.report

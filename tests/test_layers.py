@@ -15,7 +15,7 @@ LAYERS = [
     ["recipes"],
     ["reporting"],
     ["trainers"],
-    ["distillation", "pruning"],
+    ["distillation", "pruning", "quantization"],
     ["method"],
     ["compact"],
     ["evaluation"],

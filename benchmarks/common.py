@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ def commit() -> str:
 def asked(name: str, target: str, measured: float | str, met: bool) -> dict[str, Any]:
     """One number that was asked for, and what came."""
     return {"name": name, "target": target, "measured": measured, "met": met}
+
+
+def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a run gave: read from its folder, if it was done before, and otherwise done and written."""
+    file = folder / "row.json"
+    if file.exists():
+        return dict(json.loads(file.read_text()))
+    row = about | run() | {"commit": commit()}
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(row, indent=1))
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def _public(argument: str) -> str:

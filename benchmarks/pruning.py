@@ -22,11 +22,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import asked, commit, write
+from common import asked, once, write
 from distillation import arguments, load_rows, teacher_store
 from teachers import train_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -185,18 +184,6 @@ class Bench:
         shape = [[block.heads, block.ffn] for block in trainer.report.after.blocks]
         sizes = self.saved(model, folder)
         return {**self.quality(model), **sizes, "removed": trainer.report.removed, "shape": shape, "seconds": seconds}
-
-
-def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a run gave: read, if it was done before, and otherwise done and written."""
-    file = folder / "row.json"
-    if file.exists():
-        return dict(json.loads(file.read_text()))
-    row = about | run() | {"commit": commit()}
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(row, indent=1))
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def run(options: argparse.Namespace) -> None:

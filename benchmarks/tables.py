@@ -128,6 +128,127 @@ def trainer_overhead(results: Path) -> str | None:
     return f"{text} {origin(result)}" if "Peak" in text else f"{text}\n\n{origin(result)}"
 
 
+def pruning_speed(results: Path) -> str | None:
+    """Speed-ups beside FLOP ratios, latency targets, and what a step costs; None where there are no results."""
+    result = _read(results / "pruning_speed.json")
+    if result is None:
+        return None
+    parts = []
+    rows = [row for row in result["rows"] if row["question"] == "speed-up"]
+    keys = dict.fromkeys((r["model"], r["kind"], r["sparsity"]) for r in rows if r["kind"] in ("even", "uneven"))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    by = {(r["model"], r["kind"], r["sparsity"], r["batch"]): r for r in rows}
+    if keys:
+        table = []
+        for model, kind, sparsity in keys:
+            cells = []
+            for batch in batches:
+                row = by[model, kind, sparsity, batch]
+                cells += [f"{row['flop_ratio']:.1f}", f"{row['speedup']:.1f}", f"{row['of_flop_ratio']:.2f}"]
+                cells.append(f"{row['ceiling']:.1f}")
+            table.append([f"{model}, {100 * sparsity:.0f} %, {kind}", *cells])
+        columns = ["encoder, share cut"]
+        for batch in batches:
+            columns += [f"{batch} × {rows[0]['length']}: FLOP ratio", "speed-up", "of FLOP ratio", "ceiling"]
+        parts.append(
+            f"{markdown(columns, table)}\n\nCeiling: the speed-up if all that heads and neurons cost ran in proportion "
+            "to its operations, and residual connections, norms and Python as they do."
+        )
+    if targets := [row for row in result["rows"] if row["question"] == "latency target"]:
+        table = [
+            [
+                f"{row['model']}, {row['batch']} × {row['length']}",
+                *(f"{row[name]:.3f}" for name in ("target", "by_table", "measured")),
+                f"{100 * (row['measured'] / row['target'] - 1):+.1f} %",
+            ]
+            for row in targets
+        ]
+        parts.append(markdown(["share of the dense time", "target", "by the table", "measured", "off"], table))
+    if steps := [row for row in result["rows"] if row["question"] == "step"]:
+        table = [
+            [
+                f"{row['method']}, {row['batch']} × {row['length']} tokens",
+                f"{row['baseline_ms']:.0f} ms",
+                f"{row['ms'] + row['between_ms']:.0f} ms",
+                f"{row['ratio']:.3f} ({' – '.join(f'{quartile:.3f}' for quartile in row['ratio_quartiles'])})",
+            ]
+            for row in steps
+        ]
+        parts.append(markdown(["one training step", "without pruning", "with", "ratio (quartiles)"], table))
+    return "\n\n".join([*parts, f"Medians. {origin(result)}"])
+
+
+def pruning_lm(results: Path) -> str | None:
+    """Perplexity of a GPT-2 against sparsity, in four ways to get there; None where there are no results."""
+    result = _read(results / "pruning_lm.json")
+    if result is None:
+        return None
+    rows = result["rows"]
+    words = {
+        "one-shot": "one-shot",
+        "one-shot, repaired": "one-shot, repaired",
+        "pruned": "gradual, with recovery",
+        "scratch": "same shape from scratch",
+    }
+
+    def cell(role: str, sparsity: float) -> str:
+        found = [row["token_perplexity"] for row in rows if (row["role"], row["sparsity"]) == (role, sparsity)]
+        return f"{statistics.mean(found):.1f}" if found else "–"
+
+    dense = next(row for row in rows if row["role"] == "dense")
+    table = [["dense", *[f"{dense['token_perplexity']:.1f}"] * len(words), _millions(dense)]]
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows if row["role"] != "dense"):
+        pruned = next((r for r in rows if r["role"] == "pruned" and r["sparsity"] == sparsity), dense)
+        table.append([f"{100 * sparsity:.0f} %", *(cell(role, sparsity) for role in words), _millions(pruned)])
+    columns = ["blocks' parameters cut", *words.values(), "parameters"]
+    seeds = len({row["seed"] for row in rows if "seed" in row})
+    return (
+        f"{markdown(columns, table)}\n\nToken perplexity, WikiText-2, test; {result['setting']['steps']} steps of "
+        f"training. {'One seed' if seeds == 1 else f'Means of {seeds} seeds'}. {origin(result)}"
+    )
+
+
+def pruning_peers(results: Path) -> str | None:
+    """Quality, speed and saving beside torch-pruning; None where there are no results."""
+    result = _read(results / "pruning_peers.json")
+    if result is None:
+        return None
+    dense = next(row for row in result["rows"] if row["question"] == "dense")
+    table = [
+        [
+            "dense", f"{dense['score']:.1f}", "", f"{dense['ms_32']:.0f} ms", f"{dense['ms_1']:.1f} ms",
+            f"{dense['encoder_gflops']:.2f}", f"{dense['encoder_parameters'] / 1e6:.2f} M", _millions(dense), "",
+        ]
+    ]  # fmt: skip
+    rows = [row for row in result["rows"] if row["question"] == "mrpc"]
+    for row in rows:
+        spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+        before = row["before_recovery"]
+        reloads = "no" if row["reload_error"] is None else "yes" if row["reload_error"] < 1e-4 else "as another model"
+        table.append(
+            [
+                row["name"] + (" (extra)" if row["extra"] else ""), f"{row['score']:.1f}{spread}",
+                "–" if before is None else f"{before:.1f}", f"{row['ms_32']:.0f} ms", f"{row['ms_1']:.1f} ms",
+                f"{row['encoder_gflops']:.2f}", f"{row['encoder_parameters'] / 1e6:.2f} M", _millions(row), reloads,
+            ]
+        )  # fmt: skip
+    columns = [
+        "MRPC, half of the encoder cut", "score", "before recovery", "encoder, 32 × 128", "encoder, 1 × 128", "GFLOPs",
+        "encoder", "parameters", "reloads",
+    ]  # fmt: skip
+    gpt2 = [
+        f"{row['library']} removes {100 * row['removed']:.0f} % of a GPT-2's blocks"
+        + (f" ({row['failure']})" if row["failure"] else "")
+        for row in result["rows"]
+        if row["question"] == "gpt2"
+    ]
+    seeds = max((row["seeds"] for row in rows), default=0)
+    return (
+        f"{markdown(columns, table)}\n\n{'One seed' if seeds == 1 else f'Mean ± standard deviation of {seeds} seeds'}; "
+        f"torch-pruning {result['setting']['torch-pruning']}. Asked for half, {' and '.join(gpt2)}. {origin(result)}"
+    )
+
+
 def asked(results: Path) -> str | None:
     """Every number that was asked of every benchmark, met or not; None where there are no results."""
     table = []
@@ -145,6 +266,9 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "distillation": distillation,
     "distillation_lm": distillation_lm,
     "trainer_overhead": trainer_overhead,
+    "pruning_speed": pruning_speed,
+    "pruning_lm": pruning_lm,
+    "pruning_peers": pruning_peers,
     "asked": asked,
 }
 

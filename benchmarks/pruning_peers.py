@@ -1,0 +1,471 @@
+"""Half of a BERT's encoder, cut by lmcompress and by torch-pruning, with the same recovery: quality, speed, and saving.
+
+The model is the MiniLM BERT fine-tuned on MRPC by ``benchmarks/teachers.py``. Every row is cut at once to half of the
+encoder's parameters and then trained for the same steps by the same plain ``Trainer`` on the labels alone, on the same
+rows in the same order; word embeddings stay frozen. The same calibration rows give both libraries their gradients.
+
+* torch-pruning is used as in its own example for BERT: whole heads, global ranking, attention's attributes mended
+  afterwards. It is asked for a share of channels, so the share that leaves half of the encoder's parameters is searched
+  for. ``hidden``: the residual stream is pruned too, as in that example; otherwise heads and neurons alone.
+* Twins: the same kind of criterion in both, l1, l2 and first-order Taylor. Beside them, lmcompress's other criteria.
+* Extra rows, not compared: lmcompress pruning gradually within the same steps, without and with the dense model as
+  teacher.
+
+A last row says what both do to a GPT-2, whose matrices are ``Conv1D``.
+
+    pip install torch-pruning==1.6.1
+    python benchmarks/teachers.py --data ../shared/data --work runs/teachers --tasks mrpc
+    python benchmarks/pruning_peers.py --data ../shared/data --work runs
+
+Runs that are done are kept in ``--work`` and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import asked, once, write
+from distillation import arguments, load_rows
+from pruning_speed import LENGTH, EncoderOnly
+from teachers import GroupedTrainer, train_teacher
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, set_seed
+
+from lmcompress.distillation import DistillationConfig
+from lmcompress.evaluation import compare_latency, evaluate_classifier, glue_score, parameter_count, size_on_disk
+from lmcompress.model import CompressedModel
+from lmcompress.pruning.config import Gradual, PruningConfig
+from lmcompress.pruning.method import prune
+from lmcompress.pruning.ranking import Target
+from lmcompress.trainers import PruningTrainer
+
+try:
+    import torch_pruning
+except ImportError as error:
+    raise SystemExit("the peer is missing: pip install torch-pruning==1.6.1") from error
+
+TASK, SPARSITY = "mrpc", 0.5
+EPOCHS, LEARNING_RATE, CALIBRATION_ROWS = 3, 1e-4, 256
+DISTILLATION = DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5)
+PEER, OURS = "torch-pruning", "lmcompress"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a library, what it ranks by, and what it may cut.
+
+    Attributes:
+        library: ``lmcompress`` or ``torch-pruning``.
+        criterion: in the words of the library.
+        twin: what is the same in both; None where there is no counterpart.
+        hidden: whether the residual stream is pruned too.
+        ranking: of lmcompress. ``isomorphic``, heads with heads and neurons with neurons, is what torch-pruning's
+            global ranking does; scores that are changes of the loss need not be kept apart.
+        extra: what is not equal to the others: ``gradual`` or ``gradual, distilled``; None for those compared.
+    """
+
+    library: str
+    criterion: str
+    twin: str | None = None
+    hidden: bool = False
+    ranking: Literal["global", "isomorphic"] = "isomorphic"
+    extra: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        more = [*(["hidden"] if self.hidden else []), *([self.extra] if self.extra else [])]
+        return ", ".join([f"{self.library} {self.criterion}", *more])
+
+    @property
+    def folder(self) -> str:
+        """The name as one word."""
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+ENTRIES = (
+    Entry(PEER, "l1", "l1"),
+    Entry(PEER, "l2", "l2"),
+    Entry(PEER, "taylor", "taylor"),
+    Entry(PEER, "l2", "l2, hidden", hidden=True),
+    Entry(PEER, "taylor", "taylor, hidden", hidden=True),
+    Entry(OURS, "l1", "l1"),
+    Entry(OURS, "l2", "l2"),
+    Entry(OURS, "taylor_weights", "taylor"),
+    Entry(OURS, "l2", "l2, hidden", hidden=True),
+    Entry(OURS, "taylor_gates", "taylor, hidden", hidden=True),
+    Entry(OURS, "taylor_gates", ranking="global"),
+    Entry(OURS, "fisher", ranking="global"),
+    Entry(OURS, "fisher", ranking="global", extra="gradual"),
+    Entry(OURS, "fisher", ranking="global", extra="gradual, distilled"),
+)
+
+
+class Bench:
+    """MRPC, the dense model, and what is done with both.
+
+    Args:
+        options: of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        train_teacher(options.data, options.work / "teachers", TASK, quick=options.quick)
+        self.folder = options.work / "teachers" / TASK
+        self.data, self.rows, self.collate = load_rows(options, TASK)
+
+    def dense(self) -> Any:
+        """The model as it was fine-tuned."""
+        return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
+
+    def calibration(self, seed: int) -> list[Any]:
+        """Batches of randomly drawn training rows."""
+        drawn = self.rows.train.shuffle(seed=seed).select(range(min(CALIBRATION_ROWS, len(self.rows.train))))
+        rows = [drawn[i] for i in range(len(drawn))]
+        return [self.collate(rows[start : start + 32]) for start in range(0, len(rows), 32)]
+
+    def quality(self, model: Any) -> dict[str, float]:
+        """Metrics of the validation rows and their mean, in percent."""
+        task = self.data.task
+        found = evaluate_classifier(model, self.rows.validation, self.collate, task.kind, task.metrics, progress=False)
+        return {"score": 100 * glue_score(found)} | {name: 100 * value for name, value in found.items()}
+
+    def probe(self) -> list[Any]:
+        """A batch of validation rows, to compare outputs on."""
+        return [self.collate([self.rows.validation[i] for i in range(16)])]
+
+    def run(self, entry: Entry, seed: int, folder: Path) -> dict[str, Any]:
+        """Cut, recover, measure, save."""
+        set_seed(seed)
+        model, started = self.dense(), time.time()
+        args = arguments(folder, LEARNING_RATE, EPOCHS, seed, quick=self.options.quick)
+        before = None
+        if entry.extra:
+            self._gradual(entry, model, args)
+        else:
+            cut = by_torch_pruning if entry.library == PEER else by_lmcompress
+            model = cut(model, entry, self.calibration(seed))
+            before = self.quality(model)["score"]
+            model.get_input_embeddings().requires_grad_(False)
+            GroupedTrainer(model, args, train_dataset=self.rows.train, data_collator=self.collate).train()
+        seconds = time.time() - started
+        model = model.cpu().eval()
+        dense = self.dense()
+        row = {
+            "seconds": round(seconds),
+            "before_recovery": before,
+            **self.quality(model),
+            "sparsity": 1 - encoder_parameters(model) / encoder_parameters(dense),
+            "encoder_parameters": encoder_parameters(model),
+            "parameters": parameter_count(model),
+            "encoder_gflops": encoder_flops(model) / 1e9,
+            "flop_ratio": encoder_flops(dense) / encoder_flops(model),
+            "shape": shape_of(model),
+            **(saved_by_lmcompress if entry.library == OURS else saved_by_transformers)(model, self.probe()),
+        }
+        if seed == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            # as a module: no checkpoint can hold what torch-pruning leaves, and this folder is ours
+            torch.save(model, folder / "module.pt")
+        return row
+
+    def _gradual(self, entry: Entry, model: Any, args: Any) -> None:
+        model.get_input_embeddings().requires_grad_(False)
+        config = PruningConfig(
+            target=Target(sparsity=SPARSITY), criterion=entry.criterion, scores="training", ranking=entry.ranking,
+            schedule=Gradual(end=0.5, every=10), seed=args.seed,
+        )  # fmt: skip
+        taught = {"teacher": self.dense(), "distillation": DISTILLATION} if "distilled" in (entry.extra or "") else {}
+        trainer = PruningTrainer(
+            model, args, config, train_dataset=self.rows.train, data_collator=self.collate, **taught
+        )
+        trainer.train()
+        trainer.finish()
+
+
+def by_lmcompress(model: Any, entry: Entry, batches: Sequence[Any]) -> Any:
+    """Cut at once, in place."""
+    config = PruningConfig(
+        target=Target(sparsity=SPARSITY),
+        criterion=entry.criterion,
+        parts=("heads", "neurons", "hidden") if entry.hidden else ("heads", "neurons"),
+        ranking=entry.ranking,
+    )
+    prune(model, config, batches)
+    return model
+
+
+def by_torch_pruning(model: Any, entry: Entry, batches: Sequence[Any]) -> Any:
+    """The copy whose encoder is nearest to the sparsity, by bisection over the share of channels."""
+    model.train(False)
+    for batch in batches if entry.criterion == "taylor" else ():
+        model(**batch).loss.backward()
+    importance = {
+        "l1": torch_pruning.importance.GroupMagnitudeImportance(p=1),
+        "l2": torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        "taylor": torch_pruning.importance.GroupTaylorImportance(),
+    }[entry.criterion]
+    low, high, best, distance = 0.0, 1.0, model, 1.0
+    for _ in range(10):
+        share = (low + high) / 2
+        tried = with_torch_pruning(model, importance, share, hidden=entry.hidden)
+        sparsity = 1 - encoder_parameters(tried) / encoder_parameters(model)
+        if abs(sparsity - SPARSITY) < distance:
+            best, distance = tried, abs(sparsity - SPARSITY)
+        if distance < 0.002:
+            break
+        low, high = (share, high) if sparsity < SPARSITY else (low, share)
+    best.zero_grad()
+    return best
+
+
+def with_torch_pruning(model: Any, importance: Any, share: float, *, hidden: bool) -> Any:
+    """A copy of a BERT classifier without a share of its channels, after torch-pruning's ``prune_hf_bert.py``."""
+    result = copy.deepcopy(model)
+    for copied, parameter in zip(result.parameters(), model.parameters(), strict=True):
+        # deepcopy leaves gradients behind
+        copied.grad = None if parameter.grad is None else parameter.grad.clone()
+    layers = result.bert.encoder.layer
+    attentions = [layer.attention.self for layer in layers]
+    ignored = [result.classifier, result.bert.pooler]
+    if not hidden:
+        # whatever writes into the residual stream
+        ignored += [result.bert.embeddings]
+        ignored += [out for layer in layers for out in (layer.attention.output.dense, layer.output.dense)]
+    ids = torch.randint(5, 1000, (2, 16))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    pruner = torch_pruning.pruner.BasePruner(
+        result, inputs, importance=importance, global_pruning=True, pruning_ratio=share, head_pruning_ratio=share,
+        num_heads={m: a.num_attention_heads for a in attentions for m in (a.query, a.key, a.value)},
+        prune_num_heads=True, prune_head_dims=False, ignored_layers=ignored,
+        output_transform=lambda outputs: outputs.logits.sum(),
+        # its defaults are dictionaries that all pruners share
+        in_channel_groups={}, out_channel_groups={},
+    )  # fmt: skip
+    pruner.step()
+    for attention in attentions:
+        attention.all_head_size = attention.query.out_features
+        attention.num_attention_heads = attention.all_head_size // attention.attention_head_size
+    return result
+
+
+def encoder_parameters(model: Any) -> int:
+    """Parameters of the blocks."""
+    return sum(p.numel() for p in model.base_model.encoder.parameters())
+
+
+@torch.inference_mode()
+def encoder_flops(model: Any) -> int:
+    """Operations of the blocks on one row of 128 tokens, as torch counts them: matrix products and attention."""
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        EncoderOnly(model)(ids)
+    return int(counter.get_total_flops())
+
+
+def shape_of(model: Any) -> dict[str, Any]:
+    """Width of the residual stream, and heads and neurons of each block."""
+    layers = model.base_model.encoder.layer
+    blocks = [[layer.attention.self.num_attention_heads, layer.intermediate.dense.out_features] for layer in layers]
+    return {"hidden": layers[0].output.dense.out_features, "blocks": blocks}
+
+
+def saved_by_lmcompress(model: Any, batches: list[Any]) -> dict[str, Any]:
+    """Save through the gate, and the greatest difference of the model that is loaded again."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = CompressedModel(model).save_pretrained(Path(folder) / "model", batches=batches)
+        return {"reload_error": measured.max_error, "bytes": size_on_disk(Path(folder) / "model").weights_bytes}
+
+
+@torch.inference_mode()
+def saved_by_transformers(model: Any, batches: list[Any]) -> dict[str, Any]:
+    """Save as Transformers does, and what comes of loading it; torch-pruning itself pickles the module."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        row: dict[str, Any] = {"reload_error": None, "bytes": size_on_disk(folder).weights_bytes}
+        try:
+            loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        except (RuntimeError, ValueError) as error:
+            return row | {"reload_failure": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        differences = [(model(**b).logits - loaded(**b).logits).abs().max() for b in batches]
+        return row | {"reload_error": float(torch.stack(differences).max())}
+
+
+def gpt2_rows() -> list[dict[str, Any]]:
+    """What both make of a small GPT-2 of which half is to go."""
+    set_seed(0)
+    config = GPT2Config(
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        vocab_size=1000,
+        n_positions=64,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    rows = []
+    for library in (OURS, PEER):
+        model = GPT2LMHeadModel(config).eval()
+        before = sum(p.numel() for p in model.transformer.h.parameters())
+        failure = None
+        try:
+            if library == OURS:
+                prune(model, PruningConfig(target=Target(sparsity=SPARSITY), criterion="l2"))
+            else:
+                torch_pruning.pruner.BasePruner(
+                    model, {"input_ids": torch.randint(1000, (2, 16))}, global_pruning=True, pruning_ratio=SPARSITY,
+                    importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), ignored_layers=[model.lm_head],
+                    output_transform=lambda outputs: outputs.logits.sum(),
+                    in_channel_groups={}, out_channel_groups={},
+                ).step()  # fmt: skip
+        except Exception as error:  # whatever a peer raises is what is to be told
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        after = sum(p.numel() for p in model.transformer.h.parameters())
+        rows.append(
+            {
+                "question": "gpt2", "library": library, "block_parameters_before": before,
+                "block_parameters_after": after, "removed": 1 - after / before, "failure": failure,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def runs(bench: Bench, folder: Path) -> list[dict[str, Any]]:
+    """Everything that is not there yet, and what is; the first seeds of all before the second of any."""
+    rows, quick = [], bench.options.quick
+    for seed in range(1 if quick else bench.options.seeds):
+        for entry in ENTRIES:
+            if not quick or entry.twin == "l2" or entry.extra:
+                place = folder / f"{entry.folder}-{seed}"
+                about = {"name": entry.name, **vars(entry), "seed": seed}
+                rows.append(once(place, about, partial(bench.run, entry, seed, place)))
+    return rows
+
+
+def latencies(bench: Bench, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Encoders of all first seeds and of the dense model, call by call in turn."""
+    encoders = {"dense": EncoderOnly(bench.dense())}
+    for entry in ENTRIES:
+        file = folder / f"{entry.folder}-0" / "module.pt"
+        if file.exists():
+            encoders[entry.name] = EncoderOnly(torch.load(file, weights_only=False))
+    rows = []
+    for batch, repeats in ((32, 15), (1, 40)):
+        size = min(batch, 4) if quick else batch
+        timed = compare_latency(
+            encoders, batch_sizes=(size,), sequence_length=LENGTH, warmup=2, repeats=3 if quick else repeats
+        )
+        rows += [
+            {
+                "question": "latency", "name": row.model, "asked_batch": batch, "batch": size, "length": LENGTH,
+                "ms": row.median_ms, "quartiles_ms": [row.lower_ms, row.upper_ms], "speedup": row.speedup_vs_first,
+            }
+            for row in timed
+        ]  # fmt: skip
+    return rows
+
+
+def summarise(runs: list[dict[str, Any]], timed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds, with sizes and times of the first."""
+    rows = []
+    for entry in ENTRIES:
+        mine = [run for run in runs if run["name"] == entry.name]
+        if not mine:
+            continue
+        scores = [run["score"] for run in mine]
+        speed = {row["asked_batch"]: row for row in timed if row["name"] == entry.name}
+        rows.append(
+            mine[0]
+            | {
+                "question": "mrpc", "seeds": len(mine), "scores": scores, "score": statistics.mean(scores),
+                "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+                **{f"ms_{batch}": row["ms"] for batch, row in speed.items()},
+                **{f"quartiles_ms_{batch}": row["quartiles_ms"] for batch, row in speed.items()},
+                **{f"speedup_{batch}": row["speedup"] for batch, row in speed.items()},
+                **{name: statistics.mean(run[name] for run in mine) for name in ("accuracy", "f1", "seconds")},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]], gpt2: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked, against what came."""
+    wanted = []
+    equal = [row for row in rows if row["extra"] is None]
+    of = {library: [row for row in equal if row["library"] == library] for library in (PEER, OURS)}
+    if of[PEER] and of[OURS]:
+        best = {library: max(found, key=lambda row: row["score"]) for library, found in of.items()}
+        gain = best[OURS]["score"] - best[PEER]["score"]
+        wanted.append(asked(f"best of {OURS} minus best of {PEER}, points", ">= 0", gain, gain >= 0))
+        for batch in (32, 1):
+            ratio = best[OURS][f"ms_{batch}"] / best[PEER][f"ms_{batch}"]
+            # slower is what lies outside the noise of both
+            slower = best[OURS][f"quartiles_ms_{batch}"][0] > best[PEER][f"quartiles_ms_{batch}"][1]
+            name = f"encoder at {batch} × {LENGTH}: best of {OURS} over best of {PEER}, time"
+            wanted.append(asked(name, "<= 1, or quartiles overlap", ratio, not slower))
+    for row in of[OURS]:
+        for other in of[PEER]:
+            if row["twin"] is not None and row["twin"] == other["twin"]:
+                gain = row["score"] - other["score"]
+                wanted.append(asked(f"{row['twin']}: {OURS} minus {PEER}, points", ">= 0", gain, gain >= 0))
+    errors = [row["reload_error"] for row in rows if row["library"] == OURS]
+    if errors:
+        wanted.append(asked("greatest difference of logits after reloading", "0", max(errors), max(errors) == 0))
+    for row in gpt2:
+        name = f"share of a GPT-2's blocks removed by {row['library']}"
+        if row["library"] == OURS:
+            wanted.append(asked(name, f">= {SPARSITY}", row["removed"], row["removed"] >= SPARSITY - 1e-6))
+        else:
+            wanted.append(asked(name, "reported", row["removed"], True))
+    return wanted
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/mrpc/*.parquet")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where the dense model lies and models go")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, four rows, to see that it runs")
+    options = parser.parse_args()
+    # of torch-pruning, about parameters that it finds by itself
+    warnings.filterwarnings("ignore", module="torch_pruning")
+    bench = Bench(options)
+    with tempfile.TemporaryDirectory() as temporary:
+        # a quick run is not to be mistaken for a real one later
+        folder = Path(temporary) if options.quick else options.work / "pruning_peers"
+        done = runs(bench, folder)
+        timed = latencies(bench, folder, options.quick)
+    dense = bench.dense()
+    teacher = {
+        "question": "dense", "name": "dense", **bench.quality(dense), "encoder_parameters": encoder_parameters(dense),
+        "parameters": parameter_count(dense), "encoder_gflops": encoder_flops(dense) / 1e9, "shape": shape_of(dense),
+        **{f"ms_{row['asked_batch']}": row["ms"] for row in timed if row["name"] == "dense"},
+    }  # fmt: skip
+    rows, gpt2 = summarise(done, timed), gpt2_rows()
+    wanted = verdicts(rows, gpt2)
+    for line in [teacher, *rows, *gpt2, *wanted]:
+        print(line)
+    setting = {
+        "task": TASK, "sparsity": SPARSITY, "epochs": EPOCHS, "learning_rate": LEARNING_RATE,
+        "calibration_rows": CALIBRATION_ROWS, "torch-pruning": version("torch-pruning"),
+        "distillation": DISTILLATION.model_dump(mode="json"),
+    }  # fmt: skip
+    print(write("pruning_peers", [teacher, *rows, *gpt2], wanted, quick=options.quick, setting=setting))
+
+
+if __name__ == "__main__":
+    main()

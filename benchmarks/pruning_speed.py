@@ -1,0 +1,393 @@
+"""Does a pruned encoder get as much faster as it has fewer operations, is a latency target met, what does a step cost?
+
+Random weights, and scores that are drawn: times do not depend on either, shapes are all that counts.
+
+* Speed-up: the encoders of MiniLM's and BERT-base's shape, dense and cut, in one process, call by call in turn,
+  medians. ``even``: all blocks alike; ``uneven``: heads and neurons go where their scores are least, down to none in a
+  block. The FLOP ratio counts the matrix products of the blocks. ``nothing`` is an encoder without any head or neuron:
+  what is left (residual connections, norms, Python) is what no pruning of heads and neurons can speed up, and the
+  ceiling is the speed-up if everything else ran in proportion to its operations. A profile says where the time went.
+* Latency targets: a table is measured, a shape chosen by it, cut, and timed beside the dense model.
+* Step: a training step with gates and scores over the same step of plain ``Trainer``, in turn, medians of pairs; what
+  schedules do between steps (choosing and masking, steering) is added by its mean.
+
+    python benchmarks/pruning_speed.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from common import asked, write
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from trainer_overhead import arguments, make_batch, make_teacher
+from transformers import BertConfig, BertForSequenceClassification, Trainer, set_seed
+from transformers.utils import logging
+
+from lmcompress.evaluation import compare_latency
+from lmcompress.pruning import Part, Units, cut, full, masked_structure
+from lmcompress.pruning.config import Gradual, GroupLasso, HardConcrete, Movement, PruningConfig
+from lmcompress.pruning.costs import FlopCost, ModelSizes, measure_latency
+from lmcompress.pruning.ranking import Target, select
+from lmcompress.trainers import PruningTrainer
+
+SHAPES = {
+    "MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "BERT-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+}
+LENGTH, MULTIPLE_OF = 128, 16
+SPARSITIES = (0.5, 0.75, 0.9)
+# batch size: what the speed-up must be of the FLOP ratio
+ASKED = {32: 0.8, 1: 0.6}
+# timed calls of each, by shape and batch size
+REPEATS = {("MiniLM", 32): 15, ("MiniLM", 1): 60, ("BERT-base", 32): 5, ("BERT-base", 1): 25}
+LATENCY_SHARES = (0.5, 0.33)
+# parts of an encoder's time: names of the operations that begin like this
+OPERATIONS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "activation": ("aten::gelu",),
+    "norms and residuals": ("aten::native_layer_norm", "aten::layer_norm", "aten::add"),
+}
+
+TARGET = Target(sparsity=0.5)
+# the five families of CoFi: layers of both kinds, heads, neurons and hidden dimensions
+COFI = ("heads", "neurons", "attention", "ffn", "hidden")
+METHODS: dict[str, PruningConfig] = {
+    "gradual, scores from training": PruningConfig(
+        target=TARGET, schedule=Gradual(), criterion="fisher", scores="training"
+    ),
+    "hard_concrete": PruningConfig(target=TARGET, schedule=HardConcrete()),
+    "hard_concrete, five families": PruningConfig(target=TARGET, schedule=HardConcrete(), parts=COFI),
+    "movement": PruningConfig(target=TARGET, schedule=Movement()),
+    "group_lasso": PruningConfig(target=TARGET, schedule=GroupLasso()),
+}
+
+
+class EncoderOnly(nn.Module):
+    """The blocks of a BERT by themselves, on hidden states that are drawn once.
+
+    It is called like the model, so that ``compare_latency`` can time it; of the ids only their number counts.
+
+    Args:
+        model: a BERT with any head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config, self.encoder = model.config, model.base_model.encoder
+        # of the last matrix and not of the config: other libraries cut it without saying so there
+        self._width = self.encoder.layer[0].output.dense.out_features
+        self._states: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """Hidden states after the last block.
+
+        Args:
+            input_ids: ``(batch, length)``.
+            attention_mask: all 1, and so not looked at, as BERT itself does not pass on a mask of ones.
+        """
+        shape = tuple(input_ids.shape)
+        if shape not in self._states:
+            drawn = torch.randn(*shape, self._width, generator=torch.Generator().manual_seed(0))
+            self._states[shape] = drawn.to(self.device)
+        return self.encoder(self._states[shape])
+
+
+def make_model(name: str, quick: bool) -> Any:
+    """A random model: arithmetic costs the same whatever the weights."""
+    set_seed(0)
+    sizes = SHAPES[name] | ({"num_hidden_layers": 2} if quick else {})
+    return BertForSequenceClassification(BertConfig(**sizes)).eval()
+
+
+def drawn_scores(model: Any, seed: int = 0) -> Units:
+    """Random scores, those of some blocks greater than those of others, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    units = full(model, ("heads", "neurons"), 0.0, torch.float32)
+
+    def draw(zeros: Tensor) -> Tensor:
+        factor = torch.randn((), generator=generator).exp()
+        return factor * torch.rand(len(zeros), generator=generator)
+
+    return units.map(draw)
+
+
+def choose(model: Any, target: Target, kind: str, cost: Any = None) -> Units:
+    """A mask that meets a target, in equal blocks or in unequal ones."""
+    scores, sizes = drawn_scores(model), ModelSizes.of(model)
+    if kind == "even":
+        return select(scores, sizes, target, ranking="per_layer", multiple_of=MULTIPLE_OF, cost=cost)
+    # heads with heads and neurons with neurons: drawn numbers say nothing of one against the other
+    nothing_stays: dict[Part, int] = {"heads": 0, "neurons": 0}
+    return select(
+        scores, sizes, target,
+        ranking="isomorphic", multiple_of=MULTIPLE_OF, keep_at_least=nothing_stays, cost=cost,
+    )  # fmt: skip
+
+
+def cut_copy(model: Any, mask: Units) -> Any:
+    """A copy without what the mask takes away."""
+    result = copy.deepcopy(model)
+    cut(result, mask)
+    return result
+
+
+def speed(name: str, quick: bool) -> list[dict[str, Any]]:
+    """Encoders of one shape at all sparsities, beside the dense one."""
+    dense = make_model(name, quick)
+    sizes = ModelSizes.of(dense)
+    encoders = {"dense": EncoderOnly(dense)}
+    structures = {"dense": sizes.structure}
+    about: dict[str, dict[str, Any]] = {"dense": {"kind": "dense", "sparsity": 0.0}}
+    for kind in ("even", "uneven"):
+        for sparsity in SPARSITIES:
+            mask = choose(dense, Target(sparsity=sparsity), kind)
+            key = f"{kind} {sparsity}"
+            encoders[key] = EncoderOnly(cut_copy(dense, mask))
+            structures[key], about[key] = masked_structure(sizes.structure, mask), {"kind": kind, "sparsity": sparsity}
+    nothing = full(dense, ("heads", "neurons"), False)
+    encoders["nothing"] = EncoderOnly(cut_copy(dense, nothing))
+    structures["nothing"], about["nothing"] = (
+        masked_structure(sizes.structure, nothing),
+        {"kind": "nothing", "sparsity": 1.0},
+    )
+    rows = []
+    for batch in ASKED:
+        size = min(batch, 4) if quick else batch
+        timed = compare_latency(
+            encoders,
+            batch_sizes=(size,),
+            sequence_length=LENGTH,
+            warmup=2,
+            repeats=3 if quick else REPEATS[name, batch],
+        )
+        milliseconds = {row.model: row.median_ms for row in timed}
+        cost = FlopCost(sizes, size, LENGTH)
+        floor = milliseconds["nothing"]
+        for row in timed:
+            flops = cost.cost(structures[row.model])
+            flop_ratio = cost.cost(sizes.structure) / flops if flops else None
+            rows.append(
+                {
+                    "model": name, "question": "speed-up", "asked_batch": batch, "batch": size, "length": LENGTH,
+                    **about[row.model], "ms": row.median_ms, "quartiles_ms": [row.lower_ms, row.upper_ms],
+                    "speedup": row.speedup_vs_first, "flop_ratio": flop_ratio,
+                    "of_flop_ratio": row.speedup_vs_first / flop_ratio if flop_ratio else None,
+                    "ceiling": milliseconds["dense"] / (floor + (milliseconds["dense"] - floor) / flop_ratio)
+                    if flop_ratio
+                    else None,
+                    "shape": [[block.heads, block.ffn] for block in structures[row.model].blocks],
+                }
+            )  # fmt: skip
+        profiled = {key: encoders[key] for key in ("dense", *(f"even {sparsity}" for sparsity in SPARSITIES))}
+        rows += [
+            {"model": name, "question": "profile", "batch": size, **about[key], "ms": operations(encoder, size)}
+            for key, encoder in profiled.items()
+        ]
+    return rows
+
+
+@torch.inference_mode()
+def operations(encoder: Any, batch: int) -> dict[str, float]:
+    """Milliseconds of one call by kind of operation, as torch's profiler tells; it slows down what is small."""
+    ids = torch.zeros(batch, LENGTH, dtype=torch.long)
+    calls = 1 if batch > 1 else 10
+    encoder(ids)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(calls):
+            encoder(ids)
+    found = dict.fromkeys([*OPERATIONS, "other"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, names in OPERATIONS.items() if event.key.startswith(names)), "other")
+        found[kind] += event.self_cpu_time_total / 1000 / calls
+    return {kind: round(ms, 3) for kind, ms in found.items()}
+
+
+def latency_targets(name: str, quick: bool) -> list[dict[str, Any]]:
+    """Shapes chosen by a measured table, timed beside the dense model: whole models, as the table is of those."""
+    dense = make_model(name, quick)
+    sizes, rows = ModelSizes.of(dense), []
+    for batch in ASKED:
+        size = min(batch, 4) if quick else batch
+        repeats = 3 if quick else (15 if batch > 1 else 40)
+        started = time.perf_counter()
+        table = measure_latency(
+            dense, batch_size=size, length=LENGTH, repeats=repeats, points=2 if quick else 5, copies=2 if quick else 4
+        )
+        seconds = time.perf_counter() - started
+        models, predicted = {"dense": dense}, {}
+        for share in LATENCY_SHARES:
+            mask = choose(dense, Target(latency_share=share), "uneven", table)
+            structure = masked_structure(sizes.structure, mask)
+            models[str(share)] = cut_copy(dense, mask)
+            predicted[str(share)] = table.cost(structure) / table.cost(sizes.structure)
+        timed = compare_latency(models, batch_sizes=(size,), sequence_length=LENGTH, repeats=2 * repeats, warmup=2)
+        rows += [
+            {
+                "model": name, "question": "latency target", "asked_batch": batch, "batch": size, "length": LENGTH,
+                "target": float(row.model), "by_table": predicted[row.model], "measured": 1 / row.speedup_vs_first,
+                "ms": row.median_ms, "quartiles_ms": [row.lower_ms, row.upper_ms], "table_seconds": round(seconds),
+            }
+            for row in timed[1:]
+        ]  # fmt: skip
+    return rows
+
+
+class StepByStep:
+    """Optimizer steps of a trainer, one at a time, with its callbacks, so that several trainers can take turns.
+
+    Args:
+        config: of the pruning; None is plain ``Trainer``.
+        folder: for what the trainer may write.
+    """
+
+    def __init__(self, config: PruningConfig | None, folder: str) -> None:
+        model, args = make_teacher("bert"), arguments(folder)
+        self.trainer: Any = Trainer(model, args) if config is None else PruningTrainer(model, args, config)
+        self.batch = make_batch("bert", args.device)
+        self.trainer.create_optimizer_and_scheduler(args.max_steps)
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.state.max_steps = args.max_steps
+        self.handler = self.trainer.callback_handler
+        self.handler.optimizer = self.trainer.optimizer
+        self._tell("on_train_begin")
+
+    def between(self) -> None:
+        """What schedules do before a step."""
+        self._tell("on_step_begin")
+
+    def step(self) -> None:
+        """Forward, backward, optimizer, and what pruning adds to each."""
+        trainer = self.trainer
+        _, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
+        trainer.training_step(trainer.model, dict(self.batch), items)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        self._tell("on_pre_optimizer_step")
+        trainer.optimizer.step()
+        self._tell("on_optimizer_step")
+        trainer.model.zero_grad()
+        trainer.state.global_step += 1
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _tell(self, event: str) -> None:
+        getattr(self.handler, event)(self.trainer.args, self.trainer.state, self.trainer.control)
+
+
+def step_overhead(repeats: int, warmup: int = 2) -> list[dict[str, Any]]:
+    """Steps with pruning over steps without, in turn."""
+    times: dict[str, list[float]] = {}
+    between: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers: Mapping[str, StepByStep] = {
+            "baseline": StepByStep(None, folder),
+            **{name: StepByStep(config, folder) for name, config in METHODS.items()},
+        }
+        for number in range(repeats + warmup):
+            for name, trainer in trainers.items():
+                before, taken = _seconds(trainer.between), _seconds(trainer.step)
+                if number >= warmup:
+                    times.setdefault(name, []).append(taken)
+                    between.setdefault(name, []).append(before)
+        batch = tuple(trainers["baseline"].batch["input_ids"].shape)
+    baseline = statistics.median(times["baseline"])
+    rows = []
+    for name in METHODS:
+        # of pairs side by side, so that a slow minute of the machine hits both
+        pairs = [ours / base for ours, base in zip(times[name], times["baseline"], strict=True)]
+        lower, median, upper = statistics.quantiles(pairs, n=4)
+        added = statistics.mean(between[name]) / baseline
+        rows.append(
+            {
+                "question": "step", "model": "MiniLM", "method": name, "batch": batch[0], "length": batch[1],
+                "baseline_ms": 1000 * baseline, "ms": 1000 * statistics.median(times[name]),
+                "between_ms": 1000 * statistics.mean(between[name]), "ratio": median + added,
+                "ratio_of_steps": median, "ratio_quartiles": [lower + added, upper + added], "repeats": repeats,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked, against what came: of all shapes the least."""
+    wanted = []
+    pruned = [row for row in rows if row["question"] == "speed-up" and row["kind"] in ("even", "uneven")]
+    for batch, least in ASKED.items():
+        for sparsity in SPARSITIES:
+            found = [row for row in pruned if row["asked_batch"] == batch and row["sparsity"] == sparsity]
+            if not found:
+                continue
+            worst = min(found, key=lambda row: row["of_flop_ratio"])
+            met = worst["of_flop_ratio"] >= least
+            name = (
+                f"{batch} × {LENGTH}, {sparsity:.0%} of the encoder cut: speed-up over FLOP ratio, least of all shapes"
+            )
+            wanted.append(asked(name, f">= {least}", worst["of_flop_ratio"], met))
+            if not met:
+                name = (
+                    f"{batch} × {LENGTH}, {sparsity:.0%}: the ceiling of that shape ({worst['model']}) over FLOP ratio"
+                )
+                wanted.append(asked(name, "reported", worst["ceiling"] / worst["flop_ratio"], True))
+    for row in rows:
+        if row["question"] == "latency target":
+            off = row["measured"] / row["target"] - 1
+            name = (
+                f"{row['model']}, {row['asked_batch']} × {LENGTH}, latency share {row['target']}: measured over target"
+            )
+            wanted.append(asked(name, "within 5 %", f"{off:+.1%}", abs(off) <= 0.05))
+        if row["question"] == "step":
+            wanted.append(
+                asked(f"step with {row['method']} over without", "<= 1.15", row["ratio"], row["ratio"] <= 1.15)
+            )
+    return wanted
+
+
+def main() -> None:
+    """Command line."""
+    questions = ("speed", "latency", "step")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="for the speed-up")
+    parser.add_argument("--questions", nargs="+", choices=questions, default=questions)
+    parser.add_argument("--quick", action="store_true", help="MiniLM with two layers, small batches, few repeats")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    rows: list[dict[str, Any]] = []
+    if "speed" in options.questions:
+        for name in ["MiniLM"] if options.quick else options.models:
+            rows += speed(name, options.quick)
+    if "latency" in options.questions:
+        rows += latency_targets("MiniLM", options.quick)
+    if "step" in options.questions:
+        rows += step_overhead(3 if options.quick else 40)
+    wanted = verdicts(rows)
+    for line in rows + wanted:
+        print(line)
+    setting = {
+        "shapes": SHAPES, "multiple_of": MULTIPLE_OF, "threads": torch.get_num_threads(),
+        "methods": {name: config.model_dump(mode="json", exclude_none=True) for name, config in METHODS.items()},
+    }  # fmt: skip
+    print(write("pruning_speed", rows, wanted, quick=options.quick, setting=setting))
+
+
+if __name__ == "__main__":
+    main()

@@ -52,9 +52,9 @@ BUDGET: dict[str, tuple[float, int, float]] = {
     "rte": (6, 3, 2e-4),
     "mrpc": (6, 3, 2e-4),
     "stsb": (8, 3, 2e-4),
-    "cola": (5, 3, 2e-4),
+    "cola": (5, 1, 2e-4),
     "sst2": (2, 1, 2e-4),
-    "qnli": (3, 1, 2e-4),
+    "qnli": (2, 1, 2e-4),
 }
 MATCHED = ((1, 2), (2, 4), (3, 6))
 GENERAL_LENGTH = 64

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import click
 import torch
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.syntax import Syntax
@@ -22,13 +23,32 @@ from lmcompress.evaluation import compare_latency, evaluate_classifier, paramete
 from lmcompress.evaluation import tensor_table as tensors_of
 from lmcompress.evaluation import verdict as verdicts
 from lmcompress.model import REPORT_FILE, CompressedModel, library_version, push_folder
+from lmcompress.pruning.config import PruningConfig
+from lmcompress.pruning.ranking import Shape, Target
 from lmcompress.recipes import Recipe, builtin_recipes, load_recipe, plan, recipe_schema
 from lmcompress.recipes import run as run_recipe
 from lmcompress.recipes.building import Materials, auto_class, load_tokenizer, read_task, text_of
 from lmcompress.recipes.planning import shape_in_words
 from lmcompress.recipes.progress import quiet_libraries
-from lmcompress.recipes.schema import EvaluationSpec, Stage, TaskSpec
-from lmcompress.reporting import latency_table, print_plan, results_table
+from lmcompress.recipes.schema import EvaluationSpec, LatencySpec, Stage, StagePruning, TaskSpec, VocabularySpec
+from lmcompress.recipes.single import (
+    check_trained_for,
+    frontier_recipe,
+    measure_sensitivity,
+    plan_pruned,
+    prune_once,
+    prune_recipe,
+)
+from lmcompress.reporting import (
+    importance_map,
+    latency_table,
+    print_plan,
+    results_table,
+    sensitivity_curves,
+    sensitivity_table,
+    shape_table,
+    write_report,
+)
 
 app = typer.Typer(
     name="lmcompress",
@@ -47,6 +67,7 @@ app.add_typer(recipes_app, name="recipes")
 
 QUICKSTARTS = {"classification": "quickstart", "lm": "quickstart-lm"}
 
+_T = TypeVar("_T", bound=BaseModel)
 _debug = False
 
 
@@ -205,7 +226,7 @@ def evaluate(
                 name: float(getattr(found, name)) for name in ("token_perplexity", "word_perplexity", "bits_per_byte")
             }
         else:
-            _check_labels(loaded, rows.task, model)
+            check_trained_for(loaded.config, rows.task, model)
             # the runner's way from rows to batches, for one model
             spec = TaskSpec(name=task, data=data, max_length=length, limit=limit)
             recipe = Recipe(
@@ -294,8 +315,8 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its bytes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a model is made of: blocks, tensors and their bytes, where it comes from, how it can be saved, what
-    was checked.
+    """Show what a model is made of: heads and widths of each block, tensors and their bytes, where it comes from, how
+    it can be saved, what was checked.
 
     Examples:
 
@@ -321,6 +342,11 @@ def inspect(
     console = _console()
     console.print(f"[bold]{model}[/]: {report['architecture']}, {shape_in_words(compressed)}", highlight=False)
     console.print(f"{report['parameters']:,} parameters", highlight=False)
+    console.print(shape_table([{"name": "heads + neurons", "blocks": report["blocks"]}]))
+    for sublayer, what in (("heads", "attention"), ("ffn", "feed-forward network")):
+        empty = [str(b.get("source", i)) for i, b in enumerate(report["blocks"]) if not b[sublayer]]
+        if empty:
+            console.print(f"no {what} left in block {', '.join(empty)}: only its bias is added", highlight=False)
     table = Table(title="bytes")
     for name in ("part", "tensors", "bytes", "share"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -353,6 +379,312 @@ def inspect(
             f"{gate['max_error']:.3g}",
             highlight=False,
         )
+
+
+Model = Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")]
+TaskName = Annotated[
+    str,
+    typer.Option("--task", help="What it was trained for: glue/<task>, embedded/<name>, a folder, or a Hub data set."),
+]
+DataFolder = Annotated[
+    str | None, typer.Option("--data", help="Folder or file with the rows; for GLUE what holds glue/<task>/.")
+]
+MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens of a row.")]
+RowLimit = Annotated[int | None, typer.Option("--limit", help="At most so many rows of each split.")]
+CriterionName = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="What makes a unit important. taylor_gates, fisher, taylor_weights: gradients; wanda, apoz, "
+        "activation_entropy, …: activations; l1, l2: weights alone; random: a control.",
+    ),
+]
+PartNames = Annotated[
+    str,
+    typer.Option("--parts", help="What may go: heads, neurons, attention, ffn, layers, hidden; with commas between."),
+]
+LabelSource = Annotated[
+    str, typer.Option("--labels", help="given: those of the task; self: the model's own answers, for rows without.")
+]
+CalibrationRows = Annotated[int, typer.Option("--rows", help="Training rows for scores and repair.")]
+
+
+@app.command(no_args_is_help=True, rich_help_panel="Pruning")
+def prune(
+    model: Model,
+    task: TaskName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned model.")],
+    data: DataFolder = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", help="Share of the blocks' parameters that goes: 0.5.")
+    ] = None,
+    parameters: Annotated[int | None, typer.Option("--parameters", help="Of the whole model, at most.")] = None,
+    flops_share: Annotated[
+        float | None, typer.Option("--flops-share", help="Share of the blocks' operations that stays, at most.")
+    ] = None,
+    latency_share: Annotated[
+        float | None,
+        typer.Option("--latency-share", help="Share of the time that stays, by times measured here, in latency.json."),
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option("--latency-ms", help="Time of a batch, at most.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape", help="The shape itself: layers=6,heads=8,ffn=1024,hidden=512; or heads=8/4/0 by block."
+        ),
+    ] = None,
+    parts: PartNames = "heads,neurons",
+    criterion: CriterionName = "taylor_gates",
+    labels: LabelSource = "given",
+    rows: CalibrationRows = 256,
+    iterations: Annotated[
+        int,
+        typer.Option("--iterations", help="Rounds, each scored anew; 8 lose less than 1, and take 8 times as long."),
+    ] = 1,
+    ranking: Annotated[
+        str, typer.Option("--ranking", help="global: uneven blocks, the best; per_layer: even ones; isomorphic.")
+    ] = "global",
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", help="Neurons and hidden dimensions go in groups, for the hardware.")
+    ] = 1,
+    repair: Annotated[
+        str,
+        typer.Option(
+            "--repair", help="none, bias, least_squares or least_squares_in_order: re-fit what is left, in closed form."
+        ),
+    ] = "least_squares",
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            "--vocabulary", help="Also drop tokens that the training texts have less often than this; 1 is safe."
+        ),
+    ] = None,
+    max_length: MaxLength = 128,
+    limit: RowLimit = None,
+    split: Annotated[str, typer.Option("--split", help="Rows that quality is measured on.")] = "validation",
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", help="Batch size of latencies; several times. Default: 1 and 32.")
+    ] = None,
+    save: Annotated[str, typer.Option("--format", help="native, vanilla or self_loading.")] = "native",
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Folder for a report with plots: which heads, which widths.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of calibration rows and drawn labels.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say the shape to expect, and stop.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pruned model in the folder.")] = False,
+) -> None:
+    """Cut heads, neurons, layers, hidden dimensions or tokens out of a trained model, without training.
+
+    How much: exactly one of --sparsity, --parameters, --flops-share, --latency-share, --latency-ms, --shape; or
+    --vocabulary alone. The model is measured before and after, saved only if the cut model answers as the masked one
+    did and the reloaded one as the cut one, and the last line says whether stock transformers can load it.
+
+    Without training this goes as far as about a third of the blocks, and --iterations 8 goes further than 1. For more,
+    let it recover: lmcompress frontier --steps, or a recipe (lmcompress recipes show quickstart-prune).
+
+    Examples:
+
+      lmcompress prune runs/quickstart/teacher --task embedded/clinc150 --sparsity 0.3 -o runs/small
+
+      lmcompress prune my-model --task glue/sst2 --data ../data --latency-share 0.6 --iterations 8 -o fast
+
+      lmcompress prune my-model --task my-data/ --shape layers=4 --parts layers --criterion block_influence -o short
+
+      lmcompress prune my-model --task my-data/ --vocabulary 1 -o small-vocabulary
+    """
+    amounts = {
+        "sparsity": sparsity,
+        "parameters": parameters,
+        "flops_share": flops_share,
+        "latency_share": latency_share,
+        "latency_ms": latency_ms,
+        "shape": None if shape is None else _shape(shape),
+    }
+    given = {name: value for name, value in amounts.items() if value is not None}
+    pruning = None
+    if given:
+        target = _validated(Target, given)
+        latency = None
+        if target.kind.startswith("latency"):
+            # not in the model's folder, which is replaced as a whole
+            latency = LatencySpec(batch_size=(batch or [32])[-1], table=str(output.parent / "latency.json"))
+        schedule = {"kind": "iterative", "rounds": iterations} if iterations > 1 else {"kind": "one_shot"}
+        both = {"heads", "neurons"} & set(_parts(parts))
+        values = {
+            "target": target,
+            "parts": _parts(parts),
+            "criterion": criterion,
+            "labels": labels,
+            "calibration_rows": rows,
+            "schedule": schedule,
+            "ranking": ranking,
+            "multiple_of": multiple_of,
+            "repair": repair if both else "none",
+            "latency": latency,
+        }
+        pruning = _validated(StagePruning, values)
+    evaluation = _validated(EvaluationSpec, {"splits": (split,), "latency_batches": tuple(batch or (1, 32))})
+    recipe = prune_recipe(
+        model,
+        TaskSpec(name=task, data=data, max_length=max_length, limit=limit),
+        pruning=pruning,
+        vocabulary=None if vocabulary is None else _validated(VocabularySpec, {"min_count": vocabulary}),
+        save=save,
+        evaluation=evaluation,
+        seed=seed,
+    )
+    console = _console()
+    if dry_run:
+        with quiet_libraries():
+            print_plan(plan_pruned(recipe, output, measure_times=False), console)
+        return
+    found = prune_once(recipe, output, overwrite=overwrite, console=console)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        write_report(found, report)
+    console.print(results_table(found))
+    console.print(shape_table(found["rows"]))
+    for note in found["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    _print_how_to_load(console, found)
+
+
+@app.command("sensitivity", no_args_is_help=True, rich_help_panel="Pruning")
+def show_sensitivity(
+    model: Model,
+    task: TaskName,
+    data: DataFolder = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option("--share", help="Of a block's units; several times. Default: 0.25, 0.5, 0.75 and 1."),
+    ] = None,
+    parts: PartNames = "heads,neurons",
+    criterion: CriterionName = "taylor_gates",
+    labels: LabelSource = "given",
+    rows: CalibrationRows = 256,
+    max_length: MaxLength = 128,
+    limit: RowLimit = 1000,
+    split: Annotated[str, typer.Option("--split", help="Rows that quality is measured on.")] = "validation",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for sensitivity.json, sensitivity.png, importance.png."),
+    ] = None,
+) -> None:
+    """Which block can lose what: quality with a share of one block's heads or neurons gone, block by block.
+
+    Nothing is cut and nothing trained: the least important units of one block at a time are masked. It also scores
+    every head. One evaluation for each block, part and share: with --limit 1000 some minutes for a BERT on a CPU.
+
+    Examples:
+
+      lmcompress sensitivity runs/quickstart/teacher --task embedded/clinc150 --limit 500 -o runs/sensitivity
+    """
+    config = _validated(
+        PruningConfig,
+        {
+            "target": Target(sparsity=0.5),
+            "parts": _parts(parts),
+            "criterion": criterion,
+            "labels": labels,
+            "calibration_rows": rows,
+        },
+    )
+    console = _console()
+    found = measure_sensitivity(
+        model,
+        TaskSpec(name=task, data=data, max_length=max_length, limit=limit),
+        config,
+        shares=tuple(share or (0.25, 0.5, 0.75, 1.0)),
+        split=split,
+        progress=console.is_terminal,
+    )
+    console.print(sensitivity_table(found))
+    for note in found["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "sensitivity.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        quality = found["metric"].replace("_", " ")
+        files = [
+            sensitivity_curves(
+                found["rows"],
+                output / "sensitivity.png",
+                quality=quality,
+                lower_is_better=found["lower_is_better"],
+            )
+        ]
+        if "heads" in found["scores"]:
+            files.append(
+                importance_map(found["scores"]["heads"], output / "importance.png", title=f"heads by {criterion}")
+            )
+        console.print(f"written: {', '.join(map(str, [output / 'sensitivity.json', *files]))}", highlight=False)
+
+
+@app.command(no_args_is_help=True, rich_help_panel="Pruning")
+def frontier(
+    model: Model,
+    task: TaskName,
+    data: DataFolder = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option("--sparsity", help="Several times. Default: 0.25, 0.5 and 0.75.")
+    ] = None,
+    latency_share: Annotated[
+        list[float] | None, typer.Option("--latency-share", help="Instead of sparsities; several times.")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Optimizer steps of recovery for each, with the dense model as teacher.")
+    ] = 0,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the recovery.")] = 5e-5,
+    parts: PartNames = "heads,neurons",
+    criterion: CriterionName = "taylor_gates",
+    labels: LabelSource = "given",
+    rows: CalibrationRows = 256,
+    iterations: Annotated[int, typer.Option("--iterations", help="Rounds of each pruning.")] = 1,
+    repair: Annotated[str, typer.Option("--repair", help="As for prune.")] = "least_squares",
+    max_length: MaxLength = 128,
+    limit: RowLimit = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/frontier"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make stages anew that another recipe left.")] = False,
+) -> None:
+    """Prune one model to several targets, let each recover for a while, and draw quality against size and latency.
+
+    One run, with a report and plots/frontier.png; the same command goes on where it was interrupted. Its recipe.yaml is
+    in the folder, to be changed and run by itself.
+
+    Examples:
+
+      lmcompress frontier runs/quickstart/teacher --task embedded/clinc150 --sparsity 0.3 --sparsity 0.6 --steps 200
+
+      lmcompress frontier my-model --task glue/sst2 --data ../data --latency-share 0.7 --latency-share 0.5 --steps 1000
+    """
+    if sparsity and latency_share:
+        raise LmcompressError("give --sparsity or --latency-share, not both: one axis is enough for a frontier")
+    kind, amounts = ("latency_share", latency_share) if latency_share else ("sparsity", sparsity or [0.25, 0.5, 0.75])
+    targets = [_validated(Target, {kind: amount}) for amount in amounts]
+    begun = {"end": 0.5} if steps else {}
+    values = {
+        "target": targets[0],
+        "parts": _parts(parts),
+        "criterion": criterion,
+        "labels": labels,
+        "calibration_rows": rows,
+        "schedule": {"kind": "iterative", "rounds": iterations} | begun if iterations > 1 else {"kind": "one_shot"},
+        "repair": repair if {"heads", "neurons"} & set(_parts(parts)) else "none",
+    }
+    recipe = frontier_recipe(
+        model,
+        TaskSpec(name=task, data=data, max_length=max_length, limit=limit),
+        targets,
+        pruning=_validated(PruningConfig, values),
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    _run(recipe, output, dry_run=dry_run, overwrite=overwrite, resume=True)
 
 
 @app.command(no_args_is_help=True)
@@ -424,8 +756,12 @@ def _run(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite: bool,
     console.print(
         f"report: {result.folder / 'report.html'} (also .md, results.json, plots)", highlight=False, soft_wrap=True
     )
-    last = next((row for row in reversed(result.report["rows"]) if row["role"] == "student"), result.report["rows"][-1])
-    head = auto_class_name(result.report["kind"])
+    _print_how_to_load(console, result.report)
+
+
+def _print_how_to_load(console: Console, report: dict[str, Any]) -> None:
+    last = next((row for row in reversed(report["rows"]) if row["role"] in ("student", "pruned")), report["rows"][-1])
+    head = auto_class_name(report["kind"])
     needed = "" if last["format"] == "vanilla" else "import lmcompress; "
     console.print(
         f"load it:\n  {needed}from transformers import {head}\n"
@@ -444,6 +780,34 @@ def auto_class_name(kind: str) -> str:
     """
     heads = {"causal_lm": "CausalLM", "token_classification": "TokenClassification"}
     return f"AutoModelFor{heads.get(kind, 'SequenceClassification')}"
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.replace(" ", ",").split(",") if part)
+
+
+def _shape(text: str) -> Shape:
+    """``layers=6,heads=8/4/0`` as a shape."""
+    sizes: dict[str, Any] = {}
+    for piece in _parts(text):
+        name, equals, value = piece.partition("=")
+        counts = value.split("/")
+        if not equals or not all(count.isdecimal() for count in counts):
+            raise LmcompressError(f"--shape must look like layers=6,heads=8,ffn=1024 or heads=8/4/0, got {piece!r}")
+        sizes[name] = int(value) if len(counts) == 1 else tuple(map(int, counts))
+    return _validated(Shape, sizes)
+
+
+def _validated(kind: type[_T], values: dict[str, Any]) -> _T:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "--" + "-".join(str(key).replace("_", "-") for key in first["loc"][:1]) + ": " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown{nearest(str(first['loc'][-1]), kind.model_fields)}"
+        raise LmcompressError(f"{where}{message[:1].lower()}{message[1:]}") from error
 
 
 def _load(name: str, cls: Any = None) -> Any:
@@ -467,19 +831,6 @@ def _missing(name: str) -> Any:
     there = sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
     hint = f"; its models are: {', '.join(str(folder / name) for name in there)}" if there else ""
     raise LmcompressError(f"{name} holds no model (no config.json){hint}")
-
-
-def _check_labels(model: Any, task: Any, name: str) -> None:
-    if model.config.num_labels != task.num_labels:
-        raise LmcompressError(
-            f"{name} has {model.config.num_labels} labels, {task.name} has {task.num_labels}: "
-            "it was not trained for this task"
-        )
-    names = [str(model.config.id2label.get(i, i)) for i in range(task.num_labels)]
-    if task.label_names and names != list(task.label_names) and names != [f"LABEL_{i}" for i in range(task.num_labels)]:
-        raise LmcompressError(
-            f"{name} calls its labels {names[:5]}, {task.name} {list(task.label_names)[:5]}: numbers would not agree"
-        )
 
 
 def _bytes_by_part(model: CompressedModel, tensors: list[Any]) -> dict[str, dict[str, int]]:

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from lmcompress import cli
+from lmcompress.anatomy import anatomy_of
 from lmcompress.model import CompressedModel
 from lmcompress.recipes import builtin_recipes
+from lmcompress.structure import drop_heads, keep_heads
 
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 from tiny_recipe import RECIPE, write_task
@@ -22,6 +25,9 @@ COMMANDS = [
     ["evaluate"],
     ["benchmark"],
     ["inspect"],
+    ["prune"],
+    ["sensitivity"],
+    ["frontier"],
     ["push"],
     ["recipes", "show"],
     ["recipes", "schema"],
@@ -61,6 +67,18 @@ def test_the_first_help_says_where_to_start():
         (["evaluate", "/nowhere", "--task", "embedded/clinc15"], "did you mean 'clinc150'"),
         (["benchmark", "/nowhere"], "holds no model"),
         (["push", "/nowhere", "me/it"], "holds no checkpoint"),
+        (["prune", "/nowhere", "--task", "embedded/clinc150", "-o", "x"], "there is nothing to do: give a target"),
+        (
+            ["prune", "m", "--task", "t", "-o", "x", "--sparsity", "0.5", "--parameters", "9"],
+            "exactly one of sparsity, parameters",
+        ),
+        (["prune", "m", "--task", "t", "-o", "x", "--sparsity", "2"], "--sparsity: input should be less than 1"),
+        (["prune", "m", "--task", "t", "-o", "x", "--shape", "heads:3"], "--shape must look like layers=6"),
+        (["prune", "m", "--task", "t", "-o", "x", "--shape", "head=3"], "did you mean 'heads'"),
+        (["prune", "m", "--task", "t", "-o", "x", "--sparsity", "0.5", "--criterion", "taylor"], "unknown criterion"),
+        (["prune", "m", "--task", "t", "-o", "x", "--sparsity", "0.5", "--parts", "head"], "--parts: input should be"),
+        (["frontier", "m", "--task", "t", "--sparsity", "0.5", "--sparsity", "0.5"], "none twice"),
+        (["frontier", "m", "--task", "t", "--sparsity", "0.5", "--latency-share", "0.5"], "not both"),
         (["push", "/nowhere", "it"], "must be user/name"),
     ],
 )
@@ -169,3 +187,93 @@ def test_recipes_are_listed_and_shown_as_they_are(name, capsys):
 def test_the_schema_is_json(capsys):
     assert cli.run_app(["recipes", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
+
+
+@pytest.fixture(scope="session")
+def prunable(finished):
+    return str(finished / "out" / "teacher"), ["--task", str(finished / "task"), "--max-length", "12"]
+
+
+def test_prune_measures_before_and_after_and_says_how_to_load_it(prunable, tmp_path, capsys):
+    model, task = prunable
+    options = ["--sparsity", "0.4", "--iterations", "2", "--batch", "1", "--vocabulary", "1"]
+    arguments = ["prune", model, *task, "-o", str(tmp_path / "small"), "--report", str(tmp_path / "report"), *options]
+    assert cli.run_app(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of dense" in shown and "pruned" in shown and "heads + neurons of each block" in shown
+    assert "asked for; needs lmcompress" in shown and "masked, cut, saved" in shown
+    assert "AutoModelForSequenceClassification.from_pretrained" in shown
+    assert (tmp_path / "report" / "plots" / "kept_pruned.png").is_file()
+    saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
+    assert saved["pruning"]["removed"] >= 0.4 and len(saved["table"]) == 2
+    assert saved["model"]["provenance"]["methods"] == ["vocabulary pruning", "structured pruning"]
+    # a model is not replaced unasked, and nothing else at all
+    assert cli.run_app(arguments) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    assert cli.run_app(["prune", model, *task, "-o", str(tmp_path / "thesis"), "--overwrite", *options]) == 2
+    assert "no pruned model" in capsys.readouterr().err and (tmp_path / "thesis" / "thesis.txt").is_file()
+
+
+def test_prune_to_a_shape_can_stay_with_a_stock_config(prunable, tmp_path, capsys):
+    model, task = prunable
+    options = ["--shape", "layers=2", "--parts", "layers", "--criterion", "block_influence", "--format", "vanilla"]
+    assert cli.run_app(["prune", model, *task, "-o", str(tmp_path / "short"), "--batch", "1", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "loads with stock transformers" in shown and "import lmcompress;" not in shown
+
+
+def test_a_dry_run_of_prune_says_the_shape_to_expect(prunable, tmp_path, capsys):
+    model, task = prunable
+    assert cli.run_app(["prune", model, *task, "-o", str(tmp_path / "x"), "--sparsity", "0.5", "--dry-run"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "prunes heads and neurons to sparsity 0.5, one_shot by taylor_gates" in shown
+    assert "pruned attention has no stock config" in shown and not (tmp_path / "x").exists()
+
+
+def test_prune_refuses_a_model_of_another_task(finished, make_model, tmp_path, capsys):
+    model = make_model("bert", num_labels=5)
+    CompressedModel(model).save_pretrained(
+        tmp_path / "m", tokenizer=AutoTokenizer.from_pretrained(finished / "out" / "teacher")
+    )
+    task = ["--task", str(finished / "task"), "--max-length", "12"]
+    assert cli.run_app(["prune", str(tmp_path / "m"), *task, "-o", str(tmp_path / "x"), "--sparsity", "0.5"]) == 2
+    assert "has 5 labels" in capsys.readouterr().err
+
+
+def test_inspect_shows_heads_widths_and_empty_blocks(make_model, tmp_path, capsys):
+    model = make_model("bert")
+    keep_heads(anatomy_of(model).blocks[0], [1])
+    drop_heads(anatomy_of(model).blocks[1])
+    CompressedModel(model).save_pretrained(tmp_path / "m")
+    assert cli.run_app(["inspect", str(tmp_path / "m")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 + 24" in shown and "0 + 24" in shown and "4 + 24" in shown
+    assert "no attention left in block 1" in shown and "feed-forward network left" not in shown
+
+
+def test_sensitivity_prints_a_table_and_writes_curves(prunable, tmp_path, capsys):
+    model, task = prunable
+    options = ["--share", "0.5", "--share", "1", "-o", str(tmp_path / "s")]
+    assert cli.run_app(["sensitivity", model, *task, *options]) == 0
+    assert "100% gone" in capsys.readouterr().out
+    found = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+    assert len(found["rows"]) == 1 + 2 * 4 * 2 and len(found["scores"]["heads"]) == 4
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "sensitivity.json",
+        "sensitivity.png",
+        "importance.png",
+    }
+    assert cli.run_app(["sensitivity", model, *task, "--split", "test"]) == 2
+    assert "no split 'test'" in capsys.readouterr().err
+
+
+def test_a_frontier_is_a_run_with_a_recipe_of_its_own(prunable, tmp_path, capsys):
+    model, task = prunable
+    options = ["--sparsity", "0.3", "--sparsity", "0.6", "--steps", "2", "-o", str(tmp_path / "f")]
+    assert cli.run_app(["frontier", model, *task, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "sparsity-0.3" in shown and "sparsity-0.6" in shown and "of dense" in shown
+    assert (tmp_path / "f" / "plots" / "frontier.png").is_file()
+    assert cli.run_app(["run", str(tmp_path / "f" / "recipe.yaml"), "--dry-run"]) == 0

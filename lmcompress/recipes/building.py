@@ -76,6 +76,14 @@ class Materials:
         """The task."""
         return self.data.task
 
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Materials:
+        """The same rows for models with another tokenizer.
+
+        Args:
+            tokenizer: such as one with a pruned vocabulary.
+        """
+        return Materials(self.recipe, self.data, tokenizer)
+
     def rows(
         self, augmentation: Augmentation | None = None, teacher_tokenizer: PreTrainedTokenizerBase | None = None
     ) -> TaskData:
@@ -85,7 +93,9 @@ class Materials:
             augmentation: of the training texts.
             teacher_tokenizer: its inputs are added if it differs from the student's.
         """
-        key = repr((augmentation, None if teacher_tokenizer is None else teacher_tokenizer.name_or_path))
+        # a tokenizer with a pruned vocabulary keeps its name
+        other = None if teacher_tokenizer is None else (teacher_tokenizer.name_or_path, len(teacher_tokenizer))
+        key = repr((augmentation, other))
         if key not in self._tokenized:
             data = self.data if augmentation is None else _augmented(self.data, augmentation, self.recipe.seed)
             length = self.recipe.task.max_length
@@ -277,20 +287,22 @@ def make_student(start: PreTrainedModel, spec: StudentSpec | None, seed: int) ->
 
 
 def different_tokenizer(
-    stage: Stage, stages: Mapping[str, Any], materials: Materials
+    stage: Stage, stages: Mapping[str, Materials], materials: Materials
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a stage's teachers, if it is another than the student's.
 
     Args:
         stage: with distillation.
-        stages: names of stages, whose tokenizer is the recipe's.
-        materials: of the run.
+        stages: names of stages, and the materials of each, with its tokenizer.
+        materials: of this stage.
 
     Raises:
         LmcompressError: the teachers have several.
     """
-    outside = [name for name in stage.distillation.teachers if name not in stages] if stage.distillation else []
-    tokenizers = {name: load_tokenizer(name, materials.task) for name in outside}
+    tokenizers = {
+        name: stages[name].tokenizer if name in stages else load_tokenizer(name, materials.task)
+        for name in (stage.distillation.teachers if stage.distillation else ())
+    }
     others = {name: t for name, t in tokenizers.items() if not same_tokenizer(materials.tokenizer, t)}
     if not others or stage.distillation is None:
         return None
@@ -300,9 +312,12 @@ def different_tokenizer(
             f"stage {stage.name!r}: all teachers must have one tokenizer; {', '.join(others)} differ from the others"
         )
     if materials.task.kind in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION):
+        way_out = "prune the vocabulary of the teacher's stage, or of an earlier one that both start from"
+        if stage.vocabulary is None:
+            way_out = "choose a student of the teacher's family"
         raise LmcompressError(
             f"stage {stage.name!r}: the teacher {next(iter(others))} has another tokenizer than the student, so that "
-            f"their answers for single tokens can't be compared; choose a student of the teacher's family"
+            f"their answers for single tokens can't be compared; {way_out}"
         )
     return first
 

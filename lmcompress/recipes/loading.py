@@ -268,7 +268,8 @@ def _problems(error: ValidationError, lines: Mapping[Path_, int], document: Any)
         found.setdefault((*path, *problem.get("ctx", {}).get("path", ())), (model, problem))
     for path, (model, problem) in found.items():
         # ... and the branch that came furthest is the one that was meant
-        if problem["type"].endswith("_type") and any(p[: len(path)] == path and len(p) > len(path) for p in found):
+        is_of_parts = problem["type"].endswith("_type") or problem["type"] == "too_short"
+        if is_of_parts and any(p[: len(path)] == path and len(p) > len(path) for p in found):
             continue
         yield f"{_line(path, lines)}{_dotted(path, document)}: {_says(path, model, problem)}"
 
@@ -278,6 +279,11 @@ def _says(path: Path_, model: type[BaseModel] | None, problem: Any) -> str:
         return f"unknown key{_nearest_key(str(path[-1]), model)}"
     if problem["type"] == "missing":
         return "is needed"
+    if problem["type"] == "union_tag_invalid":
+        known = [word.strip(" '") for word in problem["ctx"]["expected_tags"].split(",")]
+        return f"no kind {problem['ctx']['tag']!r}{nearest(problem['ctx']['tag'], known)}"
+    if problem["type"] == "union_tag_not_found":
+        return "needs a kind, such as kind: one_shot"
     message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] in ("value_error", "reference"):
         return message
@@ -293,8 +299,9 @@ def _locate(location: Sequence[str | int], document: Any) -> tuple[Path_, type[B
     for key in location:
         options = [option for option in _unfold(annotation) if option is not type(None)]
         if len(options) > 1:
-            # pydantic names the branch of the union
+            # pydantic names the branch of the union: by its type, or by the value of the field that tells them apart
             named = [option for option in options if _branch(option) and _branch(option) in str(key)]
+            named = named or [option for option in options if _kind(option) == key]
             annotation = named[-1] if named else options[0]
             continue
         option = options[0] if options else None
@@ -306,6 +313,12 @@ def _locate(location: Sequence[str | int], document: Any) -> tuple[Path_, type[B
 
 def _branch(option: Any) -> str:
     return str(getattr(option, "__name__", option))
+
+
+def _kind(option: Any) -> str | None:
+    """The word by which a schedule is told from the others."""
+    kind = getattr(option, "model_fields", {}).get("kind")
+    return None if kind is None else str(kind.default)
 
 
 def _step(option: Any, model: type[BaseModel] | None, key: str | int) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from lmcompress.distillation.matches import match_for
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import parameter_count
 from lmcompress.model import CompressedModel
+from lmcompress.pruning.vocabulary import VocabularyReport
 from lmcompress.recipes.building import (
     Materials,
     base_model,
@@ -26,9 +29,10 @@ from lmcompress.recipes.building import (
     make_student,
     teacher_skeleton,
 )
+from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning, prune_stage_vocabulary
 from lmcompress.recipes.schema import LayerLoss, Recipe, Stage, StageDistillation, with_controls
 
-Role = Literal["teacher", "student", "control", "model"]
+Role = Literal["teacher", "student", "control", "pruned", "model"]
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,19 @@ class StagePlan:
 
     Attributes:
         stage: as the recipe has it; a control's is derived.
-        role: teacher of another stage, student, control, or a model by itself.
+        role: teacher of another stage, student, control, pruned without a teacher, or a model by itself.
         start: what its weights come from.
         teachers: stages or models that it learns from.
-        shape: blocks, heads and widths in words.
-        parameters: of the model.
+        shape: blocks, heads and widths in words; of what is pruned, those to be expected.
+        parameters: of the model; of what is pruned, those to be expected.
         bytes_estimate: of its weights in float32.
         train_rows: rows or blocks trained on, augmentation included.
         steps: optimizer steps.
         vanilla_obstacle: why stock Transformers could not load it, or None.
         distillation: with its layer maps spelled out; None for plain fine-tuning.
+        pruning: its target as shapes; None if nothing is pruned.
+        vocabulary: what becomes of the vocabulary; None if it stays.
+        materials: the rows as this stage's tokenizer, perhaps with a pruned vocabulary, makes them.
     """
 
     stage: Stage
@@ -60,6 +67,9 @@ class StagePlan:
     steps: int
     vanilla_obstacle: str | None
     distillation: DistillationConfig | None
+    pruning: PruningPlan | None
+    vocabulary: VocabularyReport | None
+    materials: Materials
 
 
 @dataclass(frozen=True)
@@ -82,76 +92,140 @@ class Plan:
     reference: str
     notes: tuple[str, ...]
 
+    def materials_of(self, start: str) -> Materials:
+        """The rows as the tokenizer of a stage's start makes them.
 
-def plan(recipe: Recipe) -> Plan:
+        Args:
+            start: name of a stage, or the recipe's own model.
+        """
+        return next((entry.materials for entry in self.stages if entry.stage.name == start), self.materials)
+
+
+def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = False) -> Plan:
     """Check a recipe against its rows and models, and say what it will do. Nothing is trained, no weights are loaded.
 
     Args:
         recipe: validated.
+        folder: of the run, where latency tables may lie; default: the recipe's.
+        measure: measure the latency tables that targets need and that are not there yet; else their targets are checked
+            as far as they can be.
 
     Returns:
         The plan; :func:`~lmcompress.recipes.runner.run` carries it out.
 
     Raises:
-        LmcompressError: rows, labels, layers, vocabularies or shapes do not fit; the message names the stage.
+        LmcompressError: rows, labels, layers, vocabularies, shapes or targets do not fit; the message names the stage.
     """
+    place = run_folder(recipe, folder)
     materials = gather(recipe)
     materials.rows()
-    models: dict[str, PreTrainedModel] = {}
-    plans: list[StagePlan] = []
-    outside: dict[str, PreTrainedModel] = {}
-    stages = with_controls(recipe)
-    names = {stage.name for stage, _ in stages}
-    used = {t for stage, _ in stages if stage.distillation for t in stage.distillation.teachers}
-    for stage, control_of in stages:
+    planner = _Planner(recipe, materials, place, measure)
+    plans = [planner.stage(stage, control_of) for stage, control_of in with_controls(recipe)]
+    reference = next((t for p in plans for t in p.teachers), plans[0].stage.name)
+    notes = [*materials.data.notes, *(note for entry in plans for note in entry.materials.rows().notes)]
+    return Plan(recipe, materials, tuple(plans), tuple(planner.outside), reference, tuple(dict.fromkeys(notes)))
+
+
+def run_folder(recipe: Recipe, folder: str | Path | None = None) -> Path:
+    """Where a run goes.
+
+    Args:
+        recipe: may name its folder.
+        folder: if given, wins.
+    """
+    return Path(folder or recipe.output or f"runs/{recipe.name}")
+
+
+class _Planner:
+    """Goes through the stages, with the models of those before at hand, on ``meta``."""
+
+    def __init__(self, recipe: Recipe, materials: Materials, folder: Path, measure: bool) -> None:
+        self.recipe, self.materials, self.folder, self.measure = recipe, materials, folder, measure
+        self.names = {stage.name for stage, _ in with_controls(recipe)}
+        distilled = [stage.distillation for stage in recipe.stages if stage.distillation is not None]
+        self.used = {teacher for distillation in distilled for teacher in distillation.teachers}
+        self.models: dict[str, PreTrainedModel] = {}
+        self.staged: dict[str, Materials] = {}
+        self.outside: dict[str, PreTrainedModel] = {}
+
+    def stage(self, stage: Stage, control_of: Stage | None) -> StagePlan:
+        """Check one stage, and remember the model it leaves.
+
+        Args:
+            stage: of the recipe.
+            control_of: the stage it is the control of, if any.
+        """
         try:
-            start = models[stage.start] if is_stage(stage.start) else base_model(materials, meta=True)
-            model = make_student(start, stage.student, recipe.seed)
-            model.config.name_or_path = f"the model of stage {stage.name!r}"
-            models[stage.name] = model
-            teachers = list(stage.distillation.teachers) if stage.distillation else []
-            for name in teachers:
-                if name not in names and name not in outside:
-                    outside[name] = teacher_skeleton(name, materials.task)
-            known = [models.get(name) or outside[name] for name in teachers]
-            teacher_tokenizer = different_tokenizer(stage, dict.fromkeys(names), materials)
-            config = None
-            if stage.distillation is not None:
-                config = distillation_config(stage.distillation, model, known)
-                # on meta: all checks and no work
-                method = Distillation(config, [LiveTeacher(teacher) for teacher in known])
-                method.attach(model, torch.device("meta"), nullcontext)
-                method.finish()
-            compressed = CompressedModel(model)
-            obstacle = compressed.why_not_vanilla()
-            if stage.save == "vanilla" and obstacle:
-                raise LmcompressError(f"save: vanilla is not possible: {obstacle}; save it as native or self_loading")
+            return self._checked(stage, control_of)
         except LmcompressError as error:
             raise type(error)(f"stage {stage.name!r}: {error}") from error
+
+    def _checked(self, stage: Stage, control_of: Stage | None) -> StagePlan:
+        after = is_stage(stage.start)
+        materials = self.staged[stage.start] if after else self.materials
+        # a copy: a stage that changes no shape must not rename its start
+        start = copy.deepcopy(self.models[stage.start]) if after else base_model(materials, meta=True)
+        vocabulary = None
+        if stage.vocabulary is not None:
+            tokenizer, vocabulary = prune_stage_vocabulary(start, materials, stage.vocabulary)
+            materials = materials.with_tokenizer(tokenizer)
+        self.staged[stage.name] = materials
+        model = make_student(start, stage.student, self.recipe.seed)
+        model.config.name_or_path = f"the model of stage {stage.name!r}"
+        teachers = list(stage.distillation.teachers) if stage.distillation else []
+        for name in teachers:
+            if name not in self.names and name not in self.outside:
+                self.outside[name] = teacher_skeleton(name, self.materials.task)
+        teacher_tokenizer = different_tokenizer(stage, self.staged, materials)
+        config = self._distillation(stage, model, teachers)
         rows = materials.rows(teacher_tokenizer=teacher_tokenizer).train.num_rows
         rows *= 1 + (stage.augmentation.copies if stage.augmentation else 0)
-        role: Role = (
-            "teacher" if stage.name in used else "control" if control_of else "student" if teachers else "model"
-        )
+        steps = optimizer_steps(stage, rows)
+        pruning, obstacle = None, CompressedModel(model).why_not_vanilla()
+        if stage.pruning is not None:
+            pruning = plan_pruning(stage.pruning, model, materials, steps, folder=self.folder, measure=self.measure)
+            obstacle = pruning.obstacle
+            if pruning.expected is not None:
+                model = expected_model(model, pruning.expected)
+        self.models[stage.name] = model
+        if stage.save == "vanilla" and obstacle:
+            raise LmcompressError(f"save: vanilla is not possible: {obstacle}; save it as native or self_loading")
+        shape = shape_in_words(CompressedModel(model))
         parameters = parameter_count(model)
-        plans.append(
-            StagePlan(
-                stage=stage,
-                role=role,
-                start=_start_name(recipe, stage),
-                teachers=tuple(teachers),
-                shape=shape_in_words(compressed),
-                parameters=parameters,
-                bytes_estimate=4 * parameters,
-                train_rows=rows,
-                steps=optimizer_steps(stage, rows),
-                vanilla_obstacle=obstacle,
-                distillation=config,
-            )
+        return StagePlan(
+            stage=stage,
+            role=self._role(stage, control_of, bool(teachers)),
+            start=_start_name(self.recipe, stage),
+            teachers=tuple(teachers),
+            shape=shape if pruning is None or pruning.exact else f"about {shape}",
+            parameters=parameters,
+            bytes_estimate=4 * parameters,
+            train_rows=rows,
+            steps=steps,
+            vanilla_obstacle=obstacle,
+            distillation=config,
+            pruning=pruning,
+            vocabulary=vocabulary,
+            materials=materials,
         )
-    reference = next((t for p in plans for t in p.teachers), plans[0].stage.name)
-    notes = tuple(dict.fromkeys((*materials.data.notes, *materials.rows().notes)))
-    return Plan(recipe, materials, tuple(plans), tuple(outside), reference, notes)
+
+    def _distillation(self, stage: Stage, model: PreTrainedModel, teachers: list[str]) -> DistillationConfig | None:
+        if stage.distillation is None:
+            return None
+        known = [self.models.get(name) or self.outside[name] for name in teachers]
+        config = distillation_config(stage.distillation, model, known)
+        # on meta: all checks and no work
+        method = Distillation(config, [LiveTeacher(teacher) for teacher in known])
+        method.attach(model, torch.device("meta"), nullcontext)
+        method.finish()
+        return config
+
+    def _role(self, stage: Stage, control_of: Stage | None, taught: bool) -> Role:
+        if stage.name in self.used:
+            return "teacher"
+        if control_of:
+            return "control"
+        return "student" if taught else "pruned" if stage.pruning else "model"
 
 
 def distillation_config(
@@ -212,7 +286,7 @@ def optimizer_steps(stage: Stage, rows: int) -> int:
         rows: trained on.
     """
     training = stage.training
-    if training.max_steps > 0:
+    if training.max_steps >= 0:
         return training.max_steps
     batches = math.ceil(rows / training.per_device_train_batch_size)
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))

@@ -5,29 +5,19 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch import Tensor
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
-from lmcompress.card import model_card
-from lmcompress.config import Provenance
+from lmcompress.config import Provenance, recorded_compression
 from lmcompress.data import TaskKind
 from lmcompress.distillation import (
     Distillation,
@@ -41,19 +31,12 @@ from lmcompress.distillation.capture import extract, resolve
 from lmcompress.distillation.matches import match_for
 from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation import (
-    LatencyRow,
-    compare_latency,
-    compute_metrics,
-    evaluate_classifier,
-    machine,
-    parameter_count,
-    perplexity,
-    predictions_from_logits,
-    size_on_disk,
-    verdict,
-)
-from lmcompress.model import REPORT_FILE, CompressedModel, library_version
+from lmcompress.evaluation import compute_metrics, predictions_from_logits
+from lmcompress.method import Method
+from lmcompress.model import CompressedModel, library_version, outputs_of
+from lmcompress.pruning.method import StructuredPruning, prune
+from lmcompress.pruning.report import PruningReport
+from lmcompress.pruning.vocabulary import VocabularyReport
 from lmcompress.recipes.building import (
     Materials,
     auto_class,
@@ -63,13 +46,15 @@ from lmcompress.recipes.building import (
     is_stage,
     load_tokenizer,
     make_student,
-    text_of,
 )
+from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.loading import dump_recipe
-from lmcompress.recipes.planning import Plan, StagePlan, plan
+from lmcompress.recipes.measuring import Entry, measure, update_cards
+from lmcompress.recipes.planning import Plan, StagePlan, plan, run_folder
 from lmcompress.recipes.progress import StageBar, quiet_libraries
+from lmcompress.recipes.pruning import calibration_batches, prune_stage_vocabulary, pruning_notes
 from lmcompress.recipes.schema import Recipe, Stage, StoreSpec
-from lmcompress.reporting import card_rows, write_report
+from lmcompress.reporting import write_report
 from lmcompress.trainers import CompressionTrainer
 
 STAGE_FILE = "stage.json"
@@ -90,17 +75,6 @@ class RunResult:
     folder: Path
     report: dict[str, Any]
     models: dict[str, Path]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A row of the table in the making."""
-
-    name: str
-    role: str
-    path: str
-    tokenizer: PreTrainedTokenizerBase
-    training: dict[str, Any]
 
 
 def run(
@@ -130,12 +104,12 @@ def run(
             another recipe's stages. Both are found before anything is trained.
     """
     console = console or Console()
-    folder = Path(output or recipe.output or f"runs/{recipe.name}")
+    folder = run_folder(recipe, output)
     if folder.exists() and not folder.is_dir():
         raise LmcompressError(f"{folder} is a file; the output of a run is a folder")
     with quiet_libraries():
         console.print(f"[bold]{recipe.name}[/]: checking rows, models and layers")
-        planned = plan(recipe)
+        planned = plan(recipe, folder, measure=True)
         hashes = stage_hashes(planned)
         _check_folder(folder, planned, hashes, overwrite)
         _begin(folder, recipe)
@@ -147,15 +121,16 @@ def run(
             if _finished_hash(target) == hashes[stage.stage.name]:
                 console.print(f"{headline}: finished before, kept")
                 continue
-            console.print(f"{headline}: {stage.steps:,} steps on {stage.train_rows:,} rows")
-            _StageRun(planned, stage, folder, hashes[stage.stage.name], console, resume).train()
+            does = f"{stage.steps:,} steps on {stage.train_rows:,} rows" if stage.steps else "without training"
+            console.print(f"{headline}: {does}")
+            StageRun(planned, stage, folder, hashes[stage.stage.name], console, resume).train()
             gc.collect()
         if (folder / CHECKPOINTS).is_dir() and not any((folder / CHECKPOINTS).iterdir()):
             (folder / CHECKPOINTS).rmdir()
         console.print("[bold]measuring[/] quality, size and latency")
-        report = _measure(planned, folder, models)
+        report = _measured(planned, folder, models)
         write_report(report, folder)
-        _update_cards(report, models)
+        update_cards(report, list(models.values()))
     return RunResult(folder, report, models)
 
 
@@ -179,8 +154,34 @@ def stage_hashes(planned: Plan) -> dict[str, str]:
     return hashes
 
 
-class _StageRun:
-    """One stage: its model, its teachers, its trainer, its folder."""
+@dataclass(frozen=True)
+class _Done:
+    """What became of a stage's model, beside the model.
+
+    Attributes:
+        log: of the trainer.
+        steps: optimizer steps.
+        pruning: what was cut, if anything.
+        masked: outputs of the masked model before it was cut, for the gate's batches.
+    """
+
+    log: list[dict[str, Any]]
+    steps: int
+    pruning: PruningReport | None
+    masked: list[Tensor] | None
+
+
+class StageRun:
+    """One stage: its model, its teachers, its trainer, its folder.
+
+    Args:
+        planned: the whole run.
+        entry: this stage in it.
+        folder: of the run.
+        digest: hash of all that the stage depends on.
+        console: where lines and bars go.
+        resume: go on from a checkpoint, if there is one.
+    """
 
     def __init__(
         self, planned: Plan, entry: StagePlan, folder: Path, digest: str, console: Console, resume: bool
@@ -195,47 +196,48 @@ class _StageRun:
         self.digest = digest
         self.console = console
         self.resume = resume
-        self.materials: Materials = planned.materials
+        self.materials: Materials = entry.materials
+        self.vocabulary: VocabularyReport | None = None
+        self.outcome: dict[str, Any] = {}
         self.recipe = planned.recipe
         self.auto_class = auto_class(self.materials.task)
 
     def train(self) -> None:
+        """Train, prune, save; ``outcome`` says afterwards what became of it, as JSON types."""
         start = time.monotonic()
-        checkpoint = self._prepare_checkpoints()
+        checkpoint = self._prepare_checkpoints() if self.stage.trains else None
         if checkpoint is not None:
             self.console.print(f"  going on from {checkpoint.name}")
         model = self._model()
-        trainer, bar = self._trainer(model)
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            bar.close()
-        trainer.finish()
+        done = self._trained(model, checkpoint) if self.stage.trains else self._pruned_only(model)
+        # trainer and methods know one another; the optimizer's state need not be there while the gate reloads a model
+        gc.collect()
         seconds = time.monotonic() - start
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        training = {"seconds": round(seconds, 1), "steps": trainer.state.global_step, "resumed": checkpoint is not None}
-        training |= {"last_log": history[-1] if history else {}}
-        marker = {
-            "hash": self.digest,
-            "stage": _described(self.stage),
-            "training": training,
-            "log": trainer.state.log_history,
+        history = [entry for entry in done.log if "loss" in entry]
+        training: dict[str, Any] = {"seconds": round(seconds, 1), "steps": done.steps}
+        training |= {"resumed": checkpoint is not None, "last_log": history[-1] if history else {}}
+        more = {
+            "pruning": None if done.pruning is None else done.pruning.to_dict(),
+            "vocabulary": None if self.vocabulary is None else self.vocabulary.to_dict(),
         }
-        trained = trainer.student.to("cpu")
-        # no reference cycle may keep two models in memory while the gate reloads one
-        del trainer
-        compressed = CompressedModel(trained, self._provenance())
+        self.outcome = {"training": training} | more
+        marker = {"hash": self.digest, "stage": _described(self.stage), "training": training, "log": done.log} | more
+        report = {"recipe": self.recipe.name, "task": self.materials.task.name, "stage": self.stage.name} | more
+        # outputs of the masked model are compared where they were made
+        compressed = CompressedModel(model if done.masked else model.to("cpu"), self._provenance())
         equivalence = compressed.save_pretrained(
             self.target,
             format=self.stage.save,
             tokenizer=self.materials.tokenizer,
             batches=gate_batches(self.materials),
-            report={"recipe": self.recipe.name, "task": self.materials.task.name, "stage": self.stage.name},
-            write_more=lambda temporary: _write_json(temporary / STAGE_FILE, marker),
+            reference=done.masked,
+            report=report,
+            write_more=lambda temporary: write_json(temporary / STAGE_FILE, marker),
         )
-        shutil.rmtree(self.checkpoints)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        compared = "masked, cut, saved" if done.masked else "saved"
         self.console.print(
-            f"  {seconds:.0f} s; saved to {self.target}, reloaded, greatest difference of "
+            f"  {seconds:.0f} s; {compared} to {self.target}, reloaded, greatest difference of "
             f"any output {equivalence.max_error:.2g}"
         )
 
@@ -243,16 +245,57 @@ class _StageRun:
         if is_stage(self.stage.start):
             start = self.auto_class.from_pretrained(self.folder / self.stage.start)
         else:
-            start = base_model(self.materials)
+            start = base_model(self.planned.materials)
+        if self.stage.vocabulary is not None:
+            # the plan has made the same tokenizer from the same texts
+            before = self.planned.materials_of(self.stage.start)
+            _, self.vocabulary = prune_stage_vocabulary(start, before, self.stage.vocabulary)
         set_seed(self.recipe.seed)
         return make_student(start, self.stage.student, self.recipe.seed)
 
-    def _trainer(self, model: PreTrainedModel) -> tuple[CompressionTrainer, StageBar]:
-        stages = dict.fromkeys(p.stage.name for p in self.planned.stages)
+    def _trained(self, model: PreTrainedModel, checkpoint: Path | None) -> _Done:
+        pruning = None
+        if self.entry.pruning is not None:
+            pruning = StructuredPruning(self.entry.pruning.config, cost=self.entry.pruning.cost)
+        trainer, bar = self._trainer(model, pruning)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            bar.close()
+        masked = None
+        if pruning is not None:
+            for method in trainer.methods:
+                method.set_active(False)
+            pruning.settle()
+            masked = outputs_of(model, gate_batches(self.materials))
+        trainer.finish()
+        report = None if pruning is None else pruning.report
+        return _Done(trainer.state.log_history, trainer.state.global_step, report, masked)
+
+    def _pruned_only(self, model: PreTrainedModel) -> _Done:
+        if self.entry.pruning is None:
+            return _Done([], 0, None, None)
+        if torch.cuda.is_available():
+            model.to("cuda")
+        config, masked = self.entry.pruning.config, []
+        report = prune(
+            model,
+            config,
+            calibration_batches(self.materials, config),
+            cost=self.entry.pruning.cost,
+            before_cut=lambda gated: masked.extend(outputs_of(gated, gate_batches(self.materials))),
+        )
+        return _Done([], 0, report, masked)
+
+    def _trainer(
+        self, model: PreTrainedModel, pruning: StructuredPruning | None
+    ) -> tuple[CompressionTrainer, StageBar]:
+        stages = {entry.stage.name: entry.materials for entry in self.planned.stages}
         teacher_tokenizer = different_tokenizer(self.stage, stages, self.materials)
         rows = self.materials.rows(self.stage.augmentation, teacher_tokenizer)
         collate = self.materials.collator(teacher_tokenizer)
-        methods = []
+        # gates are hooked first: what distillation captures is what they left
+        methods: list[Method] = [] if pruning is None else [pruning]
         if self.entry.distillation is not None:
             teachers, config = self._teachers(self.entry.distillation, rows.train, collate)
             methods.append(Distillation(config, teachers))
@@ -336,13 +379,23 @@ class _StageRun:
         return compute_metrics(task.metrics, said, prediction.label_ids)
 
     def _provenance(self) -> Provenance:
-        methods = ("distillation",) if self.stage.distillation else ()
-        before = self.stage.student is not None
+        applied = {
+            "vocabulary pruning": self.stage.vocabulary,
+            "smaller student": self.stage.student,
+            "structured pruning": self.stage.pruning,
+            "distillation": self.stage.distillation,
+        }
+        if is_stage(self.stage.start):
+            # what earlier stages did to the model is in it still
+            before = recorded_compression(AutoConfig.from_pretrained(self.folder / self.stage.start))
+            earlier = before.provenance.methods if before is not None else ()
+        else:
+            earlier = ()
         return Provenance(
             library_version=library_version(),
             base_model=self.recipe.model[:1024] if isinstance(self.recipe.model, str) else "",
             recipe=self.recipe.name,
-            methods=(*(("smaller student",) if before else ()), *methods),
+            methods=(*earlier, *(name for name, given in applied.items() if given is not None and name not in earlier)),
         )
 
     def _prepare_checkpoints(self) -> Path | None:
@@ -351,7 +404,7 @@ class _StageRun:
         if folder.exists() and (_hash_in(folder) != self.digest or not self.resume):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / STAGE_FILE, {"hash": self.digest, "stage": _described(self.stage)})
+        write_json(folder / STAGE_FILE, {"hash": self.digest, "stage": _described(self.stage)})
         numbered = {
             int(p.name.rpartition("-")[2]): p
             for p in folder.glob("checkpoint-*")
@@ -425,7 +478,7 @@ def _hash_in(folder: Path) -> str | None:
 def _begin(folder: Path, recipe: Recipe) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise LmcompressError(f"cannot write to {folder}: {error.strerror or error}") from error
 
@@ -443,118 +496,29 @@ def _layers_counted_from_the_beginning(
     return config.model_copy(update={"matches": tuple(matches)})
 
 
-def _measure(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[str, Any]:
-    materials, recipe = planned.materials, planned.recipe
-    entries = [_Entry(t, "teacher", t, load_tokenizer(t, materials.task), {}) for t in planned.outside_teachers]
+def _measured(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[str, Any]:
+    materials = planned.materials
+    entries = [
+        Entry(name, "teacher", name, materials.with_tokenizer(load_tokenizer(name, materials.task)))
+        for name in planned.outside_teachers
+    ]
     for staged in planned.stages:
         name = staged.stage.name
         marker = json.loads((models[name] / STAGE_FILE).read_text("utf-8"))
-        entries.append(_Entry(name, staged.role, str(models[name]), materials.tokenizer, marker["training"]))
-    entries.sort(key=lambda e: e.name != planned.reference)
-    cls = auto_class(materials.task)
-    loaded = {entry.name: cls.from_pretrained(entry.path).eval() for entry in entries}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[dict[str, Any]] = []
-    for entry in entries:
-        model = loaded[entry.name].to(device)
-        size = _size(entry.path)
-        saved = json.loads((Path(entry.path) / REPORT_FILE).read_text("utf-8")) if entry.name in models else {}
-        rows.append(
-            {
-                "name": entry.name,
-                "role": entry.role,
-                "folder": entry.path,
-                "metrics": {
-                    split: _quality(materials, model, entry.tokenizer, split) for split in recipe.evaluation.splits
-                },
-                "parameters": parameter_count(model),
-                "size_bytes": None if size is None else size.total_bytes,
-                "weights_bytes": None if size is None else size.weights_bytes,
-                "equivalence": saved.get("equivalence"),
-                "format": saved.get("format"),
-                "training": entry.training,
-                "latency": [],
-            }
+        entries.append(
+            Entry(
+                name,
+                staged.role,
+                str(models[name]),
+                staged.materials,
+                made_here=True,
+                training=marker["training"],
+                pruning=marker.get("pruning"),
+                vocabulary=marker.get("vocabulary"),
+            )
         )
-    latency = _latency(planned, loaded)
-    for row in rows:
-        row["latency"] = [entry for entry in latency if entry["model"] == row["name"]]
-    return {
-        "recipe": recipe.name,
-        "description": recipe.description,
-        "paper": recipe.paper,
-        "task": materials.task.name,
-        "kind": materials.task.kind.value,
-        "metric": "token_perplexity" if materials.task.kind is TaskKind.CAUSAL_LM else materials.task.metrics[0],
-        "lower_is_better": materials.task.kind is TaskKind.CAUSAL_LM,
-        "split": recipe.evaluation.splits[0],
-        "reference": planned.reference,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("lmcompress", "torch", "transformers", "datasets", "tokenizers")},
-        "seed": recipe.seed,
-        "rows": rows,
-        "notes": list(planned.notes),
-    }
-
-
-def _quality(
-    materials: Materials, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: str
-) -> dict[str, float]:
-    evaluation = materials.recipe.evaluation
-    if materials.task.kind is TaskKind.CAUSAL_LM:
-        found = perplexity(
-            model,
-            tokenizer,
-            text_of(materials.data, split),
-            stride=evaluation.stride,
-            max_length=materials.recipe.task.max_length,
-            batch_size=evaluation.batch_size,
-        )
-        return {name: float(getattr(found, name)) for name in ("token_perplexity", "word_perplexity", "bits_per_byte")}
-    own = tokenizer is materials.tokenizer
-    rows = materials.rows() if own else Materials(materials.recipe, materials.data, tokenizer).rows()
-    collate = materials.collator() if own else Materials(materials.recipe, materials.data, tokenizer).collator()
-    kind = materials.task.kind.value
-    return evaluate_classifier(
-        model, rows.splits()[split], collate, kind, materials.task.metrics, evaluation.batch_size
-    )
-
-
-def _latency(planned: Plan, models: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
-    evaluation = planned.recipe.evaluation
-    if not evaluation.latency_batches:
-        return []
-    length = evaluation.sequence_length or min(128, planned.recipe.task.max_length)
-    measured: list[LatencyRow] = compare_latency(
-        models, batch_sizes=evaluation.latency_batches, sequence_length=length, repeats=evaluation.repeats
-    )
-    return [{**vars(row), "verdict": words} for row, words in zip(measured, verdict(measured), strict=True)]
-
-
-def _size(path: str) -> Any:
-    # the size of a model that only the Hub has is not known
-    return size_on_disk(path) if Path(path).is_dir() else None
-
-
-def _update_cards(report: Mapping[str, Any], models: Mapping[str, Path]) -> None:
-    """The table is known only now: it goes into each model's card and report."""
-    more = {"table": card_rows(report), "machine": report["machine"], "notes": report["notes"]}
-    for folder in models.values():
-        saved = json.loads((folder / REPORT_FILE).read_text("utf-8")) | more
-        _write_json(folder / REPORT_FILE, saved)
-        _write_text(folder / "README.md", model_card(saved))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    notes = [*planned.notes, *(note for entry in entries for note in pruning_notes(entry.name, entry.pruning))]
+    return measure(entries, planned.reference, notes)
 
 
 __all__ = ["RunResult", "run", "stage_hashes"]

@@ -15,6 +15,7 @@ from lmcompress.compact.students import NAMED_SHAPES
 from lmcompress.data import TaskKind
 from lmcompress.distillation.config import DistillationConfig, Match, WeightSchedule
 from lmcompress.errors import nearest
+from lmcompress.pruning.config import PruningConfig
 
 BASE_MODEL = "model"
 """What a stage's ``start`` is called when it is the recipe's own model."""
@@ -257,7 +258,14 @@ class Training(_TransformersFields):
 
     learning_rate: Annotated[float, Field(gt=0, description="Greatest learning rate.")] = 5e-5
     num_train_epochs: Annotated[float, Field(gt=0, description="Passes over the training rows.")] = 3.0
-    max_steps: Annotated[int, Field(ge=-1, description="Optimizer steps; overrides num_train_epochs if positive.")] = -1
+    max_steps: Annotated[
+        int,
+        Field(
+            ge=-1,
+            description="Optimizer steps; overrides num_train_epochs if positive. 0: nothing is trained; the stage "
+            "only prunes, cuts its student out, or takes the model as it is.",
+        ),
+    ] = -1
     per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch on each device.")] = 32
     per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows of a batch in evaluation.")] = 64
     gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of an optimizer step.")] = 1
@@ -298,6 +306,61 @@ class Training(_TransformersFields):
         return values
 
 
+class LatencySpec(_Part):
+    """What a latency target is about, and where its table of measured times is kept."""
+
+    batch_size: Annotated[int, Field(ge=1, description="Rows of the batch whose time counts.")] = 32
+    length: Annotated[
+        int | None, Field(ge=1, description="Tokens of a row; default: the task's max_length, at most 128.")
+    ] = None
+    table: Annotated[
+        str | None,
+        Field(
+            description="JSON file of measured times; default: latency.json in the run's folder. What it does not have "
+            "is measured before anything is trained, and put into it."
+        ),
+    ] = None
+
+
+class StagePruning(PruningConfig):
+    """What the stage takes out of its model, how much, and when."""
+
+    latency: Annotated[LatencySpec | None, Field(description="For targets latency_share and latency_ms.")] = None
+
+    @model_validator(mode="after")
+    def _latency_of_a_latency_target(self) -> StagePruning:
+        if self.latency is not None and not self.target.kind.startswith("latency"):
+            raise ValueError(f"latency is for targets latency_share and latency_ms, got target: {self.target.kind}")
+        return self
+
+    def config(self, seed: int) -> PruningConfig:
+        """The configuration of the method, without what only recipes have.
+
+        Args:
+            seed: the recipe's, unless the stage has its own.
+        """
+        own = {name: getattr(self, name) for name in PruningConfig.model_fields if name in self.model_fields_set}
+        return PruningConfig(**{"seed": seed} | own)
+
+
+class VocabularySpec(_Part):
+    """Rows of the embeddings that the task never reads go, and the tokenizer is rewritten to match."""
+
+    min_count: Annotated[int, Field(ge=1, description="A token stays if the texts have it so often.")] = 1
+    max_size: Annotated[int | None, Field(ge=1, description="The most tokens that stay, the most frequent ones.")] = (
+        None
+    )
+    keep: Annotated[
+        tuple[str, ...], Field(description="Tokens that stay in any case, in the tokenizer's spelling: ##ing, Ġcat.")
+    ] = ()
+    keep_characters: Annotated[
+        bool, Field(description="Keep all single characters, so that words the texts do not have can be spelled.")
+    ] = True
+    splits: Annotated[
+        tuple[str, ...], Field(min_length=1, description="Splits of the task whose texts are counted.")
+    ] = ("train",)
+
+
 class Augmentation(_Part):
     """New training texts made from the old ones; the teacher says what they mean."""
 
@@ -322,7 +385,17 @@ class Stage(_Part):
     distillation: Annotated[
         StageDistillation | None, Field(description="Left out: plain fine-tuning, which is how teachers are made.")
     ] = None
-    training: Annotated[Training, Field(description="Fields of transformers.TrainingArguments.")] = Training()
+    pruning: Annotated[
+        StagePruning | None,
+        Field(description="What is cut out of the model, while it is trained or, with max_steps: 0, without training."),
+    ] = None
+    vocabulary: Annotated[
+        VocabularySpec | None,
+        Field(description="Prune the vocabulary first: for this stage and for those that start from it."),
+    ] = None
+    training: Annotated[
+        Training, Field(description="Fields of transformers.TrainingArguments; max_steps: 0 trains nothing.")
+    ] = Training()
     augmentation: Annotated[Augmentation | None, Field(description="More training texts.")] = None
     save: Annotated[
         Literal["native", "vanilla", "self_loading"],
@@ -333,7 +406,10 @@ class Stage(_Part):
     ] = "native"
     control: Annotated[
         bool,
-        Field(description="Also train the same student without a teacher, from the same start, for as many steps."),
+        Field(
+            description="Also train the same student without a teacher, from the same start, for as many steps, and "
+            "pruned in the same way."
+        ),
     ] = False
 
     @field_validator("name")
@@ -351,6 +427,37 @@ class Stage(_Part):
         if self.control and self.distillation is None:
             raise ValueError("control: true needs distillation: it trains the same student without it")
         return self
+
+    @model_validator(mode="after")
+    def _can_do_without_training(self) -> Stage:
+        if self.trains:
+            return self
+        if self.distillation is not None:
+            raise ValueError(
+                "max_steps: 0 trains nothing, so there is nothing to distil; leave distillation out or train some steps"
+            )
+        if self.augmentation is not None:
+            raise ValueError("max_steps: 0 trains nothing, so augmentation has no use; leave it out")
+        if self.pruning is not None and self.pruning.trains:
+            raise ValueError(
+                f"the schedule {self.pruning.schedule.kind} needs training, got max_steps: 0; choose one_shot or "
+                "iterative, or train some steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_the_last_checkpoint(self) -> Stage:
+        if self.pruning is not None and getattr(self.training, "load_best_model_at_end", None):
+            raise ValueError(
+                "load_best_model_at_end must be false with pruning: the weights of an earlier checkpoint do not fit "
+                "the final mask; leave it out"
+            )
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage takes optimizer steps."""
+        return self.training.max_steps != 0
 
 
 class EvaluationSpec(_Part):

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from lmcompress.reporting.plots import write_plots
-from lmcompress.reporting.tables import card_rows
+from lmcompress.reporting.tables import card_rows, pruned_blocks
 
 
 def report_markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
@@ -59,10 +59,12 @@ def _escaped_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("lmcompress.reporting", "templates"),
         undefined=StrictUndefined,
         autoescape=select_autoescape(["html", "html.j2"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["pruned_blocks"] = pruned_blocks
+    return environment

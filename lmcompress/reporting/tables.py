@@ -50,7 +50,7 @@ def results_table(report: Report) -> Table:
         table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
     for cells in rows:
         shown = [cell.replace(" ms, ", " ms\n") for cell in cells.values()]
-        table.add_row(*shown, style="bold" if cells["role"] == "student" else None)
+        table.add_row(*shown, style="bold" if cells["role"] in ("student", "pruned") else None)
     return table
 
 
@@ -92,7 +92,7 @@ def plan_table(stages: Sequence[Any]) -> Table:
             entry.role,
             entry.start,
             entry.shape,
-            ", ".join(("labels", *entry.teachers)) if _uses_labels(entry) else ", ".join(entry.teachers),
+            _learns_from(entry),
             f"{entry.steps:,}",
             f"{entry.parameters:,}",
             f"{entry.bytes_estimate / 1e6:.1f}",
@@ -120,6 +120,17 @@ def print_plan(plan: Any, console: Console) -> None:
         )
         if terms:
             console.print(f"{entry.stage.name}: matches {', '.join(terms)}", highlight=False)
+        if (vocabulary := entry.vocabulary) is not None:
+            console.print(
+                f"{entry.stage.name}: vocabulary {vocabulary.rows_before:,} → {vocabulary.rows_after:,} tokens, "
+                f"{vocabulary.bytes_saved / 1e6:.1f} MB less; {vocabulary.texts_changed:,} of {vocabulary.texts:,} "
+                "texts are cut into other pieces",
+                highlight=False,
+            )
+        if (pruning := entry.pruning) is not None:
+            console.print(f"{entry.stage.name}: prunes {pruning_in_words(pruning.config)}", highlight=False)
+            if pruning.note is not None:
+                console.print(f"{entry.stage.name}: {pruning.note}", highlight=False)
         loads = (
             "stock Transformers can hold it (save: vanilla)"
             if entry.vanilla_obstacle is None
@@ -129,6 +140,98 @@ def print_plan(plan: Any, console: Console) -> None:
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     console.print("Nothing was trained. Parameters are exact, MB are those of float32 weights.")
+
+
+def pruning_in_words(config: Any) -> str:
+    """What a pruning is asked to do, in a line.
+
+    Args:
+        config: :class:`~lmcompress.pruning.config.PruningConfig`.
+
+    Example:
+        >>> from lmcompress.pruning.config import PruningConfig
+        >>> pruning_in_words(PruningConfig(target={"sparsity": 0.5}))
+        'heads and neurons to sparsity 0.5, one_shot by taylor_gates, ranking global'
+    """
+    target = config.target.model_dump(exclude_none=True)[config.target.kind]
+    amount = ", ".join(f"{key} {value}" for key, value in target.items()) if isinstance(target, dict) else target
+    own_scores = config.schedule.kind in ("iht", "hard_concrete", "movement", "group_lasso")
+    by = "" if own_scores else f" by {config.criterion_name}"
+    repair = "" if config.repair == "none" else f", repair {config.repair}"
+    parts = " and ".join(filter(None, [", ".join(config.parts[:-1]), config.parts[-1]]))
+    return f"{parts} to {config.target.kind} {amount}, {config.schedule.kind}{by}, ranking {config.ranking}{repair}"
+
+
+def pruned_blocks(pruning: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What pruning has left of each block, for a table.
+
+    Args:
+        pruning: of a row of the report.
+
+    Returns:
+        For each block before: ``number``, ``heads``, ``heads_before``, ``kept`` (numbers of heads, as text), ``ffn``,
+        ``ffn_before``.
+    """
+    before, after = pruning["before"]["blocks"], pruning["after"]["blocks"]
+    numbers = [block.get("source", index) for index, block in enumerate(before)]
+    left = {block.get("source", numbers[index]): block for index, block in enumerate(after)}
+    nothing = {"heads": 0, "ffn": 0}
+    return [
+        {
+            "number": number,
+            "heads": left.get(number, nothing)["heads"],
+            "heads_before": block["heads"],
+            "kept": ", ".join(map(str, kept)),
+            "ffn": left.get(number, nothing)["ffn"],
+            "ffn_before": block["ffn"],
+        }
+        for number, block, kept in zip(numbers, before, pruning["kept_heads"], strict=True)
+    ]
+
+
+def shape_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Heads and neurons of each block, of models beside one another.
+
+    Args:
+        rows: of a report: ``name`` and ``blocks``, as a :class:`~lmcompress.config.BlockShape` is written.
+    """
+    table = Table(caption="heads + neurons of each block; –: the block is gone")
+    table.add_column("block", justify="right")
+    for row in rows:
+        table.add_column(str(row["name"]), justify="right", overflow="fold")
+    numbered = [{block.get("source", index): block for index, block in enumerate(row["blocks"])} for row in rows]
+    for number in sorted({number for blocks in numbered for number in blocks}):
+        found = [blocks.get(number) for blocks in numbered]
+        cells = ["–" if block is None else f"{block['heads']} + {block['ffn']:,}" for block in found]
+        table.add_row(str(number), *cells)
+    return table
+
+
+def sensitivity_table(found: Mapping[str, Any]) -> Table:
+    """Quality with shares of one block's units gone: a row for each block and part.
+
+    Args:
+        found: of :func:`~lmcompress.recipes.single.measure_sensitivity`.
+    """
+    rows = found["rows"]
+    shares = sorted({row["share"] for row in rows if row["part"] != "none"})
+    better = " (lower is better)" if found["lower_is_better"] else ""
+    whole = next(row["quality"] for row in rows if row["part"] == "none")
+    table = Table(
+        title=f"{found['metric'].replace('_', ' ')}{better} of {found['model']} with a share of one block gone",
+        caption=f"{found['task']}, {found['split']}; units by {found['criterion']}; the whole model: {number(whole)}",
+    )
+    table.add_column("block", justify="right")
+    table.add_column("part")
+    for share in shares:
+        table.add_column(f"{share:.0%} gone", justify="right")
+    for part in ("heads", "neurons"):
+        own = [row for row in rows if row["part"] == part]
+        for block in sorted({row["block"] for row in own}):
+            values = {row["share"]: row["quality"] for row in own if row["block"] == block}
+            table.add_row(str(block), part, *(number(values[share]) for share in shares))
+        table.add_section()
+    return table
 
 
 def quality_of(report: Report, row: Mapping[str, Any]) -> float:
@@ -184,5 +287,8 @@ def _latency_cell(row: Mapping[str, Any], batch: int) -> str:
     return f"{found['median_ms']:.2f} ms" + ("" if found["verdict"] == "baseline" else f", {found['verdict']}")
 
 
-def _uses_labels(entry: Any) -> bool:
-    return entry.distillation is None or entry.distillation.label_weight > 0
+def _learns_from(entry: Any) -> str:
+    if not entry.steps:
+        return "nothing: no training"
+    with_labels = entry.distillation is None or entry.distillation.label_weight > 0
+    return ", ".join((*(("labels",) if with_labels else ()), *entry.teachers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lmcompress.errors import LmcompressError
-from lmcompress.recipes import builtin_recipes, load_recipe, parse_recipe, plan
+from lmcompress.recipes import load_recipe, parse_recipe, plan
 from lmcompress.trainers import CompressionTrainer
 
 
@@ -95,7 +95,7 @@ def test_teacher_and_student_with_different_label_maps_are_refused(tiny, make_mo
         )
 
 
-@pytest.mark.parametrize("name", sorted(n for n in builtin_recipes() if n.startswith("quickstart")))
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-lm"])
 def test_the_quickstarts_can_be_planned_without_a_network(name):
     planned = plan(load_recipe(name, ["task.limit=200"] if name == "quickstart" else []))
     assert [entry.role for entry in planned.stages] == ["teacher", "student", "control"]

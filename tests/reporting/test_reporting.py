@@ -8,7 +8,20 @@ import json
 import pytest
 from rich.console import Console
 
-from lmcompress.reporting import card_rows, report_html, report_markdown, results_table, write_report
+from lmcompress.errors import LmcompressError
+from lmcompress.reporting import (
+    card_rows,
+    frontier,
+    importance_map,
+    kept_map,
+    report_html,
+    report_markdown,
+    results_table,
+    sensitivity_curves,
+    sensitivity_table,
+    shape_table,
+    write_report,
+)
 
 
 def _row(name, role, score, size, ms, verdict, metric="accuracy"):
@@ -99,3 +112,85 @@ def test_the_terminal_shows_all_columns_in_eighty(report):
     console.print(results_table(report))
     shown = console.file.getvalue()
     assert all(word in shown for word in ("teacher", "75.0 %", "2.00x"))
+
+
+@pytest.fixture
+def pruning():
+    """What pruning says of three blocks: the second has lost all heads, the third is gone."""
+    return {
+        "before": {"blocks": [{"heads": 4, "ffn": 64}] * 3},
+        "after": {"blocks": [{"heads": 2, "ffn": 40, "source": 0}, {"heads": 0, "ffn": 8, "source": 1}]},
+        "kept_heads": [[0, 3], [], []],
+        "removed": 0.6,
+        "asked": 0.59,
+        "unit": "parameters",
+        "masked_error": 2e-7,
+        "stock": {"loads": False, "reason": "every block needs <all> heads"},
+    }
+
+
+def test_a_report_says_which_heads_stay(report, pruning, tmp_path):
+    report["rows"][1] |= {"pruning": pruning, "blocks": pruning["after"]["blocks"]}
+    report["rows"][1]["vocabulary"] = {
+        "rows_before": 4000,
+        "rows_after": 3000,
+        "bytes_saved": 512_000,
+        "texts": 20,
+        "texts_changed": 0,
+    }
+    text = report_markdown(report)
+    assert "| student | 0 | 2 | 4 | 0, 3 | 40 | 64 |" in text
+    assert "| student | 1 | 0 | 4 | – | 8 | 64 |" in text and "| student | 2 | 0 | 4 | – | 0 | 64 |" in text
+    assert "60.0 % of parameters gone (59.0 % asked for)" in text and "3000 tokens, 4000 before" in text
+    page = report_html(report)
+    assert "needs lmcompress: every block needs &lt;all&gt; heads" in page and "<td>0, 3</td>" in page
+    write_report(report, tmp_path)
+    assert (tmp_path / "plots" / "kept_student.png").read_bytes().startswith(b"\x89PNG")
+    # one pruned model is no frontier
+    assert not (tmp_path / "plots" / "frontier.png").exists()
+    report["rows"][0]["pruning"] = pruning
+    write_report(report, tmp_path)
+    assert (tmp_path / "plots" / "frontier.png").is_file()
+
+
+def test_blocks_of_models_stand_beside_one_another_by_their_first_number(pruning):
+    rows = [{"name": "dense", **pruning["before"]}, {"name": "pruned", **pruning["after"]}]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(shape_table(rows))
+    lines = console.file.getvalue().splitlines()
+    assert any("4 + 64" in line and "0 + 8" in line for line in lines)
+    assert any("4 + 64" in line and "–" in line for line in lines)
+
+
+def _measured(part, block, share, quality):
+    return {"part": part, "block": block, "share": share, "removed": 1, "units": 4, "quality": quality}
+
+
+def test_a_sensitivity_table_has_a_row_for_each_block_and_part():
+    rows = [_measured("none", -1, 0.0, 0.9)]
+    rows += [_measured(part, b, s, 0.9 - s / 3) for part in ("heads", "neurons") for b in range(2) for s in (0.5, 1.0)]
+    found = {"rows": rows, "metric": "accuracy", "lower_is_better": False, "model": "m", "task": "t", "split": "v"}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(sensitivity_table(found | {"criterion": "l1"}))
+    shown = console.file.getvalue()
+    assert "50% gone" in shown and shown.count("0.7333") == 4 and "the whole model: 0.9000" in shown
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_curves_and_maps_are_pictures(tmp_path, pruning, report, lower_is_better):
+    rows = [_measured("none", -1, 0.0, 20.0), _measured("heads", 0, 0.5, 900.0), _measured("heads", 1, 0.5, 21.0)]
+    report["lower_is_better"] = lower_is_better
+    files = [
+        sensitivity_curves(rows, tmp_path / "a" / "s.png", lower_is_better=lower_is_better),
+        importance_map([[0.1, 0.2], [], [0.3]], tmp_path / "i.png"),
+        kept_map(pruning, tmp_path / "k.png"),
+        frontier(report, tmp_path / "f.png"),
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    with pytest.raises(LmcompressError, match="at least one head, got none"):
+        importance_map([[], []], tmp_path / "i.png")
+    with pytest.raises(LmcompressError, match="measurements of heads or neurons, got none"):
+        sensitivity_curves([_measured("none", -1, 0.0, 1.0)], tmp_path / "s.png")

@@ -1,0 +1,30 @@
+"""Files of a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; whoever reads it meanwhile sees the old one.
+
+    Args:
+        path: of the file.
+        text: all of it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same for JSON.
+
+    Args:
+        path: of the file.
+        value: JSON types; others are written as text.
+    """
+    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")

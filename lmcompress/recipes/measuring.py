@@ -1,0 +1,176 @@
+"""What is measured at the end of a run: quality, size and latency of all its models beside one another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.card import model_card
+from lmcompress.data import TaskKind
+from lmcompress.evaluation import (
+    LatencyRow,
+    compare_latency,
+    evaluate_classifier,
+    machine,
+    parameter_count,
+    perplexity,
+    size_on_disk,
+    verdict,
+)
+from lmcompress.model import REPORT_FILE
+from lmcompress.recipes.building import Materials, auto_class, text_of
+from lmcompress.recipes.files import write_json, write_text
+from lmcompress.reporting import card_rows
+from lmcompress.structure import recorded_structure
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table in the making.
+
+    Attributes:
+        name: of the model in the table.
+        role: teacher, student, control, pruned or model.
+        path: where it is loaded from.
+        materials: rows with the model's own tokenizer.
+        made_here: whether the folder was written by this run, with a report of its own.
+        training: what its training came to, as JSON types; empty where it was not trained here.
+        pruning: what pruning did to it, as JSON types.
+        vocabulary: what became of its vocabulary, as JSON types.
+    """
+
+    name: str
+    role: str
+    path: str
+    materials: Materials
+    made_here: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+    pruning: dict[str, Any] | None = None
+    vocabulary: dict[str, Any] | None = None
+
+
+def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> dict[str, Any]:
+    """Load all models, measure them, and put the numbers together.
+
+    Args:
+        entries: at least one.
+        reference: name of what the others are compared with; it comes first.
+        notes: what a reader of the numbers must know.
+
+    Returns:
+        What ``results.json`` holds: JSON types.
+    """
+    entries = sorted(entries, key=lambda entry: entry.name != reference)
+    materials = entries[0].materials
+    recipe, task = materials.recipe, materials.task
+    cls = auto_class(task)
+    loaded = {entry.name: cls.from_pretrained(entry.path).eval() for entry in entries}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [_row(entry, loaded[entry.name].to(device)) for entry in entries]
+    latency = _latency(materials, loaded)
+    for row in rows:
+        row["latency"] = [entry for entry in latency if entry["model"] == row["name"]]
+    causal = task.kind is TaskKind.CAUSAL_LM
+    return {
+        "recipe": recipe.name,
+        "description": recipe.description,
+        "paper": recipe.paper,
+        "task": task.name,
+        "kind": task.kind.value,
+        "metric": "token_perplexity" if causal else task.metrics[0],
+        "lower_is_better": causal,
+        "split": recipe.evaluation.splits[0],
+        "reference": reference,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("lmcompress", "torch", "transformers", "datasets", "tokenizers")},
+        "seed": recipe.seed,
+        "rows": rows,
+        "notes": list(notes),
+    }
+
+
+def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[str, float]:
+    """The metrics of a model on a split: those of the task, or perplexities.
+
+    Args:
+        materials: rows with the model's own tokenizer; ``evaluation`` of their recipe says how.
+        model: on any device.
+        split: its name.
+    """
+    evaluation = materials.recipe.evaluation
+    if materials.task.kind is TaskKind.CAUSAL_LM:
+        found = perplexity(
+            model,
+            materials.tokenizer,
+            text_of(materials.data, split),
+            stride=evaluation.stride,
+            max_length=materials.recipe.task.max_length,
+            batch_size=evaluation.batch_size,
+        )
+        return {name: float(getattr(found, name)) for name in ("token_perplexity", "word_perplexity", "bits_per_byte")}
+    rows, collate, kind = materials.rows().splits()[split], materials.collator(), materials.task.kind.value
+    return evaluate_classifier(model, rows, collate, kind, materials.task.metrics, evaluation.batch_size)
+
+
+def update_cards(report: Mapping[str, Any], folders: Sequence[Path]) -> None:
+    """Put the table of a run into the cards and reports of its models, which were written before it was known.
+
+    Args:
+        report: of the run.
+        folders: of the models.
+    """
+    more = {"table": card_rows(report), "machine": report["machine"], "notes": report["notes"]}
+    for folder in folders:
+        saved = json.loads((folder / REPORT_FILE).read_text("utf-8")) | more
+        write_json(folder / REPORT_FILE, saved)
+        write_text(folder / "README.md", model_card(saved))
+
+
+def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
+    # the size of a model that only the Hub has is not known
+    size = size_on_disk(entry.path) if Path(entry.path).is_dir() else None
+    saved = json.loads((Path(entry.path) / REPORT_FILE).read_text("utf-8")) if entry.made_here else {}
+    structure = recorded_structure(model)
+    splits = entry.materials.recipe.evaluation.splits
+    return {
+        "name": entry.name,
+        "role": entry.role,
+        "folder": entry.path,
+        "metrics": {split: quality(entry.materials, model, split) for split in splits},
+        "parameters": parameter_count(model),
+        "size_bytes": None if size is None else size.total_bytes,
+        "weights_bytes": None if size is None else size.weights_bytes,
+        "hidden_size": anatomy_of(model).hidden_size,
+        "head_size": structure.head_size,
+        "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
+        "equivalence": saved.get("equivalence"),
+        "format": saved.get("format"),
+        "training": entry.training,
+        "pruning": entry.pruning,
+        "vocabulary": entry.vocabulary,
+        "latency": [],
+    }
+
+
+def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
+    evaluation = materials.recipe.evaluation
+    if not evaluation.latency_batches:
+        return []
+    length = evaluation.sequence_length or min(128, materials.recipe.task.max_length)
+    measured: list[LatencyRow] = compare_latency(
+        models, batch_sizes=evaluation.latency_batches, sequence_length=length, repeats=evaluation.repeats
+    )
+    return [{**vars(row), "verdict": words} for row, words in zip(measured, verdict(measured), strict=True)]
+
+
+__all__ = ["Entry", "measure", "quality", "update_cards"]

@@ -1,0 +1,318 @@
+"""What a stage's pruning needs beside the trainer: checks before training, latency tables, calibration rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.config import Structure
+from lmcompress.data import TaskKind
+from lmcompress.errors import LmcompressError
+from lmcompress.pruning.config import PruningConfig
+from lmcompress.pruning.costs import FlopCost, LatencyTable, ModelSizes, measure_latency
+from lmcompress.pruning.goals import feasible
+from lmcompress.pruning.method import plan as schedule_events
+from lmcompress.pruning.ranking import Target, stock_verdict
+from lmcompress.pruning.scoring import CRITERIA
+from lmcompress.pruning.surgery import cut
+from lmcompress.pruning.units import Units
+from lmcompress.pruning.vocabulary import VocabularyReport, prune_vocabulary
+from lmcompress.recipes.building import Materials
+from lmcompress.recipes.schema import LatencySpec, StagePruning, VocabularySpec
+from lmcompress.structure import recorded_structure, shape_skeleton
+
+TABLE_FILE = "latency.json"
+"""Where a run keeps measured times, if its recipe does not say."""
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a stage's pruning will do, as far as that is known before there are scores.
+
+    Attributes:
+        config: of the method.
+        before: shapes of the model that is pruned.
+        expected: shapes that meet the target; which blocks lose how much, scores decide, unless the target is a shape.
+            None where a latency target has no table yet.
+        exact: whether the result will have just these shapes.
+        obstacle: why stock Transformers will not load the result, or None.
+        cost: the latency table of a latency target.
+        note: what could not be checked, or None.
+    """
+
+    config: PruningConfig
+    before: Structure
+    expected: Structure | None
+    exact: bool
+    obstacle: str | None
+    cost: LatencyTable | None
+    note: str | None
+
+
+def plan_pruning(
+    spec: StagePruning,
+    model: PreTrainedModel,
+    materials: Materials,
+    steps: int,
+    *,
+    folder: Path,
+    measure: bool,
+) -> PruningPlan:
+    """Check a stage's pruning against the model it is for.
+
+    Args:
+        spec: of the stage.
+        model: what it starts from, on any device; not changed.
+        materials: rows and task.
+        steps: optimizer steps of the stage; 0 for pruning without training.
+        folder: of the run, for its latency table.
+        measure: measure a latency table that is not there yet, which may take minutes.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LmcompressError: no shape meets the target, too few steps for the schedule, a criterion that needs labels where
+            there are none, or a latency table that cannot be measured on this model.
+    """
+    config = spec.config(materials.recipe.seed)
+    if steps:
+        schedule_events(config, steps)
+    _check_labels(config, materials)
+    sizes = ModelSizes.of(model)
+    if not config.target.kind.startswith("latency"):
+        return _planned(config, model, sizes, feasible(config, sizes), None, None)
+    latency = spec.latency or LatencySpec()
+    length = latency.length or min(128, materials.recipe.task.max_length)
+    file = Path(latency.table) if latency.table else folder / TABLE_FILE
+    table = _table(model, file, latency.batch_size, length, measure)
+    if table is not None:
+        return _planned(config, model, sizes, feasible(config, sizes, table), table, None)
+    note = (
+        f"no latency table for batch {latency.batch_size} × {length} in {file}: it is measured when the run begins, "
+        "before anything is trained, and whether the target can be met is known then"
+    )
+    return _planned(config, model, sizes, _by_operations(config, sizes, latency, length), None, note)
+
+
+def expected_model(model: PreTrainedModel, expected: Structure) -> PreTrainedModel:
+    """A copy of a model in the shapes that pruning is expected to leave, for stages that start from it.
+
+    Args:
+        model: on any device; not changed.
+        expected: shapes that the model can be cut to.
+    """
+    before = recorded_structure(model)
+    sources = [index if block.source is None else block.source for index, block in enumerate(before.blocks)]
+    kept = [index if block.source is None else block.source for index, block in enumerate(expected.blocks)]
+    # where no block is dropped, both count alike
+    after = dict(zip(kept if len(kept) < len(sources) else sources, expected.blocks, strict=True))
+    pairs = [(block, after.get(source, block)) for source, block in zip(sources, before.blocks, strict=True)]
+    hidden = anatomy_of(model).hidden_size
+    mask = Units(
+        heads=tuple(torch.arange(block.heads) < new.heads for block, new in pairs),
+        neurons=tuple(torch.arange(block.ffn) < new.ffn for block, new in pairs),
+        layers=torch.tensor([source in after for source in sources]),
+        hidden=torch.arange(hidden) < (expected.hidden or hidden),
+    )
+    result = copy.deepcopy(model)
+    cut(result, mask)
+    return result
+
+
+def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any]:
+    """Training rows for scores and repair, drawn as the trainer draws them.
+
+    Args:
+        materials: of the stage.
+        config: says how many, in batches of how many rows, and with which seed.
+
+    Returns:
+        Batches on the CPU; none where nothing looks at data.
+    """
+    if CRITERIA[config.criterion_name].needs in ("nothing", "weights") and config.repair == "none":
+        return []
+    rows, collate = materials.rows().train, materials.collator()
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(rows.num_rows, generator=generator)[: config.calibration_rows].tolist()
+    size = config.calibration_batch_size
+    return [collate([rows[i] for i in chosen[start : start + size]]) for start in range(0, len(chosen), size)]
+
+
+def prune_stage_vocabulary(
+    model: PreTrainedModel, materials: Materials, spec: VocabularySpec
+) -> tuple[PreTrainedTokenizerBase, VocabularyReport]:
+    """Prune a model's vocabulary down to what the task's texts use.
+
+    Args:
+        model: changed in place; on ``meta`` its shapes are.
+        materials: with the tokenizer that the model has now.
+        spec: of the stage.
+
+    Returns:
+        The new tokenizer, and what was done.
+
+    Raises:
+        LmcompressError: a split that is not there, or what
+            :func:`~lmcompress.pruning.vocabulary.prune_vocabulary` refuses.
+    """
+    splits = materials.data.splits()
+    for name in spec.splits:
+        if name not in splits:
+            raise LmcompressError(f"vocabulary.splits names {name!r}; {materials.task.name} has: {', '.join(splits)}")
+    columns = [splits[name][column] for name in spec.splits for column in materials.task.text_columns]
+    words = materials.task.kind is TaskKind.TOKEN_CLASSIFICATION
+    texts = [" ".join(text) if words else text for column in columns for text in column]
+    tokenizer, report = prune_vocabulary(
+        model,
+        materials.tokenizer,
+        texts,
+        min_count=spec.min_count,
+        keep=spec.keep,
+        max_size=spec.max_size,
+        keep_characters=spec.keep_characters,
+    )
+    return tokenizer, report
+
+
+def pruning_notes(name: str, report: Mapping[str, Any] | None) -> list[str]:
+    """What a reader of a table must know of how one of its models was pruned.
+
+    Args:
+        name: of the model.
+        report: what pruning did, as JSON types; None if it did nothing.
+    """
+    if report is None:
+        return []
+    gone = f"{report['removed']:.1%} of {report['unit']} gone, {report['asked']:.1%} asked for"
+    stock = (
+        "loads with stock transformers"
+        if report["stock"]["loads"]
+        else f"needs lmcompress: {report['stock']['reason']}"
+    )
+    empty = [index for index, block in enumerate(report["after"]["blocks"]) if not block["heads"] or not block["ffn"]]
+    without = f"; blocks {', '.join(map(str, empty))} have no heads or no neurons left" if empty else ""
+    return [f"{name}: {gone}{without}; {stock}"]
+
+
+def _planned(
+    config: PruningConfig,
+    model: PreTrainedModel,
+    sizes: ModelSizes,
+    expected: Structure | None,
+    cost: LatencyTable | None,
+    note: str | None,
+) -> PruningPlan:
+    before = recorded_structure(model)
+    # scores decide where the target is not a shape; and a shape may be met by other layers
+    exact = config.target.shape is not None
+    shapes = expected or sizes.structure
+    return PruningPlan(
+        config=config,
+        before=before,
+        expected=expected,
+        exact=exact,
+        obstacle=_obstacle(config, shapes, model),
+        cost=cost,
+        note=note,
+    )
+
+
+def _obstacle(config: PruningConfig, expected: Structure, model: PreTrainedModel) -> str | None:
+    reason = stock_verdict(expected, model.config).reason
+    if config.target.shape is not None:
+        return reason
+    # counts of single blocks are not known yet: what the parts and the ranking make of them is
+    parts = set(config.parts)
+    even = config.ranking == "per_layer" and config.order == "score"
+    if parts & {"heads", "attention"}:
+        return (
+            "pruned attention has no stock config: every block needs all heads there. Prune neurons and layers only to "
+            "stay within one"
+        )
+    if "ffn" in parts or ("neurons" in parts and not even):
+        return (
+            f"with ranking: {config.ranking} the FFN widths will differ from block to block. ranking: per_layer, or a "
+            "target that is a shape, keeps them even"
+        )
+    if config.schedule.kind == "group_lasso" and config.multiple_of == 1:
+        return "group lasso also cuts what is exactly zero, so that FFN widths will differ from block to block"
+    if "hidden" in parts:
+        return (
+            "the hidden size must stay a multiple of the size of a head, with all heads. Give the target as a shape "
+            "with hidden and heads to stay within a stock config"
+        )
+    return reason
+
+
+def _check_labels(config: PruningConfig, materials: Materials) -> None:
+    schedule = config.schedule.kind
+    if schedule not in ("one_shot", "iterative", "gradual") or materials.task.kind is TaskKind.CAUSAL_LM:
+        return
+    criterion = CRITERIA[config.criterion_name]
+    if criterion.needs not in ("gates", "products") or config.labels == "self" or config.scores == "training":
+        return
+    column = materials.task.label_column
+    if column not in materials.data.train.column_names:
+        raise LmcompressError(
+            f"the criterion {criterion.name} needs labels, and the training rows of {materials.task.name} have none; "
+            "set labels: self, or choose a criterion without gradients (l1, wanda, activation_entropy)"
+        )
+
+
+def _table(model: PreTrainedModel, file: Path, batch_size: int, length: int, measure: bool) -> LatencyTable | None:
+    on_gpu = torch.cuda.is_available()
+    # times are looked up by device; without a GPU a model on meta is as good as one with weights
+    timed = _with_random_weights(model, "cuda") if on_gpu else model
+    found = LatencyTable.find(file, timed, batch_size=batch_size, length=length)
+    if found is not None or not measure:
+        return found
+    table = measure_latency(
+        timed if on_gpu else _with_random_weights(model, "cpu"), batch_size=batch_size, length=length
+    )
+    table.save(file)
+    return table
+
+
+def _with_random_weights(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """A model of the same shapes: what it says does not matter, how long it takes does."""
+    with torch.device(device):
+        fresh = type(model)(copy.deepcopy(model.config)).eval()
+        shape_skeleton(fresh, recorded_structure(model))
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            if parameter.dim() > 1:
+                # what was reshaped has no values yet, and denormal ones would be slow
+                parameter.normal_(0.0, 0.02)
+    return fresh
+
+
+def _by_operations(config: PruningConfig, sizes: ModelSizes, latency: LatencySpec, length: int) -> Structure | None:
+    """A guess for a share of the time: the same share of the operations."""
+    share = config.target.latency_share
+    if share is None:
+        return None
+    guess = config.model_copy(update={"target": Target(flops_share=share)})
+    try:
+        return feasible(guess, sizes, FlopCost(sizes, latency.batch_size, length))
+    except LmcompressError:
+        # operations are not time: the table will tell
+        return None
+
+
+__all__ = [
+    "TABLE_FILE",
+    "PruningPlan",
+    "calibration_batches",
+    "expected_model",
+    "plan_pruning",
+    "prune_stage_vocabulary",
+    "pruning_notes",
+]

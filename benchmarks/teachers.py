@@ -32,9 +32,11 @@ from transformers import (
 from lmcompress.evaluation import glue_metrics, glue_score
 from lmcompress.trainers.sampling import LengthGroupedSampler
 
+# where a task's teacher starts: RTE's 2,490 rows do not take MiniLM away from chance (56.0 against 52.7 for one class)
+START = {"rte": "qnli"}
 # task: (columns of text, training file, epochs, learning rate)
 TASKS: dict[str, tuple[tuple[str, ...], str, int, float]] = {
-    "rte": (("sentence1", "sentence2"), "train", 10, 1e-4),
+    "rte": (("sentence1", "sentence2"), "train", 6, 5e-5),
     "mrpc": (("sentence1", "sentence2"), "train", 5, 1e-4),
     "stsb": (("sentence1", "sentence2"), "train", 5, 1e-4),
     "cola": (("sentence",), "train", 8, 1e-4),
@@ -78,8 +80,12 @@ def train_teacher(data: Path, work: Path, task: str, *, quick: bool = False) -> 
         return dict(json.loads((folder / "teacher.json").read_text()))
     columns, train_split, epochs, learning_rate = TASKS[task]
     set_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
-    model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=1 if task == "stsb" else 2)
+    start_from: Path = minilm_path()
+    if task in START:
+        train_teacher(data, work, START[task], quick=quick)
+        start_from = work / START[task]
+    tokenizer = AutoTokenizer.from_pretrained(start_from)
+    model = AutoModelForSequenceClassification.from_pretrained(start_from, num_labels=1 if task == "stsb" else 2)
     model.get_input_embeddings().requires_grad_(False)
     sets = {}
     for name in (train_split, "validation"):
@@ -136,6 +142,7 @@ def train_teacher(data: Path, work: Path, task: str, *, quick: bool = False) -> 
     tokenizer.save_pretrained(str(folder))
     summary = {
         "task": task,
+        "start": START.get(task, "MiniLM"),
         "epochs": epochs,
         "rows": len(sets[train_split]),
         "seconds": round(time.time() - start),

@@ -28,7 +28,7 @@ from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.trainers import CompressionTrainer
 
-BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 400, 1e-3
+BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 200, 1e-3
 CONFIG = DistillationConfig(temperature=1.0, weight=1.0, label_weight=0.5)
 
 

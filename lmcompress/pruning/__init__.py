@@ -24,7 +24,7 @@ from lmcompress.pruning.method import StructuredPruning, prune
 from lmcompress.pruning.ranking import Shape, StockVerdict, Target, select, stock_verdict
 from lmcompress.pruning.repair import compensate_bias, least_squares, least_squares_in_order
 from lmcompress.pruning.report import PruningReport
-from lmcompress.pruning.scoring import CRITERIA, Criterion, score
+from lmcompress.pruning.scoring import CRITERIA, Criterion, normalized, score
 from lmcompress.pruning.sensitivity import SensitivityRow, mean_loss, sensitivity
 from lmcompress.pruning.surgery import census, coverage, cut, fold
 from lmcompress.pruning.units import PARTS, Part, Units, check_units, full, masked_structure, unit_shapes
@@ -71,6 +71,7 @@ __all__ = [
     "masked_structure",
     "mean_loss",
     "measure_latency",
+    "normalized",
     "prune",
     "prune_vocabulary",
     "score",

@@ -55,7 +55,14 @@ class Gradual(_Phase):
     ramp: Annotated[
         Literal["cubic", "linear"], Field(description="cubic: fast at first, slow at the end, as Zhu & Gupta.")
     ] = "cubic"
-    every: Annotated[int, Field(ge=1, description="Optimizer steps between two prunings.")] = 20
+    every: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Optimizer steps between two prunings; with scores: calibration, each of them costs a pass "
+            "over calibration_rows.",
+        ),
+    ] = 20
 
 
 class HardThresholding(_Phase):

@@ -11,12 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import Anatomy, anatomy_of
@@ -28,6 +28,8 @@ from lmcompress.pruning.units import full
 from lmcompress.structure import hidden_axes, structure_of
 
 FILE_VERSION = 1
+
+_Number = TypeVar("_Number", float, Tensor)
 
 
 class CostModel(Protocol):
@@ -122,10 +124,19 @@ class ParameterCost:
             structure: the shapes.
         """
         hidden = self.sizes.width(structure)
-        blocks = sum(self.sizes.block_parameters(shape, hidden) for shape in structure.blocks)
-        constant, linear, square = self.sizes.outside
-        outside = constant + linear * hidden + square * hidden**2
-        return blocks + (outside if self.scope == "whole" else 0)
+        return sum(self.sizes.block_parameters(shape, hidden) for shape in structure.blocks) + self.outside(hidden)
+
+    def outside(self, hidden: _Number) -> _Number:
+        """What is counted outside the blocks: nothing, or embeddings and head.
+
+        Args:
+            hidden: width of the residual stream, or its expectation, a 0-d tensor.
+
+        Returns:
+            A number of the same kind.
+        """
+        constant, linear, square = self.sizes.outside if self.scope == "whole" else (0, 0, 0)
+        return constant + hidden * (linear + square * hidden)
 
 
 @dataclass(frozen=True)

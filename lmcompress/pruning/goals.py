@@ -12,9 +12,9 @@ from torch import Tensor
 from lmcompress.config import BlockShape, Structure
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.config import PruningConfig
-from lmcompress.pruning.costs import CostModel, FlopCost, ModelSizes, ParameterCost
+from lmcompress.pruning.costs import CostModel, FlopCost, LatencyTable, ModelSizes, ParameterCost
 from lmcompress.pruning.learned import UnitCosts
-from lmcompress.pruning.ranking import Shape, Target, select
+from lmcompress.pruning.ranking import Shape, Target, secant_costs, select
 from lmcompress.pruning.units import Part, Units, masked_structure, unit_shapes
 
 
@@ -62,10 +62,11 @@ def goal_of(target: Target, sizes: ModelSizes, cost: CostModel | None = None) ->
     elif target.flops_share is not None:
         counted = cost if isinstance(cost, FlopCost) else FlopCost(sizes)
     elif target.kind in ("latency_share", "latency_ms"):
-        if cost is None:
+        if not isinstance(cost, LatencyTable):
             raise LmcompressError(
-                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got none; make one with "
-                "measure_latency, or aim at flops_share"
+                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got "
+                f"{'none' if cost is None else type(cost).__name__}; make one with measure_latency, or aim at "
+                "flops_share"
             )
         counted = cost
     dense = counted.cost(structure)
@@ -120,56 +121,6 @@ def partial_target(target: Target, share: float, sizes: ModelSizes, goal: Goal) 
         return Target(parameters=int(goal.dense * (1 - removed)))
     assert target.shape is not None
     return _partial_shape(target.shape, share, sizes)
-
-
-def secant_costs(sizes: ModelSizes, cost: CostModel, parts: tuple[Part, ...]) -> Units:
-    """What each unit saves on the mean when all of its kind in its place go: its slope between all and none.
-
-    The same numbers that :func:`~lmcompress.pruning.ranking.select` divides scores by.
-
-    Args:
-        sizes: of the model.
-        cost: any.
-        parts: which units.
-
-    Returns:
-        float64, never 0.
-    """
-    structure = sizes.structure
-    dense = cost.cost(structure)
-    shapes = unit_shapes(structure, sizes.hidden)
-
-    def saved(**changes: Any) -> float:
-        return dense - cost.cost(structure.model_copy(update=changes))
-
-    def without(index: int, **counts: int) -> tuple[BlockShape, ...]:
-        changed = structure.blocks[index].model_copy(update=counts)
-        return (*structure.blocks[:index], changed, *structure.blocks[index + 1 :])
-
-    def filled(value: float, count: int) -> Tensor:
-        least = 1e-12 * max(dense, 1e-12)
-        return torch.full((count,), max(value / max(1, count), least), dtype=torch.float64)
-
-    found: dict[str, Any] = {}
-    for part in parts:
-        counts = shapes[part]
-        if part in ("heads", "neurons"):
-            name = "heads" if part == "heads" else "ffn"
-            found[part] = tuple(filled(saved(blocks=without(i, **{name: 0})), n) for i, n in enumerate(counts))
-        elif part == "hidden":
-            half = max(1, counts[0] // 2)
-            found[part] = filled(saved(hidden=half) * counts[0] / max(1, counts[0] - half), counts[0])
-        elif part == "layers":
-            single = counts[0] == 1
-            values = [
-                dense if single else saved(blocks=structure.blocks[:i] + structure.blocks[i + 1 :])
-                for i in range(counts[0])
-            ]
-            found[part] = torch.cat([filled(value, 1) for value in values])
-        else:
-            name = "heads" if part == "attention" else "ffn"
-            found[part] = torch.cat([filled(saved(blocks=without(i, **{name: 0})), 1) for i in range(counts[0])])
-    return Units(**found)
 
 
 def expected_costs(sizes: ModelSizes, cost: CostModel) -> UnitCosts:
@@ -230,15 +181,10 @@ def choose(
     """
     scores = scores.map(lambda tensor: tensor.detach().double().cpu())
     _refuse_constant(scores, zeros=not per_cost)
-    if not per_cost or gone is not None:
+    if not per_cost:
         # what select divides by
-        slopes = secant_costs(sizes, cost or goal_of(target, sizes, cost).counted, scores.parts())
-        value = scores if not per_cost else scores.zip(slopes, torch.div)
-        if gone is not None:
-            every = torch.cat([tensor.flatten() for _, _, tensor in value.items()])
-            floor = float(every.min()) - 1 - float(every.abs().max())
-            value = value.zip(gone, lambda v, kept: torch.where(kept.cpu(), v, torch.full_like(v, floor)))
-        scores = value.zip(slopes, torch.mul)
+        counted = cost or goal_of(target, sizes, cost).counted
+        scores = scores.zip(secant_costs(sizes, counted, scores.parts()), torch.mul)
     mask = select(
         scores,
         sizes,
@@ -248,6 +194,7 @@ def choose(
         multiple_of=config.multiple_of,
         keep_at_least=config.keep_at_least,
         cost=cost,
+        gone=gone,
     )
     full = scores.map(lambda tensor: torch.ones(len(tensor), dtype=torch.bool))
     # a shape names some parts only; the others stay

@@ -94,7 +94,12 @@ def unit_norms(model: PreTrainedModel, parts: Collection[GroupPart], sides: Coll
 
 @torch.no_grad()
 def shrink_(
-    model: PreTrainedModel, parts: Collection[GroupPart], step: float, optimizer: torch.optim.Optimizer | None = None
+    model: PreTrainedModel,
+    parts: Collection[GroupPart],
+    step: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    norms: Units | None = None,
 ) -> None:
     r"""One proximal step of the group lasso on every head and neuron, in place: small groups become exactly 0.
 
@@ -107,21 +112,26 @@ def shrink_(
         step: :math:`\eta \lambda`, learning rate times strength; the threshold of a group of n weights is
             :math:`\eta \lambda \sqrt n`.
         optimizer: that trains the model.
+        norms: those of :func:`unit_norms`, where they are known.
 
     Reference:
         Wen et al., 2016, https://arxiv.org/abs/1608.03665, equation 1, with the proximal step for the subgradient.
     """
-    for block in anatomy_of(model).blocks:
+    known = unit_norms(model, parts) if norms is None else norms
+    died: list[tuple[Block, GroupPart, Tensor]] = []
+    for index, block in enumerate(anatomy_of(model).blocks):
         for part in parts:
-            views = unit_views(block, part)
-            if not len(views[0]):
+            views, norm = unit_views(block, part), known.tensors(part)[index]
+            if not len(norm):
                 continue
-            norms = group_norms(views)
-            factor = proximal_factor(norms, step * sum(view[0].numel() for view in views) ** 0.5)
+            factor = proximal_factor(norm, step * sum(view[0].numel() for view in views) ** 0.5)
             for view in views:
                 view.mul_(_broadcast(factor.to(view), view))
-            if optimizer is not None and bool((died := (factor == 0) & (norms > 0)).any()):
-                _forget(block, part, ("in", "out"), ~died, optimizer)
+            died.append((block, part, (factor == 0) & (norm > 0)))
+    # one look for all, or a GPU would be waited for at every block
+    if optimizer is not None and died and bool(torch.cat([units for _, _, units in died]).any()):
+        for block, part, units in died:
+            _forget(block, part, ("in", "out"), ~units, optimizer)
 
 
 @torch.no_grad()

@@ -243,28 +243,6 @@ def group_norms(views: Sequence[Tensor]) -> Tensor:
     return torch.stack(squares).sum(0).sqrt()
 
 
-def group_lasso(norms: Tensor, size: int) -> Tensor:
-    r"""The penalty :math:`\sum_g \sqrt{|g|} \|w_g\|_2` of groups of one size.
-
-    Args:
-        norms: ``(groups,)``.
-        size: weights of one group.
-
-    Returns:
-        0-d float32.
-
-    Reference:
-        Wen et al., *Learning Structured Sparsity in Deep Neural Networks*, 2016, https://arxiv.org/abs/1608.03665,
-        equation 1; the factor :math:`\\sqrt{|g|}` is that of Yuan & Lin 2006, so that large groups (heads) and small
-        ones (neurons) are pressed alike.
-
-    Example:
-        >>> group_lasso(torch.tensor([1.0, 2.0]), 4)
-        tensor(6.)
-    """
-    return math.sqrt(size) * norms.float().sum()
-
-
 def proximal_factor(norms: Tensor, threshold: float) -> Tensor:
     r"""What a group is multiplied by in a proximal step of the group lasso: :math:`\max(0, 1 - t / \|w_g\|)`.
 
@@ -279,8 +257,10 @@ def proximal_factor(norms: Tensor, threshold: float) -> Tensor:
         LmcompressError: a negative threshold.
 
     Reference:
-        Parikh & Boyd, *Proximal Algorithms*, 2014, section 6.5.1. Wen et al. 2016 take plain subgradient steps, which
-        do not reach exact zeros.
+        Parikh & Boyd, *Proximal Algorithms*, 2014, section 6.5.1, for the penalty of Wen et al., *Learning Structured
+        Sparsity in Deep Neural Networks*, 2016, https://arxiv.org/abs/1608.03665, equation 1. They take plain
+        subgradient steps, which do not reach exact zeros; the factor :math:`\sqrt{|g|}` is that of Yuan & Lin 2006, so
+        that large groups (heads) and small ones (neurons) are pressed alike.
 
     Example:
         >>> proximal_factor(torch.tensor([0.0, 1.0, 4.0]), 2.0)

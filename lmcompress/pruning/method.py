@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel, TrainerCallback
 
+from lmcompress.anatomy import anatomy_of
 from lmcompress.config import Structure
 from lmcompress.errors import EquivalenceError, LmcompressError
 from lmcompress.method import Step, Term
@@ -28,7 +29,7 @@ from lmcompress.pruning.config import (
     OneShot,
     PruningConfig,
 )
-from lmcompress.pruning.costs import CostModel, ModelSizes
+from lmcompress.pruning.costs import CostModel, ModelSizes, ParameterCost
 from lmcompress.pruning.gates import Gates
 from lmcompress.pruning.goals import (
     Goal,
@@ -53,12 +54,12 @@ from lmcompress.pruning.learned import (
     threshold_mask,
     without_expected_zeros,
 )
-from lmcompress.pruning.ranking import stock_verdict
+from lmcompress.pruning.ranking import KEEP_AT_LEAST, stock_verdict
 from lmcompress.pruning.repair import Repaired, compensate_bias, least_squares, least_squares_in_order
 from lmcompress.pruning.report import PruningReport
 from lmcompress.pruning.schedules import RAMPS, cubic, cycle_phase, linear, phase_share, rounds
 from lmcompress.pruning.scoring import CRITERIA, score
-from lmcompress.pruning.surgery import census, coverage, cut, fold
+from lmcompress.pruning.surgery import census, coverage, cut, fold, refuse_quantized
 from lmcompress.pruning.units import Units, full, masked_structure, unit_shapes
 from lmcompress.structure import recorded_structure
 
@@ -68,6 +69,9 @@ TOLERANCE = 1e-5
 """Greatest difference allowed between masked and cut model in float32, relative to the greatest output."""
 STEER_EVERY = 10
 STEER_RATE = 0.25
+
+_Set = Literal["nothing", "mask", "evaluation", "other"]
+"""What the gates were given last."""
 
 _LEARNED = (HardConcrete, Movement, GroupLasso)
 _GROUPS: tuple[GroupPart, ...] = ("heads", "neurons")
@@ -116,7 +120,8 @@ def prune(
         What was done.
 
     Raises:
-        LmcompressError: the schedule needs training, no shape meets the target, or what the criterion refuses.
+        LmcompressError: the schedule needs training, no shape meets the target, the model is quantized by another
+            library, or what the criterion refuses.
         EquivalenceError: the cut model answers differently from the masked one.
     """
     inner = model.model if isinstance(model, CompressedModel) else model
@@ -124,6 +129,7 @@ def prune(
         raise LmcompressError(
             f"the schedule {config.schedule.kind} needs training: use PruningTrainer, or choose one_shot or iterative"
         )
+    refuse_quantized(inner)
     started = time.perf_counter()
     data = [_on_device(batch, inner.device) for batch in batches]
     sizes, before, counts = ModelSizes.of(inner), recorded_structure(inner), census(inner)
@@ -194,7 +200,8 @@ class StructuredPruning:
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: no shape meets the target, or the best checkpoint is to be loaded at the end.
+            LmcompressError: no shape meets the target, the model is quantized by another library, calibration rows that
+                will be needed cannot be had or have no labels, or the best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
@@ -204,6 +211,9 @@ class StructuredPruning:
         self._trainer = trainer
         student: PreTrainedModel = trainer.student
         self.attach(student, trainer.args.device)
+        # before training, not at its first pruning
+        if trainer.train_dataset is not None and _needs_batches(self.config):
+            _refuse_unlabelled(student, self.config, self._calibration())
         trainer.add_callback(_Callback(self))
 
     def attach(self, student: PreTrainedModel, device: torch.device) -> None:
@@ -214,8 +224,9 @@ class StructuredPruning:
             device: where it trains.
 
         Raises:
-            LmcompressError: no shape meets the target.
+            LmcompressError: no shape meets the target, or the model is quantized by another library.
         """
+        refuse_quantized(student)
         config = self.config
         self._student = student
         self._device = device
@@ -232,10 +243,10 @@ class StructuredPruning:
             costs = expected_costs(self._sizes, self._goal.counted).to(device)
             self._costs = costs
             everything = float(expected_cost(Units(), costs, self._heads, self._neurons))
-            # embeddings, or the time outside the blocks
+            # the time outside the blocks
             self._elsewhere = self._goal.dense - everything
         self.gates = Gates(student, config.parts)
-        self._set: Literal["nothing", "mask", "other"] = "nothing"
+        self._set: _Set = "nothing"
         self._step = self._micro = self._done = 0
         self._penalty = float(self._state.penalty)
         self._learning = self._some_gone = False
@@ -260,7 +271,7 @@ class StructuredPruning:
             self._put(self._layout.split(threshold_mask(self._state.learned, self._threshold())), "other")
         elif self._collects:
             self._put_leaf(step)
-        elif self._set == "other" or (self._set == "nothing" and self._some_gone):
+        elif self._set in ("evaluation", "other") or (self._set == "nothing" and self._some_gone):
             self._put(self._now(), "mask")
         self._micro += 1
         if (survivors := self._surviving) is not None:
@@ -281,8 +292,8 @@ class StructuredPruning:
         rows = len(next(value for value in step.inputs.values() if isinstance(value, Tensor)))
         if isinstance(schedule, HardConcrete):
             opened = self._layout.split(hard_concrete_open(self._state.learned))
-            expected = expected_cost(opened, self._costs, self._heads, self._neurons) + self._elsewhere
-            removed = 1 - expected / self._goal.dense
+            blocks = expected_cost(opened, self._costs, self._heads, self._neurons)
+            removed = 1 - (blocks + self._expected_elsewhere(opened)) / self._goal.dense
             self._last_removed = removed.detach()
             multipliers = self._state.multipliers
             penalty = lagrangian(removed, self._wanted(), multipliers[0], multipliers[1])
@@ -329,8 +340,10 @@ class StructuredPruning:
         Args:
             active: whether the next forward passes train.
         """
-        if not active and (self._learning or self._collects) and not isinstance(self.config.schedule, GroupLasso):
-            self._put(self._now(), "other")
+        soft = (self._learning or self._collects) and not isinstance(self.config.schedule, GroupLasso)
+        # once, not for each batch: nothing moves while the model is evaluated
+        if not active and soft and self._set != "evaluation":
+            self._put(self._now(), "evaluation")
 
     def settle(self) -> None:
         """Make the mask final and put it on the gates: what :meth:`finish` cuts is what the model computes from now on.
@@ -411,6 +424,11 @@ class StructuredPruning:
         fresh, self._fresh = self._fresh, None
         if self._trainer is not None and self._trainer.args.world_size > 1:
             fresh = self._trainer.accelerator.reduce(fresh, reduction="sum")
+        if (scaler := getattr(getattr(self._trainer, "accelerator", None), "scaler", None)) is not None:
+            # float16: the scale changes on the way, and a step that overflows is skipped
+            if not bool(fresh.isfinite().all()):
+                return
+            fresh = fresh / scaler.get_scale() ** (2 if self.config.criterion_name == "fisher" else 1)
         self._state.scores.mul_(self.config.score_memory).add_(fresh)
         self._state.seen.fill_(1)
 
@@ -423,12 +441,13 @@ class StructuredPruning:
         if isinstance(schedule, HardConcrete):
             self._state.learned.clamp_(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
         elif isinstance(schedule, GroupLasso):
+            norms = self._norms()
             # groups that press on together also reach zero together: none is pressed while enough are there
-            if schedule.steer and self._removed_now() >= self._wanted():
+            if schedule.steer and self._share_removed(self._of_norms(norms)) >= self._wanted():
                 return
             rate = _inner(self._optimizer).param_groups[0]["lr"]
             parts = [part for part in _GROUPS if part in self.config.parts]
-            shrink_(self._student, parts, rate * self._penalty, self._optimizer)
+            shrink_(self._student, parts, rate * self._penalty, self._optimizer, norms=norms)
 
     def end(self, max_steps: int) -> None:
         """Make the mask final, if the run went to its end.
@@ -477,7 +496,7 @@ class StructuredPruning:
     def _mask(self) -> Units:
         return self._layout.split(self._state.mask)
 
-    def _put(self, values: Units, what: Literal["mask", "other"]) -> None:
+    def _put(self, values: Units, what: _Set) -> None:
         self.gates.set(values)
         self._set = what
 
@@ -515,6 +534,16 @@ class StructuredPruning:
         leaf.register_hook(collect)
         self._put(self._layout.split(leaf), "other")
 
+    def _expected_elsewhere(self, opened: Units) -> Tensor | float:
+        """Expected cost outside the blocks."""
+        counted = self._goal.counted
+        if not isinstance(counted, ParameterCost):
+            return self._elsewhere
+        # embeddings narrow with the stream
+        if opened.hidden is None:
+            return counted.outside(float(self._sizes.hidden))
+        return counted.outside(opened.hidden.sum())
+
     def _threshold(self) -> float:
         schedule = self.config.schedule
         assert isinstance(schedule, Movement)
@@ -539,17 +568,43 @@ class StructuredPruning:
     def _removed_now(self) -> float:
         if self._learning and isinstance(self.config.schedule, HardConcrete):
             return 0.0 if self._last_removed is None else float(self._last_removed)
-        return self._goal.share_removed(masked_structure(self._sizes.structure, self._closed()))
+        return self._share_removed(self._closed())
+
+    def _share_removed(self, mask: Units) -> float:
+        return self._goal.share_removed(masked_structure(self._sizes.structure, mask))
 
     def _closed(self) -> Units:
         """The mask as it is now, learned ones included, on the CPU."""
         if self._learning and isinstance(self.config.schedule, GroupLasso):
-            mask = self._norms().map(lambda norms: norms > 0)
-        elif self._learning:
+            return self._of_norms(self._norms())
+        if self._learning:
             mask = self._now().map(lambda values: values != 0)
         else:
             mask = self._mask()
         return _with_something(mask.map(lambda tensor: tensor.cpu()))
+
+    def _of_norms(self, norms: Units) -> Units:
+        """The mask of groups that are not 0, in one copy from the GPU."""
+        return self._layout.split(self._layout.join(norms).cpu() > 0)
+
+    def _open_blocks(self) -> Units:
+        """A mask with one entry for all heads of a block and one for all its neurons, of gates that are learnt.
+
+        All that has to be known in every step, in one copy from the GPU and without sorting thousands of gates.
+        """
+        learned = self._layout.split(self._state.learned.detach().cpu())
+        if isinstance(self.config.schedule, Movement):
+            threshold = self._threshold()
+            mask = learned.map(lambda scores: torch.sigmoid(scores) > threshold)
+        else:
+            opened = learned.map(hard_concrete_open)
+            outer = opened.updated(heads=None, neurons=None)
+            mask = outer.zip(learned, lambda p, alpha: without_expected_zeros(hard_concrete_value(alpha), p) != 0)
+            # of these, as many are closed as are expected to be
+            inner = Units(heads=opened.heads, neurons=opened.neurons)
+            some = inner.map(lambda p: torch.tensor([round(len(p) - float(p.double().sum())) < len(p)]))
+            mask = mask.updated(heads=some.heads, neurons=some.neurons)
+        return _with_something(mask)
 
     def _norms(self) -> Units:
         parts = [part for part in _GROUPS if part in self.config.parts]
@@ -569,7 +624,7 @@ class StructuredPruning:
             elif any(parameter is self._state.multipliers for parameter in group["params"]):
                 group["lr"] = getattr(schedule, "multiplier_learning_rate")  # noqa: B009
         if {"layers", "attention", "ffn"} & set(self.config.parts):
-            self._surviving = self._survivors(self._closed())
+            self._surviving = self._survivors(self._open_blocks())
 
     def _happen(self, event: _Event) -> None:
         started = time.perf_counter()
@@ -605,8 +660,8 @@ class StructuredPruning:
                 config, scores, self._sizes, config.target,
                 cost=self.cost, gone=gone, per_cost=not isinstance(schedule, _LEARNED),
             )  # fmt: skip
-            if isinstance(schedule, GroupLasso) and config.multiple_of == 1:
-                mask = _without_dead(mask, self._norms().map(lambda norms: norms.cpu() > 0))
+            if isinstance(schedule, GroupLasso) and config.multiple_of == 1 and config.target.shape is None:
+                mask = _without_dead(mask, self._of_norms(self._norms()), config)
             values = mask.map(lambda tensor: tensor.float())
             if isinstance(schedule, HardConcrete):
                 soft = self._layout.split(hard_concrete_value(self._state.learned.detach())).map(Tensor.cpu)
@@ -615,6 +670,9 @@ class StructuredPruning:
                     # half a block has no weights to be folded into
                     values = values.updated(layers=mask.layers.float())
             elif config.repair != "none":
+                # what stays is seen open, and no batch finds values that were made for the rows of another
+                now = self._now().zip(mask, lambda value, kept: torch.maximum(value, kept.to(value)))
+                self._put(now, "other")
                 self._repaired = _repair(self._student, config, mask, self._calibration())
         self._take(mask, values, final=True)
 
@@ -885,11 +943,14 @@ def _rows_of(trainer: Any, config: PruningConfig) -> list[Batch]:
     known = set(trainer._signature_columns or ())
     collate = trainer.data_collator or default_collate
     batches: list[Batch] = []
-    for start in range(0, len(chosen), config.calibration_batch_size):
-        picked = [rows[i] for i in chosen[start : start + config.calibration_batch_size]]
-        if trainer.args.remove_unused_columns:
-            picked = [{k: v for k, v in row.items() if k in known} for row in picked]
-        batches.append({k: v for k, v in collate(picked).items() if not k.startswith("teacher_")})
+    # a collator may draw, such as the tokens that it masks: a run that resumes must get the same
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for start in range(0, len(chosen), config.calibration_batch_size):
+            picked = [rows[i] for i in chosen[start : start + config.calibration_batch_size]]
+            if trainer.args.remove_unused_columns:
+                picked = [{k: v for k, v in row.items() if k in known} for row in picked]
+            batches.append({k: v for k, v in collate(picked).items() if not k.startswith("teacher_")})
     return batches
 
 
@@ -913,7 +974,7 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
 
 def _group_sizes(model: PreTrainedModel, norms: Units) -> Units:
     """Roots of the number of weights of each group, of the shape of ``norms``: the group lasso's scale."""
-    blocks = CompressedModel(model).anatomy.blocks
+    blocks = anatomy_of(model).blocks
 
     def root(part: GroupPart, index: int, tensor: Tensor) -> Tensor:
         views = unit_views(blocks[index], part) if len(tensor) else []
@@ -926,9 +987,33 @@ def _group_sizes(model: PreTrainedModel, norms: Units) -> Units:
     return Units(**found)
 
 
-def _without_dead(mask: Units, alive: Units) -> Units:
-    """A mask without groups that are exactly 0, but for the last of a block."""
-    return mask.zip(alive, lambda kept, lives: kept & lives if bool((kept & lives).any()) else kept)
+def _without_dead(mask: Units, alive: Units, config: PruningConfig) -> Units:
+    """A mask without groups that are exactly 0, but where a block would have fewer than must stay."""
+    changed: dict[str, Any] = {}
+    for part in mask.parts():
+        least = max(1, config.keep_at_least.get(part, KEEP_AT_LEAST[part]))
+        pairs = zip(mask.tensors(part), alive.tensors(part), strict=True)
+        changed[part] = tuple(kept & lives if int((kept & lives).sum()) >= least else kept for kept, lives in pairs)
+    return mask.updated(**changed)
+
+
+def _needs_batches(config: PruningConfig) -> bool:
+    """Whether scores or repair look at calibration data."""
+    own = isinstance(config.schedule, (HardThresholding, *_LEARNED))
+    scored = not own and config.scores == "calibration"
+    weights_alone = CRITERIA[config.criterion_name].needs in ("nothing", "weights")
+    return config.repair != "none" or (scored and not weights_alone)
+
+
+def _refuse_unlabelled(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> None:
+    own = isinstance(config.schedule, (HardThresholding, *_LEARNED))
+    if own or config.scores == "training" or CRITERIA[config.criterion_name].needs not in ("gates", "products"):
+        return
+    if config.labels == "given" and anatomy_of(model).head is None and any("labels" not in batch for batch in batches):
+        raise LmcompressError(
+            f"the criterion {config.criterion_name} must have labels, the calibration rows have none; add a column "
+            "'labels', or let the model answer for itself with labels: self"
+        )
 
 
 def _with_something(mask: Units) -> Units:

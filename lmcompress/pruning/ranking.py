@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -29,10 +29,13 @@ KEEP_AT_LEAST: dict[Part, int] = {"heads": 1, "neurons": 1, "attention": 0, "ffn
 
 # of what is cut last, so much is tried again one by one, where the last piece was a large one
 _PUT_BACK = 200
+# parts whose units cost the same in one place, so that there the least score always goes first
+_ALIKE: tuple[Part, ...] = ("heads", "neurons", "hidden")
 # a budget is met well enough when no more than this share of it is left, and large pieces are gone around so many times
 _NEAR, _TRIES = 0.04, 16
 # rounds in which order="cost" goes through the layers
 _ROUNDS = 10
+_NEVER = torch.iinfo(torch.long).max
 
 
 class Shape(BaseModel):
@@ -119,6 +122,7 @@ def select(
     multiple_of: int = 1,
     keep_at_least: Mapping[Part, int] | None = None,
     cost: CostModel | None = None,
+    gone: Units | None = None,
 ) -> Units:
     """The mask that meets a target by cutting the units of the least score.
 
@@ -141,6 +145,8 @@ def select(
         keep_at_least: units of each part that stay, over :data:`KEEP_AT_LEAST`.
         cost: that scores are divided by, and that a latency target is read from; a
             :class:`~lmcompress.pruning.costs.LatencyTable` then. Default: what the target is counted in.
+        gone: a mask of an earlier round, of the same parts: units that are False there are never in the result, and
+            count in every share as cut already.
 
     Returns:
         A bool mask of the parts that have scores; True stays. Its cost is at most the target's. Where the last piece is
@@ -154,10 +160,11 @@ def select(
     """
     _check(scores, sizes, ranking, order, multiple_of, keep_at_least)
     keep = {**KEEP_AT_LEAST, **(keep_at_least or {})}
+    left = _left(scores, sizes, gone)
     if target.shape is not None:
-        return _select_shape(scores, sizes, target.shape)
+        return _select_shape(scores.zip(left, _last), sizes, target.shape)
     counted, budget, describe = _budget(target, sizes, cost)
-    groups = _groups(scores, sizes, cost or counted, multiple_of, keep)
+    groups = _groups(scores, left, sizes, cost or counted, multiple_of, keep)
     steps = _steps(groups, ranking, order)
     plan = _Plan(scores, groups, steps)
     structure = sizes.structure
@@ -173,7 +180,7 @@ def select(
             "Ask for less, score more parts, or lower keep_at_least"
         )
     low = _first_step(plan, lambda mask: reached(mask) <= budget)
-    if low == 0:
+    if low == 0 and gone is None:
         raise LmcompressError(
             f"the model meets the target {target.kind}={getattr(target, target.kind)} as it is: nothing would be cut"
         )
@@ -260,17 +267,86 @@ def _budget(
     return encoder, (1 - target.sparsity) * dense * (1 + 1e-9), lambda v: f"a sparsity of {1 - v / dense:.4f}"
 
 
+def secant_costs(sizes: ModelSizes, cost: CostModel, parts: Collection[Part]) -> Units:
+    """What each unit saves on the mean when all of its kind in its place go: its slope between all and none.
+
+    Not the saving of the one unit: on a measured table that is often nothing, where the steps of the hardware are
+    coarser, and a unit that saves nothing would never go. Of hidden dimensions, the slope between all and half.
+
+    Args:
+        sizes: of the model.
+        cost: any.
+        parts: which units.
+
+    Returns:
+        float64 on the CPU, never 0.
+    """
+    structure = sizes.structure
+    dense = cost.cost(structure)
+    shapes = unit_shapes(structure, sizes.hidden)
+
+    def saved(**changes: Any) -> float:
+        return dense - cost.cost(structure.model_copy(update=changes))
+
+    def without(index: int, name: str) -> float:
+        changed = structure.blocks[index].model_copy(update={name: 0})
+        return saved(blocks=(*structure.blocks[:index], changed, *structure.blocks[index + 1 :]))
+
+    def filled(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).clamp_min(1e-12 * max(dense, 1e-12))
+
+    found: dict[Part, Tensor | tuple[Tensor, ...]] = {}
+    for part in parts:
+        counts = shapes[part]
+        name = "heads" if part in ("heads", "attention") else "ffn"
+        if part in ("heads", "neurons"):
+            found[part] = tuple(filled([without(i, name) / max(1, n)] * n) for i, n in enumerate(counts))
+        elif part == "hidden":
+            half = max(1, counts[0] // 2)
+            # a table of latencies cannot answer, and says so
+            found[part] = filled([saved(hidden=half) / max(1, counts[0] - half)] * counts[0])
+        elif part == "layers":
+            single = counts[0] == 1
+            blocks = structure.blocks
+            found[part] = filled(
+                [dense if single else saved(blocks=blocks[:i] + blocks[i + 1 :]) for i in range(counts[0])]
+            )
+        else:
+            found[part] = filled([without(i, name) for i in range(counts[0])])
+    return Units().updated(**found)
+
+
+def _left(scores: Units, sizes: ModelSizes, gone: Units | None) -> Units:
+    """A mask of the scores' parts, True where a unit can still be cut."""
+    if gone is None:
+        return scores.map(lambda tensor: torch.ones(len(tensor), dtype=torch.bool))
+    check_units(gone, unit_shapes(sizes.structure, sizes.hidden), "gone")
+    if gone.parts() != scores.parts() or any(tensor.dtype != torch.bool for _, _, tensor in gone.items()):
+        raise LmcompressError(
+            f"gone must be a bool mask of the parts that have scores, {', '.join(scores.parts())}, got one of "
+            f"{', '.join(gone.parts()) or 'none'}"
+        )
+    return gone.map(Tensor.cpu)
+
+
+def _last(scores: Tensor, left: Tensor) -> Tensor:
+    """Scores in which those that are gone already are the least."""
+    return scores.detach().cpu().double().masked_fill(~left, float("-inf"))
+
+
 @dataclass
 class _Groups:
     """Units that are cut together, all lists one after another, in each list the least score first.
 
     Attributes:
-        members: for each tensor of the scores, the number of the group of each unit; -1 for one that always stays.
+        members: for each tensor of the scores, the number of the group of each unit; -1 for one that always stays, -2
+            for one that is gone already.
         part: of each group, as a number in PARTS.
         source: number of the tensor that each group is of.
         value: score per cost of each group.
-        share: position of each group in its tensor's list, in (0, 1].
-        totals: groups of each part, by its number in PARTS, those that always stay too.
+        share: position of each group in its tensor's list, those that are gone already before it, in (0, 1].
+        totals: groups of each part, by its number in PARTS, those that always stay and those that are gone too.
+        gone: groups of each part that are gone already.
         costs: for each tensor, the cost of all of it.
     """
 
@@ -280,76 +356,53 @@ class _Groups:
     value: Tensor
     share: Tensor
     totals: Tensor
+    gone: Tensor
     costs: list[float]
 
 
-def _groups(scores: Units, sizes: ModelSizes, cost: CostModel, multiple_of: int, keep: Mapping[Part, int]) -> _Groups:
+def _groups(
+    scores: Units, left: Units, sizes: ModelSizes, cost: CostModel, multiple_of: int, keep: Mapping[Part, int]
+) -> _Groups:
     members: list[Tensor] = []
     parts: list[Tensor] = []
     sources: list[Tensor] = []
     values: list[Tensor] = []
     shares: list[Tensor] = []
     costs: list[float] = []
-    totals = torch.zeros(len(PARTS))
+    totals, behind = torch.zeros(len(PARTS)), torch.zeros(len(PARTS))
     start = 0
-    for number, (part, block, tensor) in enumerate(scores.items()):
-        unit_costs = _unit_costs(part, block, len(tensor), sizes, cost)
+    slopes = secant_costs(sizes, cost, scores.parts())
+    for number, ((part, _, tensor), (_, _, unit_costs), (_, _, there)) in enumerate(
+        zip(scores.items(), slopes.items(), left.items(), strict=True)
+    ):
         costs.append(float(unit_costs.sum()))
         size = multiple_of if part in ("neurons", "hidden") else 1
-        per_cost = tensor.detach().cpu().double() / unit_costs
+        places = there.nonzero().flatten()
+        per_cost = (tensor.detach().cpu().double() / unit_costs)[places]
         by_score = per_cost.argsort(stable=True)
         # the first group is the small one: what stays after it is a multiple
-        first = len(tensor) % size
-        index = torch.empty(len(tensor), dtype=torch.long)
-        index[by_score] = (torch.arange(len(tensor)) - first).div(size, rounding_mode="floor") + (first > 0)
-        count = int(index.max()) + 1 if len(tensor) else 0
-        removable = max(0, len(tensor) - keep[part])
+        first = len(places) % size
+        index = torch.empty(len(places), dtype=torch.long)
+        index[by_score] = (torch.arange(len(places)) - first).div(size, rounding_mode="floor") + (first > 0)
+        count, every = -(-len(places) // size), -(-len(tensor) // size)
+        removable = max(0, len(places) - keep[part])
         # groups that would go below what must stay are left alone
         ends = torch.bincount(index, minlength=count).cumsum(0)
         free = int((ends <= removable).sum())
         means = torch.zeros(count, dtype=torch.float64).scatter_reduce_(0, index, per_cost, "mean", include_self=False)
-        members.append(torch.where(index < free, index + start, -1))
+        group = torch.full((len(tensor),), -2)
+        group[places] = torch.where(index < free, index + start, -1)
+        members.append(group)
         parts.append(torch.full((free,), PARTS.index(part)))
         sources.append(torch.full((free,), number))
         values.append(means[:free])
-        shares.append(torch.arange(1, free + 1, dtype=torch.float64) / max(count, 1))
-        totals[PARTS.index(part)] += count
+        shares.append(torch.arange(1 + every - count, 1 + every - count + free, dtype=torch.float64) / max(every, 1))
+        totals[PARTS.index(part)] += every
+        behind[PARTS.index(part)] += every - count
         start += free
-    return _Groups(members, torch.cat(parts), torch.cat(sources), torch.cat(values), torch.cat(shares), totals, costs)
-
-
-def _unit_costs(part: Part, block: int, count: int, sizes: ModelSizes, cost: CostModel) -> Tensor:
-    """What each unit saves: its share of what all units of its kind in that place save together.
-
-    Not the saving of the one unit: on a measured table that is often nothing, where the steps of the hardware are
-    coarser, and a unit that saves nothing would never go.
-    """
-    structure = sizes.structure
-    dense = cost.cost(structure)
-
-    def saved(**changes: object) -> float:
-        return dense - cost.cost(structure.model_copy(update=changes))
-
-    def without(index: int, **counts: int) -> tuple[BlockShape, ...]:
-        changed = structure.blocks[index].model_copy(update=counts)
-        return (*structure.blocks[:index], changed, *structure.blocks[index + 1 :])
-
-    if part == "hidden":
-        half = max(1, count // 2)
-        # a table of latencies cannot answer, and says so
-        values = [saved(hidden=half) / max(1, count - half)] * count
-    elif part in ("heads", "neurons"):
-        name = "heads" if part == "heads" else "ffn"
-        values = [saved(blocks=without(block, **{name: 0})) / max(1, count)] * count
-    elif part == "layers":
-        values = [
-            saved(blocks=structure.blocks[:i] + structure.blocks[i + 1 :]) if count > 1 else dense for i in range(count)
-        ]
-    else:
-        name = "heads" if part == "attention" else "ffn"
-        values = [saved(blocks=without(i, **{name: 0})) for i in range(count)]
-    costs = torch.tensor(values, dtype=torch.float64)
-    return costs.clamp_min(1e-12 * max(dense, 1e-12))
+    lists = {"part": parts, "source": sources, "value": values, "share": shares}
+    joined = {name: torch.cat(tensors) for name, tensors in lists.items()}
+    return _Groups(members=members, totals=totals, gone=behind, costs=costs, **joined)
 
 
 def _steps(groups: _Groups, ranking: Ranking, order: Order) -> Tensor:
@@ -369,7 +422,8 @@ def _steps(groups: _Groups, ranking: Ranking, order: Order) -> Tensor:
     share = torch.zeros_like(groups.value)
     for part in groups.part.unique():
         of_part = groups.part == part
-        share[of_part] = (_positions(groups.value[of_part]).double() + 1) / groups.totals[part]
+        before = groups.gone[part] + 1
+        share[of_part] = (_positions(groups.value[of_part]).double() + before) / groups.totals[part]
     return _positions(share)
 
 
@@ -385,9 +439,9 @@ class _Plan:
     def __init__(self, scores: Units, groups: _Groups, steps: Tensor) -> None:
         self.last = int(steps.max()) if len(steps) else -1
         self._scores = scores
-        never = torch.iinfo(torch.long).max
-        extended = torch.cat([steps, torch.tensor([never])])
-        # -1, a unit that always stays, reads the last one
+        self._alike = [part in _ALIKE for part, _, _ in scores.items()]
+        # those that are gone went before everything; those that always stay never go; both are read from the end
+        extended = torch.cat([steps, torch.tensor([-1, _NEVER])])
         self._when = [extended[members] for members in groups.members]
 
     def mask(self, step: int) -> Units:
@@ -395,14 +449,23 @@ class _Plan:
         return self._build([when >= step for when in self._when])
 
     def without(self, step: int) -> _Plan:
-        """The same order, in which what goes at ``step`` always stays."""
+        """The same order, in which what goes at ``step`` always stays, and what is alike and better with it."""
         other = copy.copy(self)
-        other._when = [torch.where(when == step, torch.iinfo(torch.long).max, when) for when in self._when]
+        other._when = [
+            torch.where(when >= step if alike and bool((when == step).any()) else when == step, _NEVER, when)
+            for when, alike in zip(self._when, self._alike, strict=True)
+        ]
         return other
 
-    def with_step(self, mask: Units, step: int) -> Units:
-        """The mask with what goes at ``step`` put back."""
-        return self._build([kept | (when == step) for (_, _, kept), when in zip(mask.items(), self._when, strict=True)])
+    def with_step(self, mask: Units, step: int) -> Units | None:
+        """The mask with what goes at ``step`` put back; None where something alike and better would still be gone."""
+        tensors = []
+        for (_, _, kept), when, alike in zip(mask.items(), self._when, self._alike, strict=True):
+            back = when == step
+            if alike and bool(back.any()) and not bool(kept[when > step].all()):
+                return None
+            tensors.append(kept | back)
+        return self._build(tensors)
 
     def _build(self, tensors: list[Tensor]) -> Units:
         left = iter(tensors)
@@ -422,7 +485,8 @@ def _around_large_pieces(plan: _Plan, low: int, reached: Callable[[Units], float
     """Where the last piece was so large that the budget is missed from below, keep it and go on with smaller ones."""
     best = reached(plan.mask(low)), plan, low
     for _ in range(_TRIES):
-        if best[0] >= (1 - _NEAR) * budget:
+        # before the first step lies what is gone already
+        if best[0] >= (1 - _NEAR) * budget or low == 0:
             break
         plan = plan.without(low - 1)
         if reached(plan.mask(plan.last + 1)) > budget:
@@ -437,7 +501,7 @@ def _put_back(mask: Units, plan: _Plan, step: int, fits: Callable[[Units], bool]
     """Give back, the best first, what the last and largest piece made unnecessary to cut."""
     for earlier in range(step - 2, max(-1, step - 2 - _PUT_BACK), -1):
         tried = plan.with_step(mask, earlier)
-        if fits(tried):
+        if tried is not None and fits(tried):
             mask = tried
     return mask
 

@@ -46,11 +46,7 @@ def cut(model: PreTrainedModel, mask: Units) -> None:
             model is quantized by another library.
     """
     anatomy = anatomy_of(model)
-    if getattr(model.config, "quantization_config", None) is not None and recorded_compression(model.config) is None:
-        raise LmcompressError(
-            "cannot cut a model that is quantized by another library: its packed weights have no units. Prune the "
-            "model first, then quantize what is left"
-        )
+    refuse_quantized(model)
     before = recorded_structure(model)
     check_units(mask, unit_shapes(before, anatomy.hidden_size), "a mask")
     after = masked_structure(before, mask)
@@ -81,6 +77,22 @@ def cut(model: PreTrainedModel, mask: Units) -> None:
     if len(layers) < len(anatomy.blocks):
         keep_layers(model, layers)
     _record(model, after.blocks)
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be cut, before anything long is done with it.
+
+    Args:
+        model: of a known family.
+
+    Raises:
+        LmcompressError: it is quantized by another library.
+    """
+    if getattr(model.config, "quantization_config", None) is not None and recorded_compression(model.config) is None:
+        raise LmcompressError(
+            "cannot cut a model that is quantized by another library: its packed weights have no units. Prune the "
+            "model first, then quantize what is left"
+        )
 
 
 def fold(model: PreTrainedModel, values: Units) -> None:

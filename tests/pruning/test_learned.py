@@ -16,7 +16,6 @@ from lmcompress.pruning.learned import (
     Layout,
     UnitCosts,
     expected_cost,
-    group_lasso,
     group_norms,
     hard_concrete_open,
     hard_concrete_sample,
@@ -133,10 +132,6 @@ def test_the_proximal_step_minimises_its_objective():
     assert (factors[norms <= 0.5] == 0).all()
     with pytest.raises(LmcompressError, match="must be >= 0, got -1"):
         proximal_factor(norms, -1.0)
-
-
-def test_the_penalty_weighs_groups_by_the_root_of_their_size():
-    assert float(group_lasso(torch.tensor([3.0, 4.0]), 9)) == pytest.approx(21.0)
 
 
 def _costs_of_parameters(model) -> tuple[UnitCosts, list[int], list[int]]:

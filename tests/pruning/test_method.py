@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from rich.console import Console
 
 from lmcompress import CompressedModel, LmcompressError, anatomy_of
 from lmcompress.anatomy import weight_view
-from lmcompress.pruning.config import Gradual, HardConcrete, HardThresholding, Iterative, OneShot, PruningConfig
+from lmcompress.pruning.config import (
+    Gradual,
+    GroupLasso,
+    HardConcrete,
+    HardThresholding,
+    Iterative,
+    OneShot,
+    PruningConfig,
+)
 from lmcompress.pruning.costs import FlopCost, LatencyTable, ModelSizes, ParameterCost
 from lmcompress.pruning.goals import (
     along_chains,
@@ -22,12 +31,11 @@ from lmcompress.pruning.goals import (
     feasible,
     goal_of,
     partial_target,
-    secant_costs,
 )
 from lmcompress.pruning.groups import shrink_, silence_, unit_norms, unit_views
 from lmcompress.pruning.learned import expected_cost
-from lmcompress.pruning.method import plan, prune
-from lmcompress.pruning.ranking import Shape, Target
+from lmcompress.pruning.method import StructuredPruning, _without_dead, plan, prune
+from lmcompress.pruning.ranking import Shape, Target, secant_costs
 from lmcompress.pruning.surgery import cut
 from lmcompress.pruning.units import Units, full, masked_structure
 from lmcompress.structure import structure_of
@@ -409,3 +417,60 @@ def test_shrinking_is_the_proximal_operator_on_every_group():
         torch.testing.assert_close(new, old * expected.reshape(-1, *(1,) * (old.dim() - 1)))
     after = unit_norms(model, ["neurons"]).neurons[1]
     assert 0 < int((after == 0).sum()) < FFN
+
+
+def quantized_elsewhere():
+    model = make("bert")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return model
+
+
+def test_a_model_quantized_by_another_library_is_refused_before_anything_is_scored():
+    def batches():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(LmcompressError, match="quantized by another library"):
+        prune(quantized_elsewhere(), PruningConfig(target=Target(sparsity=0.5)), batches())
+    with pytest.raises(LmcompressError, match="quantized by another library"):
+        StructuredPruning(PruningConfig(target=Target(sparsity=0.5))).attach(quantized_elsewhere(), torch.device("cpu"))
+
+
+def test_a_latency_target_with_another_cost_is_refused():
+    sizes = ModelSizes.of(make("bert"))
+    with pytest.raises(LmcompressError, match="a LatencyTable measured on this machine, got FlopCost"):
+        goal_of(Target(latency_ms=3.0), sizes, FlopCost(sizes))
+
+
+def test_expected_parameters_outside_the_blocks_follow_the_stream():
+    cost = ParameterCost(ModelSizes.of(make("bert")), "whole")
+    narrow = make("bert")
+    cut(narrow, full(narrow, ("hidden",)).map(lambda mask: torch.arange(len(mask)) < 11))
+    blocks = sum(p.numel() for p in narrow.base_model.encoder.layer.parameters())
+    assert float(cost.outside(torch.tensor(11.0))) == sum(p.numel() for p in narrow.parameters()) - blocks
+    assert ParameterCost(cost.sizes).outside(11.0) == 0
+
+
+def test_dead_groups_go_too_but_not_below_what_must_stay():
+    mask = Units(neurons=(torch.tensor([True, True, True, False]),) * 2)
+    alive = Units(neurons=(torch.tensor([True, True, False, True]), torch.tensor([True, False, False, True])))
+    config = PruningConfig(target=Target(sparsity=0.5), schedule=GroupLasso(), keep_at_least={"neurons": 2})
+    first, second = _without_dead(mask, alive, config).neurons
+    assert first.tolist() == [True, True, False, False] and torch.equal(second, mask.neurons[1])
+
+
+@pytest.mark.parametrize(("criterion", "power"), [("taylor_gates", 1), ("fisher", 2)])
+def test_running_scores_are_without_the_scale_of_float16_and_without_steps_that_overflow(criterion, power):
+    config = PruningConfig(
+        target=Target(sparsity=0.5), schedule=Iterative(begin=0.5), criterion=criterion, scores="training"
+    )
+    method = StructuredPruning(config)
+    method.attach(make("bert"), torch.device("cpu"))
+    scaler = SimpleNamespace(get_scale=lambda: 1024.0)
+    accelerator = SimpleNamespace(scaler=scaler)
+    method._trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(world_size=1))
+    method._fresh = torch.full_like(method._state.scores, 1024.0**power * 3)
+    method.before_optimizer_step()
+    method._fresh = torch.full_like(method._state.scores, float("inf"))
+    method.before_optimizer_step()
+    assert torch.equal(method._state.scores, torch.full_like(method._state.scores, 3.0))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, make, outputs
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import TrainingArguments
 
 from lmcompress import CheckpointError, CompressedModel, LmcompressError, anatomy_of
@@ -540,3 +541,77 @@ def test_the_method_works_beside_others_in_the_plain_trainer(tmp_path):
 def ragged_batch() -> dict[str, Tensor]:
     rows = ragged_rows()
     return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("repair", ["bias", "least_squares_in_order"])
+def test_repair_after_running_scores_takes_batches_of_another_size(tmp_path, repair):
+    schedule = Iterative(begin=0.2, rounds=2)
+    config = PruningConfig(target=HALF, schedule=schedule, scores="training", repair=repair, calibration_batch_size=5)
+    trainer = trainer_of(tmp_path, config)
+    trainer.train()
+    trainer.finish()
+    assert len(trainer.report.repaired) > 0 and all(
+        r["error_after"] <= r["error_before"] for r in trainer.report.repaired
+    )
+
+
+def test_rows_without_labels_are_refused_before_training(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ragged_rows()]
+    config = PruningConfig(target=HALF, schedule=OneShot(begin=0.5))
+    with pytest.raises(LmcompressError, match="taylor_gates must have labels, the calibration rows have none"):
+        PruningTrainer(make("bert"), arguments(tmp_path), config, train_dataset=rows)
+    own = config.model_copy(update={"labels": "self"})
+    PruningTrainer(make("bert"), arguments(tmp_path), own, train_dataset=rows)
+
+
+def test_rows_that_cannot_be_had_are_refused_before_training(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(ragged_rows())
+
+    with pytest.raises(LmcompressError, match="must come from a training set that can be indexed, got Stream"):
+        PruningTrainer(make("bert"), arguments(tmp_path), PruningConfig(target=HALF), train_dataset=Stream())
+    by_weights = PruningConfig(target=HALF, criterion="l1")
+    PruningTrainer(make("bert"), arguments(tmp_path), by_weights, train_dataset=Stream())
+
+
+def test_what_a_collator_draws_for_calibration_does_not_depend_on_when(tmp_path):
+    def noisy(rows):
+        batch = default_collate(rows)
+        return batch | {"input_ids": batch["input_ids"] + torch.randint(0, 3, batch["input_ids"].shape)}
+
+    found = []
+    for seed in (1, 2):
+        trainer = trainer_of(tmp_path, PruningConfig(target=HALF), data_collator=noisy)
+        trainer.pruning._given = None
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        found.append(trainer.pruning._calibration()[0]["input_ids"])
+        assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["hard_concrete", "movement"])
+@pytest.mark.parametrize("drawn", [-6.0, 0.0, 3.0])
+def test_the_blocks_that_are_open_are_those_of_the_whole_mask(tmp_path, name, drawn):
+    parts = ("heads", "neurons", "attention", "ffn", "layers")
+    method = trainer_of(tmp_path, SCHEDULES[name].model_copy(update={"parts": parts})).pruning
+    method._events = method_module.plan(method.config, STEPS)
+    method._first, method._step, method._learning = 0, STEPS, True
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        method._state.learned.copy_(torch.randn(method._layout.size, generator=generator) + drawn)
+    assert method._survivors(method._open_blocks()) == method._survivors(method._closed())
+
+
+def test_gates_are_set_once_for_a_whole_evaluation(tmp_path, monkeypatch):
+    trainer = trainer_of(
+        tmp_path, SCHEDULES["movement"], eval_dataset=ragged_rows(), changes={"per_device_eval_batch_size": 4}
+    )
+    method = trainer.pruning
+    method._events = method_module.plan(method.config, STEPS)
+    method._first, method._learning = 0, True
+    calls = []
+    monkeypatch.setattr(method.gates, "set", lambda values: calls.append(values))
+    trainer.evaluate()
+    assert len(calls) == 1

@@ -313,3 +313,40 @@ def test_the_verdict_says_whether_stock_transformers_load_it_and_what_would(fami
     for block, near in zip(structure.blocks, verdict.nearest.blocks, strict=True):
         assert near.heads >= block.heads and near.ffn >= block.ffn
     assert (verdict.nearest == structure) == loads
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("order", ["score", "cost"])
+@pytest.mark.parametrize(("neurons", "multiple"), [(FFN, 1), (21, 5), (20, 8)])
+def test_rounds_never_bring_anything_back_and_keep_to_multiples(ranking, order, neurons, multiple):
+    model = make("bert", intermediate_size=neurons)
+    sizes = ModelSizes.of(model)
+    parts = ("heads", "neurons", "attention", "layers")
+    gone, cost = full(model, parts), ParameterCost(sizes)
+    for number in range(1, 7):
+        # other scores each time, and large pieces beside small ones
+        scores, target = random_scores(parts, number, model), Target(sparsity=0.1 * number)
+        mask = select(scores, sizes, target, ranking=ranking, order=order, multiple_of=multiple, gone=gone)
+        left = cost.cost(masked_structure(sizes.structure, mask)) / cost.cost(sizes.structure)
+        assert 1 - left >= 0.1 * number - 1e-6
+        assert not any(bool((a & ~b).any()) for (_, _, a), (_, _, b) in zip(mask.items(), gone.items(), strict=True))
+        assert all(count == neurons or count % multiple == 0 for count in counts(mask))
+        gone = mask
+
+
+def test_what_meets_the_target_already_stays_as_it_is_in_a_later_round():
+    first = select(random_scores(), SIZES, Target(sparsity=0.5))
+    again = select(random_scores(seed=1), SIZES, Target(sparsity=0.3), gone=first)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), first.state_dict().values(), strict=True))
+
+
+def test_a_shape_takes_what_is_gone_first():
+    gone = select(random_scores(), SIZES, Target(shape=Shape(heads=2, ffn=10)))
+    mask = select(random_scores(seed=1), SIZES, Target(shape=Shape(heads=1, ffn=6)), gone=gone)
+    assert counts(mask, "heads") == [1] * LAYERS and counts(mask) == [6] * LAYERS
+    assert not any(bool((a & ~b).any()) for (_, _, a), (_, _, b) in zip(mask.items(), gone.items(), strict=True))
+
+
+def test_what_is_gone_must_be_a_mask_of_the_same_parts():
+    with pytest.raises(LmcompressError, match="gone must be a bool mask of the parts that have scores, heads, neurons"):
+        select(random_scores(), SIZES, Target(sparsity=0.5), gone=full(MODEL, ("heads",)))

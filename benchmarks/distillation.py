@@ -54,7 +54,7 @@ BUDGET: dict[str, tuple[float, int, float]] = {
     "stsb": (8, 3, 2e-4),
     "sst2": (2, 1, 2e-4),
     "qnli": (2, 1, 2e-4),
-    "rte": (4, 2, 1e-4),
+    "rte": (4, 3, 1e-4),
     "cola": (5, 1, 2e-4),
 }
 MATCHED = ((1, 2), (2, 4), (3, 6))

@@ -133,7 +133,16 @@ def recipe_schema() -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Without anchors."""
+    """Without anchors; what either reader would take for something else than a text is quoted."""
+
+    # ours reads 08 as a number, PyYAML's own as a text
+    yaml_implicit_resolvers = {
+        first: [
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*_Loader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+    }
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

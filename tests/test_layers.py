@@ -15,7 +15,7 @@ LAYERS = [
     ["recipes"],
     ["reporting"],
     ["trainers"],
-    ["distillation", "pruning", "quantization"],
+    ["distillation", "pruning"],
     ["method"],
     ["compact"],
     ["evaluation"],
@@ -25,6 +25,7 @@ LAYERS = [
     ["structure"],
     ["config"],
     ["anatomy"],
+    ["lowbit"],
     ["errors"],
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

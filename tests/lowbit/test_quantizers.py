@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.quantization import QUANTIZERS, PerGroup, PerRow, PerTensor, dequantize, pack, quantizer_for, unpack
-from lmcompress.quantization.grids import STRETCHED_GRID, mean_abs, unsigned_grid
-from lmcompress.quantization.quantizers import (
+from lmcompress.lowbit import QUANTIZERS, PerGroup, PerRow, PerTensor, dequantize, pack, quantizer_for, unpack
+from lmcompress.lowbit.grids import STRETCHED_GRID, mean_abs, unsigned_grid
+from lmcompress.lowbit.quantizers import (
     affine,
     asymmetric,
     binary,

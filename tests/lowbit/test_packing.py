@@ -7,8 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.quantization import dequantize, pack, packed_bytes, packed_shape, unpack
-from lmcompress.quantization.grids import (
+from lmcompress.lowbit import dequantize, pack, packed_bytes, packed_shape, unpack
+from lmcompress.lowbit.grids import (
     BINARY_GRID,
     STRETCHED_GRID,
     Grid,
@@ -19,7 +19,7 @@ from lmcompress.quantization.grids import (
     symmetric_grid,
     unsigned_grid,
 )
-from lmcompress.quantization.packing import CONTAINERS, check_scales, container_for
+from lmcompress.lowbit.packing import CONTAINERS, check_scales, container_for
 
 TERNARY = symmetric_grid("ternary")
 GRIDS = [

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError
-from lmcompress.quantization._straight_through import (
+from lmcompress.lowbit._straight_through import (
     Rule,
     at_least,
     fake_quantize,
     learned_affine,
     straight_through,
 )
-from lmcompress.quantization.grids import (
+from lmcompress.lowbit.grids import (
     PER_TENSOR,
     Grid,
     PerTensor,
@@ -47,7 +47,7 @@ from lmcompress.quantization.grids import (
     symmetric_grid,
     unsigned_grid,
 )
-from lmcompress.quantization.quantizers import Quantized, affine, check_percentile, search_shares
+from lmcompress.lowbit.quantizers import Quantized, affine, check_percentile, search_shares
 
 ActivationBits = Literal[4, 8]
 """Widths of activations."""
@@ -71,7 +71,7 @@ def dynamic(
 
     .. math:: x_q = s \cdot \mathrm{round}(x / s), \quad s = \frac{\max|x|}{2^{b-1} - 1}
 
-    or, not symmetric, with whole zero points as in :func:`~lmcompress.quantization.quantizers.asymmetric`, over the
+    or, not symmetric, with whole zero points as in :func:`~lmcompress.lowbit.quantizers.asymmetric`, over the
     least and greatest value. The range is data: the gradient goes straight through to what is not clipped. An input of
     zeros only gives zeros.
 
@@ -160,7 +160,7 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
     .. math:: x_q = s \cdot (\mathrm{clip}(\mathrm{round}(x / s) + z, 0, 2^b - 1) - z), \quad
         z = \mathrm{round}(-\beta / s)
 
-    The gradient of s is as for weights (:func:`~lmcompress.quantization.quantizers.lsq`), that of β is 1 for numbers
+    The gradient of s is as for weights (:func:`~lmcompress.lowbit.quantizers.lsq`), that of β is 1 for numbers
     beyond the range and 0 within; both times :math:`1 / \sqrt{N Q_P}` with N the numbers of one example's vector (last
     axis), so that neither batch nor length changes it.
 

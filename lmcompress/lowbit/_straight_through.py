@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmcompress.quantization.grids import Grid
+from lmcompress.lowbit.grids import Grid
 
 SMALLEST_SCALE = 1e-5
 """What a learned scale is at least, as in BiT's and ParetoQ's code; an optimizer may step below 0."""

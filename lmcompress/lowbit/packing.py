@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.quantization.grids import Granularity, Grid
+from lmcompress.lowbit.grids import Granularity, Grid
 
 Container = Literal[1, 2, 3, 4, 8, "base3"]
 """How codes lie in bytes: bits for each, or five ternary digits a byte."""
@@ -200,7 +200,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, granularity: Granularity, zero_
         CheckpointError: scales or zero points of another shape, negative, or not finite.
 
     Example:
-        >>> from lmcompress.quantization.grids import PerRow
+        >>> from lmcompress.lowbit.grids import PerRow
         >>> dequantize(torch.tensor([[-1, 2], [1, 0]]), torch.tensor([[0.5], [3.0]]), granularity=PerRow())
         tensor([[-0.5000,  1.0000],
                 [ 3.0000,  0.0000]])

@@ -35,7 +35,7 @@ granularity: :class:`PerTensor`, :class:`PerRow`, :class:`PerGroup`. The papers'
 for each row of the embedding; PACT, LSQ, LAQ, TWN the tensor; TBT, ParetoQ, binary the row.
 
 **Packing is exact.** What comes back holds ``values`` and the codes, scales and zero points that they are made of;
-:func:`lmcompress.quantization.packing.dequantize` gives the values again to the bit.
+:func:`lmcompress.lowbit.packing.dequantize` gives the values again to the bit.
 
 **NaN and infinite weights** pass into the values unseen, since to look costs a pass over every weight in every step and
 a wait for the GPU; they are an error where a state is made and where codes are asked for.
@@ -51,8 +51,8 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.quantization._straight_through import Inside, Rule, at_least, fake_quantize, straight_through
-from lmcompress.quantization.grids import (
+from lmcompress.lowbit._straight_through import Inside, Rule, at_least, fake_quantize, straight_through
+from lmcompress.lowbit.grids import (
     BINARY_GRID,
     PER_TENSOR,
     STRETCHED_GRID,
@@ -779,7 +779,7 @@ def nearest_codes(
         zero_points: of ``scales``'s shape, or ``None``.
 
     Returns:
-        ``weight``'s shape, int8 or uint8: of weights that :func:`~lmcompress.quantization.packing.dequantize` gave, the
+        ``weight``'s shape, int8 or uint8: of weights that :func:`~lmcompress.lowbit.packing.dequantize` gave, the
         codes that it was given.
 
     Raises:

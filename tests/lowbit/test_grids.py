@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.quantization.grids import (
+from lmcompress.lowbit.grids import (
     BINARY_GRID,
     BITS,
     STRETCHED_GRID,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.quantization import PerTensor, PerToken, dequantize
-from lmcompress.quantization.activations import (
+from lmcompress.lowbit import PerTensor, PerToken, dequantize
+from lmcompress.lowbit.activations import (
     Histogram,
     MinMax,
     check_range,

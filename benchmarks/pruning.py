@@ -3,8 +3,9 @@
 The models are the MiniLM teachers of ``benchmarks/teachers.py``; each is pruned and recovers under itself as teacher,
 whose answers come from the disk store of ``benchmarks/distillation.py``. Two questions:
 
-* ``criteria``: which criterion? One-shot, then a short recovery, everything equal but the scores; small tasks, 3 seeds
-  (of the calibration rows, what is drawn, and the order of training rows).
+* ``criteria``: which criterion? One-shot, then a short recovery, everything equal but the scores; MRPC, RTE and an
+  eighth of SST-2 (whose 872 validation rows tell more than RTE's 277 at a teacher of 60 %). Seeds are of the calibration
+  rows, what is drawn, and the order of training rows.
 * ``schedules``: when? One-shot against little by little, the same criterion, the same steps, a longer recovery.
 
 Sparsity is the share of the encoder's parameters that is gone, embeddings not counted. The last epoch counts, not the
@@ -70,7 +71,7 @@ CRITERIA: dict[str, tuple[str, str]] = {
 IN_UNITS_OF_THE_LOSS = ("taylor_weights", "taylor_gates", "fisher")
 
 # task: (epochs of recovery, seeds)
-CRITERIA_BUDGET: dict[str, tuple[float, int]] = {"mrpc": (1, 3), "rte": (1, 3)}
+CRITERIA_BUDGET: dict[str, tuple[float, int]] = {"mrpc": (1, 3), "sst2": (0.12, 3), "rte": (1, 1)}
 SCHEDULE_BUDGET: dict[str, tuple[float, int]] = {"mrpc": (6, 2), "rte": (6, 2), "sst2": (1, 1), "qnli": (1.5, 1)}
 SCHEDULES: dict[str, Any] = {
     "one_shot": OneShot(),
@@ -254,9 +255,12 @@ def verdicts(rows: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[s
                 f"{sparsity:.0%} of the encoder cut, {best}: share of the dense mean kept ({', '.join(schedule_tasks)})"
             )
             wanted.append(asked(name, f">= {share} %", kept, kept >= share))
-            if "one_shot" in done:
-                gain = done[best] - done["one_shot"]
-                wanted.append(asked(f"{sparsity:.0%}: {best} minus one-shot, points", "> 0", gain, gain > 0))
+            both = [t for t in schedule_tasks if mean_of("schedules", "one_shot", sparsity, [t]) is not None]
+            if both:
+                pair = [mean_of("schedules", name, sparsity, both) for name in (best, "one_shot")]
+                gain = (pair[0] or 0.0) - (pair[1] or 0.0)
+                of = f"{sparsity:.0%}: {best} minus one-shot ({', '.join(both)}), points"
+                wanted.append(asked(of, "> 0", gain, gain > 0))
     criteria_tasks = [t for t in CRITERIA_BUDGET if any(r["kind"] == "criteria" and r["task"] == t for r in rows)]
     for sparsity in ASKED:
         found = {name: mean_of("criteria", name, sparsity, criteria_tasks) for name in CRITERIA}

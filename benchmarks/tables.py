@@ -178,6 +178,43 @@ def pruning_speed(results: Path) -> str | None:
     return "\n\n".join([*parts, f"Medians. {origin(result)}"])
 
 
+def pruning(results: Path) -> str | None:
+    """Schedules by task and sparsity, criteria by sparsity; None where there are no results."""
+    result = _read(results / "pruning.json")
+    if result is None:
+        return None
+    parts = []
+    for kind, what in (("schedules", "schedule"), ("criteria", "criterion")):
+        rows = {(r["task"], r["sparsity"], r["name"]): r for r in result["rows"] if r["kind"] == kind}
+        tasks, sparsities, names = (list(dict.fromkeys(key[i] for key in rows)) for i in range(3))
+        tasks.sort(key=list(_TASKS).index)
+        if not rows:
+            continue
+        dense = [next(r["dense"] for key, r in rows.items() if key[0] == task) for task in tasks]
+        table = []
+        for sparsity in sparsities:
+            found = []
+            for name in names:
+                mine = [rows.get((task, sparsity, name)) for task in tasks]
+                kept = [100 * r["score"] / r["dense"] for r in mine if r is not None]
+                if kept:
+                    share = 100 * sum(r["score"] for r in mine if r) / sum(r["dense"] for r in mine if r)
+                    found.append(([f"{100 * sparsity:.0f} %, {name}", *map(_score, mine)], share, len(kept)))
+            # the best first, those that lack a task last
+            found.sort(key=lambda row: (row[2], row[1]), reverse=True)
+            table += [[*cells, f"{share:.1f} %" if count == len(tasks) else "–"] for cells, share, count in found]
+        columns = [f"cut, {what}", *(_TASKS.get(task, task) for task in tasks), "of the dense mean"]
+        seeds = {
+            count: sorted({_TASKS[r["task"]] for r in rows.values() if r["seeds"] == count}) for count in (1, 2, 3)
+        }
+        words = [f"{count}: {', '.join(of)}" for count, of in seeds.items() if of]
+        parts.append(
+            f"{markdown(columns, [['dense', *(f'{score:.1f}' for score in dense), '100 %'], *table])}\n\n"
+            f"Mean ± standard deviation; seeds {'; '.join(words)}."
+        )
+    return "\n\n".join([*parts, origin(result)])
+
+
 def pruning_lm(results: Path) -> str | None:
     """Perplexity of a GPT-2 against sparsity, in four ways to get there; None where there are no results."""
     result = _read(results / "pruning_lm.json")
@@ -266,6 +303,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "distillation": distillation,
     "distillation_lm": distillation_lm,
     "trainer_overhead": trainer_overhead,
+    "pruning": pruning,
     "pruning_speed": pruning_speed,
     "pruning_lm": pruning_lm,
     "pruning_peers": pruning_peers,
@@ -294,11 +332,14 @@ def _read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text("utf-8")) if file.is_file() else None
 
 
+def _score(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['score']:.1f}" + (f" ± {row['spread']:.1f}" if row["spread"] is not None else "")
+
+
 def _scores(rows: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    scores = []
-    for row in rows:
-        spread = f" ± {row['spread']:.1f}" if row and row["spread"] is not None else ""
-        scores.append(f"{row['score']:.1f}{spread}" if row else "–")
+    scores = [_score(row) for row in rows]
     return scores + [f"{row['of_teacher']:.1f} %" if row else "–" for row in rows[1:]]
 
 

@@ -4,8 +4,8 @@ The models are the MiniLM teachers of ``benchmarks/teachers.py``; each is pruned
 whose answers come from the disk store of ``benchmarks/distillation.py``. Two questions:
 
 * ``criteria``: which criterion? One-shot, then a short recovery, everything equal but the scores; MRPC, RTE and an
-  eighth of SST-2 (whose 872 validation rows tell more than RTE's 277 at a teacher of 60 %). Seeds are of the calibration
-  rows, what is drawn, and the order of training rows.
+  eighth of SST-2 (whose 872 validation rows tell more than RTE's 277 at a teacher of 60 %). Seeds are of the
+  calibration rows, what is drawn, and the order of training rows.
 * ``schedules``: when? One-shot against little by little, the same criterion, the same steps, a longer recovery.
 
 Sparsity is the share of the encoder's parameters that is gone, embeddings not counted. The last epoch counts, not the

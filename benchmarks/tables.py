@@ -210,7 +210,7 @@ def pruning(results: Path) -> str | None:
         words = [f"{count}: {', '.join(of)}" for count, of in seeds.items() if of]
         parts.append(
             f"{markdown(columns, [['dense', *(f'{score:.1f}' for score in dense), '100 %'], *table])}\n\n"
-            f"Mean ± standard deviation; seeds {'; '.join(words)}."
+            f"Mean ± standard deviation; seeds: {', '.join(words)}."
         )
     return "\n\n".join([*parts, origin(result)])
 

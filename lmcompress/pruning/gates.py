@@ -62,6 +62,8 @@ class Gates:
         self._active: set[Part] = set()
         self._some_hidden_gone = False
         self._handles: list[RemovableHandle] = []
+        # which sub-layer's last projection a module is
+        self._sub_layers: dict[nn.Module, tuple[Part, int]] = {}
         for index, block in enumerate(anatomy_of(model).blocks):
             self._attach_block(index, block)
         if "hidden" in self._parts:
@@ -138,8 +140,13 @@ class Gates:
             self._handles.append(module.register_forward_pre_hook(scale))
 
         def after(module: nn.Module, part: Part) -> None:
+            self._sub_layers[module] = part, index
+
             def scale(_: nn.Module, args: Any, output: Tensor) -> Any:
-                return _times(output, self._one(part, index)) if part in self._active else None
+                # with hidden gates, whose hook on the same module multiplies by both at once
+                if part not in self._active or "hidden" in self._active:
+                    return None
+                return _times(output, self._one(part, index))
 
             self._handles.append(module.register_forward_hook(scale))
 
@@ -170,6 +177,9 @@ class Gates:
             if "hidden" not in self._active:
                 return None
             value = self._values.tensors("hidden")[0]
+            part, index = self._sub_layers.get(module, ("hidden", 0))
+            if part != "hidden" and part in self._active:
+                value = value * self._one(part, index)
             if isinstance(module, nn.LayerNorm) and self._some_hidden_gone:
                 output = _norm(args[0], module, value)
             return _times(output, value)

@@ -72,7 +72,7 @@ IN_UNITS_OF_THE_LOSS = ("taylor_weights", "taylor_gates", "fisher")
 
 # task: (epochs of recovery, seeds)
 CRITERIA_BUDGET: dict[str, tuple[float, int]] = {"mrpc": (1, 3), "sst2": (0.12, 3), "rte": (1, 1)}
-SCHEDULE_BUDGET: dict[str, tuple[float, int]] = {"mrpc": (6, 2), "rte": (6, 2), "sst2": (1, 1), "qnli": (1.5, 1)}
+SCHEDULE_BUDGET: dict[str, tuple[float, int]] = {"mrpc": (6, 2), "rte": (3, 2), "sst2": (1, 1), "qnli": (1.5, 1)}
 SCHEDULES: dict[str, Any] = {
     "one_shot": OneShot(),
     "gradual": Gradual(begin=0.0, end=0.6, every=10),

@@ -41,7 +41,7 @@ from lmcompress.pruning.method import StructuredPruning, prune
 from lmcompress.pruning.ranking import Shape, Target
 from lmcompress.trainers import CompressionTrainer
 
-BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 300, 1e-3
+BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 200, 1e-3
 CALIBRATION_BLOCKS = 64
 SPARSITIES = (0.25, 0.5, 0.75)
 ROLES = ("one-shot", "one-shot, repaired", "pruned", "scratch")

@@ -108,6 +108,13 @@ def make(family: TestFamily | str, head: str = "classification", seed: int = 0, 
     return model.eval()
 
 
+def set_dropout(model: PreTrainedModel, p: float) -> None:
+    """Let every dropout of a model drop with probability ``p``."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+
+
 def inputs(model: PreTrainedModel, *, rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random token ids with padding on the right of the last row."""
     generator = torch.Generator().manual_seed(seed)

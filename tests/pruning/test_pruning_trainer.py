@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, make, outputs
-from torch import Tensor, nn
+from families import FAMILIES, make, outputs, set_dropout
+from torch import Tensor
 from torch.utils.data import default_collate
+from training import tiny_arguments
 from transformers import TrainingArguments
 
 from lmcompress import CheckpointError, CompressedModel, LmcompressError, anatomy_of
@@ -61,29 +62,8 @@ def ragged_rows(causal: bool = False, rows: int = 16) -> list[dict[str, Tensor]]
 
 
 def arguments(tmp_path, **changes) -> TrainingArguments:
-    values = dict(
-        output_dir=str(tmp_path),
-        max_steps=STEPS,
-        learning_rate=1e-3,
-        optim="adamw_torch",
-        weight_decay=0.1,
-        lr_scheduler_type="linear",
-        per_device_train_batch_size=8,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        seed=3,
-        data_seed=3,
-    )
-    return TrainingArguments(**(values | changes))
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = p
+    adam = dict(max_steps=STEPS, learning_rate=1e-3, optim="adamw_torch", weight_decay=0.1, lr_scheduler_type="linear")
+    return tiny_arguments(tmp_path, **(adam | changes))
 
 
 def trainer_of(tmp_path, config, family="bert", head="classification", dropout=0.0, teacher=None, **given):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import make
-from torch import Tensor, nn
+from families import make, set_dropout
+from torch import Tensor
+from training import tiny_arguments
 from transformers import Trainer, TrainingArguments
 
 from lmcompress import CheckpointError, CompressedModel, LmcompressError
@@ -42,29 +43,8 @@ def ragged_rows(kind: str, rows: int = 16, seed: int = 0) -> list[dict[str, Tens
 
 
 def arguments(tmp_path, **changes) -> TrainingArguments:
-    values = dict(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        learning_rate=0.05,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=8,
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        seed=3,
-        data_seed=3,
-    )
-    return TrainingArguments(**(values | changes))
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = p
+    plain = dict(max_steps=2, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0)
+    return tiny_arguments(tmp_path, **(plain | changes))
 
 
 def student_and_teacher(kind: str):

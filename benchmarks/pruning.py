@@ -193,7 +193,10 @@ def run(options: argparse.Namespace) -> None:
     """Everything that was asked for and is not there yet; the first seeds of all before the second of any."""
     benches: dict[str, Bench] = {}
     budgets = {"criteria": CRITERIA_BUDGET, "schedules": SCHEDULE_BUDGET}
-    names = {"criteria": CRITERIA, "schedules": {n: SCHEDULES[n] for n in options.schedules}}
+    names = {
+        "criteria": {n: CRITERIA[n] for n in options.criteria},
+        "schedules": {n: SCHEDULES[n] for n in options.schedules},
+    }
     sparsities = options.sparsities or SPARSITIES
     for kind in options.parts:
         budget = budgets[kind]
@@ -320,6 +323,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--parts", nargs="+", choices=("criteria", "schedules"), default=("schedules", "criteria"))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--sparsities", nargs="+", type=float, help="default: 0.5 0.75 0.9")
     parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, one seed, to see that it runs")
     parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")

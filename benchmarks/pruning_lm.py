@@ -43,7 +43,7 @@ from lmcompress.trainers import CompressionTrainer
 
 BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 200, 1e-3
 CALIBRATION_BLOCKS = 64
-SPARSITIES = (0.25, 0.5, 0.75)
+SPARSITIES = (0.5, 0.75, 0.25)
 ROLES = ("one-shot", "one-shot, repaired", "pruned", "scratch")
 CRITERION, SCHEDULE = "fisher", Gradual(end=0.5, every=10)
 DISTILLATION = DistillationConfig(temperature=1.0, weight=1.0, label_weight=0.5)

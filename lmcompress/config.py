@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmcompress.errors import CheckpointError
+from lmcompress.lowbit.grids import PER_TENSOR, Granularity, Grid, PerGroup, PerRow
+from lmcompress.lowbit.packing import container_for
 
-# 1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own
-FORMAT_VERSION = 2
+# 1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own. 3: packed weights
+FORMAT_VERSION = 3
 QUANT_METHOD = "lmcompress"
 MAX_BLOCKS, MAX_HEADS, MAX_WIDTH = 1024, 1024, 1 << 20
+MAX_MODULES = 1 << 16
 
 
 class _Strict(BaseModel):
@@ -55,6 +58,160 @@ class Structure(_Strict):
         return tuple(value) if isinstance(value, list) else value
 
 
+class ActivationEncoding(_Strict):
+    """What happens to an activation before it enters a product.
+
+    Attributes:
+        bits: 8 or 4.
+        symmetric: whether levels lie around 0; else the codes are 0 to 2^bits - 1 with a whole zero point.
+        granularity: of dynamic ranges: one for the ``tensor``, or one for each ``token``, the last axis.
+        range: ``dynamic``, taken anew from every input; ``static``: scale and zero point are tensors of the checkpoint,
+            as ranges that were calibrated or learned end.
+        clip: of dynamic ranges: what is beyond ±clip is cut beforehand (TernaryBERT's 2.5); ``None`` cuts nothing.
+        full: of symmetric static ranges: the codes are -2^(bits-1) to 2^(bits-1) - 1, as learned ones are; else the
+            lowest of these is left out.
+    """
+
+    bits: Literal[8, 4]
+    symmetric: bool = True
+    granularity: Literal["tensor", "token"] = "tensor"
+    range: Literal["dynamic", "static"] = "dynamic"
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    full: bool = False
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return _no_lookalike(value)
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> ActivationEncoding:
+        if self.range == "static" and (self.granularity != "tensor" or self.clip is not None):
+            raise ValueError("a static range must have granularity 'tensor' and no clip; its scale is a tensor")
+        if self.full and not (self.range == "static" and self.symmetric):
+            raise ValueError("full is for symmetric static ranges only, the others have their codes by themselves")
+        return self
+
+
+class GridEncoding(_Strict):
+    """The integers that a code may be: ``levels`` of them from ``low``, ``stride`` apart; they fit one byte.
+
+    Attributes:
+        low: the least code.
+        levels: how many there are.
+        stride: from one to the next.
+    """
+
+    low: Annotated[int, Field(ge=-128, le=255)]
+    levels: Annotated[int, Field(ge=2, le=256)]
+    stride: Annotated[int, Field(ge=1, le=255)] = 1
+
+    @model_validator(mode="after")
+    def _fits_a_byte(self) -> GridEncoding:
+        self.grid()
+        return self
+
+    def grid(self) -> Grid:
+        """The same as lowbit has it."""
+        return Grid(self.low, self.levels, self.stride)
+
+
+class WeightEncoding(_Strict):
+    """How the weights of some modules lie in the checkpoint; weights are seen as ``(out, in)``, embeddings by word.
+
+    Attributes:
+        grid: what codes may be.
+        container: how codes lie in bytes, see :mod:`lmcompress.lowbit.packing`.
+        granularity: which weights share a scale: the ``tensor``, each ``row``, or each so many neighbours of a row.
+        zero_points: whether there are zero points beside the scales.
+        inputs: what happens to the module's input; of the word embeddings, to that of a head which is tied to them.
+        modules: paths of the modules relative to the base model; those of a task head by their own names.
+    """
+
+    grid: GridEncoding
+    container: Literal[1, 2, 3, 4, 8, "base3"]
+    granularity: Literal["tensor", "row"] | Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    zero_points: bool = False
+    inputs: ActivationEncoding | None = None
+    modules: Annotated[
+        tuple[Annotated[str, Field(max_length=256, pattern=r"^\w+(\.\w+)*$")], ...],
+        Field(min_length=1, max_length=MAX_MODULES),
+    ]
+
+    @field_validator("container", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return _no_lookalike(value)
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _list_from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> WeightEncoding:
+        smallest = container_for(self.grid.grid())
+        levels = 3 if self.container == "base3" else 2**self.container
+        if self.grid.levels > levels:
+            raise ValueError(
+                f"container {self.container!r} holds {levels} levels, the grid has {self.grid.levels}: at least "
+                f"{smallest!r} is needed"
+            )
+        if self.zero_points and self.grid.low < 0:
+            raise ValueError("zero points belong to a grid whose codes are 0 or more")
+        return self
+
+    def grouping(self) -> Granularity:
+        """The granularity as lowbit has it."""
+        if isinstance(self.granularity, int):
+            return PerGroup(self.granularity)
+        return PER_TENSOR if self.granularity == "tensor" else PerRow()
+
+
+class AttentionEncoding(_Strict):
+    """What happens in the attention of every block to what enters its two products; ``None`` leaves it as it is.
+
+    Attributes:
+        queries, keys: of the product before the softmax.
+        values, probabilities: of the product after it.
+    """
+
+    queries: ActivationEncoding | None = None
+    keys: ActivationEncoding | None = None
+    values: ActivationEncoding | None = None
+    probabilities: ActivationEncoding | None = None
+
+
+class Encoding(_Strict):
+    """How the tensors of a checkpoint stand for weights, and what happens to activations.
+
+    Attributes:
+        weights: one entry for each way that there is; no module is in two of them.
+        attention: what happens within attention, the same in all blocks.
+    """
+
+    weights: Annotated[tuple[WeightEncoding, ...], Field(max_length=MAX_MODULES)] = ()
+    attention: AttentionEncoding | None = None
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _list_from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _each_module_once(self) -> Encoding:
+        seen: set[str] = set()
+        for path in (path for entry in self.weights for path in entry.modules):
+            if path in seen:
+                raise ValueError(f"module {path} is encoded twice; a module has one encoding")
+            seen.add(path)
+        return self
+
+    def by_module(self) -> dict[str, WeightEncoding]:
+        """The entry of each module, by its path."""
+        return {path: entry for entry in self.weights for path in entry.modules}
+
+
 class Provenance(_Strict):
     """Where a model comes from. Nothing here changes how it is loaded.
 
@@ -83,11 +240,12 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         structure: shapes of the blocks, or None where the stock config says all.
         provenance: where the model comes from.
         format_version: version of this format; a later one than this library knows is refused.
+        encoding: how packed weights lie in the files, or None where all are dense.
         **unknown: refused, with the names that are known.
 
     Raises:
         CheckpointError: a value of a wrong type or out of range, an unknown key, a version of the future, or shapes
-            that the version did not have.
+            or encodings that the version did not have.
     """
 
     def __init__(
@@ -95,6 +253,7 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         structure: Structure | Mapping[str, Any] | None = None,
         provenance: Provenance | Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
+        encoding: Encoding | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -109,14 +268,21 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if unknown:
             raise CheckpointError(
-                f"quantization_config has unknown keys: {', '.join(sorted(unknown))}. Known are: format_version, "
-                "provenance, structure. The config is damaged or was written by something else than lmcompress."
+                f"quantization_config has unknown keys: {', '.join(sorted(unknown))}. Known are: encoding, "
+                "format_version, provenance, structure. The config is damaged or was written by something "
+                "else than lmcompress."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.structure = _validated(Structure, structure)
         if format_version == 1 and self.structure is not None:
             _refuse_second_version(self.structure)
+        self.encoding = _validated(Encoding, encoding)
+        if format_version < 3 and self.encoding is not None:
+            raise CheckpointError(
+                f"quantization_config says format version {format_version} and has an encoding, which came with "
+                "version 3: the config is damaged; load the checkpoint as it was written"
+            )
         self.provenance = _validated(Provenance, provenance) or Provenance()
 
     @classmethod
@@ -139,6 +305,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         values: dict[str, Any] = {"quant_method": self.quant_method, "format_version": self.format_version}
         if self.structure is not None:
             values["structure"] = self.structure.model_dump(mode="json", exclude_none=True)
+        if self.encoding is not None:
+            values["encoding"] = self.encoding.model_dump(mode="json", exclude_defaults=True)
         provenance = self.provenance.model_dump(mode="json", exclude_defaults=True)
         return values | ({"provenance": provenance} if provenance else {})
 
@@ -168,6 +336,11 @@ def recorded_compression(config: Any) -> CompressionConfig | None:
     # a dictionary before loading; a class of its own where a self-loading checkpoint came first
     values = value if isinstance(value, dict) else value.to_dict()
     return CompressionConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
+
+
+def _no_lookalike(value: Any) -> Any:
+    """The value, or a text for what equals a number and is none: True == 1, 8.0 == 8."""
+    return repr(value) if isinstance(value, (bool, float)) else value
 
 
 def _refuse_second_version(structure: Structure) -> None:

@@ -11,8 +11,9 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,10 +22,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from lmcompress.anatomy import anatomy_of
 from lmcompress.config import QUANT_METHOD, CompressionConfig
+from lmcompress.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
 from lmcompress.errors import CheckpointError
 from lmcompress.structure import shape_skeleton
 
 MAX_HEADER_BYTES = 100_000_000
+_STORED_AS = {torch.uint8: "U8", torch.float32: "F32"}
 
 
 class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -43,6 +46,8 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
         structure = self.quantization_config.structure
         if structure is not None:
             shape_skeleton(model, structure)
+        if self.quantization_config.encoding is not None:
+            encode_skeleton(model, self.quantization_config.encoding)
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if checkpoint_files is not None:
             check_files(model, [Path(file) for file in checkpoint_files])
@@ -59,7 +64,12 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
                     "one of another width. Use a newer one, or load with AutoModel, save that and load it for the task"
                 )
         # on the way through the stock loader the config is given back as it was read, source numbers included
-        model.config.quantization_config = self.quantization_config
+        config = self.quantization_config
+        model.config.quantization_config = config
+        if config.encoding is not None:
+            check_encoded(model)
+            # what is of a head that this model has not got is not of this model
+            config.encoding = encoding_of(model)
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -90,14 +100,21 @@ def register() -> None:
     register_quantizer(QUANT_METHOD)(LmcompressQuantizer)
 
 
-def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file, with the file's length checked against them.
+class Stored(NamedTuple):
+    """What a file says of a tensor: its shape, and its type as safetensors calls it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def safetensors_header(file: Path) -> dict[str, Stored]:
+    """Names, shapes and types of the tensors in a safetensors file, with the file's length checked against them.
 
     Args:
         file: path of the file; only its header is read.
 
     Returns:
-        Shape by name.
+        Shape and type by name.
 
     Raises:
         CheckpointError: it is not a whole safetensors file.
@@ -114,7 +131,10 @@ def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(stream.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+            stored = {
+                name: Stored(tuple(int(n) for n in entry["shape"]), str(entry.get("dtype")))
+                for name, entry in entries.items()
+            }
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{file} has a damaged header ({error}); fetch or copy it again") from error
     if end != size - 8 - length:
@@ -122,7 +142,7 @@ def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
             f"{file} should have {end} bytes of tensors and has {size - 8 - length}: it is cut off or was changed; "
             "fetch or copy it again"
         )
-    return shapes
+    return stored
 
 
 def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
@@ -141,14 +161,14 @@ def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
     paths = list(files)
     if any(path.suffix != ".safetensors" for path in paths):
         return
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Stored] = {}
     for path in paths:
         found |= safetensors_header(path)
     prefix = model.base_model_prefix + "."
     # a block that is described without heads, whose file has some
     blocks = anatomy_of(model).family.blocks + "."
     expected = {name.removeprefix(prefix) for name in model.state_dict()}
-    found = {name.removeprefix(prefix): shape for name, shape in found.items()}
+    found = {name.removeprefix(prefix): stored for name, stored in found.items()}
     for name in found:
         if name.startswith(blocks) and name not in expected:
             raise CheckpointError(
@@ -158,19 +178,26 @@ def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
     tied = set(model.all_tied_weights_keys)
     must = {name.removeprefix(prefix) for name in _backbone_names(model)}
+    encoded = {name.removeprefix(prefix) for name in encoded_names(model)}
     for full_name, tensor in model.state_dict().items():
         name = full_name.removeprefix(prefix)
         if full_name in tied:
             continue
         if name not in found:
-            if same_class or name in must:
+            if same_class or name in must | encoded:
                 raise CheckpointError(
                     f"tensor {full_name} is missing from the checkpoint: it is cut off or was changed; "
                     "fetch or copy it again"
                 )
-        # a head of another width is the user's to replace (ignore_mismatched_sizes)
-        elif found[name] != tuple(tensor.shape) and name in must:
-            raise CheckpointError(_shape_message(full_name, found[name], tuple(tensor.shape)))
+        # a head of another width is the user's to replace (ignore_mismatched_sizes), but for one in codes
+        elif found[name].shape != tuple(tensor.shape) and name in must | encoded:
+            raise CheckpointError(_shape_message(full_name, found[name].shape, tuple(tensor.shape)))
+        # a cast would make other codes, or scales, of the same shape
+        elif name in encoded and found[name].dtype != (kind := _STORED_AS[tensor.dtype]):
+            raise CheckpointError(
+                f"tensor {full_name} is stored as {found[name].dtype}, its config says {kind}: config.json and the "
+                "weights do not belong together; fetch or copy both again"
+            )
 
 
 def _backbone_names(model: PreTrainedModel) -> list[str]:
@@ -178,8 +205,10 @@ def _backbone_names(model: PreTrainedModel) -> list[str]:
     anatomy = anatomy_of(model)
     parts: list[nn.Module] = [anatomy.block_list]
     parts += [m for p in ("word_embeddings", "position_embeddings") if (m := anatomy.embedding(p)) is not None]
-    wanted = {id(tensor) for part in parts for tensor in part.parameters()}
-    return [name for name, tensor in model.named_parameters() if id(tensor) in wanted]
+    # kept, so that a tensor that is made for this question only does not lend its id to another
+    wanted = [tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()]
+    ids = {id(tensor) for tensor in wanted}
+    return [name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ids]
 
 
 def _shape_message(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from lmcompress.anatomy import Anatomy, anatomy_of
 from lmcompress.card import model_card
 from lmcompress.config import MAX_BLOCKS, CompressionConfig, Provenance, Structure, recorded_compression
+from lmcompress.encoding import encoding_of, weight_count
 from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
+from lmcompress.lowbit.attention import ATTENTION
 from lmcompress.selfloading import write_self_loader
 from lmcompress.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
 
@@ -128,10 +130,15 @@ class CompressedModel:
         if structure is not None and why_not_vanilla(structure, self.model.config) is None:
             if all(block.source is None for block in structure.blocks):
                 structure = None
-        return CompressionConfig(structure=structure, provenance=self.provenance)
+        return CompressionConfig(structure=structure, provenance=self.provenance, encoding=encoding_of(self.model))
 
     def why_not_vanilla(self) -> str | None:
         """Why this model cannot be saved with a stock config, or None where it can; ask before training."""
+        if encoding_of(self.model) is not None:
+            return (
+                "a stock checkpoint has no codes in place of weights and quantizes no activations. A dense one of the "
+                "same weights is what lmcompress.encoding.unpacked(model) gives"
+            )
         return why_not_vanilla(self.structure, self.model.config)
 
     def report(self) -> dict[str, Any]:
@@ -141,7 +148,7 @@ class CompressedModel:
         return {
             "family": self.anatomy.family.model_type,
             "architecture": type(self.model).__name__,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": weight_count(self.model),
             "hidden_size": self.anatomy.hidden_size,
             "head_size": structure.head_size,
             "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
@@ -185,14 +192,19 @@ class CompressedModel:
 
         Raises:
             EquivalenceError: the reloaded model answers differently; nothing was written.
-            LmcompressError: ``vanilla`` was asked for shapes that it cannot express, or the disk is full; nothing was
-                written.
+            LmcompressError: ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights, or
+                the disk is full; nothing was written.
         """
         if format not in ("native", "vanilla", "self_loading"):
             raise LmcompressError(f"format must be native, vanilla or self_loading, got {format!r}")
         if format == "vanilla" and (obstacle := self.why_not_vanilla()):
             raise LmcompressError(
                 f"this model has no vanilla form: {obstacle}. Save it as native or self_loading instead"
+            )
+        if format == "self_loading" and encoding_of(self.model) is not None:
+            raise LmcompressError(
+                "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
+                "has no kernels for packed weights. Save it as native, which `import lmcompress` loads"
             )
         inputs = "random" if batches is None else "given"
         batches = random_batches(self.model) if batches is None else list(batches)
@@ -262,9 +274,10 @@ class CompressedModel:
         tolerance: float,
         inputs: str,
     ) -> Equivalence:
-        reloaded = type(self.model).from_pretrained(
-            folder, dtype=self.model.dtype, attn_implementation=self.model.config._attn_implementation
-        )
+        attention = self.model.config._attn_implementation
+        # that one the loader chooses by itself
+        attention = None if attention == ATTENTION else attention
+        reloaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype, attn_implementation=attention)
         reloaded.to(self.model.device)
         after = outputs_of(reloaded, batches)
         if [a.shape for a in after] != [b.shape for b in before]:
@@ -351,7 +364,8 @@ def random_batches(
     """
     generator = torch.Generator().manual_seed(seed)
     anatomy = anatomy_of(model)
-    if anatomy.family.causal and anatomy.head is None and model.config.pad_token_id is None:
+    headless = model.get_output_embeddings() is None
+    if anatomy.family.causal and headless and model.config.pad_token_id is None:
         rows = 1  # GPT-2 with a task head finds the last token by the padding and takes single rows only without it
     length = max(2, min(length, int(getattr(model.config, "max_position_embeddings", length)) // 2))
     batches: list[Batch] = []

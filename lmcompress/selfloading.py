@@ -44,6 +44,8 @@ class _Config(QuantizationConfigMixin):
             raise ValueError(
                 f"this loader reads format versions up to {SUPPORTED_FORMAT}: pip install lmcompress and import it"
             )
+        if values.get("encoding") is not None:
+            raise ValueError("this loader reads no packed weights: pip install lmcompress and import it")
         self.quant_method = "lmcompress"
         self.values = values
 

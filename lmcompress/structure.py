@@ -18,6 +18,7 @@ from lmcompress.anatomy import (
     stream_axes,
     weight_view,
 )
+from lmcompress.anatomy.narrow import accompany, companion_of
 from lmcompress.config import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure, recorded_compression
 from lmcompress.errors import CheckpointError, LmcompressError
 
@@ -378,4 +379,7 @@ def _slice(old: nn.Module, *, out: torch.Tensor | None = None, into: torch.Tenso
             new.bias.copy_(bias if out is None else bias[out.to(device)])
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(getattr(old, name).requires_grad)
+    companion = companion_of(old)
+    if companion is not None:
+        accompany(new, companion if out is None else companion.rows(out))
     return new.train(old.training)

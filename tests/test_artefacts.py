@@ -10,6 +10,7 @@ import transformers
 
 from lmcompress import CompressedModel
 from lmcompress.config import FORMAT_VERSION
+from lmcompress.lowbit.kernels import using
 from lmcompress.model import random_batches
 
 HERE = Path(__file__).parent / "artefacts"
@@ -17,7 +18,8 @@ ARTEFACTS = sorted(path.parent for path in HERE.glob("v*/*/expected.json"))
 
 
 def _outputs(model, expected):
-    with torch.no_grad():
+    # other kernels may round a number in the middle between two codes the other way
+    with torch.no_grad(), using(kernel="reference"):
         answer = model.eval()(
             input_ids=torch.tensor(expected["input_ids"]), attention_mask=torch.tensor(expected["attention_mask"])
         )

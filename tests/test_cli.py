@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packing import packed
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -213,7 +214,7 @@ def test_prune_measures_before_and_after_and_says_how_to_load_it(prunable, tmp_p
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
     assert cli.run_app(["prune", model, *task, "-o", str(tmp_path / "thesis"), "--overwrite", *options]) == 2
-    assert "no pruned model" in capsys.readouterr().err and (tmp_path / "thesis" / "thesis.txt").is_file()
+    assert "no model of lmcompress" in capsys.readouterr().err and (tmp_path / "thesis" / "thesis.txt").is_file()
 
 
 def test_prune_to_a_shape_can_stay_with_a_stock_config(prunable, tmp_path, capsys):
@@ -251,6 +252,21 @@ def test_inspect_shows_heads_widths_and_empty_blocks(make_model, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "1 + 24" in shown and "0 + 24" in shown and "4 + 24" in shown
     assert "no attention left in block 1" in shown and "feed-forward network left" not in shown
+
+
+def test_inspect_itemises_codes_and_scales_of_packed_weights(make_model, tmp_path, capsys):
+    model = packed(make_model("gpt2", "language"), "minmax", 4, inputs="dynamic")
+    CompressedModel(model).save_pretrained(tmp_path / "m")
+    assert cli.run_app(["inspect", str(tmp_path / "m"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["parameters"] == sum(p.numel() for p in make_model("gpt2", "language").parameters())
+    assert shown["packed"]["embedding_codes"] == 64 * 8 and shown["packed"]["kernel"]
+    assert sum(shown["packed"][name] for name in ("codes", "embedding_codes", "scales", "dense")) == sum(
+        part["bytes"] for part in shown["bytes_by_part"].values()
+    )
+    assert cli.run_app(["inspect", str(tmp_path / "m")]) == 0
+    shown = capsys.readouterr().out
+    assert "embedding codes" in shown and "bits for each of" in shown and "has no codes in place of weights" in shown
 
 
 def test_sensitivity_prints_a_table_and_writes_curves(prunable, tmp_path, capsys):

@@ -8,7 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import CheckpointError, CompressionConfig
-from lmcompress.config import FORMAT_VERSION, MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Provenance, Structure
+from lmcompress.config import (
+    FORMAT_VERSION,
+    MAX_BLOCKS,
+    MAX_HEADS,
+    MAX_WIDTH,
+    ActivationEncoding,
+    AttentionEncoding,
+    BlockShape,
+    Encoding,
+    GridEncoding,
+    Provenance,
+    Structure,
+    WeightEncoding,
+)
+from lmcompress.lowbit.grids import PER_TENSOR, Grid, PerGroup, PerRow
+from lmcompress.lowbit.packing import CONTAINERS, container_for
 
 blocks = st.builds(
     BlockShape,
@@ -29,7 +44,50 @@ provenances = st.builds(
     recipe=st.text(max_size=9),
     methods=st.lists(st.text(max_size=9), max_size=3).map(tuple),
 )
-configs = st.builds(CompressionConfig, structure=st.none() | structures, provenance=st.none() | provenances)
+activations = st.builds(
+    ActivationEncoding,
+    bits=st.sampled_from([4, 8]),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from(["tensor", "token"]),
+    clip=st.none() | st.floats(1e-3, 1e3),
+) | st.builds(
+    lambda bits, symmetric, full: ActivationEncoding(
+        bits=bits, symmetric=symmetric, range="static", full=full and symmetric
+    ),
+    st.sampled_from([4, 8]),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@st.composite
+def encodings(draw):
+    entries = []
+    for number in range(draw(st.integers(0, 3))):
+        grid = draw(
+            st.sampled_from([Grid(-127, 255), Grid(-8, 16), Grid(-1, 3), Grid(-3, 4, 2), Grid(-1, 2, 2), Grid(0, 256)])
+        )
+        fitting = CONTAINERS[CONTAINERS.index(container_for(grid)) :]
+        entries.append(
+            WeightEncoding(
+                grid=GridEncoding(low=grid.low, levels=grid.levels, stride=grid.stride),
+                container=draw(st.sampled_from(fitting)),
+                granularity=draw(st.sampled_from(["tensor", "row", 1, 64])),
+                zero_points=grid.low == 0 and draw(st.booleans()),
+                inputs=draw(st.none() | activations),
+                modules=tuple(f"h.{number}.{name}" for name in draw(st.sets(st.sampled_from("abc"), min_size=1))),
+            )
+        )
+    attention = st.none() | st.builds(AttentionEncoding, queries=st.none() | activations, values=activations)
+    return Encoding(weights=tuple(entries), attention=draw(attention))
+
+
+configs = st.builds(
+    CompressionConfig,
+    structure=st.none() | structures,
+    provenance=st.none() | provenances,
+    encoding=st.none() | encodings(),
+)
 
 
 def valid():
@@ -42,6 +100,20 @@ def valid():
             "blocks": [{"heads": 0, "ffn": 9}, {"heads": 1, "ffn": 0, "source": 2}],
             "hidden": 7,
         },
+        "encoding": {
+            "weights": [
+                {"grid": {"low": -1, "levels": 3}, "container": "base3", "granularity": "row", "modules": ["wte"]},
+                {
+                    "grid": {"low": 0, "levels": 16},
+                    "container": 4,
+                    "granularity": 64,
+                    "zero_points": True,
+                    "inputs": {"bits": 8, "symmetric": False, "range": "static"},
+                    "modules": ["h.0.attn.c_attn", "h.0.attn.c_proj"],
+                },
+            ],
+            "attention": {"queries": {"bits": 8, "granularity": "token", "clip": 2.5}},
+        },
         "provenance": {"base_model": "bert-base-uncased", "methods": ["distillation"]},
     }
 
@@ -52,6 +124,7 @@ def test_a_config_survives_json(config):
     again = CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     assert again == config and hash(again) == hash(config)
     assert again.structure == config.structure and again.provenance == config.provenance
+    assert again.encoding == config.encoding
     assert again.to_diff_dict() == config.to_dict()
 
 
@@ -85,7 +158,8 @@ def test_a_version_that_is_no_number_is_refused(version):
 
 def test_an_unknown_key_is_named_with_the_known_ones():
     with pytest.raises(
-        CheckpointError, match="unknown keys: bits, strcture. Known are: format_version, provenance, structure"
+        CheckpointError,
+        match="unknown keys: bits, strcture. Known are: encoding, format_version, provenance, structure",
     ):
         CompressionConfig.from_dict(valid() | {"strcture": {}, "bits": 4})
 
@@ -98,7 +172,45 @@ def test_a_future_version_is_told_before_its_unknown_keys():
 def test_the_first_version_is_read_and_kept_as_it_says():
     structure = {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24, "source": 2}]}
     first = valid() | {"format_version": 1, "structure": structure}
+    del first["encoding"]
     assert CompressionConfig.from_dict(first).to_dict() == first
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_have_no_encoding(version):
+    old = valid() | {"format_version": version, "structure": None}
+    with pytest.raises(CheckpointError, match=f"says format version {version} and has an encoding, which came with"):
+        CompressionConfig.from_dict(old)
+
+
+def test_an_encoding_speaks_the_language_of_lowbit():
+    words, matrices = CompressionConfig.from_dict(valid()).encoding.weights
+    assert words.grid.grid() == Grid(-1, 3) and words.grouping() == PerRow()
+    assert matrices.grid.grid() == Grid(0, 16) and matrices.grouping() == PerGroup(64)
+    assert words.model_copy(update={"granularity": "tensor"}).grouping() == PER_TENSOR
+    by_module = CompressionConfig.from_dict(valid()).encoding.by_module()
+    assert by_module == {"wte": words, "h.0.attn.c_attn": matrices, "h.0.attn.c_proj": matrices}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["weights"][0].update(container=1), "container 1 holds 2 levels, the grid has 3: at least 'base3'"),
+        (lambda e: e["weights"][0].update(zero_points=True), "zero points belong to a grid whose codes are 0 or more"),
+        (lambda e: e["weights"][0]["grid"].update(low=-127, levels=256), "codes must fit one byte"),
+        (lambda e: e["weights"][0].update(modules=["wte", "wte"]), "module wte is encoded twice"),
+        (lambda e: e["weights"][0].update(modules=["h.0.attn.c_proj"]), "module h.0.attn.c_proj is encoded twice"),
+        (lambda e: e["weights"][1]["inputs"].update(granularity="token"), "a static range must have granularity"),
+        (lambda e: e["weights"][1]["inputs"].update(clip=1.0), "a static range must have .* no clip"),
+        (lambda e: e["weights"][1]["inputs"].update(full=True), "full is for symmetric static ranges only"),
+        (lambda e: e["attention"]["queries"].update(full=True), "full is for symmetric static ranges only"),
+    ],
+)
+def test_an_encoding_that_contradicts_itself_is_refused(change, message):
+    config = valid()
+    change(config["encoding"])
+    with pytest.raises(CheckpointError, match=f"quantization_config is not valid: encoding.*{message}"):
+        CompressionConfig.from_dict(config)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +226,10 @@ def test_the_first_version_has_no_shapes_of_the_second(change, what):
     structure = {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24}]}
     change(structure)
     with pytest.raises(CheckpointError, match=f"says format version 1 and {what}, which came with version 2"):
-        CompressionConfig.from_dict(valid() | {"format_version": 1, "structure": structure})
+        CompressionConfig.from_dict({"format_version": 1, "structure": structure})
 
 
+ENTRY = ("encoding", "weights", 1)
 BAD = {
     ("structure", "head_size"): [0, -1, MAX_WIDTH + 1, 10**30, "4", 4.0, True, None, math.nan, []],
     ("structure", "blocks"): [
@@ -137,6 +250,25 @@ BAD = {
     ("structure", "hidden"): [0, -1, MAX_WIDTH + 1, 10**9, "7", 7.0, False, math.nan],
     ("structure", "paths"): [[]],
     ("structure",): [[], 3, "x", True, {}],
+    (*ENTRY, "grid", "low"): [-129, 256, "0", 0.0, None, True, math.nan],
+    (*ENTRY, "grid", "levels"): [1, 257, 0, -3, 10**9, "16", 16.0, None, True],
+    (*ENTRY, "grid", "stride"): [0, -1, 256, 1.0, "1", None],
+    (*ENTRY, "grid", "high"): [3],
+    (*ENTRY, "container"): [5, 0, -1, "4", "base2", 4.0, True, None, [], 16],
+    (*ENTRY, "granularity"): [0, -1, MAX_WIDTH + 1, "group", "64", 64.0, True, None, math.nan, []],
+    (*ENTRY, "zero_points"): [1, "yes", None],
+    (*ENTRY, "inputs", "bits"): [2, 16, "8", 8.0, None, True],
+    (*ENTRY, "inputs", "symmetric"): ["auto", 1, None],
+    (*ENTRY, "inputs", "range"): ["learned", None, 3],
+    (*ENTRY, "inputs", "granularity"): ["row", 64, None],
+    (*ENTRY, "inputs", "clip"): [0.0, -1.0, math.nan, math.inf, "2.5", True],
+    (*ENTRY, "inputs", "scale"): [1.0],
+    (*ENTRY, "modules"): [[], None, "wte", {}, 3, ["w"] * 70_000],
+    (*ENTRY, "modules", 0): ["", "../wte", "a b", "h..0", ".h", "h.", "x" * 257, 3, None, "wte\n"],
+    ("encoding", "weights"): [None, 3, "x", {}, [None], [[]]],
+    ("encoding", "attention", "queries", "bits"): [3, "8"],
+    ("encoding", "attention", "scores"): [None],
+    ("encoding",): [[], 3, "x", True],
     ("provenance", "base_model"): [3, None, [], "x" * 1025],
     ("provenance", "methods"): ["distillation", [1], {}, ["m"] * 65],
     ("provenance", "author"): ["me"],

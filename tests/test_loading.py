@@ -276,7 +276,9 @@ def test_a_damaged_header_is_refused(tmp_path, content):
 
 def test_a_header_says_names_and_shapes(tmp_path):
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    assert safetensors_header(tmp_path / "x.safetensors") == {"a": (2, 3), "b": ()}
+    header = safetensors_header(tmp_path / "x.safetensors")
+    assert {name: stored.shape for name, stored in header.items()} == {"a": (2, 3), "b": ()}
+    assert {stored.dtype for stored in header.values()} == {"F32"}
 
 
 def _change_tensors(folder, change):

@@ -139,6 +139,12 @@ def test_the_loader_refuses_another_format_version(only_the_loader):
         loader["_Config"](format_version=FORMAT_VERSION + 1)
 
 
+def test_the_loader_refuses_packed_weights(only_the_loader):
+    _, loader = only_the_loader(make("bert"))
+    with pytest.raises(ValueError, match="reads no packed weights: pip install lmcompress and import it"):
+        loader["_Config"](format_version=FORMAT_VERSION, encoding={"weights": []})
+
+
 def test_the_loader_reads_the_first_format_version_too(only_the_loader):
     _, loader = only_the_loader(make("bert"))
     artefacts = Path(__file__).parent / "artefacts" / "v1"

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmcompress.anatomy.narrow import Hollow, remove_heads
 from lmcompress.errors import LmcompressError
+from lmcompress.lowbit.modules import Packed
 
 HeadAttributes = Callable[[int, int], dict[str, int]]
 """``(heads, head_size) -> attributes`` that the attention module must carry after heads were removed."""
@@ -43,6 +44,8 @@ class Family:
             where the output projection lies outside.
         final_norm: the norm after the last block, in families whose blocks normalise what they read (pre-LN); empty
             where they normalise what they write, and the embeddings have a norm of their own.
+        attention_norm, ffn_norm: in a block of such families, the norms that attention and feed-forward network alone
+            read; empty where a norm's output is the residual stream as well.
     """
 
     model_type: str
@@ -68,6 +71,8 @@ class Family:
     layer_index: tuple[str, ...] = field(default_factory=tuple)
     attention_tail: tuple[str, ...] = ()
     final_norm: str = ""
+    attention_norm: str = ""
+    ffn_norm: str = ""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -76,25 +81,39 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def out_features(module: nn.Module) -> int:
-    """Width of the output of a ``Linear`` or ``Conv1D``."""
+    """Width of the output of a ``Linear`` or ``Conv1D``, packed or not."""
+    if isinstance(module, Packed):
+        return module.shape[0]
     weight = _weight(module)
     return int(weight.shape[1] if is_conv1d(module) else weight.shape[0])
 
 
 def in_features(module: nn.Module) -> int:
-    """Width of the input of a ``Linear`` or ``Conv1D``."""
+    """Width of the input of a ``Linear`` or ``Conv1D``, packed or not."""
+    if isinstance(module, Packed):
+        return module.shape[1]
     weight = _weight(module)
     return int(weight.shape[0] if is_conv1d(module) else weight.shape[1])
 
 
 def weight_view(module: nn.Module) -> Tensor:
-    """The weight as ``(out, in)``, whichever way round it is stored; a view: in-place changes reach the module."""
+    """The weight as ``(out, in)``, whichever way round it is stored; a view: in-place changes reach the module.
+
+    Where a model is fake-quantized, this is the weight that is trained, not what it is quantized to.
+    """
     weight = _weight(module)
     return weight.t() if is_conv1d(module) else weight
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
+    if isinstance(module, Packed):
+        raise LmcompressError(
+            f"a {type(module).__name__} has codes and no matrix: use the dense model that "
+            "lmcompress.encoding.unpacked(model) gives"
+        )
+    # the parameter, also where reading gives something that is made of it, such as quantized values
+    stored = module._parameters.get("weight")
+    weight = module.weight if stored is None else stored
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise LmcompressError(f"expected a Linear or Conv1D with a matrix as weight, got {type(module).__name__}")
     return weight

@@ -23,4 +23,6 @@ GPT2 = Family(
     layer_index=("attn.layer_idx",),
     attention_tail=("c_proj", "resid_dropout"),
     final_norm="ln_f",
+    attention_norm="ln_1",
+    ffn_norm="ln_2",
 )

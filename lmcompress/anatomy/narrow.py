@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 READ_STREAM = ("query", "key", "value", "qkv", "ffn_in")
 WRITE_STREAM = ("attention_out", "ffn_out")
 """The parts of a block that read the residual stream, and those that write it."""
+
+_COMPANION = "_lmcompress_companion"
 
 
 class Hollow(nn.Module):
@@ -117,6 +119,44 @@ def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
         attention.tail = tuple(tail)  # type: ignore[assignment]
 
 
+class Companion(Protocol):
+    """Something that belongs to the rows of a module's matrix, one for each output, such as scales of codes."""
+
+    def rows(self, keep: Tensor) -> Companion:
+        """What belongs to some of the rows.
+
+        Args:
+            keep: their numbers, int64.
+
+        Returns:
+            A new one.
+        """
+
+
+def companion_of(module: nn.Module) -> Any:
+    """What was given to :func:`accompany` and has gone with the module's rows since, or None.
+
+    Args:
+        module: any.
+
+    Returns:
+        The companion.
+    """
+    return module.__dict__.get(_COMPANION)
+
+
+def accompany(module: nn.Module, companion: Companion | None) -> None:
+    """Let something go with the rows of a module's matrix wherever the module is cut or replaced by a cut one.
+
+    Args:
+        module: with a matrix.
+        companion: None takes it away.
+    """
+    module.__dict__.pop(_COMPANION, None)
+    if companion is not None:
+        module.__dict__[_COMPANION] = companion
+
+
 def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[int, ...] | None]:
     """The axes of a model's parameters that are as wide as its residual stream.
 
@@ -176,6 +216,7 @@ def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], 
         keep: ``(dimensions,)`` int64, the numbers of those that stay.
     """
     new: dict[int, nn.Parameter] = {}
+    cut = {id(parameter): axes[name] or () for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         values = parameter.detach()
         for axis in axes[name] or ():
@@ -184,6 +225,9 @@ def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], 
         if axes[name] and id(parameter) not in new:
             new[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
     for module in model.modules():
+        companion, output = companion_of(module), 1 if hasattr(module, "nx") else 0
+        if companion is not None and output in cut.get(id(module._parameters.get("weight")), ()):
+            accompany(module, companion.rows(keep))
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             # every owner gets the same new one
             setattr(module, name, new.get(id(old), old))

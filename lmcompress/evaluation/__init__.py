@@ -15,9 +15,11 @@ from lmcompress.evaluation.predict import evaluate_classifier as evaluate_classi
 from lmcompress.evaluation.predict import predict as predict
 from lmcompress.evaluation.size import Size as Size
 from lmcompress.evaluation.size import TensorInfo as TensorInfo
+from lmcompress.evaluation.size import WeightBytes as WeightBytes
 from lmcompress.evaluation.size import parameter_count as parameter_count
 from lmcompress.evaluation.size import size_on_disk as size_on_disk
 from lmcompress.evaluation.size import tensor_table as tensor_table
+from lmcompress.evaluation.size import weight_bytes as weight_bytes
 from lmcompress.evaluation.speed import LatencyRow as LatencyRow
 from lmcompress.evaluation.speed import compare_latency as compare_latency
 from lmcompress.evaluation.speed import machine as machine

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from lmcompress.encoding import encoded_names
 from lmcompress.errors import CheckpointError
+from lmcompress.lowbit.modules import Packed, PackedEmbedding
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,6 +74,70 @@ class TensorInfo:
     shape: tuple[int, ...]
     num_bytes: int
     file: str
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a model's tensors by what they are; what is tied counts once.
+
+    Attributes:
+        codes: packed matrices.
+        embedding_codes: packed embeddings, and with them a head that is tied to them.
+        scales: scales and zero points, of weights and of activations.
+        dense: all others: norms, biases, positions, heads.
+        packed_weights: how many numbers the codes stand for.
+    """
+
+    codes: int
+    embedding_codes: int
+    scales: int
+    dense: int
+    packed_weights: int
+
+    @property
+    def total(self) -> int:
+        """Their sum: a file of them is greater by its header only."""
+        return self.codes + self.embedding_codes + self.scales + self.dense
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of codes and scales for each number that is packed, or None where none is."""
+        if not self.packed_weights:
+            return None
+        return 8 * (self.codes + self.embedding_codes + self.scales) / self.packed_weights
+
+
+def weight_bytes(model: PreTrainedModel) -> WeightBytes:
+    """What the tensors of a model take in its files.
+
+    Args:
+        model: of a known family, packed or not, on any device, ``meta`` too.
+
+    Returns:
+        Bytes by what they are.
+    """
+    codes = {
+        f"{name}.weight": isinstance(module, PackedEmbedding)
+        for name, module in model.named_modules()
+        if isinstance(module, Packed)
+    }
+    encoded, seen = encoded_names(model), set()
+    of_matrices = of_embeddings = scales = dense = 0
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        size = tensor.numel() * tensor.element_size()
+        if name in codes:
+            of_embeddings += size if codes[name] else 0
+            of_matrices += 0 if codes[name] else size
+        elif name in encoded:
+            scales += size
+        else:
+            dense += size
+    packed = sum(math.prod(module.shape) for module in model.modules() if isinstance(module, Packed))
+    return WeightBytes(of_matrices, of_embeddings, scales, dense, packed)
 
 
 def size_on_disk(folder: str | Path) -> Size:

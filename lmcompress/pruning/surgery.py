@@ -86,9 +86,15 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         model: of a known family.
 
     Raises:
-        LmcompressError: it is quantized by another library.
+        LmcompressError: it is quantized by another library, or packed.
     """
-    if getattr(model.config, "quantization_config", None) is not None and recorded_compression(model.config) is None:
+    recorded = recorded_compression(model.config)
+    if recorded is not None and recorded.encoding is not None:
+        raise LmcompressError(
+            "cannot cut a model whose weights are packed: prune first, then quantize what is left, or cut the dense "
+            "model that lmcompress.encoding.unpacked(model) gives"
+        )
+    if getattr(model.config, "quantization_config", None) is not None and recorded is None:
         raise LmcompressError(
             "cannot cut a model that is quantized by another library: its packed weights have no units. Prune the "
             "model first, then quantize what is left"

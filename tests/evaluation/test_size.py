@@ -3,11 +3,16 @@ import struct
 
 import pytest
 import torch
+from families import make
+from packing import packed, parts_of, projections
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from lmcompress import CompressedModel
+from lmcompress.config import Encoding, GridEncoding, WeightEncoding
+from lmcompress.encoding import encode_skeleton, pack_model
 from lmcompress.errors import CheckpointError
-from lmcompress.evaluation import parameter_count, size_on_disk, tensor_table
+from lmcompress.evaluation import parameter_count, size_on_disk, tensor_table, weight_bytes
 
 
 @pytest.fixture
@@ -117,3 +122,74 @@ def test_missing_weights_are_named(tmp_path):
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="must map tensors to files"):
         size_on_disk(tmp_path)
+
+
+MIB = 1 << 20
+GRIDS = {8: GridEncoding(low=-127, levels=255), 4: GridEncoding(low=-7, levels=15), 2: GridEncoding(low=-1, levels=3)}
+
+
+def gpt2_small(container):
+    """GPT-2 small with all matrices and embeddings packed, on meta: nothing is allocated."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    grid = GRIDS[2 if container == "base3" else container]
+    encode_skeleton(
+        model,
+        Encoding(
+            weights=(
+                WeightEncoding(grid=grid, container=container, granularity="row", modules=("wte",)),
+                WeightEncoding(grid=grid, container=container, granularity="tensor", modules=tuple(projections(model))),
+            )
+        ),
+    )
+    return model
+
+
+@pytest.mark.parametrize(("container", "expected"), [(8, 121.4), (4, 62.4), (2, 33.0)])
+def test_gpt2_small_has_the_sizes_that_are_asked_of_it(container, expected):
+    sizes = weight_bytes(gpt2_small(container))
+    assert abs(sizes.total / MIB - expected) < 0.5
+    assert sizes.packed_weights == 124_439_808 - 1024 * 768 - 12 * (4 * 768 + 3 * 768 + 3072 + 3 * 768 - 768) - 2 * 768
+    # one scale for each of 50,257 words is what is above
+    assert container <= sizes.bits_per_weight < container + 0.02
+
+
+def test_base_3_is_smaller_still():
+    two, three = (weight_bytes(gpt2_small(container)) for container in (2, "base3"))
+    assert three.total < two.total - 5 * MIB and 1.6 <= three.bits_per_weight < 1.63
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_bytes_by_what_they_are_are_those_of_the_file(name, tmp_path):
+    model = packed(make(name, "language"), "minmax", 4, inputs="static")
+    CompressedModel(model).save_pretrained(tmp_path / "m")
+    sizes, stored = weight_bytes(model), tensor_table(tmp_path / "m")
+    by_name = {tensor.name: tensor.num_bytes for tensor in stored}
+    assert sizes.total == sum(by_name.values())
+    assert sizes.embedding_codes == 64 * 8 and sizes.codes + 64 * 8 == sum(
+        tensor.num_bytes for tensor in stored if tensor.dtype == "U8"
+    )
+    assert sizes.scales == sum(size for name, size in by_name.items() if name.endswith("_scales") or "input_" in name)
+
+
+def test_a_dense_model_has_no_codes():
+    model = make("bert")
+    sizes = weight_bytes(model)
+    assert sizes.codes == sizes.embedding_codes == sizes.scales == 0 and sizes.bits_per_weight is None
+    assert sizes.total == 4 * parameter_count(model)
+    tied = weight_bytes(make("gpt2", "language"))
+    assert tied.total == 4 * parameter_count(make("gpt2", "language"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "expected"), [(8, 121.4), (4, 62.4), (2, 33.0)])
+def test_the_files_of_gpt2_small_have_these_sizes(bits, expected, tmp_path):
+    model = GPT2LMHeadModel(GPT2Config())
+    container = {8: 8, 4: 4, 2: 2}[bits]
+    pack_model(
+        model, {path: part._replace(container=container) for path, part in parts_of(model, "minmax", bits).items()}
+    )
+    model.save_pretrained(tmp_path / "m")
+    size = size_on_disk(tmp_path / "m")
+    assert abs(size.weights_bytes / MIB - expected) < 0.5
+    assert size.weights_bytes - weight_bytes(model).total < 64_000

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from lmcompress.errors import LmcompressError
 
 Unit = Literal["examples", "labels", "tokens", "pairs"]
 UNITS: tuple[Unit, ...] = ("examples", "labels", "tokens", "pairs")
@@ -22,12 +27,14 @@ class Term:
             processes.
         weight: what the mean is multiplied by in the loss; the value that is logged is without it.
         parts: sums, without gradient, to log instead of ``total`` where several losses share one gradient.
+        measured: a number to look at and no loss: needs no gradient, has weight 0 and is logged without ``loss_``.
     """
 
     total: Tensor
     unit: Unit
     weight: float = 1.0
     parts: Mapping[str, Tensor] | None = None
+    measured: bool = False
 
 
 @dataclass
@@ -54,7 +61,12 @@ class Step:
 
 
 class Method(Protocol):
-    """A compression method, as the trainer sees it. Methods do not know one another."""
+    """A compression method, as the trainer sees it. Methods do not know one another.
+
+    A method may also have ``settle()``, called on all before any is finished: what it does is decided from then on. One
+    that cuts the model when it is finished says so with ``changes_shapes = True``, and with ``folds = True`` where it
+    multiplies weights by numbers other than 0 and 1 in the end.
+    """
 
     name: str
 
@@ -111,3 +123,74 @@ class Method(Protocol):
 
     def finish(self) -> None:
         """Called after training: take hooks away, make the work permanent."""
+
+
+def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> list[Mapping[str, Tensor]]:
+    """Batches out of a trainer's training data, the same on every process and in a run that resumes.
+
+    Args:
+        trainer: the :class:`~lmcompress.trainers.CompressionTrainer`.
+        rows: how many, chosen at random; fewer where there are fewer.
+        batch_size: rows of one batch.
+        seed: of the choice.
+
+    Returns:
+        The batches as the collator makes them, without what is a teacher's.
+
+    Raises:
+        LmcompressError: there is no training set, or one that cannot be indexed.
+    """
+    data = trainer.train_dataset
+    if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise LmcompressError(
+            f"calibration rows must come from a training set that can be indexed, got {type(data).__name__}; pass "
+            "calibration=, some batches"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data), generator=generator)[:rows].tolist()
+    trainer._set_signature_columns_if_needed()
+    known = set(trainer._signature_columns or ())
+    collate = trainer.data_collator or default_collate
+    batches: list[Mapping[str, Tensor]] = []
+    # a collator may draw, such as the tokens that it masks: a run that resumes must get the same
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(chosen), batch_size):
+            picked = [data[i] for i in chosen[start : start + batch_size]]
+            if trainer.args.remove_unused_columns:
+                picked = [{k: v for k, v in row.items() if k in known} for row in picked]
+            batches.append({k: v for k, v in collate(picked).items() if not k.startswith("teacher_")})
+    return batches
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Leave mode and random numbers of a training run as they are; gradients are gone afterwards.
+
+    Args:
+        model: that is trained.
+
+    Yields:
+        Nothing.
+    """
+    training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        model.train(training)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer itself, where accelerate has wrapped it.
+
+    Args:
+        optimizer: wrapped or not.
+
+    Returns:
+        The optimizer.
+    """
+    return getattr(optimizer, "optimizer", optimizer)

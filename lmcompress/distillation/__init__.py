@@ -1,12 +1,14 @@
 """Distillation: losses, matches, teachers, and the method that puts them into a training run."""
 
-from lmcompress.distillation.config import DistillationConfig, EmdMatch, Match, TemperatureSchedule
+from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatch, Match, TemperatureSchedule
 from lmcompress.distillation.method import Distillation
+from lmcompress.distillation.presets import quantgpt, ternarybert
 from lmcompress.distillation.store import TeacherStore
 from lmcompress.distillation.teachers import LiveTeacher, StoredTeacher, load_teacher
 from lmcompress.distillation.textbrewer import read_textbrewer
 
 __all__ = [
+    "Contrast",
     "Distillation",
     "DistillationConfig",
     "EmdMatch",
@@ -16,5 +18,7 @@ __all__ = [
     "TeacherStore",
     "TemperatureSchedule",
     "load_teacher",
+    "quantgpt",
     "read_textbrewer",
+    "ternarybert",
 ]

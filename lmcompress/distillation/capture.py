@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 from lmcompress.anatomy import Block, anatomy_of
 from lmcompress.errors import LmcompressError, nearest
 
-FEATURES = ("hidden", "scores", "probabilities", "queries", "keys", "values")
+FEATURES = ("hidden", "scores", "probabilities", "queries", "keys", "values", "output")
 Feature = tuple[str, int]
-"""A kind of feature and a layer: hidden states from 0 (embeddings), all others from 1 (first block)."""
+"""A kind of feature and a layer: hidden states from 0 (embeddings), all others from 1 (first block).
+
+``output`` is what the head is given: the last layer's hidden states, after the last norm where there is one (GPT-2).
+"""
 
 Features = dict[Feature, Tensor]
 
@@ -37,7 +40,7 @@ def resolve(model: PreTrainedModel, kind: str, layer: int) -> Feature:
     if kind not in FEATURES:
         raise LmcompressError(f"unknown feature {kind!r}{nearest(kind, FEATURES)}")
     count = len(anatomy_of(model).block_list)
-    first = 0 if kind == "hidden" else 1
+    first = {"hidden": 0, "output": count}.get(kind, 1)
     wanted = layer if layer >= 0 else count + 1 + layer
     if not first <= wanted <= count:
         hint = "0 is the embeddings' output, " if kind == "hidden" else ""
@@ -59,7 +62,7 @@ def shape_of(model: PreTrainedModel, feature: Feature) -> tuple[int, ...]:
         The shape without the batch axis; 0 where a size is the row's length.
     """
     kind, layer = feature
-    if kind == "hidden":
+    if kind in ("hidden", "output"):
         return (0, anatomy_of(model).hidden_size)
     block = anatomy_of(model).blocks[layer - 1]
     return (block.num_heads, 0, 0) if kind in ("scores", "probabilities") else (block.num_heads, 0, block.head_size)
@@ -89,6 +92,8 @@ class Capture:
             if kind == "hidden" and layer == 0:
                 hook = self._input_hook()
                 self._handles.append(blocks[0].module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif kind == "output":
+                self._handles.append(anatomy.base.register_forward_hook(self._keep(kind, layer)))
             elif kind == "hidden":
                 self._handles.append(blocks[layer - 1].module.register_forward_hook(self._keep(kind, layer)))
             else:

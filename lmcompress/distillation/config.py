@@ -70,11 +70,93 @@ class EmdMatch(_Part):
     projection_learning_rate: Annotated[float | None, Field(gt=0)] = None
 
 
+class Contrast(_Part):
+    """Contrastive distillation: every token of the student is to be nearer to its teacher's than other tokens are."""
+
+    level: Annotated[
+        Literal["token", "sequence"],
+        Field(description="What is contrasted: tokens of a sequence, or whole sequences of a micro-batch."),
+    ] = "token"
+    weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 0.1
+    weight_schedule: WeightSchedule = "constant"
+    temperature: Annotated[
+        float, Field(gt=0, description="Cosines are divided by it; low ones look at the nearest negatives only.")
+    ] = 0.1
+    student: Annotated[
+        int | Literal["output"],
+        Field(
+            description="Student layer of hidden states, as in matches; output: what the head is given, after the last "
+            "norm where there is one."
+        ),
+    ] = "output"
+    teacher: Annotated[int | Literal["output"], Field(description="Teacher layer, counted likewise.")] = "output"
+    negatives: Annotated[
+        Literal["teacher", "student", "vocabulary"],
+        Field(
+            description="Where they come from: other tokens of the sequence, in the teacher or in the student, or "
+            "tokens of the whole vocabulary, from the memory."
+        ),
+    ] = "teacher"
+    num_negatives: Annotated[
+        int | None,
+        Field(ge=1, description="So many, chosen at random; default: all others of the sequence."),
+    ] = None
+    exclude_same_id: Annotated[
+        bool, Field(description="Another occurrence of the same token in the sequence is no negative.")
+    ] = True
+    memory: Annotated[
+        Literal["vocabulary", "none"],
+        Field(
+            description="vocabulary: the student's states are smoothed over time, one slot for each token id (4 bytes "
+            "x vocabulary x width, in training checkpoints too); none: they are taken as they are."
+        ),
+    ] = "vocabulary"
+    momentum: Annotated[float, Field(ge=0, lt=1, description="Share of the memory in a smoothed state.")] = 0.5
+    projection: Annotated[
+        Literal["auto", "none", "linear"] | Annotated[int, Field(ge=1)],
+        Field(
+            description="auto: the student's side, linear, where the widths differ; linear: always; a number: both "
+            "sides, to so many dimensions."
+        ),
+    ] = "auto"
+    projection_learning_rate: Annotated[
+        float | None, Field(gt=0, description="Learning rate of the projections; default: that of the model.")
+    ] = None
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+
+    def feature(self, side: Literal["student", "teacher"]) -> tuple[str, int]:
+        """What is captured of a model.
+
+        Args:
+            side: of which.
+
+        Returns:
+            A kind of feature and its layer, which may be negative.
+        """
+        layer = self.student if side == "student" else self.teacher
+        return ("output", -1) if layer == "output" else ("hidden", layer)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Contrast:
+        if self.level == "sequence":
+            if self.negatives != "teacher" or self.num_negatives is not None:
+                raise ValueError(
+                    "with level sequence the negatives are all other sequences of the micro-batch in the teacher: "
+                    "leave out negatives and num_negatives"
+                )
+        elif self.negatives == "vocabulary" and (self.memory == "none" or self.num_negatives is None):
+            raise ValueError(
+                "negatives vocabulary are drawn from the memory: they need memory vocabulary and a num_negatives, got "
+                f"memory {self.memory} and num_negatives {self.num_negatives}"
+            )
+        return self
+
+
 class DistillationConfig(_Part):
     """How a student is fitted to its teachers.
 
-    The loss is ``label_weight`` × the loss on the labels + ``weight`` × the loss on the logits + the matches, each a
-    mean over the whole optimizer step.
+    The loss is ``label_weight`` × the loss on the labels + ``weight`` × the loss on the logits + the matches and the
+    contrast, each a mean over the whole optimizer step.
     """
 
     loss: Annotated[
@@ -104,8 +186,24 @@ class DistillationConfig(_Part):
         tuple[float, ...] | None,
         Field(min_length=1, description="With several teachers: how their logits are averaged; default: evenly."),
     ] = None
+    token_scaling: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="Heads with a label per token: weigh the loss on the logits by a softmax, over the sequence, "
+            "of the teacher's cross-entropy divided by this (TSLD; the authors: 10). Default: all tokens alike.",
+        ),
+    ] = None
     matches: tuple[Match, ...] = ()
     emd: EmdMatch | None = None
+    contrast: Contrast | None = None
+    homogeneity: Annotated[
+        bool,
+        Field(
+            description="Log how alike the tokens of a sequence are, as a mean cosine, in student and teacher; a "
+            "contrast always does."
+        ),
+    ] = False
     chunk_tokens: Annotated[
         int, Field(ge=1, description="Causal models: rows of the (tokens, vocabulary) matrix in memory at a time.")
     ] = 512
@@ -115,7 +213,8 @@ class DistillationConfig(_Part):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> DistillationConfig:
-        if self.weight == 0 and not self.matches and self.emd is None and self.label_weight == 0:
+        others = self.matches or self.emd is not None or self.contrast is not None
+        if self.weight == 0 and self.label_weight == 0 and not others:
             raise ValueError("weight, label_weight and matches are all zero: there is nothing to train on")
         if self.teacher_weights is not None and (min(self.teacher_weights) < 0 or sum(self.teacher_weights) <= 0):
             raise ValueError(f"teacher_weights must be >= 0 and not all 0, got {self.teacher_weights}")

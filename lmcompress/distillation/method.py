@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of
 from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.config import DistillationConfig, Match
+from lmcompress.distillation.contrastive import Contrasting, homogeneity, token_scaling
 from lmcompress.distillation.layer_maps import emd_hidden_mse, nearest_in_order
 from lmcompress.distillation.losses import js_divergence, loss_for, probability_shift
 from lmcompress.distillation.matches import MatchLoss, hidden_mse, match_for
@@ -143,6 +145,8 @@ class Distillation:
         self._capture: Capture | None = None
         self._matches: list[_Matched] = []
         self._emd_projection: Projection | None = None
+        self._contrast: Contrasting | None = None
+        self._monitored: tuple[Feature, Feature] | None = None
         self._needed: list[bool] = []
         self._chosen_at: float | None = None
 
@@ -175,6 +179,12 @@ class Distillation:
         Raises:
             LmcompressError: vocabularies, labels, layers or heads do not agree, or a loss does not fit the head.
         """
+        contrast = self.config.contrast
+        if contrast and contrast.level == "sequence" and trainer.args.per_device_train_batch_size < 2:
+            raise LmcompressError(
+                "a contrast of sequences needs others in the micro-batch: per_device_train_batch_size must be at least "
+                f"2, got {trainer.args.per_device_train_batch_size}"
+            )
         self.attach(trainer.student, trainer.args.device, trainer.accelerator.autocast)
         columns = _columns(trainer.train_dataset)
         if columns:
@@ -201,6 +211,12 @@ class Distillation:
         self._chunked = self.problem == "causal_lm"
         if self.config.probability_shift and self.problem in ("regression", "multi_label_classification"):
             raise LmcompressError(f"probability_shift needs one right class; a head for {self.problem} has none")
+        per_token = self.problem in ("token_classification", "masked_lm", "causal_lm")
+        if self.config.token_scaling is not None and not per_token:
+            raise LmcompressError(
+                f"token_scaling weighs the tokens of a sequence; the student's head is for {self.problem} and has one "
+                "answer for all: leave it out"
+            )
         for teacher in self.teachers:
             if teacher.model is not None:
                 _check_separate(student, teacher.model)
@@ -221,6 +237,7 @@ class Distillation:
             asked[matched.match.which].update(matched.teacher)
         if self.config.emd is not None:
             self._prepare_emd(student, wanted, asked)
+        self._prepare_contrast(student, wanted, asked, device)
         if self._capture is not None:
             self._capture.remove()
         self._capture = Capture(student, wanted, last_hidden=self._chunked)
@@ -252,6 +269,24 @@ class Distillation:
             emd_hidden_mse(mine, theirs, torch.ones(1, 2), projection=self._emd_projection)
         except ImportError as error:
             raise LmcompressError(str(error)) from error
+
+    def _prepare_contrast(
+        self, student: PreTrainedModel, wanted: set[Feature], asked: list[set[Feature]], device: torch.device
+    ) -> None:
+        contrast = self.config.contrast
+        if contrast is None and not self.config.homogeneity:
+            return
+        which = contrast.which if contrast else 0
+        if which >= len(self.teachers):
+            raise LmcompressError(f"contrast names teacher {which}; there are {len(self.teachers)}, from 0")
+        teacher = self.teachers[which]
+        if contrast is None:
+            self._monitored = resolve(student, "output", -1), teacher.resolve("output", -1)
+        else:
+            self._contrast = Contrasting(contrast, student, teacher, device)
+            self._monitored = self._contrast.student, self._contrast.teacher
+        wanted.add(self._monitored[0])
+        asked[which].add(self._monitored[1])
 
     def _check_logits(self, student: PreTrainedModel, teacher: Teacher) -> None:
         if teacher.model is not None:
@@ -299,7 +334,8 @@ class Distillation:
             step: with the student's outputs.
 
         Returns:
-            ``kd`` (causal models: ``label+kd``), ``emd``, and the matches as their name and number.
+            ``kd`` (causal models: ``label+kd``), ``emd``, ``contrast``, and the matches as their name and number;
+            ``homogeneity_student`` and ``homogeneity_teacher`` are measured only.
         """
         assert self._capture is not None
         self._check_batch(step.inputs)
@@ -325,13 +361,16 @@ class Distillation:
             theirs_all = [answers[emd.which].features[feature] for feature in self._emd_layers[1]]
             total = emd_hidden_mse(mine, theirs_all, mask, projection=self._emd_projection).sum()
             terms["emd"] = Term(total, "tokens", emd.weight * WEIGHT_SCHEDULES[emd.weight_schedule](step.progress))
-        return terms
+        return terms | self._contrast_terms(step, student, answers, mask)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One optimizer group for each projection, with its own learning rate where one was given."""
         projections = [(matched.projection, matched.match.projection_learning_rate) for matched in self._matches]
         if self.config.emd is not None:
             projections.append((self._emd_projection, self.config.emd.projection_learning_rate))
+        if self._contrast is not None:
+            rate = self._contrast.contrast.projection_learning_rate
+            projections += [(projection, rate) for projection in self._contrast.projections.values()]
         return [
             {"params": list(projection.parameters())} | ({} if learning_rate is None else {"lr": learning_rate})
             for projection, learning_rate in projections
@@ -344,11 +383,11 @@ class Distillation:
         return self.config.max_projection_norm
 
     def modules(self) -> dict[str, nn.Module]:
-        """The projections by name."""
+        """The projections by name, and the memory of a contrast."""
         found: dict[str, nn.Module] = {m.name: m.projection for m in self._matches if m.projection is not None}
         if self._emd_projection is not None:
             found["emd"] = self._emd_projection
-        return found
+        return found if self._contrast is None else found | self._contrast.modules()
 
     def finish(self) -> None:
         """Take the hooks off student and teachers."""
@@ -397,6 +436,23 @@ class Distillation:
                 if matched.match.which == which:
                     matched.student = [("hidden", chosen[matched.teacher[0][1]])]
 
+    def _contrast_terms(
+        self, step: Step, student: Features, answers: Sequence[Answers], mask: Tensor
+    ) -> dict[str, Term]:
+        if self._monitored is None:
+            return {}
+        which = self._contrast.contrast.which if self._contrast else 0
+        theirs = answers[which].features
+        terms: dict[str, Term] = {}
+        if self._contrast is not None:
+            terms["contrast"] = self._contrast.term(student, theirs, step.inputs, mask, step.progress)
+        told = teacher_inputs(step.inputs).get("attention_mask")
+        states = {"student": student[self._monitored[0]], "teacher": theirs[self._monitored[1]]}
+        for (side, tensor), valid in zip(states.items(), (mask, told), strict=True):
+            alike = homogeneity(tensor, torch.ones(tensor.shape[:2], device=tensor.device) if valid is None else valid)
+            terms[f"homogeneity_{side}"] = Term(alike.sum(), "examples", 0.0, measured=True)
+        return terms
+
     def _label_weight(self, progress: float) -> float:
         return self.config.label_weight * WEIGHT_SCHEDULES[self.config.label_weight_schedule](progress)
 
@@ -420,8 +476,10 @@ class Distillation:
                 "the labels are floating-point numbers, but the student's head is for one class of several: set "
                 "config.problem_type of student and teacher to 'multi_label_classification' or 'regression'"
             )
-        per_token = self.problem in ("token_classification", "masked_lm", "causal_lm")
-        if per_token and self.config.weight > 0 and "teacher_input_ids" in inputs:
+        per_token = self.config.weight > 0 and self.problem in ("token_classification", "masked_lm", "causal_lm")
+        contrast = self.config.contrast
+        per_token = per_token or (contrast is not None and contrast.level == "token")
+        if per_token and "teacher_input_ids" in inputs:
             lengths = inputs["input_ids"].shape[1], teacher_inputs(inputs)["input_ids"].shape[1]
             if lengths[0] != lengths[1]:
                 raise LmcompressError(
@@ -473,7 +531,13 @@ class Distillation:
         # positions without a label (padding, further pieces of a word) teach nothing the head is used for
         if labels is not None:
             rows = labels != -100
-            return Term(self._row_loss(student[rows], teacher[rows], labels[rows]).sum(), "labels", weight)
+            loss = self._row_loss(student[rows], teacher[rows], labels[rows])
+            if self.config.token_scaling is not None:
+                surprise = F.cross_entropy(teacher[rows].float(), labels[rows], reduction="none")
+                loss = loss * self._token_weights(surprise, rows)
+            return Term(loss.sum(), "labels", weight)
+        if self.config.token_scaling is not None:
+            raise LmcompressError("token_scaling needs labels; the batch has none")
         rows = mask.bool()
         return Term(self._row_loss(student[rows], teacher[rows], None).sum(), "tokens", weight)
 
@@ -495,17 +559,35 @@ class Distillation:
             chunk=self.config.chunk_tokens,
             retain=step.retain_graph,
         )
+
+        def teacher_logits(start: int, stop: int) -> Tensor:
+            return self._mean_logits([chunk(start, stop) for chunk in chunks])
+
+        targets = labels.flatten()[rows]
+        weights = None
+        if self.config.token_scaling is not None and asked.soft_weight > 0 and len(rows):
+            # every token's weight depends on the whole sequence: the teacher's head runs twice
+            starts = range(0, len(rows), asked.chunk)
+            surprise = [
+                F.cross_entropy(
+                    teacher_logits(n, n + asked.chunk).float(), targets[n : n + asked.chunk], reduction="none"
+                )
+                for n in starts
+            ]
+            weights = self._token_weights(torch.cat(surprise), labels != -100)
         with self._autocast():
             total, label_sum, soft_sum = vocabulary_loss(
-                hidden.flatten(0, 1)[rows],
-                head.weight,
-                labels.flatten()[rows],
-                lambda start, stop: self._mean_logits([chunk(start, stop) for chunk in chunks]),
-                asked,
+                _entering(head, hidden).flatten(0, 1)[rows], head.weight, targets, teacher_logits, asked, weights
             )
         # a part that is not asked for is no dead term
         sums = (("label", label_sum, asked.label_weight), ("kd", soft_sum, asked.soft_weight))
         return {"label+kd": Term(total, "labels", parts={name: part for name, part, weight in sums if weight > 0})}
+
+    def _token_weights(self, surprise: Tensor, rows: Tensor) -> Tensor:
+        """Weights ``(n,)`` of the tokens that ``rows`` ``(batch, length)`` marks, from their cross-entropies."""
+        assert self.config.token_scaling is not None
+        table = surprise.new_zeros(rows.shape).masked_scatter(rows, surprise)
+        return token_scaling(table, rows, temperature=self.config.token_scaling)[rows]
 
     @property
     def _closed_form(self) -> bool:
@@ -561,6 +643,16 @@ def problem_type_of(model: PreTrainedModel) -> str:
         f"cannot distil the logits of {name}: known are ...ForSequenceClassification, ...ForTokenClassification, "
         "...ForMaskedLM and causal language models"
     )
+
+
+def _entering(head: nn.Module, hidden: Tensor) -> Tensor:
+    """What the head multiplies: chunks go round its forward, but not round the hooks that quantize its input."""
+    for key, hook in head._forward_pre_hooks.items():
+        if key in head._forward_pre_hooks_with_kwargs:
+            (hidden, *_), _ = hook(head, (hidden,), {}) or ((hidden,), {})
+        elif (changed := hook(head, (hidden,))) is not None:
+            hidden = changed[0] if isinstance(changed, tuple) else changed
+    return hidden
 
 
 def _layers(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ _LENGTH_AXES = {
     "queries": (1,),
     "keys": (1,),
     "values": (1,),
+    "output": (0,),
 }
 # what changes a config's text but not the teacher's answers; the shapes of a compressed teacher are in its tensors
 _VOLATILE = frozenset(

@@ -46,7 +46,12 @@ class VocabularyLoss:
 
 
 def vocabulary_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherChunk, asked: VocabularyLoss
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: TeacherChunk,
+    asked: VocabularyLoss,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over rows of cross-entropy with labels and of a loss against a teacher, in one pass over chunks.
 
@@ -56,19 +61,26 @@ def vocabulary_loss(
         labels: ``(rows,)`` int64, none of them −100.
         teacher: gives the teacher's logits chunk by chunk; called once for each chunk, in order.
         asked: weights and form.
+        row_weights: ``(rows,)`` float32, what the loss against the teacher is multiplied by in each row; default 1.
 
     Returns:
         ``(total, label_sum, soft_sum)``, 0-d float32: ``total`` is the weighted sum of the other two and carries the
         gradient to ``hidden`` and ``weight``; the others are for the log.
     """
-    total, label_sum, soft_sum = _Chunked.apply(hidden, weight, labels, teacher, asked)
+    total, label_sum, soft_sum = _Chunked.apply(hidden, weight, labels, teacher, asked, row_weights)
     return total, label_sum.detach(), soft_sum.detach()
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherChunk, asked: VocabularyLoss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        teacher: TeacherChunk,
+        asked: VocabularyLoss,
+        row_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -83,7 +95,8 @@ class _Chunked(torch.autograd.Function):
                 rows = hidden[start:stop].detach().to(dtype)
                 logits = (rows @ compute_weight.t()).float()
                 targets = teacher(start, stop) if asked.soft_weight > 0 else logits
-                gradient = _chunk_gradient(logits, targets, labels[start:stop], asked, sums)
+                row_weight = None if row_weights is None else row_weights[start:stop]
+                gradient = _chunk_gradient(logits, targets, labels[start:stop], asked, sums, row_weight)
                 gradient = gradient.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[start:stop] = gradient @ compute_weight
@@ -103,7 +116,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         if grad_total is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         if ctx.grads is None:
             raise RuntimeError("backward through a chunked vocabulary loss a second time: ask for it with retain=True")
         grad_hidden, grad_weight = ctx.grads
@@ -113,13 +126,15 @@ class _Chunked(torch.autograd.Function):
             ctx.grads = None
             # in place: the matrix of gradients of the head is as large as the head
             scaled = [None if grad is None else grad.mul_(grad_total) for grad in (grad_hidden, grad_weight)]
-        return scaled[0], scaled[1], None, None, None
+        return scaled[0], scaled[1], None, None, None, None
 
 
-def _chunk_gradient(logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor) -> Tensor:
+def _chunk_gradient(
+    logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor, row_weight: Tensor | None
+) -> Tensor:
     """Adds the chunk's losses to ``sums`` and returns the gradient of their weighted sum with respect to ``logits``."""
     if asked.soft is not None:
-        return _chunk_gradient_by_autograd(logits, targets, labels, asked, sums)
+        return _chunk_gradient_by_autograd(logits, targets, labels, asked, sums, row_weight)
     index = labels[:, None]
     gradient = torch.zeros((), device=logits.device)
     log_q = _log_softmax(logits, asked.temperature)
@@ -133,20 +148,25 @@ def _chunk_gradient(logits: Tensor, targets: Tensor, labels: Tensor, asked: Voca
         log_p = _log_softmax(targets.float(), asked.temperature)
         p = log_p.exp()
         # KL = sum p (log p - log q); dKL/dz = scale / T (q - p)
-        sums[1] += asked.scale * torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+        log_p.sub_(log_q)
         soft = log_q.exp_().sub_(p).mul_(asked.soft_weight * asked.scale / asked.temperature)
+        if row_weight is not None:
+            p.mul_(row_weight[:, None])
+            soft.mul_(row_weight[:, None])
+        sums[1] += asked.scale * torch.dot(p.flatten(), log_p.flatten())
         gradient = soft.add_(gradient) if gradient.dim() == 0 else gradient.add_(soft)
     return gradient if gradient.dim() else torch.zeros_like(logits)
 
 
 def _chunk_gradient_by_autograd(
-    logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor
+    logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor, row_weight: Tensor | None
 ) -> Tensor:
     assert asked.soft is not None
     with torch.enable_grad():
         logits = logits.requires_grad_()
         hard = F.cross_entropy(logits, labels, reduction="sum")
-        soft = asked.soft(logits, targets, labels).sum()
+        rows = asked.soft(logits, targets, labels)
+        soft = rows.sum() if row_weight is None else torch.dot(rows, row_weight)
         (gradient,) = torch.autograd.grad(asked.label_weight * hard + asked.soft_weight * soft, logits)
     sums[0] += hard.detach()
     sums[1] += soft.detach()

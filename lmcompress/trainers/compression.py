@@ -33,6 +33,7 @@ class _Logged:
     """Means of one term since the last log, and in how many optimizer steps it took part."""
 
     total: Tensor
+    measured: bool
     steps: int = 0
     last_step: int = -1
 
@@ -238,14 +239,19 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs and self._logged:
             for name, logged in self._logged.items():
                 value = float(self.accelerator.gather(logged.total.reshape(1)).sum()) / logged.steps
-                logs[f"loss_{name}"] = value
-                self._watch(name, value, logged.steps)
+                logs[name if logged.measured else f"loss_{name}"] = value
+                if not logged.measured:
+                    self._watch(name, value, logged.steps)
             logs |= {f"share_{name}": share for name, share in self._shares.items()}
             self._logged, self._shares = {}, {}
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
     def finish(self) -> None:
         """Let every method make its work permanent and take its hooks away; the trainer is done then."""
+        for method in self.methods:
+            settle = getattr(method, "settle", None)
+            if settle is not None:
+                settle()
         for method in self.methods:
             method.finish()
 
@@ -330,7 +336,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         for name, term in terms.items():
             for part, total in ({name: term.total} if term.parts is None else term.parts).items():
                 value = total.detach() / counts[term.unit].clamp(min=1)
-                logged = self._logged.setdefault(part, _Logged(torch.zeros_like(value)))
+                logged = self._logged.setdefault(part, _Logged(torch.zeros_like(value), term.measured))
                 logged.total = logged.total + value
                 if logged.last_step != self.state.global_step:
                     logged.steps, logged.last_step = logged.steps + 1, self.state.global_step

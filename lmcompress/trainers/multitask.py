@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,4 +286,4 @@ def _named(task: str, name: str) -> str:
 
 def _renamed(task: str, term: Term) -> Term:
     parts = None if term.parts is None else {_named(task, name): part for name, part in term.parts.items()}
-    return Term(term.total, term.unit, term.weight, parts)
+    return replace(term, parts=parts)

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from families import make  # noqa: E402
 from test_compression import ALL_UNITS, arguments, ragged_rows, set_dropout  # noqa: E402
 
-from lmcompress.distillation import Distillation, DistillationConfig, Match  # noqa: E402
+from lmcompress.distillation import Contrast, Distillation, DistillationConfig, Match  # noqa: E402
 from lmcompress.trainers import (  # noqa: E402
     DistillationTrainer,
     MultiTaskDistillation,
@@ -28,6 +28,7 @@ PROJECTED = Match(
 CONFIGS = {
     "classification": DistillationConfig(matches=(*ALL_UNITS, PROJECTED), max_projection_norm=0.5),
     "causal": DistillationConfig(matches=(*ALL_UNITS, PROJECTED), chunk_tokens=5),
+    "contrast": DistillationConfig(contrast=Contrast(weight=1.0, projection=8)),
     # nothing above the first block is reached: DDP would wait for those gradients for ever
     "lowest-layer": DistillationConfig(
         matches=[Match(loss="hidden_mse", student=1, teacher=1)], weight=0.0, label_weight=0.0

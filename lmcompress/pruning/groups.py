@@ -49,7 +49,9 @@ def unit_views(
     heads, size = block.num_heads, block.head_size
 
     def add(module: nn.Module, split: Callable[[Tensor], Tensor], out: bool) -> None:
-        weight = pick(module.get_parameter("weight"))
+        # past the module's own way, by which a fake-quantized one gives what its weight is quantized to
+        stored = module._parameters.get("weight")
+        weight = pick(module.get_parameter("weight") if stored is None else stored)
         if weight is not None:
             oriented = weight.t() if is_conv1d(module) else weight
             views.append(split(oriented.t() if out else oriented))

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from transformers import PreTrainedModel, TrainerCallback
 
 from lmcompress.anatomy import anatomy_of
 from lmcompress.config import Structure
 from lmcompress.errors import EquivalenceError, LmcompressError
-from lmcompress.method import Step, Term
+from lmcompress.method import Step, Term, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import CompressedModel, outputs_of, random_batches
 from lmcompress.pruning.config import (
     Gradual,
@@ -180,6 +178,7 @@ class StructuredPruning:
     name = "pruning"
     # gates and multipliers are few, and their learning rates their own
     max_norm: float | None = 0.0
+    changes_shapes = True
 
     def __init__(
         self, config: PruningConfig, *, calibration: Sequence[Batch] | None = None, cost: CostModel | None = None
@@ -254,6 +253,11 @@ class StructuredPruning:
         self._repaired: list[Repaired] = []
         self._fresh: Tensor | None = None
         self._last_removed: Tensor | float | None = None
+
+    @property
+    def folds(self) -> bool:
+        """Whether gates end between 0 and 1, so that weights are multiplied by them in the end."""
+        return isinstance(self.config.schedule, HardConcrete)
 
     # what the trainer calls in every step
 
@@ -351,6 +355,8 @@ class StructuredPruning:
         Raises:
             LmcompressError: training has not begun.
         """
+        if self.report is not None:
+            return
         if self._trainer is not None and not self._events:
             raise LmcompressError("nothing was pruned: finish() must come after train()")
         self._finalise()
@@ -393,10 +399,11 @@ class StructuredPruning:
         """
         self._optimizer = optimizer
         schedule = self.config.schedule
-        if isinstance(schedule, HardConcrete) and "maximize" not in _inner(optimizer).defaults:
+        if isinstance(schedule, HardConcrete) and "maximize" not in inner_optimizer(optimizer).defaults:
             raise LmcompressError(
                 "the optimizer must be able to ascend for the Lagrange multipliers, got "
-                f"{type(_inner(optimizer)).__name__}, which has no 'maximize'; use optim='adamw_torch' or 'sgd'"
+                f"{type(inner_optimizer(optimizer)).__name__}, which has no 'maximize'; use optim='adamw_torch' or "
+                "'sgd'"
             )
         self._events = plan(self.config, max_steps)
         self._first = round(schedule.begin * max_steps)
@@ -445,7 +452,7 @@ class StructuredPruning:
             # groups that press on together also reach zero together: none is pressed while enough are there
             if schedule.steer and self._share_removed(self._of_norms(norms)) >= self._wanted():
                 return
-            rate = _inner(self._optimizer).param_groups[0]["lr"]
+            rate = inner_optimizer(self._optimizer).param_groups[0]["lr"]
             parts = [part for part in _GROUPS if part in self.config.parts]
             shrink_(self._student, parts, rate * self._penalty, self._optimizer, norms=norms)
 
@@ -617,7 +624,7 @@ class StructuredPruning:
             self._state.penalty.mul_(math.exp(STEER_RATE * max(-1.0, min(1.0, 5 * gap))))
             self._penalty = float(self._state.penalty)
         schedule = self.config.schedule
-        for group in _inner(self._optimizer).param_groups:
+        for group in inner_optimizer(self._optimizer).param_groups:
             # constant: with the model's schedule they would stand still when the target is reached
             if any(parameter is self._state.learned for parameter in group["params"]):
                 group["lr"] = getattr(schedule, "learning_rate")  # noqa: B009
@@ -637,7 +644,7 @@ class StructuredPruning:
         else:
             target = partial_target(self.config.target, event.share, self._sizes, self._goal)
             if target is not None:
-                with _undisturbed(self._student):
+                with undisturbed(self._student):
                     mask = choose(self.config, self._scores(), self._sizes, target, cost=self.cost, gone=self._mask())
                 self._take(mask, mask.map(lambda tensor: tensor.float()), final=False)
         self._seconds += time.perf_counter() - started
@@ -654,7 +661,7 @@ class StructuredPruning:
         config, schedule = self.config, self.config.schedule
         # those that pruned before must not let anything come back; those that learn have no mask yet
         gone = None if isinstance(schedule, (HardThresholding, *_LEARNED)) else self._mask()
-        with _undisturbed(self._student):
+        with undisturbed(self._student):
             scores = self._scores()
             mask = choose(
                 config, scores, self._sizes, config.target,
@@ -698,7 +705,10 @@ class StructuredPruning:
 
     def _calibration(self) -> list[Batch]:
         if self._given is None:
-            self._given = _rows_of(self._trainer, self.config)
+            config = self.config
+            self._given = calibration_rows(
+                self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed
+            )
         return [_on_device(batch, self._device) for batch in self._given]
 
     def _take(self, mask: Units, values: Units, *, final: bool) -> None:
@@ -929,45 +939,6 @@ def _kept_heads(before: Structure, mask: Units) -> list[list[int]]:
     return kept
 
 
-def _rows_of(trainer: Any, config: PruningConfig) -> list[Batch]:
-    """Calibration batches out of the training data: the same on every process."""
-    rows = trainer.train_dataset
-    if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise LmcompressError(
-            f"calibration rows must come from a training set that can be indexed, got {type(rows).__name__}; pass "
-            "calibration=, some batches"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(rows), generator=generator)[: config.calibration_rows].tolist()
-    trainer._set_signature_columns_if_needed()
-    known = set(trainer._signature_columns or ())
-    collate = trainer.data_collator or default_collate
-    batches: list[Batch] = []
-    # a collator may draw, such as the tokens that it masks: a run that resumes must get the same
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        for start in range(0, len(chosen), config.calibration_batch_size):
-            picked = [rows[i] for i in chosen[start : start + config.calibration_batch_size]]
-            if trainer.args.remove_unused_columns:
-                picked = [{k: v for k, v in row.items() if k in known} for row in picked]
-            batches.append({k: v for k, v in collate(picked).items() if not k.startswith("teacher_")})
-    return batches
-
-
-@contextmanager
-def _undisturbed(model: PreTrainedModel) -> Any:
-    """Leave gradients, mode and random numbers of a training run as they are."""
-    training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        model.train(training)
-        for parameter in model.parameters():
-            parameter.grad = None
-
-
 def _on_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
 
@@ -1045,8 +1016,3 @@ def _leaves_gaps(mask: Units) -> bool:
 def _alive(mask: Units, sublayer: Literal["attention", "ffn"], units: GroupPart, index: int) -> bool:
     gate, inner = mask.tensors(sublayer), mask.tensors(units)
     return (not gate or bool(gate[0][index])) and (not inner or bool(inner[index].any()))
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer itself, where accelerate has wrapped it."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -346,6 +346,25 @@ def gate_batches(materials: Materials, *, count: int = 2, rows: int = 8) -> list
     return [together([data[i] for i in span]) for span in spans if len(span)]
 
 
+def drawn_batches(materials: Materials, rows: int, batch_size: int, seed: int) -> list[Any]:
+    """Batches of training rows, drawn as methods of the trainer draw them.
+
+    Args:
+        materials: of the stage.
+        rows: how many, or as many as there are.
+        batch_size: rows of one batch.
+        seed: of the choice.
+
+    Returns:
+        Batches on the CPU.
+    """
+    data, collate = materials.rows().train, materials.collator()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(data.num_rows, generator=generator)[:rows].tolist()
+    spans = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    return [collate([data[i] for i in span]) for span in spans]
+
+
 def is_stage(name: str) -> bool:
     """Whether a start is a stage rather than the recipe's model.
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from lmcompress.anatomy import anatomy_of
 from lmcompress.card import model_card
 from lmcompress.data import TaskKind
+from lmcompress.encoding import weight_count
 from lmcompress.evaluation import (
     LatencyRow,
     compare_latency,
     evaluate_classifier,
     machine,
-    parameter_count,
     perplexity,
     size_on_disk,
     verdict,
@@ -39,12 +39,13 @@ class Entry:
 
     Attributes:
         name: of the model in the table.
-        role: teacher, student, control, pruned or model.
+        role: teacher, student, control, pruned, quantized or model.
         path: where it is loaded from.
         materials: rows with the model's own tokenizer.
         made_here: whether the folder was written by this run, with a report of its own.
         training: what its training came to, as JSON types; empty where it was not trained here.
         pruning: what pruning did to it, as JSON types.
+        quantization: what quantization did to it, as JSON types.
         vocabulary: what became of its vocabulary, as JSON types.
     """
 
@@ -55,6 +56,7 @@ class Entry:
     made_here: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     vocabulary: dict[str, Any] | None = None
 
 
@@ -147,7 +149,7 @@ def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
         "role": entry.role,
         "folder": entry.path,
         "metrics": {split: quality(entry.materials, model, split) for split in splits},
-        "parameters": parameter_count(model),
+        "parameters": weight_count(model),
         "size_bytes": None if size is None else size.total_bytes,
         "weights_bytes": None if size is None else size.weights_bytes,
         "hidden_size": anatomy_of(model).hidden_size,
@@ -157,6 +159,7 @@ def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
         "format": saved.get("format"),
         "training": entry.training,
         "pruning": entry.pruning,
+        "quantization": entry.quantization,
         "vocabulary": entry.vocabulary,
         "latency": [],
     }

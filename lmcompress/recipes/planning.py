@@ -30,9 +30,10 @@ from lmcompress.recipes.building import (
     teacher_skeleton,
 )
 from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning, prune_stage_vocabulary
+from lmcompress.recipes.quantization import NO_VANILLA, QuantizationPlan, plan_quantization
 from lmcompress.recipes.schema import LayerLoss, Recipe, Stage, StageDistillation, with_controls
 
-Role = Literal["teacher", "student", "control", "pruned", "model"]
+Role = Literal["teacher", "student", "control", "pruned", "quantized", "model"]
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,18 @@ class StagePlan:
 
     Attributes:
         stage: as the recipe has it; a control's is derived.
-        role: teacher of another stage, student, control, pruned without a teacher, or a model by itself.
+        role: teacher of another stage, student, control, pruned or quantized without a teacher, or a model by itself.
         start: what its weights come from.
         teachers: stages or models that it learns from.
         shape: blocks, heads and widths in words; of what is pruned, those to be expected.
         parameters: of the model; of what is pruned, those to be expected.
-        bytes_estimate: of its weights in float32.
+        bytes_estimate: of its weights, packed where they are quantized, else in float32.
         train_rows: rows or blocks trained on, augmentation included.
         steps: optimizer steps.
         vanilla_obstacle: why stock Transformers could not load it, or None.
         distillation: with its layer maps spelled out; None for plain fine-tuning.
         pruning: its target as shapes; None if nothing is pruned.
+        quantization: which matrix gets what; None if nothing is quantized.
         vocabulary: what becomes of the vocabulary; None if it stays.
         materials: the rows as this stage's tokenizer, perhaps with a pruned vocabulary, makes them.
     """
@@ -68,6 +70,7 @@ class StagePlan:
     vanilla_obstacle: str | None
     distillation: DistillationConfig | None
     pruning: PruningPlan | None
+    quantization: QuantizationPlan | None
     vocabulary: VocabularyReport | None
     materials: Materials
 
@@ -147,6 +150,7 @@ class _Planner:
         self.models: dict[str, PreTrainedModel] = {}
         self.staged: dict[str, Materials] = {}
         self.outside: dict[str, PreTrainedModel] = {}
+        self.packed = {stage.name for stage, _ in with_controls(recipe) if stage.quantization is not None}
 
     def stage(self, stage: Stage, control_of: Stage | None) -> StagePlan:
         """Check one stage, and remember the model it leaves.
@@ -162,6 +166,11 @@ class _Planner:
 
     def _checked(self, stage: Stage, control_of: Stage | None) -> StagePlan:
         after = is_stage(stage.start)
+        if stage.start in self.packed:
+            raise LmcompressError(
+                f"it starts from {stage.start!r}, whose weights are codes and can be neither trained nor cut: start "
+                "from the stage before, or do both in one stage"
+            )
         materials = self.staged[stage.start] if after else self.materials
         # a copy: a stage that changes no shape must not rename its start
         start = copy.deepcopy(self.models[stage.start]) if after else base_model(materials, meta=True)
@@ -187,6 +196,11 @@ class _Planner:
             obstacle = pruning.obstacle
             if pruning.expected is not None:
                 model = expected_model(model, pruning.expected)
+        quantization = None
+        if stage.quantization is not None:
+            trains, prunes = stage.trains, stage.pruning is not None
+            quantization = plan_quantization(stage.quantization, model, self.recipe.seed, trains=trains, prunes=prunes)
+            obstacle = NO_VANILLA
         self.models[stage.name] = model
         if stage.save == "vanilla" and obstacle:
             raise LmcompressError(f"save: vanilla is not possible: {obstacle}; save it as native or self_loading")
@@ -199,12 +213,13 @@ class _Planner:
             teachers=tuple(teachers),
             shape=shape if pruning is None or pruning.exact else f"about {shape}",
             parameters=parameters,
-            bytes_estimate=4 * parameters,
+            bytes_estimate=4 * parameters if quantization is None else quantization.bytes_estimate,
             train_rows=rows,
             steps=steps,
             vanilla_obstacle=obstacle,
             distillation=config,
             pruning=pruning,
+            quantization=quantization,
             vocabulary=vocabulary,
             materials=materials,
         )
@@ -225,7 +240,9 @@ class _Planner:
             return "teacher"
         if control_of:
             return "control"
-        return "student" if taught else "pruned" if stage.pruning else "model"
+        if taught:
+            return "student"
+        return "quantized" if stage.quantization else "pruned" if stage.pruning else "model"
 
 
 def distillation_config(

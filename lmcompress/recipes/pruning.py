@@ -24,7 +24,7 @@ from lmcompress.pruning.scoring import CRITERIA
 from lmcompress.pruning.surgery import cut
 from lmcompress.pruning.units import Units
 from lmcompress.pruning.vocabulary import VocabularyReport, prune_vocabulary
-from lmcompress.recipes.building import Materials
+from lmcompress.recipes.building import Materials, drawn_batches
 from lmcompress.recipes.schema import LatencySpec, StagePruning, VocabularySpec
 from lmcompress.structure import recorded_structure, shape_skeleton
 
@@ -139,11 +139,7 @@ def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any
     """
     if CRITERIA[config.criterion_name].needs in ("nothing", "weights") and config.repair == "none":
         return []
-    rows, collate = materials.rows().train, materials.collator()
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(rows.num_rows, generator=generator)[: config.calibration_rows].tolist()
-    size = config.calibration_batch_size
-    return [collate([rows[i] for i in chosen[start : start + size]]) for start in range(0, len(chosen), size)]
+    return drawn_batches(materials, config.calibration_rows, config.calibration_batch_size, config.seed)
 
 
 def prune_stage_vocabulary(

@@ -37,11 +37,15 @@ from lmcompress.model import CompressedModel, library_version, outputs_of
 from lmcompress.pruning.method import StructuredPruning, prune
 from lmcompress.pruning.report import PruningReport
 from lmcompress.pruning.vocabulary import VocabularyReport
+from lmcompress.quantization.method import Quantization
+from lmcompress.quantization.post_training import quantize
+from lmcompress.quantization.report import QuantizationReport
 from lmcompress.recipes.building import (
     Materials,
     auto_class,
     base_model,
     different_tokenizer,
+    drawn_batches,
     gate_batches,
     is_stage,
     load_tokenizer,
@@ -53,6 +57,7 @@ from lmcompress.recipes.measuring import Entry, measure, update_cards
 from lmcompress.recipes.planning import Plan, StagePlan, plan, run_folder
 from lmcompress.recipes.progress import StageBar, quiet_libraries
 from lmcompress.recipes.pruning import calibration_batches, prune_stage_vocabulary, pruning_notes
+from lmcompress.recipes.quantization import quantization_notes
 from lmcompress.recipes.schema import Recipe, Stage, StoreSpec
 from lmcompress.reporting import write_report
 from lmcompress.trainers import CompressionTrainer
@@ -162,12 +167,15 @@ class _Done:
         log: of the trainer.
         steps: optimizer steps.
         pruning: what was cut, if anything.
-        masked: outputs of the masked model before it was cut, for the gate's batches.
+        quantization: what was quantized, if anything.
+        masked: outputs of the masked model before it was cut, for the gate's batches; None where it was quantized
+            since, by which an input on the edge may be rounded the other way.
     """
 
     log: list[dict[str, Any]]
     steps: int
     pruning: PruningReport | None
+    quantization: QuantizationReport | None
     masked: list[Tensor] | None
 
 
@@ -209,7 +217,7 @@ class StageRun:
         if checkpoint is not None:
             self.console.print(f"  going on from {checkpoint.name}")
         model = self._model()
-        done = self._trained(model, checkpoint) if self.stage.trains else self._pruned_only(model)
+        done = self._trained(model, checkpoint) if self.stage.trains else self._without_training(model)
         # trainer and methods know one another; the optimizer's state need not be there while the gate reloads a model
         gc.collect()
         seconds = time.monotonic() - start
@@ -218,6 +226,7 @@ class StageRun:
         training |= {"resumed": checkpoint is not None, "last_log": history[-1] if history else {}}
         more = {
             "pruning": None if done.pruning is None else done.pruning.to_dict(),
+            "quantization": None if done.quantization is None else done.quantization.to_dict(),
             "vocabulary": None if self.vocabulary is None else self.vocabulary.to_dict(),
         }
         self.outcome = {"training": training} | more
@@ -235,7 +244,8 @@ class StageRun:
             write_more=lambda temporary: write_json(temporary / STAGE_FILE, marker),
         )
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        compared = "masked, cut, saved" if done.masked else "saved"
+        done_to_it = {"masked, cut": done.pruning, "packed": done.quantization}
+        compared = ", ".join([*(name for name, report in done_to_it.items() if report is not None), "saved"])
         self.console.print(
             f"  {seconds:.0f} s; {compared} to {self.target}, reloaded, greatest difference of "
             f"any output {equivalence.max_error:.2g}"
@@ -257,45 +267,55 @@ class StageRun:
         pruning = None
         if self.entry.pruning is not None:
             pruning = StructuredPruning(self.entry.pruning.config, cost=self.entry.pruning.cost)
-        trainer, bar = self._trainer(model, pruning)
+        quantization = None if self.entry.quantization is None else Quantization(self.entry.quantization.config)
+        trainer, bar = self._trainer(model, pruning, quantization)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             bar.close()
         masked = None
-        if pruning is not None:
+        if pruning is not None and quantization is None:
             for method in trainer.methods:
                 method.set_active(False)
             pruning.settle()
             masked = outputs_of(model, gate_batches(self.materials))
         trainer.finish()
-        report = None if pruning is None else pruning.report
-        return _Done(trainer.state.log_history, trainer.state.global_step, report, masked)
-
-    def _pruned_only(self, model: PreTrainedModel) -> _Done:
-        if self.entry.pruning is None:
-            return _Done([], 0, None, None)
-        if torch.cuda.is_available():
-            model.to("cuda")
-        config, masked = self.entry.pruning.config, []
-        report = prune(
-            model,
-            config,
-            calibration_batches(self.materials, config),
-            cost=self.entry.pruning.cost,
-            before_cut=lambda gated: masked.extend(outputs_of(gated, gate_batches(self.materials))),
+        return _Done(
+            trainer.state.log_history,
+            trainer.state.global_step,
+            None if pruning is None else pruning.report,
+            None if quantization is None else quantization.report,
+            masked,
         )
-        return _Done([], 0, report, masked)
+
+    def _without_training(self, model: PreTrainedModel) -> _Done:
+        entry, masked = self.entry, []
+        pruned = quantized = None
+        if torch.cuda.is_available() and (entry.pruning or entry.quantization):
+            model.to("cuda")
+        if entry.pruning is not None:
+            pruned = prune(
+                model,
+                entry.pruning.config,
+                calibration_batches(self.materials, entry.pruning.config),
+                cost=entry.pruning.cost,
+                before_cut=lambda gated: masked.extend(outputs_of(gated, gate_batches(self.materials))),
+            )
+        if entry.quantization is not None:
+            config = entry.quantization.config
+            batches = drawn_batches(self.materials, config.calibration_rows, config.calibration_batch_size, config.seed)
+            quantized = quantize(model, config, batches, method=entry.quantization.method or "rtn", progress=False)
+        return _Done([], 0, pruned, quantized, masked if pruned is not None and quantized is None else None)
 
     def _trainer(
-        self, model: PreTrainedModel, pruning: StructuredPruning | None
+        self, model: PreTrainedModel, pruning: StructuredPruning | None, quantization: Quantization | None
     ) -> tuple[CompressionTrainer, StageBar]:
         stages = {entry.stage.name: entry.materials for entry in self.planned.stages}
         teacher_tokenizer = different_tokenizer(self.stage, stages, self.materials)
         rows = self.materials.rows(self.stage.augmentation, teacher_tokenizer)
         collate = self.materials.collator(teacher_tokenizer)
         # gates are hooked first: what distillation captures is what they left
-        methods: list[Method] = [] if pruning is None else [pruning]
+        methods: list[Method] = [method for method in (pruning, quantization) if method is not None]
         if self.entry.distillation is not None:
             teachers, config = self._teachers(self.entry.distillation, rows.train, collate)
             methods.append(Distillation(config, teachers))
@@ -360,6 +380,7 @@ class StageRun:
                 if match.which == number
                 for layer in ((match.teacher,) if isinstance(match.teacher, int) else match.teacher)
             }
+            | _contrasted(config, number, teacher)
         )
         if (folder / "meta.json").is_file():
             store = TeacherStore.open(folder, teacher=teacher)
@@ -496,6 +517,13 @@ def _layers_counted_from_the_beginning(
     return config.model_copy(update={"matches": tuple(matches)})
 
 
+def _contrasted(config: DistillationConfig, number: int, teacher: PreTrainedModel) -> set[tuple[str, int]]:
+    if config.contrast is not None and config.contrast.which == number:
+        return {resolve(teacher, *config.contrast.feature("teacher"))}
+    # what is only measured is asked of the first teacher
+    return {resolve(teacher, "output", -1)} if config.homogeneity and config.contrast is None and number == 0 else set()
+
+
 def _measured(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[str, Any]:
     materials = planned.materials
     entries = [
@@ -514,11 +542,21 @@ def _measured(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[s
                 made_here=True,
                 training=marker["training"],
                 pruning=marker.get("pruning"),
+                quantization=marker.get("quantization"),
                 vocabulary=marker.get("vocabulary"),
             )
         )
-    notes = [*planned.notes, *(note for entry in entries for note in pruning_notes(entry.name, entry.pruning))]
+    notes = [*planned.notes, *(note for entry in entries for note in notes_of(entry))]
     return measure(entries, planned.reference, notes)
 
 
-__all__ = ["RunResult", "run", "stage_hashes"]
+def notes_of(entry: Entry) -> list[str]:
+    """What a reader of the table must know of how a model was made.
+
+    Args:
+        entry: a row.
+    """
+    return [*pruning_notes(entry.name, entry.pruning), *quantization_notes(entry.name, entry.quantization)]
+
+
+__all__ = ["RunResult", "notes_of", "run", "stage_hashes"]

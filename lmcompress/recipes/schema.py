@@ -16,6 +16,9 @@ from lmcompress.data import TaskKind
 from lmcompress.distillation.config import DistillationConfig, Match, WeightSchedule
 from lmcompress.errors import nearest
 from lmcompress.pruning.config import PruningConfig
+from lmcompress.quantization.config import QuantizationConfig, WeightScheme
+from lmcompress.quantization.post_training import POST_TRAINING
+from lmcompress.quantization.post_training import Method as PostTraining
 
 BASE_MODEL = "model"
 """What a stage's ``start`` is called when it is the recipe's own model."""
@@ -263,7 +266,7 @@ class Training(_TransformersFields):
         Field(
             ge=-1,
             description="Optimizer steps; overrides num_train_epochs if positive. 0: nothing is trained; the stage "
-            "only prunes, cuts its student out, or takes the model as it is.",
+            "only prunes, quantizes, cuts its student out, or takes the model as it is.",
         ),
     ] = -1
     per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch on each device.")] = 32
@@ -343,6 +346,35 @@ class StagePruning(PruningConfig):
         return PruningConfig(**{"seed": seed} | own)
 
 
+class StageQuantization(QuantizationConfig):
+    """What the stage's weights and activations are quantized to: while it is trained, or after that."""
+
+    method: Annotated[
+        PostTraining | None,
+        Field(
+            description="Of stages with max_steps: 0. rtn rounds to nearest, gptq lets weights make rounding good, awq "
+            "gives inputs that matter finer steps; default: rtn. Stages that train learn instead."
+        ),
+    ] = None
+
+    def config(self, seed: int, *, trains: bool) -> QuantizationConfig:
+        """The configuration of the method, without what only recipes have.
+
+        Args:
+            seed: the recipe's, unless the stage has its own.
+            trains: whether the stage takes steps; if not, what is left out is as nothing has to be learned for.
+        """
+        own = {name: getattr(self, name) for name in QuantizationConfig.model_fields if name in self.model_fields_set}
+        if trains:
+            return QuantizationConfig(**{"seed": seed} | own)
+        given = {name: getattr(POST_TRAINING, name) for name in ("weights", "embeddings", "attention")}
+        for name in ("weights", "embeddings"):
+            scheme, default = own.get(name), given[name]
+            if isinstance(scheme, WeightScheme) and default is not None:
+                own[name] = WeightScheme(**default.model_dump() | scheme.model_dump(exclude_unset=True))
+        return QuantizationConfig(**{"seed": seed} | given | own)
+
+
 class VocabularySpec(_Part):
     """Rows of the embeddings that the task never reads go, and the tokenizer is rewritten to match."""
 
@@ -389,6 +421,13 @@ class Stage(_Part):
         StagePruning | None,
         Field(description="What is cut out of the model, while it is trained or, with max_steps: 0, without training."),
     ] = None
+    quantization: Annotated[
+        StageQuantization | None,
+        Field(
+            description="What weights and activations are quantized to, while the model is trained or, with "
+            "max_steps: 0, without training; what is pruned in the same stage is cut first."
+        ),
+    ] = None
     vocabulary: Annotated[
         VocabularySpec | None,
         Field(description="Prune the vocabulary first: for this stage and for those that start from it."),
@@ -408,7 +447,7 @@ class Stage(_Part):
         bool,
         Field(
             description="Also train the same student without a teacher, from the same start, for as many steps, and "
-            "pruned in the same way."
+            "pruned and quantized in the same way."
         ),
     ] = False
 
@@ -451,6 +490,29 @@ class Stage(_Part):
             raise ValueError(
                 "load_best_model_at_end must be false with pruning: the weights of an earlier checkpoint do not fit "
                 "the final mask; leave it out"
+            )
+        if self.quantization is not None and getattr(self.training, "load_best_model_at_end", None):
+            raise ValueError(
+                "load_best_model_at_end must be false with quantization: the weights of an earlier checkpoint do not "
+                "fit the last scales; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantizes_as_it_trains(self) -> Stage:
+        if self.quantization is None:
+            return self
+        if self.trains and self.quantization.method is not None:
+            raise ValueError(
+                f"quantization.method {self.quantization.method} is for stages without training; set max_steps: 0, or "
+                "leave it out: while a stage trains, its weights learn to be codes"
+            )
+        if self.save != "native":
+            raise ValueError(f"save: {self.save} is not possible with quantization: packed weights need lmcompress")
+        if self.trains and self.pruning is not None and self.pruning.schedule.kind == "hard_concrete":
+            raise ValueError(
+                "the schedule hard_concrete multiplies weights by gates in the end, by which they are no codes any "
+                "more: prune in a stage before the one that quantizes, or choose another schedule"
             )
         return self
 

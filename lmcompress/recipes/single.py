@@ -23,20 +23,21 @@ from lmcompress.recipes.building import Materials, auto_class, load_tokenizer, r
 from lmcompress.recipes.measuring import Entry, measure, quality, update_cards
 from lmcompress.recipes.planning import Plan, plan
 from lmcompress.recipes.progress import quiet_libraries
-from lmcompress.recipes.pruning import calibration_batches, pruning_notes
-from lmcompress.recipes.runner import STAGE_FILE, StageRun
+from lmcompress.recipes.pruning import calibration_batches
+from lmcompress.recipes.runner import STAGE_FILE, StageRun, notes_of
 from lmcompress.recipes.schema import (
     EvaluationSpec,
     Recipe,
     Stage,
     StageDistillation,
     StagePruning,
+    StageQuantization,
     TaskSpec,
     Training,
     VocabularySpec,
 )
 
-DENSE, PRUNED = "dense", "pruned"
+DENSE, PRUNED, QUANTIZED = "dense", "pruned", "quantized"
 
 
 def prune_recipe(
@@ -79,8 +80,38 @@ def prune_recipe(
     )
 
 
-def plan_pruned(recipe: Recipe, output: Path, *, measure_times: bool = True) -> Plan:
-    """Check a recipe of :func:`prune_recipe`, and that its model is trained for its task.
+def quantize_recipe(
+    model: str,
+    task: TaskSpec,
+    quantization: StageQuantization,
+    *,
+    evaluation: EvaluationSpec | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """A recipe of one stage that quantizes a trained model and trains nothing.
+
+    Args:
+        model: folder, or name on the Hub.
+        task: that it was trained for.
+        quantization: what is quantized to what, and how it is rounded.
+        evaluation: what is measured.
+        seed: of calibration rows.
+
+    Returns:
+        The recipe.
+    """
+    return Recipe(
+        name="quantize",
+        model=model,
+        task=task,
+        stages=(Stage(name=QUANTIZED, quantization=quantization, training=Training(max_steps=0)),),
+        evaluation=evaluation or EvaluationSpec(),
+        seed=seed,
+    )
+
+
+def plan_once(recipe: Recipe, output: Path, *, measure_times: bool = True) -> Plan:
+    """Check a recipe of :func:`prune_recipe` or :func:`quantize_recipe`, and that its model is trained for its task.
 
     Args:
         recipe: of one stage.
@@ -96,14 +127,14 @@ def plan_pruned(recipe: Recipe, output: Path, *, measure_times: bool = True) -> 
     return planned
 
 
-def prune_once(
+def compress_once(
     recipe: Recipe, output: str | Path, *, overwrite: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Prune a trained model without training, save it, and measure it beside what it was.
+    """Prune or quantize a trained model without training, save it, and measure it beside what it was.
 
     Args:
-        recipe: of :func:`prune_recipe`.
-        output: folder of the pruned model.
+        recipe: of :func:`prune_recipe` or :func:`quantize_recipe`.
+        output: folder of the model to be.
         overwrite: replace a model that lmcompress wrote there.
         console: where headlines go.
 
@@ -111,15 +142,18 @@ def prune_once(
         The report, as :func:`~lmcompress.recipes.measuring.measure` gives it, of two rows: before and after.
 
     Raises:
-        LmcompressError: as :func:`plan_pruned`, or there is something at ``output`` already.
+        LmcompressError: as :func:`plan_once`, or there is something at ``output`` already.
     """
     console, folder = console or Console(), Path(output)
     _refuse_what_is_there(folder, overwrite)
     with quiet_libraries():
-        console.print("checking rows, model and target")
-        planned = plan_pruned(recipe, folder)
+        console.print("checking rows, model and what is asked for")
+        planned = plan_once(recipe, folder)
         entry = planned.stages[0]
-        console.print(f"pruning to {entry.shape}")
+        if entry.quantization is None:
+            console.print(f"pruning to {entry.shape}")
+        else:
+            console.print(f"quantizing to about {entry.bytes_estimate / 2**20:.1f} MiB")
         run = StageRun(planned, entry, folder, "", console, resume=False)
         run.target = folder
         run.train()
@@ -127,9 +161,8 @@ def prune_once(
         console.print("measuring quality, size and latency before and after")
         path = str(recipe.model)
         dense = Entry(DENSE, "model", path, planned.materials)
-        pruned = Entry(PRUNED, "pruned", str(folder), entry.materials, made_here=True, **done)
-        notes = [*planned.notes, *pruning_notes(PRUNED, done["pruning"])]
-        report = measure([dense, pruned], DENSE, notes)
+        after = Entry(entry.stage.name, entry.role, str(folder), entry.materials, made_here=True, **done)
+        report = measure([dense, after], DENSE, [*planned.notes, *notes_of(after)])
         update_cards(report, [folder])
     return report
 
@@ -311,17 +344,18 @@ def _refuse_what_is_there(folder: Path, overwrite: bool) -> None:
         return
     ours = (folder / STAGE_FILE).is_file() and (folder / "config.json").is_file()
     if not ours:
-        raise LmcompressError(f"{folder} holds something that is no pruned model; name another --output")
+        raise LmcompressError(f"{folder} holds something that is no model of lmcompress; name another --output")
     if not overwrite:
         raise LmcompressError(f"{folder} holds a model already; name another --output, or pass --overwrite")
 
 
 __all__ = [
     "check_trained_for",
+    "compress_once",
     "frontier_recipe",
     "measure_sensitivity",
-    "plan_pruned",
-    "prune_once",
+    "plan_once",
     "prune_recipe",
+    "quantize_recipe",
     "target_name",
 ]

@@ -21,6 +21,7 @@ _COLOURS = {
     "student": "tab:blue",
     "control": "tab:orange",
     "pruned": "tab:red",
+    "quantized": "tab:purple",
     "model": "tab:green",
 }
 _GONE = "0.85"

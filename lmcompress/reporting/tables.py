@@ -50,7 +50,7 @@ def results_table(report: Report) -> Table:
         table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
     for cells in rows:
         shown = [cell.replace(" ms, ", " ms\n") for cell in cells.values()]
-        table.add_row(*shown, style="bold" if cells["role"] in ("student", "pruned") else None)
+        table.add_row(*shown, style="bold" if cells["role"] in ("student", "pruned", "quantized") else None)
     return table
 
 
@@ -131,6 +131,8 @@ def print_plan(plan: Any, console: Console) -> None:
             console.print(f"{entry.stage.name}: prunes {pruning_in_words(pruning.config)}", highlight=False)
             if pruning.note is not None:
                 console.print(f"{entry.stage.name}: {pruning.note}", highlight=False)
+        if (quantization := entry.quantization) is not None:
+            console.print(f"{entry.stage.name}: quantizes {quantization_in_words(quantization)}", highlight=False)
         loads = (
             "stock Transformers can hold it (save: vanilla)"
             if entry.vanilla_obstacle is None
@@ -139,7 +141,7 @@ def print_plan(plan: Any, console: Console) -> None:
         console.print(f"{entry.stage.name}: {loads}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
-    console.print("Nothing was trained. Parameters are exact, MB are those of float32 weights.")
+    console.print("Nothing was trained. Parameters are exact, MB are those of weights in float32, or packed.")
 
 
 def pruning_in_words(config: Any) -> str:
@@ -160,6 +162,24 @@ def pruning_in_words(config: Any) -> str:
     repair = "" if config.repair == "none" else f", repair {config.repair}"
     parts = " and ".join(filter(None, [", ".join(config.parts[:-1]), config.parts[-1]]))
     return f"{parts} to {config.target.kind} {amount}, {config.schedule.kind}{by}, ranking {config.ranking}{repair}"
+
+
+def quantization_in_words(planned: Any) -> str:
+    """What a quantization is asked to do, in a line.
+
+    Args:
+        planned: :class:`~lmcompress.recipes.quantization.QuantizationPlan`.
+    """
+    matrices, inputs = planned.plan.matrices, planned.config.activations
+    bits = [
+        "/".join(dict.fromkeys(str(one.weights.bits) for one in matrices if (one.part == "embeddings") == of_words))
+        for of_words in (False, True)
+    ]
+    how = "in training" if planned.method is None else planned.method
+    return (
+        f"weights {bits[0] or 'dense'}, embeddings {bits[1] or 'dense'}, activations "
+        f"{'float' if inputs is None else inputs.bits} ({how}): {len(matrices)} matrices"
+    )
 
 
 def pruned_blocks(pruning: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from lmcompress.trainers.compression import CompressionTrainer
 from lmcompress.trainers.distillation import DistillationTrainer
 from lmcompress.trainers.multitask import MultiTaskDistillation, MultiTaskStudent, MultiTaskTrainer
 from lmcompress.trainers.pruning import PruningTrainer
+from lmcompress.trainers.quantization import QuantizationTrainer
 
 __all__ = [
     "CompressionTrainer",
@@ -12,4 +13,5 @@ __all__ = [
     "MultiTaskStudent",
     "MultiTaskTrainer",
     "PruningTrainer",
+    "QuantizationTrainer",
 ]

@@ -164,10 +164,9 @@ def test_an_interrupted_stage_of_another_recipe_is_refused(tiny, tmp_path, monke
 
 
 def test_a_stored_teacher_teaches_as_a_live_one(finished, copied, tiny):
-    stored = parse_recipe(
-        tiny, ["stages.student.distillation.store={}", "stages.student.distillation.losses=[hidden_mse]"]
-    )
-    live = parse_recipe(tiny, ["stages.student.distillation.losses=[hidden_mse]"])
+    wanted = ["stages.student.distillation.losses=[hidden_mse]", "stages.student.distillation.contrast={}"]
+    stored = parse_recipe(tiny, ["stages.student.distillation.store={}", *wanted])
+    live = parse_recipe(tiny, wanted)
     trained = []
     for recipe in (live, stored):
         result = run(recipe, copied, overwrite=True, console=Console(quiet=True))

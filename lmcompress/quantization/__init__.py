@@ -1,0 +1,30 @@
+"""Quantization: what is quantized to what, and a model that computes with quantized numbers while it trains."""
+
+from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
+from lmcompress.quantization.fake import FakeActivation, FakeQuantized, FakeWeight
+from lmcompress.quantization.method import Quantization
+from lmcompress.quantization.mixed import bits_sensitivity, choose_bits, mixed_precision
+from lmcompress.quantization.planning import Plan, Planned, plan
+from lmcompress.quantization.post_training import POST_TRAINING, quantize
+from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
+
+__all__ = [
+    "POST_TRAINING",
+    "ActivationScheme",
+    "FakeActivation",
+    "FakeQuantized",
+    "FakeWeight",
+    "Plan",
+    "Planned",
+    "Quantization",
+    "QuantizationConfig",
+    "QuantizationReport",
+    "QuantizedMatrix",
+    "Rule",
+    "WeightScheme",
+    "bits_sensitivity",
+    "choose_bits",
+    "mixed_precision",
+    "plan",
+    "quantize",
+]

@@ -1,0 +1,263 @@
+"""What quantization is asked to do, as validated data: used by recipes and by the Python API alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lmcompress.config import ActivationEncoding
+from lmcompress.lowbit.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
+from lmcompress.lowbit.quantizers import WeightQuantizer, check_percentile, quantizer_for
+
+Default = Literal["default"]
+
+
+def width(bits: Bits) -> float:
+    """Bits as a number, so that widths can be compared.
+
+    Args:
+        bits: a number of them, or ``"ternary"``.
+
+    Returns:
+        The number; of ternary log2 of 3, rounded.
+
+    Example:
+        >>> width(2) > width("ternary") > width(1)
+        True
+    """
+    return 1.58 if bits == "ternary" else float(bits)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightScheme(_Part):
+    """How weights are quantized."""
+
+    quantizer: Annotated[str, Field(description="A key of lmcompress.lowbit.QUANTIZERS.")] = "dynamic_scaling"
+    bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8
+    granularity: Annotated[
+        Literal["tensor", "row"] | Annotated[int, Field(ge=1, strict=True)],
+        Field(
+            description="Which weights share a scale: tensor, row (one output; of an embedding one word), or so many "
+            "neighbours of a row, which must divide it."
+        ),
+    ] = "tensor"
+    percentile: Annotated[
+        float, Field(description="Of the quantizers percentile and asymmetric_percentile: per cent that are not cut.")
+    ] = 99.9
+
+    @field_validator("percentile")
+    @classmethod
+    def _per_cent(cls, value: float) -> float:
+        check_percentile(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_these_bits(self) -> WeightScheme:
+        quantizer_for(self.quantizer, self.bits)
+        return self
+
+    def function(self) -> WeightQuantizer:
+        """The quantizer and what it needs."""
+        return quantizer_for(self.quantizer, self.bits)
+
+    def grouping(self) -> Granularity:
+        """The granularity as lowbit has it."""
+        if isinstance(self.granularity, int):
+            return PerGroup(self.granularity)
+        return PER_TENSOR if self.granularity == "tensor" else PerRow()
+
+
+class ActivationScheme(_Part):
+    """How activations are quantized before they enter a product."""
+
+    bits: Annotated[Literal[8, 4], Field(description="8 or 4.")] = 8
+    range: Annotated[
+        Literal["dynamic", "static", "learned"],
+        Field(
+            description="dynamic: taken from every input; static: calibrated once; learned: calibrated, then trained."
+        ),
+    ] = "dynamic"
+    symmetric: Annotated[
+        bool | Literal["auto"],
+        Field(description="Whether levels lie around 0; auto: everywhere but after a softmax or an activation."),
+    ] = "auto"
+    granularity: Annotated[
+        Literal["tensor", "token"],
+        Field(description="Of dynamic ranges: one for the tensor, or one for each vector along the last axis."),
+    ] = "tensor"
+    clip: Annotated[
+        float | None,
+        Field(
+            gt=0, allow_inf_nan=False, description="Of dynamic ranges: what is beyond ±clip is cut (TernaryBERT: 2.5)."
+        ),
+    ] = None
+    calibration: Annotated[
+        Literal["minmax", "percentile", "mse"],
+        Field(description="Of static ranges: which range of what was seen: all, percentile % of it, or least error."),
+    ] = "minmax"
+    percentile: Annotated[float, Field(description="Of the calibration percentile: per cent that are not cut.")] = 99.99
+
+    @field_validator("percentile")
+    @classmethod
+    def _per_cent(cls, value: float) -> float:
+        check_percentile(value)
+        return value
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> ActivationScheme:
+        if self.range != "dynamic" and (self.granularity != "tensor" or self.clip is not None):
+            raise ValueError(
+                f"granularity token and clip must go with range dynamic, got range {self.range}: one range that does "
+                "not depend on the input has nothing to tell tokens apart by, and cuts by itself"
+            )
+        if self.range != "static" and self.calibration != "minmax":
+            raise ValueError(
+                f"calibration {self.calibration} must go with range static, got range {self.range}: dynamic ranges are "
+                "not calibrated, and learned ones start as their paper says"
+            )
+        return self
+
+    def resolved(self, *, one_sided: bool) -> ActivationScheme:
+        """The same, with ``auto`` decided.
+
+        Args:
+            one_sided: whether the activation comes out of a softmax, a GELU or the like, mostly on one side of 0.
+
+        Returns:
+            A scheme whose ``symmetric`` is a bool.
+        """
+        return self if self.symmetric != "auto" else self.model_copy(update={"symmetric": not one_sided})
+
+    def encoding(self) -> ActivationEncoding:
+        """How such an activation is described in a checkpoint; learned ranges end as static ones.
+
+        Returns:
+            The description.
+        """
+        symmetric = self.symmetric is True or self.symmetric == "auto"
+        return ActivationEncoding(
+            bits=self.bits,
+            symmetric=symmetric,
+            granularity=self.granularity,
+            range="dynamic" if self.range == "dynamic" else "static",
+            clip=self.clip,
+            full=self.range == "learned" and symmetric,
+        )
+
+
+class Rule(_Part):
+    """What some modules get in place of the default; of two rules that name a module the later one counts."""
+
+    modules: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Names of parts (query, key, value, qkv, attention_out, ffn_in, ffn_out, embeddings, head, "
+            "embedding_projection) or paths such as h.0.mlp.c_fc or pooler.dense; * and ? stand for any.",
+        ),
+    ]
+    weights: Annotated[
+        WeightScheme | Default | None, Field(description="default: as the others; null: they stay dense.")
+    ] = "default"
+    activations: Annotated[
+        ActivationScheme | Default | None, Field(description="Of their inputs; default: as the others; null: none.")
+    ] = "default"
+
+    @model_validator(mode="after")
+    def _inputs_go_with_weights(self) -> Rule:
+        if self.weights is None and isinstance(self.activations, ActivationScheme):
+            raise ValueError(
+                f"the rule for {self.modules!r} must not quantize inputs of what it leaves dense: a product is of "
+                "whole numbers on both sides or on none; give it weights, or leave activations out"
+            )
+        return self
+
+
+class QuantizationConfig(_Part):
+    """What is quantized to what; the default is QuantGPT's at 8 bits."""
+
+    weights: Annotated[
+        WeightScheme | None, Field(description="Of every projection in the blocks; null leaves them dense.")
+    ] = WeightScheme()
+    embeddings: Annotated[
+        WeightScheme | None,
+        Field(description="Of the word embeddings, and with them of a head that is tied to them; null: dense."),
+    ] = WeightScheme(granularity="row")
+    activations: Annotated[
+        ActivationScheme | None, Field(description="Of what enters a product with quantized weights; null: none.")
+    ] = ActivationScheme()
+    attention: Annotated[
+        bool, Field(description="Whether queries, keys, values and attention probabilities are quantized too.")
+    ] = True
+    rules: Annotated[tuple[Rule, ...], Field(description="For some modules in place of the above.")] = ()
+    scale_learning_rate: Annotated[
+        float,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="In training: of scales of weights that are learned; without weight decay, on the schedule of "
+            "the model's learning rate.",
+        ),
+    ] = 1e-3
+    range_learning_rate: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="In training: of learned ranges of activations; default: that of the model.",
+        ),
+    ] = None
+    bits_schedule: Annotated[
+        tuple[tuple[Annotated[float, Field(ge=0, lt=1)], Bits], ...],
+        Field(
+            description="In training: from which share of it on weights have how many bits, from many to few, such as "
+            "[[0.0, 8], [0.3, 4], [0.6, 2]]; no matrix has fewer than its own. Default: its own from the beginning."
+        ),
+    ] = ()
+    start_activations_at: Annotated[
+        float,
+        Field(
+            ge=0, lt=1, description="In training: share of it after which activations are quantized, and calibrated."
+        ),
+    ] = 0.0
+    calibration_rows: Annotated[
+        int, Field(ge=1, description="In training: rows of the training data that ranges are calibrated on.")
+    ] = 64
+    calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 16
+    curvature_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="In training with laq: optimizer steps from one look at Adam's second moments, which weigh the "
+            "errors of weights, to the next; 0: all weights count alike.",
+        ),
+    ] = 100
+    monitor: Annotated[
+        bool,
+        Field(
+            description="In training: also log the share of weights whose code is another than at the log before, "
+            "which takes a byte for each weight."
+        ),
+    ] = True
+    seed: Annotated[int, Field(ge=0, description="Of the choice of calibration rows.")] = 0
+
+    @model_validator(mode="after")
+    def _from_many_to_few(self) -> QuantizationConfig:
+        shares = [share for share, _ in self.bits_schedule]
+        bits = [width(bits) for _, bits in self.bits_schedule]
+        rising = all(a < b for a, b in zip(shares, shares[1:], strict=False))
+        falling = all(a > b for a, b in zip(bits, bits[1:], strict=False))
+        if self.bits_schedule and not (shares[0] == 0 and rising and falling):
+            raise ValueError(
+                "bits_schedule must begin at 0.0, go up in its shares and down in its bits, got "
+                f"{[list(entry) for entry in self.bits_schedule]}"
+            )
+        return self
+
+    def attention_scheme(self) -> ActivationScheme | None:
+        """What happens within attention: as ``activations``, where ``attention`` is on."""
+        return self.activations if self.attention else None

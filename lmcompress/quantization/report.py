@@ -1,0 +1,148 @@
+"""What quantization did, as data and as a table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """What became of one matrix.
+
+    Attributes:
+        path: of its module, relative to the base model.
+        part: what the family calls it; empty for others.
+        quantizer: key of :data:`~lmcompress.lowbit.QUANTIZERS`.
+        bits: of a weight, or ``ternary``.
+        granularity: ``tensor``, ``row``, or the size of a group.
+        method: how it was rounded: ``rtn``, ``gptq``, or ``awq`` where its inputs were scaled.
+        error: squared error over squared norm, of ``measured``.
+        measured: ``output``: of what the module gives on the calibration data; ``weights`` where there were none.
+        weights: how many.
+        bytes_before: of the dense matrix.
+        bytes_after: of codes, scales, zero points and static input range.
+        inputs: bits of its input, or None where that is not quantized.
+        note: why it was not done otherwise, or empty.
+    """
+
+    path: str
+    part: str
+    quantizer: str
+    bits: int | str
+    granularity: int | str
+    method: str
+    error: float
+    measured: Literal["output", "weights"]
+    weights: int
+    bytes_before: int
+    bytes_after: int
+    inputs: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was quantized to what, at which price.
+
+    Attributes:
+        method: ``rtn``, ``gptq``, ``awq``, or ``trained``.
+        config: what was asked for, as JSON types.
+        matrices: what is quantized, in the order of the model.
+        dense: path to reason, of what could have been and is not.
+        bytes_before: of all the model's tensors, tied ones once.
+        bytes_after: the same, packed.
+        hidden_error: of the last block's output on the calibration data, padding left out: squared error over squared
+            norm; None without data.
+        tokens: of the calibration data, padding left out.
+        attention: bits of queries, keys, values and probabilities, or None.
+        seconds: wall time, training not counted.
+        packed_error: after training, the greatest difference between the outputs of the model that was trained and the
+            packed one, relative to the greatest output; None where their shapes differ. Rounding of inputs may fall the
+            other way.
+        drift: after training, how far learned scales and ranges have gone from their start, by kind of module.
+    """
+
+    method: str
+    config: dict[str, Any]
+    matrices: list[QuantizedMatrix]
+    dense: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    hidden_error: float | None = None
+    tokens: int = 0
+    attention: int | None = None
+    seconds: float = 0.0
+    packed_error: float | None = None
+    drift: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a quantized weight takes on average, scales included."""
+        return 8 * sum(row.bytes_after for row in self.matrices) / max(1, sum(row.weights for row in self.matrices))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+
+    def __rich__(self) -> Table:
+        """A table for the terminal: a row for all matrices of one kind."""
+        hidden = "" if self.hidden_error is None else f" · error of the last hidden state {self.hidden_error:.2e}"
+        table = Table(
+            title=f"quantized ({self.method}): {_mib(self.bytes_before)} → {_mib(self.bytes_after)}",
+            caption="\n".join([f"{self.bits_per_weight:.2f} bits a weight{hidden}", *_reasons(self.dense)]),
+            caption_justify="left",
+        )
+        for name in ("", "bits", "by", "method"):
+            table.add_column(name)
+        for name in ("matrices", "before", "after", "error", "worst"):
+            table.add_column(name, justify="right")
+        for rows in _alike(self.matrices):
+            first, worst = rows[0], max(rows, key=lambda row: row.error)
+            table.add_row(
+                first.part or first.path,
+                f"{first.bits}" + ("" if first.inputs is None else f" × {first.inputs}"),
+                str(first.granularity),
+                first.method,
+                str(len(rows)),
+                _mib(sum(row.bytes_before for row in rows)),
+                _mib(sum(row.bytes_after for row in rows)),
+                f"{sum(row.error for row in rows) / len(rows):.1e}",
+                f"{worst.error:.1e} {worst.path}" if len(rows) > 1 else "",
+            )
+        return table
+
+    def __str__(self) -> str:
+        """The same as plain text."""
+        console = Console(file=io.StringIO(), width=160, color_system=None)
+        console.print(self)
+        written: io.StringIO = console.file  # type: ignore[assignment]
+        return written.getvalue()
+
+
+def _alike(matrices: Iterable[QuantizedMatrix]) -> list[list[QuantizedMatrix]]:
+    kinds: dict[tuple[Any, ...], list[QuantizedMatrix]] = {}
+    for row in matrices:
+        kind = (row.part or row.path, row.bits, row.granularity, row.method, row.inputs, row.quantizer)
+        kinds.setdefault(kind, []).append(row)
+    return list(kinds.values())
+
+
+def _reasons(dense: dict[str, str]) -> list[str]:
+    """What stayed dense and why, a line for each reason."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in dense.items():
+        paths.setdefault(reason, []).append(path)
+    return [
+        f"dense: {', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {reason}"
+        for reason, some in paths.items()
+    ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

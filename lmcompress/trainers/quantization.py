@@ -1,0 +1,124 @@
+"""QuantizationTrainer: a configuration of quantization, and perhaps a teacher, made into methods of the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from lmcompress.anatomy import anatomy_of
+from lmcompress.distillation.config import DistillationConfig
+from lmcompress.distillation.method import Distillation
+from lmcompress.distillation.presets import quantgpt, ternarybert
+from lmcompress.distillation.teachers import Teacher
+from lmcompress.errors import LmcompressError
+from lmcompress.method import Method
+from lmcompress.model import CompressedModel
+from lmcompress.quantization.config import QuantizationConfig
+from lmcompress.quantization.method import Quantization
+from lmcompress.quantization.report import QuantizationReport
+from lmcompress.trainers.compression import CompressionTrainer
+
+
+class QuantizationTrainer(CompressionTrainer):
+    """Trains ``model`` while it computes with quantized numbers, on labels, on a teacher, or on both.
+
+    After :meth:`train`, :meth:`finish` packs the model and gives the report; until then its weights are float32, and
+    quantized whenever they are read. Start from the model that is to be quantized, and let a copy of it be the teacher.
+
+    Args:
+        model: the student.
+        args: as for ``Trainer``.
+        quantization: what is quantized to what, and when; default: QuantGPT's at 8 bits.
+        teacher: a model, another source of answers, or several of them.
+        distillation: what is compared with the teacher; default: :func:`default_distillation`.
+        methods: further methods in the same run; one that prunes comes first of all.
+        calibration: batches for ranges that are calibrated; default: rows of the training data.
+        **kwargs: as for :class:`CompressionTrainer`.
+
+    Raises:
+        LmcompressError: a distillation without a teacher, or what :class:`~lmcompress.quantization.method.Quantization`
+            refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | CompressedModel,
+        args: TrainingArguments | None = None,
+        quantization: QuantizationConfig | None = None,
+        teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel] | None = None,
+        distillation: DistillationConfig | None = None,
+        methods: Sequence[Method] = (),
+        *,
+        calibration: Sequence[Mapping[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher is None and distillation is not None:
+            raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
+        self.quantization = Quantization(quantization, calibration=calibration)
+        cutting = [method for method in methods if getattr(method, "changes_shapes", False)]
+        others = [method for method in methods if method not in cutting]
+        # gates are hooked first: what is quantized, and what distillation captures, is what they left
+        first: list[Method] = [*cutting, self.quantization]
+        if teacher is not None:
+            if distillation is None:
+                student = model.model if isinstance(model, CompressedModel) else model
+                distillation = default_distillation(student, teacher, cut=bool(cutting))
+            first.append(Distillation(distillation, teacher))
+        super().__init__(model, args, [*first, *others], **kwargs)
+
+    @property
+    def report(self) -> QuantizationReport:
+        """What was quantized.
+
+        Raises:
+            LmcompressError: :meth:`finish` was not called yet.
+        """
+        if self.quantization.report is None:
+            raise LmcompressError("there is no report before finish(): call it after train()")
+        return self.quantization.report
+
+
+def default_distillation(
+    student: PreTrainedModel,
+    teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel],
+    *,
+    cut: bool = False,
+) -> DistillationConfig:
+    """What a student that is quantized learns from its teacher, where nothing else is said.
+
+    Causal language models: logits and contrast of tokens
+    (:func:`~lmcompress.distillation.presets.quantgpt`). Others: logits, and hidden states and attention scores of every
+    layer (:func:`~lmcompress.distillation.presets.ternarybert`), as far as student and teacher have the same. Labels
+    count for nothing.
+
+    Args:
+        student: the model.
+        teacher: its teacher; of several, or of one that does not run, logits alone are taken where layers would be.
+        cut: whether the student is pruned in the same run, so that its layers and heads will not be the teacher's.
+
+    Returns:
+        The configuration.
+    """
+    if anatomy_of(student).head is not None:
+        return quantgpt()
+    model = teacher if isinstance(teacher, PreTrainedModel) else getattr(teacher, "model", None)
+    if cut or not isinstance(model, PreTrainedModel):
+        return DistillationConfig(temperature=1.0, label_weight=0.0)
+    mine, theirs = anatomy_of(student), anatomy_of(model)
+    if len(mine.blocks) != len(theirs.blocks):
+        return DistillationConfig(temperature=1.0, label_weight=0.0)
+    whole = ternarybert(len(mine.blocks))
+    heads = [(a.num_heads, b.num_heads) for a, b in zip(mine.blocks, theirs.blocks, strict=True)]
+    kept = [
+        match
+        for match in whole.matches
+        if match.loss == "hidden_mse" or _alike(heads[int(match.student) - 1])  # type: ignore[arg-type]
+    ]
+    return whole.model_copy(update={"matches": tuple(kept)})
+
+
+def _alike(heads: tuple[int, int]) -> bool:
+    return heads[0] == heads[1] > 0

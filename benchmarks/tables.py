@@ -286,6 +286,170 @@ def pruning_peers(results: Path) -> str | None:
     )
 
 
+def quant_speed(results: Path) -> str | None:
+    """Encoders, decoding and memory of packed models beside fp32 and others; None where there are no results."""
+    result = _read(results / "quant_speed.json")
+    if result is None:
+        return None
+    parts = []
+    timed = [row for row in result["rows"] if "ms" in row]
+    if rows := [row for row in timed if row["question"] == "encoder"]:
+        by = {(r["method"], r["model"], r["batch"]): r for r in rows}
+        places = dict.fromkeys((r["model"], r["batch"]) for r in rows)
+        table = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            found = [by.get((method, *place)) for place in places]
+            table.append([method, *(f"{r['ms']:.1f} ms, {r['speedup']:.2f} ×" if r else "–" for r in found)])
+        columns = [f"{model}, {batch} × {rows[0]['length']}" for model, batch in places]
+        parts.append(markdown(["encoder", *columns], table))
+    if rows := [row for row in timed if row["question"] == "decoding"]:
+        table = [[r["method"], f"{r['tokens_per_second']:.1f}", f"{r['speedup']:.2f} ×"] for r in rows]
+        parts.append(markdown([f"{rows[0]['model']}, decoding, batch 1", "tokens/s", "over fp32"], table))
+    if rows := [row for row in result["rows"] if row["question"] == "memory"]:
+        table = [
+            [
+                r["method"] + ("" if r["method"] == "fp32" else f", {r['memory']}"),
+                *(f"{r[name]:.1f} MiB" for name in ("file_mib", "resident_mib")), f"{100 * r['of_fp32']:.0f} %",
+            ]
+            for r in rows
+        ]  # fmt: skip
+        parts.append(markdown([f"{rows[0]['model']}, loaded", "file", "resident", "of fp32"], table))
+    missing: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if "not_run" in row:
+            missing.setdefault((row["method"], row["not_run"]), []).append(row["model"])
+    if missing:
+        words = (f"{method} ({', '.join(models)}): {why}" for (method, why), models in missing.items())
+        parts.append(f"Not run: {'; '.join(words)}.")
+    others = ", ".join(f"{name} {version}" for name, version in result["setting"]["peers"].items() if version)
+    return "\n\n".join([*parts, f"Medians, one process. {f'{others}. ' if others else ''}{origin(result)}"])
+
+
+def qat_lm(results: Path) -> str | None:
+    """Perplexity of a GPT-2 by quantizer and bits, and what contrast gives; None where there are no results."""
+    result = _read(results / "qat_lm.json")
+    if result is None:
+        return None
+    teacher, rows = result["rows"][0], result["rows"][1:]
+    by = {(row["part"], row["bits"], row["method"]): row for row in rows}
+    words = {
+        "quantgpt": "QuantGPT",
+        "quantgpt-no-contrast": "QuantGPT without contrast",
+        "pact": "PACT",
+        "lsq": "LSQ",
+        "laq": "LAQ",
+        "twn": "TWN",
+        "tbt": "TBT, by row",
+        "elastic": "ParetoQ, by row",
+        "rtn": "to nearest, untrained",
+        "rtn-row": "the same, by row",
+        "gptq-row": "GPTQ, untrained, by row",
+    }
+    bits = list(dict.fromkeys(row["bits"] for row in rows))
+
+    def cell(part: str, method: str, of: int) -> list[str]:
+        row = by.get((part, of, method))
+        if row is None:
+            return ["–", "–"]
+        spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+        return [f"{_perplexity(row['token_perplexity'])}{spread}", f"{row['rise']:+.1f} %"]
+
+    sizes = {of: max((row for row in rows if row["bits"] == of), key=lambda row: row["bytes"]) for of in bits}
+    table = [["teacher", *[_perplexity(teacher["token_perplexity"]), ""] * len(bits)]]
+    for method, name in words.items():
+        part = "rtn" if method.startswith(("rtn", "gptq")) else "grid"
+        if any((part, of, method) in by for of in bits):
+            table.append([name, *(text for of in bits for text in cell(part, method, of))])
+    columns = ["token perplexity, WikiText-2, test"]
+    for of in bits:
+        columns += [f"{of}-{of}-8", "rise"]
+    parts = [markdown(columns, table)]
+    ablation = {
+        "quantgpt": "negatives of the teacher, memory",
+        "no-memory": "negatives of the teacher, no memory",
+        "student-negatives": "negatives of the student, memory",
+        "student-negatives-no-memory": "negatives of the student, no memory",
+        "vocabulary-negatives": "negatives of the vocabulary, memory",
+        "sequences": "sequences in place of tokens",
+        "quantgpt-no-contrast": "no contrast",
+    }
+    if any(row["part"] == "ablation" for row in rows):
+        table = []
+        for method, name in ablation.items():
+            row = by.get(("ablation", 2, method)) or by.get(("grid", 2, method))
+            if row is not None:
+                alike = f"{row['homogeneity_student']:.3f}" if "homogeneity_student" in row else "–"
+                table.append([name, _perplexity(row["token_perplexity"]), f"{row['rise']:+.1f} %", alike])
+        columns = ["QuantGPT's contrast, 2-2-8", "token perplexity", "rise", "mean cosine of two tokens"]
+        parts.append(markdown(columns, table))
+    seeds = sorted({row["seeds"] for row in rows if row["steps"]})
+    size = ", ".join(f"{of} bits at most {_megabytes(sizes[of])}" for of in bits)
+    steps = max((row["steps"] for row in rows), default=0)
+    trained = f"{steps} steps of {result['setting']['batch']} × {result['setting']['block']} tokens. " if steps else ""
+    return "\n\n".join(
+        [
+            *parts,
+            f"Of the packed files, loaded again: {size}; teacher {_megabytes(teacher)}. {trained}"
+            f"{_seed_counts(seeds)}{origin(result)}",
+        ]
+    )
+
+
+def qat_glue(results: Path) -> str | None:
+    """Scores of quantized BERTs by task and bits; None where there are no results."""
+    result = _read(results / "qat_glue.json")
+    if result is None:
+        return None
+    rows = [row for row in result["rows"] if row["kind"] != "teacher"]
+    teachers = {row["task"]: row for row in result["rows"] if row["kind"] == "teacher"}
+    tasks = sorted(teachers, key=list(_TASKS).index)
+    mean = statistics.mean(row["score"] for row in teachers.values())
+    first = teachers[tasks[0]]
+    table = [["teacher", *(f"{teachers[t]['score']:.1f}" for t in tasks), "100 %", _megabytes(first)]]
+    for bits, name in dict.fromkeys((row["bits"], row["name"]) for row in rows):
+        mine = {row["task"]: row for row in rows if (row["bits"], row["name"]) == (bits, name)}
+        kept = (
+            f"{100 * statistics.mean(mine[task]['score'] for task in tasks) / mean:.1f} %"
+            if mine.keys() == teachers.keys()
+            else "–"
+        )
+        one = next(iter(mine.values()))
+        trained = "" if one["kind"] == "trained" else ", untrained"
+        table.append([f"W{bits}A8, {name}{trained}", *(_score(mine.get(t)) for t in tasks), kept, _megabytes(one)])
+    columns = ["GLUE, validation", *(_TASKS[task] for task in tasks), "of the teachers' mean", "weights"]
+    seeds = sorted({row["seeds"] for row in rows if row["steps"]})
+    return f"{markdown(columns, table)}\n\n{_seed_counts(seeds)}{origin(result)}"
+
+
+def qat_overhead(results: Path) -> str | None:
+    """Time of a quantization-aware step beside what it cannot avoid; None where there are no results."""
+    result = _read(results / "qat_overhead.json")
+    if result is None:
+        return None
+    words = {
+        "baseline": "student + teacher's forward",
+        "distillation": "distillation",
+        "qat": "quantized, distillation",
+        "qat + contrast": "quantized, distillation and contrast",
+    }
+
+    def ratio(row: Mapping[str, Any], other: str) -> str:
+        if f"over_{other}" not in row:
+            return ""
+        quartiles = " – ".join(f"{quartile:.3f}" for quartile in row[f"over_{other}_quartiles"])
+        return f"{row[f'over_{other}']:.3f} ({quartiles})"
+
+    table = [
+        [
+            f"{row['model']}, {row['batch']} × {row['length']}: {words[row['way']]}",
+            f"{row['ms']:.0f} ms", ratio(row, "baseline"), ratio(row, "qat"),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    columns = ["one training step", "time", "over the first (quartiles)", "over quantized (quartiles)"]
+    return f"{markdown(columns, table)}\n\nMedians. {origin(result)}"
+
+
 def asked(results: Path) -> str | None:
     """Every number that was asked of every benchmark, met or not; None where there are no results."""
     table = []
@@ -307,6 +471,10 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "pruning_speed": pruning_speed,
     "pruning_lm": pruning_lm,
     "pruning_peers": pruning_peers,
+    "qat_lm": qat_lm,
+    "qat_glue": qat_glue,
+    "qat_overhead": qat_overhead,
+    "quant_speed": quant_speed,
     "asked": asked,
 }
 
@@ -353,6 +521,18 @@ def _seeds(rows: Iterable[Mapping[str, Any]]) -> str:
         for count, tasks in sorted(by_count.items(), reverse=True)
     ]
     return f"Students, {'; '.join(words)}. "
+
+
+def _seed_counts(seeds: Sequence[int]) -> str:
+    if not seeds:
+        return ""
+    return (
+        "One seed. " if list(seeds) == [1] else f"Mean ± standard deviation of {' or '.join(map(str, seeds))} seeds. "
+    )
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _millions(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,262 @@
+"""What is left of a fine-tuned BERT whose weights and embeddings have 8, 4 and 2 bits, and its activations 8?
+
+The models are the MiniLM teachers of ``benchmarks/teachers.py``. Each is quantized
+
+* ``without training``: rounded to nearest (``rtn``) and with GPTQ, on some training rows;
+* ``trained``: on its own answers before it was quantized, logits and hidden states of three layers, which come from the
+  disk store of ``benchmarks/distillation.py``. No labels. By default one quantizer for each number of bits, by row:
+  the range that weights have at 8, LSQ at 4, ParetoQ's stretched grid at 2. Others by ``--methods``. Learned scales
+  move as in ``benchmarks/qat_lm.py``.
+
+Activations are quantized as in the papers, with one range for each tensor of a batch, within attention too. Scores are
+of the model that was packed, saved and loaded again; the last epoch counts, not the best.
+
+    python benchmarks/teachers.py --data ../shared/data --work runs/teachers
+    python benchmarks/qat_glue.py --data ../shared/data --work runs
+
+Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pruning
+import torch
+from common import asked, once, write
+from distillation import MATCHED, arguments
+from qat_lm import SCALE_RATE, scale_rate
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from lmcompress.distillation import DistillationConfig, Match, StoredTeacher
+from lmcompress.evaluation import size_on_disk
+from lmcompress.lowbit import QUANTIZERS
+from lmcompress.model import CompressedModel
+from lmcompress.quantization import ActivationScheme, QuantizationConfig, WeightScheme
+from lmcompress.quantization.post_training import Method, quantize
+from lmcompress.quantization.report import QuantizationReport
+from lmcompress.trainers.quantization import QuantizationTrainer
+
+BITS = (8, 4, 2)
+# share of the teacher's mean, in per cent
+ASKED = {8: 99.5, 4: 99.0, 2: 97.0}
+# task: epochs, chosen for two hours on two cores
+BUDGET: dict[str, float] = {"mrpc": 3, "rte": 3, "sst2": 0.4, "qnli": 1}
+# what has to be learned anew is more with fewer bits
+LEARNING_RATES = {8: 2e-5, 4: 5e-5, 2: 1e-4}
+
+ROUNDED: dict[str, Method] = {"rtn": "rtn", "gptq": "gptq"}
+# quantizer, which weights of a matrix share a scale, where activations are cut
+TRAINED: dict[str, tuple[str, Literal["tensor", "row"], float | None]] = {
+    "minmax": ("minmax", "row", None),
+    "lsq": ("lsq", "row", None),
+    "elastic": ("elastic", "row", None),
+    "tbt": ("tbt", "row", None),
+    "quantgpt": ("dynamic_scaling", "tensor", None),
+    "ternarybert": ("twn", "tensor", 2.5),
+}
+CHOSEN = {8: ("minmax",), 4: ("lsq",), 2: ("elastic",)}
+
+
+def scheme(quantizer: str, bits: int, granularity: Literal["tensor", "row"], clip: float | None) -> QuantizationConfig:
+    """Weights and embeddings at so many bits, the latter by word; activations at 8."""
+    weights = WeightScheme(quantizer=quantizer, bits=bits, granularity=granularity)
+    return QuantizationConfig(
+        weights=weights,
+        embeddings=weights.model_copy(update={"granularity": "row"}),
+        activations=ActivationScheme(clip=clip),
+    )
+
+
+def distillation() -> DistillationConfig:
+    """Logits, and the hidden states that the store has."""
+    layers = [layer for _, layer in MATCHED]
+    matches = tuple(Match(loss="hidden_mse", student=layer, teacher=layer) for layer in layers)
+    return DistillationConfig(temperature=1.0, label_weight=0.0, matches=matches)
+
+
+class Bench(pruning.Bench):
+    """One task: its rows, its teacher's answers, and what is done with both."""
+
+    def model(self) -> Any:
+        """The dense model, all of it to be trained."""
+        return AutoModelForSequenceClassification.from_pretrained(self.folder)
+
+    def finished(self, model: Any, report: QuantizationReport, folder: Path) -> dict[str, Any]:
+        """Save a packed model through the gate, load it again, and measure that one."""
+        batches = [self.collate([self.rows.validation[i] for i in range(16)])]
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        measured = CompressedModel(model).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
+        reloaded = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+        return {
+            **self.quality(reloaded.to("cuda" if torch.cuda.is_available() else "cpu")),
+            "bytes": size_on_disk(folder / "model").weights_bytes,
+            "bits_per_weight": report.bits_per_weight,
+            "packed_error": report.packed_error,
+            "reload_error": measured.max_error,
+        }
+
+    def trained(self, folder: Path, name: str, bits: int, seed: int) -> dict[str, Any]:
+        """Quantization-aware training, and what came of it."""
+        set_seed(seed)
+        args = arguments(folder, LEARNING_RATES[bits], BUDGET[self.task], seed, quick=self.options.quick)
+        if self.options.quick:
+            args.max_steps = 2
+        quantizer, granularity, clip = TRAINED[name]
+        config = scheme(quantizer, bits, granularity, clip)
+        config = config.model_copy(update={"scale_learning_rate": scale_rate(self.model(), config)})
+        trainer = QuantizationTrainer(
+            self.model(), args, config, StoredTeacher(self.store), distillation(),
+            train_dataset=self.rows.train, data_collator=self.collate,
+        )  # fmt: skip
+        started = time.time()
+        trainer.train()
+        trainer.finish()
+        taken = {"steps": trainer.state.global_step, "seconds": round(time.time() - started)}
+        return taken | trainer.report.drift | self.finished(trainer.student, trainer.report, folder)
+
+    def rounded(self, folder: Path, name: str, bits: int, seed: int) -> dict[str, Any]:
+        """Quantization without training, and what came of it."""
+        model = self.model()
+        batches = pruning.calibration(self.rows, self.collate, seed)
+        config = scheme("mse", bits, "row", None)
+        report = quantize(model, config, batches, method=ROUNDED[name], progress=False)
+        return {"steps": 0, "seconds": round(report.seconds), **self.finished(model, report, folder)}
+
+
+def methods(options: argparse.Namespace, bits: int) -> list[str]:
+    """What is done at so many bits."""
+    wanted = options.methods or [*ROUNDED, *CHOSEN[bits]]
+    return [name for name in wanted if name in ROUNDED or bits in QUANTIZERS[TRAINED[name][0]].bits]
+
+
+def runs(options: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
+    """Task, bits, method and seed; the first seeds of all before the second of any."""
+    for seed in range(1 if options.quick else options.seeds):
+        for task in options.tasks:
+            for bits in options.bits:
+                # rows to calibrate on are the same for all
+                yield from (
+                    (task, bits, name, seed) for name in methods(options, bits) if not seed or name not in ROUNDED
+                )
+
+
+def run(options: argparse.Namespace, work: Path) -> None:
+    """Everything that was asked for and is not there yet."""
+    benches: dict[str, Bench] = {}
+    for task, bits, name, seed in runs(options):
+        if task not in benches:
+            benches[task] = Bench(options, task)
+        bench, folder = benches[task], work / task / f"{name}-{bits}-{seed}"
+        kind = "without training" if name in ROUNDED else "trained"
+        step = bench.rounded if name in ROUNDED else bench.trained
+        about = {"kind": kind, "task": task, "bits": bits, "name": name, "seed": seed}
+        once(folder, about, partial(step, folder, name, bits, seed))
+
+
+def summarise(done: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds, of each task, method and number of bits."""
+    rows: list[dict[str, Any]] = []
+    for task, found in dense.items():
+        rows.append({"kind": "teacher", "task": task, "name": "teacher", "seeds": 1, "spread": None, **found})
+    order = [*ROUNDED, *TRAINED]
+    keys = {(r["task"], r["bits"], r["name"]) for r in done}
+    for task, bits, name in sorted(keys, key=lambda key: (-key[1], order.index(key[2]), key[0])):
+        mine = [r for r in done if (r["task"], r["bits"], r["name"]) == (task, bits, name)]
+        scores = [r["score"] for r in mine]
+        mean = statistics.mean(scores)
+        rows.append(
+            {
+                "kind": mine[0]["kind"], "task": task, "bits": bits, "name": name, "seeds": len(mine), "score": mean,
+                "spread": statistics.stdev(scores) if len(scores) > 1 else None, "scores": scores,
+                "of_teacher": 100 * mean / dense[task]["score"], "steps": mine[0]["steps"],
+                "seconds": statistics.mean(r["seconds"] for r in mine), "bytes": mine[0]["bytes"],
+                "bits_per_weight": mine[0]["bits_per_weight"],
+                "reload_error": max(r["reload_error"] for r in mine),
+                "packed_error": max((r["packed_error"] for r in mine if r["packed_error"] is not None), default=None),
+                "measured_at": sorted({r["commit"] for r in mine}),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked, against what came."""
+    wanted = []
+    tasks = [row["task"] for row in rows if row["kind"] == "teacher"]
+    teacher = statistics.mean(row["score"] for row in rows if row["kind"] == "teacher")
+    for bits, share in ASKED.items():
+        kept: dict[str, dict[str, float]] = {}
+        for kind in ("trained", "without training"):
+            names = {r["name"] for r in rows if r["kind"] == kind and r["bits"] == bits}
+            of = {n: [r["score"] for r in rows if r["name"] == n and r.get("bits") == bits] for n in sorted(names)}
+            kept[kind] = {n: 100 * statistics.mean(s) / teacher for n, s in of.items() if len(s) == len(tasks)}
+        where = f"share of the teacher's mean kept ({', '.join(tasks)})"
+        if kept["trained"]:
+            best = max(kept["trained"], key=lambda name: kept["trained"][name])
+            value = kept["trained"][best]
+            wanted.append(asked(f"W{bits}A8, {best}: {where}", f">= {share} %", value, value >= share))
+        for name, value in kept["without training"].items():
+            wanted.append(asked(f"W{bits}A8, {name}: {where}", "reported", value, True))
+    errors = [row["reload_error"] for row in rows if "reload_error" in row]
+    wanted.append(asked("greatest difference of logits after reloading", "0", max(errors), max(errors) == 0))
+    return wanted
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Results of all runs that are there."""
+    done = [json.loads(file.read_text()) for file in sorted(work.glob("*/*/row.json"))]
+    done = [r for r in done if r["task"] in options.tasks and r["bits"] in options.bits]
+    if not done:
+        raise SystemExit(f"there are no runs in {work} yet: leave out --report")
+    dense = {}
+    for task in sorted({r["task"] for r in done}, key=list(BUDGET).index):
+        folder = options.work / "teachers" / task
+        score = 100 * json.loads((folder / "teacher.json").read_text())["score"]
+        dense[task] = {"score": score, "of_teacher": 100.0, "bytes": size_on_disk(folder).weights_bytes}
+    rows = summarise(done, dense)
+    wanted = verdicts(rows)
+    setting = {
+        "distillation": distillation().model_dump(mode="json"), "epochs": BUDGET, "learning_rates": LEARNING_RATES,
+        "scale_rate": SCALE_RATE, "calibration_rows": pruning.CALIBRATION_ROWS, "methods": TRAINED,
+        "quantization": scheme("minmax", 8, "row", None).model_dump(mode="json"),
+    }  # fmt: skip
+    for row in rows:
+        print(f"{row['task']:5} {row.get('bits', 32):2} {row['name']:12} {row['of_teacher']:6.1f} %")
+    for item in wanted:
+        print(item)
+    print(write("qat_glue", rows, wanted, quick=options.quick, setting=setting))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and models go")
+    parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET))
+    parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
+    parser.add_argument("--methods", nargs="+", choices=[*ROUNDED, *TRAINED], help="default: see above")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="2 steps on 200 rows, one seed, to see that it runs")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
+    options = parser.parse_args()
+    if options.quick:
+        # neither its teachers nor its models are to be mistaken for real ones later
+        options.work = options.work / "quick"
+    work = options.work / "qat_glue"
+    if not options.report:
+        run(options, work)
+    if not options.train_only:
+        report(options, work)
+
+
+if __name__ == "__main__":
+    main()

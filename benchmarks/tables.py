@@ -207,7 +207,7 @@ def pruning(results: Path) -> str | None:
         seeds = {
             count: sorted({_TASKS[r["task"]] for r in rows.values() if r["seeds"] == count}) for count in (1, 2, 3)
         }
-        words = [f"{count}: {', '.join(of)}" for count, of in seeds.items() if of]
+        words = [f"{count} ({', '.join(of)})" for count, of in seeds.items() if of]
         parts.append(
             f"{markdown(columns, [['dense', *(f'{score:.1f}' for score in dense), '100 %'], *table])}\n\n"
             f"Mean ± standard deviation; seeds: {', '.join(words)}."

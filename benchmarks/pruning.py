@@ -266,8 +266,9 @@ def verdicts(rows: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[s
                 gain = (pair[0] or 0.0) - (pair[1] or 0.0)
                 of = f"{sparsity:.0%}: {best} minus one-shot ({', '.join(both)}), points"
                 wanted.append(asked(of, "> 0", gain, gain > 0))
-    criteria_tasks = [t for t in CRITERIA_BUDGET if any(r["kind"] == "criteria" and r["task"] == t for r in rows)]
     for sparsity in ASKED:
+        # where all of them are there, so that all are means over the same tasks
+        criteria_tasks = [t for t in CRITERIA_BUDGET if all(mean_of("criteria", n, sparsity, [t]) for n in CRITERIA)]
         found = {name: mean_of("criteria", name, sparsity, criteria_tasks) for name in CRITERIA}
         done = {name: value for name, value in found.items() if value is not None}
         if not {"random", "l1"} <= done.keys():
@@ -276,7 +277,8 @@ def verdicts(rows: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[s
         gain = done[best] - max(done["random"], done["l1"])
         wanted.append(
             asked(
-                f"{sparsity:.0%}: best criterion ({best}) minus the better of random and l1, points",
+                f"{sparsity:.0%}: best criterion ({best}) minus the better of random and l1 "
+                f"({', '.join(criteria_tasks)}), points",
                 "> 0",
                 gain,
                 gain > 0,

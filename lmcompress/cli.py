@@ -562,20 +562,7 @@ def prune(
         evaluation=evaluation,
         seed=seed,
     )
-    console = _console()
-    if dry_run:
-        with quiet_libraries():
-            print_plan(plan_once(recipe, output, measure_times=False), console)
-        return
-    found = compress_once(recipe, output, overwrite=overwrite, console=console)
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        write_report(found, report)
-    console.print(results_table(found))
-    console.print(shape_table(found["rows"]))
-    for note in found["notes"]:
-        console.print(f"note: {note}", highlight=False)
-    _print_how_to_load(console, found)
+    _compress_once(recipe, output, report=report, dry_run=dry_run, overwrite=overwrite)
 
 
 @app.command("quantize", no_args_is_help=True)
@@ -656,19 +643,7 @@ def quantize_command(
         evaluation=_validated(EvaluationSpec, {"splits": (split,), "latency_batches": tuple(batch or (1, 32))}),
         seed=seed,
     )
-    console = _console()
-    if dry_run:
-        with quiet_libraries():
-            print_plan(plan_once(recipe, output), console)
-        return
-    found = compress_once(recipe, output, overwrite=overwrite, console=console)
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        write_report(found, report)
-    console.print(results_table(found))
-    for note in found["notes"]:
-        console.print(f"note: {note}", highlight=False)
-    _print_how_to_load(console, found)
+    _compress_once(recipe, output, report=report, dry_run=dry_run, overwrite=overwrite)
 
 
 @app.command("sensitivity", no_args_is_help=True, rich_help_panel="Pruning")
@@ -877,6 +852,25 @@ def _run(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite: bool,
         f"report: {result.folder / 'report.html'} (also .md, results.json, plots)", highlight=False, soft_wrap=True
     )
     _print_how_to_load(console, result.report)
+
+
+def _compress_once(recipe: Recipe, output: Path, *, report: Path | None, dry_run: bool, overwrite: bool) -> None:
+    """What ``prune`` and ``quantize`` do with their recipe: plan or make the model, and say what came."""
+    console = _console()
+    if dry_run:
+        with quiet_libraries():
+            print_plan(plan_once(recipe, output, measure_times=False), console)
+        return
+    found = compress_once(recipe, output, overwrite=overwrite, console=console)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        write_report(found, report)
+    console.print(results_table(found))
+    if any(stage.quantization is None for stage in recipe.stages):
+        console.print(shape_table(found["rows"]))
+    for note in found["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    _print_how_to_load(console, found)
 
 
 def _print_how_to_load(console: Console, report: dict[str, Any]) -> None:

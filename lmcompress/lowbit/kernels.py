@@ -856,6 +856,7 @@ def _self_test(kernel: Kernel, device: torch.device, greatest: int) -> str | Non
                 given = kernel.prepare(matrix, None, inputs, torch.float32)(these.to(device)).cpu()
                 if not torch.allclose(given.double(), these.double() @ codes.double().t(), rtol=1e-5, atol=1.0):
                     return "its results are wrong on this device"
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError, IndexError) as error:
+    # what a torch without the operation, or with another signature of it, raises
+    except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         return f"not in this torch, or not for this device: {(str(error) or repr(error)).splitlines()[0]}"
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from lmcompress.anatomy import anatomy_of, is_conv1d, weight_view
+from lmcompress.anatomy import anatomy_of, weight_view
 from lmcompress.anatomy.narrow import accompany, companion_of
 from lmcompress.config import ActivationEncoding, AttentionEncoding
 from lmcompress.encoding import Packable, matrices, pack_model
@@ -195,11 +195,10 @@ class Quantization:
         modules = _modules(self._student)
         carried: dict[str, _Carried] = {}
         for path, planned in self._matrices.items():
-            quantized, weight = self.faked.quantized_matrix(path), self.faked.parameter(path)
+            quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
             _ = quantized.codes  # refuses what is not finite
             inputs, fixed = ranges[self.faked.inputs[path].name] if path in self.faked.inputs else (None, None)
-            values = quantized.values.t() if is_conv1d(modules[path]) else quantized.values
-            error = _relative_error(weight.detach().float(), values)
+            error = _relative_error(weight.detach().float(), quantized.values)
             carried[path] = _Carried(
                 planned,
                 quantized.scales,
@@ -211,7 +210,7 @@ class Quantization:
                 error,
             )
             with torch.no_grad():
-                weight.copy_(values)
+                weight.copy_(quantized.values)
         self.faked.remove()
         for path, companion in carried.items():
             accompany(modules[path], companion)
@@ -237,10 +236,10 @@ class Quantization:
         if self._settled is None:
             self._arrive()
             reference, before = outputs_of(self._student, self._probes()), weight_bytes(self._student).total
+            modules = _modules(self._student)
             for path, planned in self._matrices.items():
-                quantized, weight = self.faked.quantized_matrix(path), self.faked.parameter(path)
-                values = quantized.values.t() if is_conv1d(_modules(self._student)[path]) else quantized.values
-                rows.append(_row(planned, quantized, _relative_error(weight.detach().float(), values)))
+                quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
+                rows.append(_row(planned, quantized, _relative_error(weight.detach().float(), quantized.values)))
             self.faked.finish()
         else:
             reference, before = self._settled.reference, self._settled.bytes_before

@@ -22,11 +22,12 @@ import json
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import asked, commit, write
+from common import asked, once, write
 from datasets import Dataset
 from teachers import MAX_LENGTH, START, TASKS, minilm_path, train_teacher
 from transformers import (
@@ -154,12 +155,16 @@ def arguments(folder: Path, learning_rate: float, epochs: float, seed: int, *, q
 
 
 def train_student(
-    options: argparse.Namespace, task: str, seed: int, role: str, data: Any, rows: Any, store: TeacherStore | None
+    options: argparse.Namespace,
+    folder: Path,
+    task: str,
+    seed: int,
+    role: str,
+    data: Any,
+    rows: Any,
+    store: TeacherStore | None,
 ) -> dict[str, Any]:
-    """One student: train, measure, save, and write what came next to it."""
-    folder = options.work / "distillation" / task / f"{role}-{seed}"
-    if (folder / "row.json").exists():
-        return dict(json.loads((folder / "row.json").read_text()))
+    """One student: train, measure, save."""
     epochs, _, learning_rate = BUDGET[task]
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(options.work / "teachers" / task)
@@ -184,10 +189,7 @@ def train_student(
     metrics = evaluate_classifier(student, rows.validation, collate, data.task.kind, data.task.metrics, progress=False)
     batches = [collate([rows.validation[i] for i in range(16)])]
     measured = CompressedModel(student).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
-    row = {
-        "task": task,
-        "role": role,
-        "seed": seed,
+    return {
         "epochs": epochs,
         "rows": len(rows.train),
         "seconds": round(seconds),
@@ -196,10 +198,7 @@ def train_student(
         "parameters": sum(p.numel() for p in student.parameters()),
         "bytes": size_on_disk(folder / "model").weights_bytes,
         "reload_error": measured.max_error,
-        "commit": commit(),
     }
-    (folder / "row.json").write_text(json.dumps(row, indent=1))
-    return row
 
 
 def load_rows(options: argparse.Namespace, task: str) -> tuple[Any, Any, Any]:
@@ -236,7 +235,9 @@ def run_task(options: argparse.Namespace, task: str) -> None:
     store = teacher_store(options, task, rows, collate)
     for seed in range(1 if options.quick else BUDGET[task][1]):
         for role in options.roles:
-            print(train_student(options, task, seed, role, data, rows, store), flush=True)
+            folder = options.work / "distillation" / task / f"{role}-{seed}"
+            about = {"task": task, "role": role, "seed": seed}
+            once(folder, about, partial(train_student, options, folder, task, seed, role, data, rows, store))
 
 
 def report(options: argparse.Namespace) -> None:

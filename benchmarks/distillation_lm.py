@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import asked, commit, write
+from common import asked, once, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments, set_seed
 
 from lmcompress.compact.students import by_layers
@@ -38,11 +38,8 @@ def read(data: Path, split: str) -> str:
         return stream.read()
 
 
-def train(options: argparse.Namespace, role: str, seed: int, blocks: Any, test: str) -> dict[str, Any]:
+def train(options: argparse.Namespace, folder: Path, role: str, seed: int, blocks: Any, test: str) -> dict[str, Any]:
     """One student in one role: ``distilled``, ``control``, ``scratch``."""
-    folder = options.work / "distillation_lm" / f"{role}-{seed}"
-    if (folder / "row.json").exists():
-        return dict(json.loads((folder / "row.json").read_text()))
     set_seed(seed)
     teacher = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -64,15 +61,12 @@ def train(options: argparse.Namespace, role: str, seed: int, blocks: Any, test: 
     batches = [{"input_ids": torch.tensor(blocks[:4]["input_ids"])}]
     measured = CompressedModel(student).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
     result = perplexity(student.cpu(), tokenizer, test, max_length=BLOCK, progress=False)
-    row = {
-        "role": role, "seed": seed, "steps": args.max_steps, "tokens": args.max_steps * BATCH * BLOCK,
+    return {
+        "steps": args.max_steps, "tokens": args.max_steps * BATCH * BLOCK,
         "token_perplexity": result.token_perplexity, "word_perplexity": result.word_perplexity,
         "parameters": parameter_count(student), "bytes": size_on_disk(folder / "model").weights_bytes,
-        "seconds": round(seconds), "reload_error": measured.max_error, "commit": commit(),
+        "seconds": round(seconds), "reload_error": measured.max_error,
     }  # fmt: skip
-    if not options.quick:
-        (folder / "row.json").write_text(json.dumps(row, indent=1))
-    return row
 
 
 def main() -> None:
@@ -84,6 +78,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="20 steps, and a short test text")
     options = parser.parse_args()
+    # a quick run is not to be mistaken for a real one later
+    work = options.work / ("quick" if options.quick else "") / "distillation_lm"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     blocks = pack_blocks([read(options.data, "train")[: 200_000 if options.quick else None]], tokenizer, BLOCK)
     test = read(options.data, "test")[: 20_000 if options.quick else None]
@@ -97,8 +93,10 @@ def main() -> None:
     ]  # fmt: skip
     for seed in range(options.seeds):
         for role in ("distilled", "control", "scratch"):
-            rows.append(train(options, role, seed, blocks, test))
-            print(rows[-1], flush=True)
+            folder = work / f"{role}-{seed}"
+            rows.append(
+                once(folder, {"role": role, "seed": seed}, partial(train, options, folder, role, seed, blocks, test))
+            )
     of = {role: [r["token_perplexity"] for r in rows if r["role"] == role] for role in ("distilled", "control")}
     ratio = sum(of["distilled"]) / sum(of["control"])
     wanted = [

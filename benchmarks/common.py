@@ -47,6 +47,12 @@ def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]])
     return row
 
 
+def _script() -> Path:
+    """The benchmark that runs, by its path in the repository."""
+    script = Path(sys.argv[0]).resolve()
+    return script.relative_to(RESULTS.parent.parent) if script.is_relative_to(RESULTS.parent) else Path(script.name)
+
+
 def _public(argument: str) -> str:
     """An argument without the place where it lies on somebody's machine."""
     return Path(argument).name if argument.startswith(("/", "~")) else argument
@@ -61,7 +67,7 @@ def write(name: str, rows: list[dict[str, Any]], wanted: list[dict[str, Any]], *
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "machine": machine(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])]),
+        "command": " ".join(["python", str(_script()), *map(_public, sys.argv[1:])]),
         **more,
         "rows": rows,
         "asked": wanted,

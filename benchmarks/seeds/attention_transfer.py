@@ -1,0 +1,174 @@
+"""Does attention transfer help a student, and does it beyond soft labels? (Zagoruyko & Komodakis 2017.)
+
+The paper's ablation on a BERT: the MiniLM teachers of ``benchmarks/teachers.py``, students of their first three layers,
+trained on the labels alone, with the teacher's saliency maps (the student's layers 1, 2 and 3 beside the teacher's 2, 4
+and 6; tokens for pixels, hidden dimensions for channels; weight 1000 as in the authors' code), with its soft labels
+(temperature 2), and with both. Everything else is equal: start, rows, their order, steps. The last epoch counts.
+
+    python benchmarks/teachers.py --data ../shared/data --work runs/teachers
+    python benchmarks/seeds/attention_transfer.py --data ../shared/data --work runs
+
+Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+# benchmarks/ itself, for what its scripts share
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import asked, once, write
+from distillation import BUDGET, LAYERS, MATCHED, arguments, load_rows, teacher_store
+from teachers import train_teacher
+
+from lmcompress.compact.students import by_layers
+from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
+from lmcompress.evaluation import evaluate_classifier, glue_score
+from lmcompress.model import CompressedModel
+from lmcompress.trainers import CompressionTrainer
+
+TASKS = ("mrpc", "rte")
+MAPS = tuple(Match(loss="attention_transfer", student=mine, teacher=theirs, weight=1000.0) for mine, theirs in MATCHED)
+ROLES: dict[str, DistillationConfig | None] = {
+    "labels": None,
+    "labels + AT": DistillationConfig(weight=0.0, label_weight=1.0, matches=MAPS),
+    "labels + KD": DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5),
+    "labels + KD + AT": DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=MAPS),
+}
+
+
+class Bench:
+    """One task: its rows, its teacher's answers, and students of that teacher."""
+
+    def __init__(self, options: argparse.Namespace, task: str) -> None:
+        self.options, self.task = options, task
+        train_teacher(options.data, options.work / "teachers", task, quick=options.quick)
+        self.folder = options.work / "teachers" / task
+        self.data, self.rows, self.collate = load_rows(options, task)
+        self.store = teacher_store(options, task, self.rows, self.collate)
+
+    def student(self, folder: Path, role: str, seed: int) -> dict[str, Any]:
+        """One student: train, save through the gate, measure."""
+        set_seed(seed)
+        epochs, _, learning_rate = BUDGET[self.task]
+        model = by_layers(AutoModelForSequenceClassification.from_pretrained(self.folder), LAYERS, choose="first").model
+        model.get_input_embeddings().requires_grad_(False)
+        config = ROLES[role]
+        methods = [] if config is None else [Distillation(config, StoredTeacher(self.store))]
+        args = arguments(folder, learning_rate, epochs, seed, quick=self.options.quick)
+        trainer = CompressionTrainer(
+            model, args, methods, train_dataset=self.rows.train, data_collator=self.collate
+        )  # fmt: skip
+        started = time.time()
+        trainer.train()
+        seconds = time.time() - started
+        trainer.finish()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        batches = [self.collate([self.rows.validation[i] for i in range(16)])]
+        saved = CompressedModel(model).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
+        kind = self.data.task
+        found = evaluate_classifier(model, self.rows.validation, self.collate, kind.kind, kind.metrics, progress=False)
+        return {
+            "epochs": epochs,
+            "seconds": round(seconds),
+            "score": 100 * glue_score(found),
+            "reload_error": saved.max_error,
+        }
+
+
+def run(options: argparse.Namespace, work: Path) -> None:
+    """Everything that was asked for and is not there yet."""
+    benches: dict[str, Bench] = {}
+    for seed in range(1 if options.quick else options.seeds):
+        for task in options.tasks:
+            if task not in benches:
+                benches[task] = Bench(options, task)
+            for role in ROLES:
+                folder = work / task / f"{role.replace(' + ', '-').lower()}-{seed}"
+                once(
+                    folder,
+                    {"task": task, "role": role, "seed": seed},
+                    partial(benches[task].student, folder, role, seed),
+                )
+
+
+def summarise(done: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds of each task and role."""
+    rows = []
+    for task in TASKS:
+        for role in ROLES:
+            mine = [r for r in done if (r["task"], r["role"]) == (task, role)]
+            if mine:
+                scores = [r["score"] for r in mine]
+                rows.append(
+                    {
+                        "task": task, "role": role, "seeds": len(mine), "score": statistics.mean(scores),
+                        "spread": statistics.stdev(scores) if len(scores) > 1 else None, "scores": scores,
+                        "epochs": mine[0]["epochs"], "seconds": statistics.mean(r["seconds"] for r in mine),
+                        "reload_error": max(r["reload_error"] for r in mine),
+                        "measured_at": sorted({r["commit"] for r in mine}),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Results of all runs that are there."""
+    done = [json.loads(file.read_text()) for file in sorted(work.glob("*/*/row.json"))]
+    if not done:
+        raise SystemExit(f"there are no runs in {work} yet: leave out --report")
+    rows = summarise(done)
+    by = {(row["task"], row["role"]): row["score"] for row in rows}
+    wanted = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for without, name in (("labels", "labels + AT"), ("labels + KD", "labels + KD + AT")):
+            if {(task, without), (task, name)} <= by.keys():
+                gain = by[task, name] - by[task, without]
+                wanted.append(asked(f"{task}: {name} minus {without}, points", "reported", gain, True))
+    error = max(row["reload_error"] for row in rows)
+    wanted.append(asked("greatest difference of logits after reloading", "0", error, error == 0))
+    for row in rows:
+        print(f"{row['task']:5} {row['role']:18} {row['score']:6.2f} ± {row['spread'] or 0:.2f} ({row['seeds']})")
+    for item in wanted:
+        print(item)
+    setting = {
+        "budget": {task: BUDGET[task] for task in TASKS},
+        "roles": {name: config and config.model_dump(mode="json") for name, config in ROLES.items()},
+    }
+    print(write("attention_transfer", rows, wanted, quick=options.quick, setting=setting))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and students go")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["mrpc"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, one seed, to see that it runs")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
+    options = parser.parse_args()
+    if options.quick:
+        # neither its teachers nor its students are to be mistaken for real ones later
+        options.work = options.work / "quick"
+    work = options.work / "attention_transfer"
+    if not options.report:
+        run(options, work)
+    if not options.train_only:
+        report(options, work)
+
+
+if __name__ == "__main__":
+    main()

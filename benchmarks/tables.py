@@ -415,7 +415,14 @@ def qat_glue(results: Path) -> str | None:
         )
         one = next(iter(mine.values()))
         trained = "" if one["kind"] == "trained" else ", untrained"
-        table.append([f"W{bits}A8, {name}{trained}", *(_score(mine.get(t)) for t in tasks), kept, _megabytes(one)])
+        table.append(
+            [
+                f"W{bits}-E{one['embeddings']}-A8, {name}{trained}",
+                *(_score(mine.get(t)) for t in tasks),
+                kept,
+                _megabytes(one),
+            ]
+        )
     columns = ["GLUE, validation", *(_TASKS[task] for task in tasks), "of the teachers' mean", "weights"]
     seeds = sorted({row["seeds"] for row in rows if row["steps"]})
     return f"{markdown(columns, table)}\n\n{_seed_counts(seeds)}{origin(result)}"

@@ -1,45 +1,51 @@
-r"""Products with packed matrices: the ladder of int8 kernels, and the reference that is always there.
+r"""Products with packed matrices: the ladder of kernels, and the reference that is always there.
 
-=============== ====== ============================================================ ====================================
-kernel          device operation                                                    what it needs
-=============== ====== ============================================================ ====================================
-``fbgemm``      CPU    ``quantized::linear_with_input_q_dq_qweight_dq_output_fp32`` x86 (FBGEMM in torch)
-``onednn``      CPU    ``onednn::qlinear_pointwise``                                oneDNN in torch
-``int_mm``      any    ``torch._int_mm``                                            on a GPU its int8 units
-``reference``   any    ``torch.nn.functional.linear`` in floating point             nothing
-=============== ====== ============================================================ ====================================
+============= ====== ============================================================ =====================================
+kernel        device operation                                                    what it needs
+============= ====== ============================================================ =====================================
+``fbgemm``    CPU    ``quantized::linear_with_input_q_dq_qweight_dq_output_fp32`` x86 (FBGEMM in torch)
+``onednn``    CPU    ``onednn::qlinear_pointwise``                                oneDNN in torch
+``int_mm``    any    ``torch._int_mm``                                            on a GPU its int8 units
+``tinygemm``  CUDA   ``torch._weight_int4pack_mm``                                inputs in bfloat16 that stay as they
+                                                                                  are, compute capability 8.0
+``reference`` any    ``torch.nn.functional.linear`` in floating point             nothing
+============= ====== ============================================================ =====================================
 
-A product is that of a :class:`Matrix` of codes with an input, which is quantized on the way as its description says.
-Where the input is quantized and scales belong to rows or to the tensor, both sides are integers of 8 bits or fewer:
-codes of any width are widened to int8 once, when a matrix is first used, and the integer product is exact. Otherwise
-(weights only, or scales of groups) the reference multiplies floats.
+A product is that of a :class:`~lmcompress.lowbit.matrix.Matrix` of codes with an input, which is quantized on the way
+as its description says. Where the input is quantized and scales belong to rows or to the tensor, both sides are
+integers of 8 bits or fewer: codes of any width are widened to int8 once, when a matrix is first used, and the integer
+product is exact. Where weights alone are quantized, :mod:`~lmcompress.lowbit.tinygemm` multiplies on a GPU. Otherwise
+the reference multiplies floats.
 
 :class:`Product` is what a module holds. It takes the first kernel of the ladder that works on the device and takes the
-matrix. What works is tried once per device by a small product with the greatest codes there are, so that an operation
-that is missing, or saturates, is never used; the choice is logged, and :func:`ladder` tells it.
+matrix. What works is tried once per device by small products whose results are known (of integers with the greatest
+codes there are), so that an operation that is missing, saturates, or mixes up places is never used; the choice is
+logged, and :func:`ladder` tells it.
 
 **Tolerance.** ``onednn`` and ``int_mm`` multiply the very codes of the reference: results differ by the rounding of
 float32 sums. ``fbgemm`` multiplies by the reciprocal of the scale where the reference divides by it: a number within
 float32's rounding of the middle between two codes (about one in 100,000) may get the other, which changes an output by
 scale times weight. Products that a quantizer follows carry such a step on, as they carry on the rounding of any sum.
+``tinygemm`` and the reference both round to bfloat16, at other places: results differ by the rounding of that type.
 
 ``quantized::linear_dynamic`` is the same FBGEMM product behind a quantizer of its own: never symmetric, and with a
 least scale of 6.1e-5, so that small inputs would lose their digits. It is not used for that.
 
 **Memory.** :data:`settings` says whether matrices are kept ready (``"fast"``: beside the packed bytes int8 codes, a
-byte for each weight; floats where the reference multiplies) or unpacked by blocks of rows in every call (``"low"``: no
-more than the packed bytes and one block).
+byte for each weight; half a byte for ``tinygemm`` with codes of up to 4 bits; floats where the reference multiplies) or
+unpacked by blocks of rows in every call (``"low"``: no more than the packed bytes and one block).
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, Protocol
 
@@ -48,10 +54,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.lowbit.grids import Granularity, Grid, PerGroup, PerRow, PerTensor
-from lmcompress.lowbit.inputs import InputEncoding, input_grid, quantize_input
-from lmcompress.lowbit.packing import Container, dequantize, packed_shape, unpack
+from lmcompress.lowbit.grids import Grid, PerGroup
+from lmcompress.lowbit.inputs import InputEncoding, input_grid
+from lmcompress.lowbit.matrix import Inputs, Matrix, Ready
 from lmcompress.lowbit.quantizers import Quantized
+from lmcompress.lowbit.tinygemm import Tinygemm
 
 logger = logging.getLogger(__name__)
 
@@ -110,111 +117,6 @@ def using(*, memory: Memory | None = None, kernel: str | None = None) -> Iterato
         settings.memory, settings.kernel = before.memory, before.kernel
 
 
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A matrix ``(out, in)`` of packed codes, as a module holds it; an embedding is ``(words, width)``.
-
-    Attributes:
-        packed: uint8, the bytes of :func:`~lmcompress.lowbit.packing.pack` in one row or as they came.
-        scales: float32, ``granularity.scale_shape(shape)``.
-        zero_points: uint8 of the same shape, or ``None``.
-        shape: out and in.
-        grid: what codes may be.
-        container: how they lie in bytes.
-        granularity: which share a scale.
-        trusted: whether someone has looked for codes and scales that no packing gives: for a look the host waits for a
-            GPU, and no graph can hold it.
-
-    Example:
-        >>> codes = Matrix(torch.tensor([237, 81]).byte(), torch.ones(2, 1), None, (2, 5), Grid(-1, 3), "base3")
-        >>> codes.values()
-        tensor([[-1.,  0.,  1.,  1.,  1.],
-                [-1., -1., -1., -1.,  0.]])
-    """
-
-    packed: Tensor
-    scales: Tensor
-    zero_points: Tensor | None
-    shape: tuple[int, int]
-    grid: Grid
-    container: Container
-    granularity: Granularity = field(default_factory=PerRow)
-    trusted: bool = False
-
-    def codes(self) -> Tensor:
-        """The codes, ``(out, in)``, int8 where some are negative, else uint8.
-
-        Raises:
-            CheckpointError: the bytes are not those of this shape and grid.
-        """
-        return unpack(self.packed, self.shape, self.grid, self.container, check=not self.trusted)
-
-    def values(self) -> Tensor:
-        """The numbers, ``(out, in)`` float32.
-
-        Raises:
-            CheckpointError: bytes or scales are not those of this shape and grid.
-        """
-        return dequantize(
-            self.codes(),
-            self.scales,
-            granularity=self.granularity,
-            zero_points=self.zero_points,
-            check=not self.trusted,
-        )
-
-    def block(self, start: int, stop: int) -> Matrix:
-        """The rows from ``start`` to before ``stop``, without a copy."""
-        return self._of_rows(lambda rows: rows[start:stop], min(stop, self.shape[0]) - start)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Numbers of some rows, as an embedding looks them up: only these are unpacked, and taken as they are.
-
-        Args:
-            ids: any shape, int32 or int64.
-
-        Returns:
-            ``(*ids.shape, in)`` float32.
-
-        Raises:
-            IndexError: an id below 0 or beyond the rows.
-        """
-        flat = ids.reshape(-1)
-        chosen = self._of_rows(lambda rows: rows.index_select(0, flat), flat.numel())
-        return replace(chosen, trusted=True).values().reshape(*ids.shape, self.shape[1])
-
-    def _of_rows(self, choose: Callable[[Tensor], Tensor], count: int) -> Matrix:
-        shape = count, self.shape[1]
-        packed = choose(self.packed.reshape(packed_shape(self.shape, self.container)))
-        if isinstance(self.granularity, PerTensor):
-            return replace(self, packed=packed, shape=shape)
-        zero_points = None if self.zero_points is None else choose(self.zero_points)
-        return replace(self, packed=packed, scales=choose(self.scales), zero_points=zero_points, shape=shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What happens to the input of a product.
-
-    Attributes:
-        encoding: the description.
-        scale: one number, of static ranges.
-        zero_point: one number, of static ranges that are not symmetric.
-    """
-
-    encoding: InputEncoding
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-
-    def quantized(self, x: Tensor) -> Quantized:
-        """The input on its levels, as :func:`~lmcompress.lowbit.inputs.quantize_input` has it."""
-        return quantize_input(x, self.encoding, self.scale, self.zero_point)
-
-
-Ready = Callable[[Tensor], Tensor]
-"""A matrix made ready: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""
-
-
 class Kernel(Protocol):
     """One way to multiply."""
 
@@ -222,8 +124,8 @@ class Kernel(Protocol):
     def name(self) -> str:
         """Its name in settings and logs."""
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None) -> str | None:
-        """Why this kernel does not take a matrix; ``None`` where it does."""
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+        """Why this kernel does not take a matrix, or an input of this dtype; ``None`` where it does."""
 
     def prepare(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Ready:
         """Makes a matrix ready: unpacks, widens, and lays it out as the kernel likes it."""
@@ -361,7 +263,7 @@ class Reference:
 
     name: str = "reference"
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None) -> str | None:
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
         """Nothing is refused."""
         return None
 
@@ -386,7 +288,7 @@ class Fbgemm:
     greatest: int = 128
     name: str = "fbgemm"
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None) -> str | None:
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
         """As for all integer products."""
         return _no_integers(matrix, inputs, self.greatest)
 
@@ -441,7 +343,7 @@ class Onednn:
     greatest: int = 128
     name: str = "onednn"
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None) -> str | None:
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
         """As for all integer products."""
         return _no_integers(matrix, inputs, self.greatest)
 
@@ -471,7 +373,7 @@ class IntMM:
     greatest: int = 128
     name: str = "int_mm"
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None) -> str | None:
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
         """As for all integer products."""
         return _no_integers(matrix, inputs, self.greatest)
 
@@ -481,8 +383,9 @@ class IntMM:
         sums, scales = _row_sums(codes, zeros), _by_row(matrix.scales, matrix)
         out, width = matrix.shape
         if codes.device.type == "cuda":
-            # cuBLAS wants more than 16 rows on the left, and multiples of 8 else
-            least, columns, rows = 17, -width % 8, -out % 8
+            # asked are more than 16 rows on the left and multiples of 8 else, which some versions of cuBLAS multiply
+            # wrongly where there are few (pytorch/pytorch#107671, #169956): zeros up to what its fast products use
+            least, columns, rows = 32, -width % 16, -out % 16
         else:
             # of an axis of 1 the stride may be anything, and oneDNN gives nonsense then (pytorch/pytorch#195066)
             least, columns, rows = 2, int(width == 1), 0
@@ -497,7 +400,7 @@ class IntMM:
         return _Bytes(product, out, zeros, sums, scales, bias, inputs, scaled=False)
 
 
-LADDER: tuple[Kernel, ...] = (Fbgemm(), Onednn(), IntMM(), Reference())
+LADDER: tuple[Kernel, ...] = (Fbgemm(), Onednn(), IntMM(), Tinygemm(), Reference())
 """All kernels, best first."""
 
 
@@ -630,7 +533,7 @@ def _empty(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
 def _prepare(x: Tensor, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None) -> tuple[Ready, str]:
     """A matrix made ready by the first kernel that takes it, and the kernel's name."""
     bias = None if bias is None else bias.detach()
-    fitting = [kernel for kernel in kernels(x.device) if kernel.refusal(matrix, inputs) is None]
+    fitting = [kernel for kernel in kernels(x.device) if kernel.refusal(matrix, inputs, x.dtype) is None]
     if settings.memory == "low":
         # other kernels lay matrices out anew, which costs more than it gains for one call
         integers = any(isinstance(kernel, IntMM) for kernel in fitting) and x.shape[-1] > 0
@@ -803,17 +706,29 @@ def _tried(device: str) -> dict[str, tuple[Kernel | None, str]]:
     tried: dict[str, tuple[Kernel | None, str]] = {}
     for kernel in LADDER:
         working: Kernel | None = kernel
-        reason = None if isinstance(kernel, Reference) else _self_test(kernel, torch.device(device), 127)
+        reason = _trouble(kernel, torch.device(device))
         if reason is not None:
             working = None
             # without VNNI, sums of two products are kept in 16 bits, for which 7 bits are few enough
             if isinstance(kernel, (Fbgemm, Onednn, IntMM)) and not _self_test(kernel, torch.device(device), 64):
                 working, reason = replace(kernel, greatest=64), "works up to codes of 64"
         tried[kernel.name] = working, reason or "works"
-    best = next(kernel.name for kernel, _ in tried.values() if kernel is not None)
+    those = [one for one, _ in tried.values() if one is not None]
+    integers = next(one.name for one in those if not isinstance(one, Tinygemm))
+    weights = next(one.name for one in those if isinstance(one, (Tinygemm, Reference)))
     said = "; ".join(f"{name}: {said}" for name, (_, said) in tried.items())
-    logger.info("int8 products on %s go through %s (%s)", device, best, said)
+    message = (
+        "int8 products on %s go through %s, those with weights alone quantized through %s where it takes them (%s)"
+    )
+    logger.info(message, device, integers, weights, said)
     return tried
+
+
+def _trouble(kernel: Kernel, device: torch.device) -> str | None:
+    """Why a kernel does not work on a device."""
+    if isinstance(kernel, Reference):
+        return None
+    return kernel.trouble(device) if isinstance(kernel, Tinygemm) else _self_test(kernel, device, 127)
 
 
 @dataclass(frozen=True)
@@ -850,8 +765,9 @@ def _self_test(kernel: Kernel, device: torch.device, greatest: int) -> str | Non
     try:
         with torch.inference_mode():
             # up to 255 without and 127 with levels around 0 the scale is 1, and so codes are the numbers
-            for symmetric in (False, True):
-                these = x.clamp(max=127.0) if symmetric else x
+            # few rows may be filled up, many are not
+            for symmetric, times in itertools.product((False, True), (1, 14)):
+                these = (x.clamp(max=127.0) if symmetric else x).repeat(times, 1)
                 inputs = Inputs(_TestEncoding(symmetric=symmetric))
                 given = kernel.prepare(matrix, None, inputs, torch.float32)(these.to(device)).cpu()
                 if not torch.allclose(given.double(), these.double() @ codes.double().t(), rtol=1e-5, atol=1.0):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.lowbit.grids import Granularity, Grid
 from lmcompress.lowbit.inputs import InputEncoding, check_input_range
-from lmcompress.lowbit.kernels import Inputs, Matrix, Product
+from lmcompress.lowbit.kernels import Product
+from lmcompress.lowbit.matrix import Inputs, Matrix
 from lmcompress.lowbit.packing import Container, check_scales, pack, packed_bytes, packed_shape, unpack
 from lmcompress.lowbit.quantizers import Quantized
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from lmcompress.config import ActivationEncoding
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.lowbit import PerGroup, PerRow, PerTensor, kernels, pack, quantizer_for
+from lmcompress.lowbit import PerGroup, PerRow, PerTensor, kernels, matrix, pack, quantizer_for
 from lmcompress.lowbit.inputs import static_range
-from lmcompress.lowbit.kernels import Inputs, Matrix, Product, using
+from lmcompress.lowbit.kernels import Product, using
+from lmcompress.lowbit.matrix import Inputs, Matrix
 from lmcompress.lowbit.packing import container_for
 
 WORKING = [name for name, said in kernels.ladder().items() if said.startswith("works")]
@@ -206,13 +207,13 @@ def test_low_memory_changes_no_result(monkeypatch, granularity, given):
 
 def test_low_memory_unpacks_a_block_at_a_time(monkeypatch):
     monkeypatch.setattr(kernels, "_BLOCK_WEIGHTS", 64)
-    matrix, greatest = matrix_of(torch.randn(11, 16), bits=4), []
-    unpack = kernels.unpack
+    codes, greatest = matrix_of(torch.randn(11, 16), bits=4), []
+    unpack = matrix.unpack
     monkeypatch.setattr(
-        kernels, "unpack", lambda _, shape, *a, **k: greatest.append(shape[0]) or unpack(_, shape, *a, **k)
+        matrix, "unpack", lambda _, shape, *a, **k: greatest.append(shape[0]) or unpack(_, shape, *a, **k)
     )
     with using(memory="low"):
-        Product()(torch.randn(2, 16), matrix, None, inputs_of(encoding()))
+        Product()(torch.randn(2, 16), codes, None, inputs_of(encoding()))
     assert greatest == [4, 4, 3]
 
 
@@ -227,10 +228,10 @@ def test_rows_are_those_of_the_whole(granularity, name, bits):
 
 
 def test_rows_are_unpacked_alone(monkeypatch):
-    matrix, seen = matrix_of(torch.randn(20, 24), bits=2), []
-    unpack = kernels.unpack
-    monkeypatch.setattr(kernels, "unpack", lambda _, shape, *a, **k: seen.append(shape) or unpack(_, shape, *a, **k))
-    matrix.rows(torch.tensor([3, 19]))
+    codes, seen = matrix_of(torch.randn(20, 24), bits=2), []
+    unpack = matrix.unpack
+    monkeypatch.setattr(matrix, "unpack", lambda _, shape, *a, **k: seen.append(shape) or unpack(_, shape, *a, **k))
+    codes.rows(torch.tensor([3, 19]))
     assert seen == [(2, 24)]
 
 
@@ -385,7 +386,8 @@ def test_the_choice_is_made_once_and_said(fresh_choice, caplog):
             Product()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, inputs_of(encoding()))
             kernels.ladder("cpu")
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith(f"int8 products on cpu go through {WORKING[0]} (")
+    assert message.startswith(f"int8 products on cpu go through {WORKING[0]}, those with weights alone ")
+    assert "through reference where it takes them (" in message and "tinygemm: for CUDA devices" in message
 
 
 @dataclass(frozen=True)
@@ -395,7 +397,7 @@ class _Broken:
     prepare_with: object
     name: str = "fbgemm"
 
-    def refusal(self, matrix, inputs):
+    def refusal(self, matrix, inputs, dtype):
         return None
 
     def prepare(self, *arguments):
@@ -483,9 +485,10 @@ def test_settings_come_back_after_an_error():
 @pytest.mark.parametrize("kernel", [kernels.Fbgemm(), kernels.Onednn(), kernels.IntMM()], ids=lambda k: k.name)
 def test_integer_kernels_say_what_they_do_not_take(kernel):
     matrix = matrix_of(torch.randn(4, 16))
-    assert "only weights" in kernel.refusal(matrix, None)
-    assert "groups" in kernel.refusal(matrix_of(torch.randn(4, 16), granularity=GROUPS), inputs_of(encoding()))
-    assert kernel.refusal(matrix, inputs_of(encoding())) is None
+    assert "only weights" in kernel.refusal(matrix, None, torch.float32)
+    groups = matrix_of(torch.randn(4, 16), granularity=GROUPS)
+    assert "groups" in kernel.refusal(groups, inputs_of(encoding()), torch.float32)
+    assert kernel.refusal(matrix, inputs_of(encoding()), torch.float32) is None
     with pytest.raises(LmcompressError, match="use the reference"):
         kernel.prepare(matrix, None, None, torch.float32)(torch.randn(1, 16))
 

@@ -457,6 +457,33 @@ def qat_overhead(results: Path) -> str | None:
     return f"{markdown(columns, table)}\n\nMedians. {origin(result)}"
 
 
+def coding(results: Path) -> str | None:
+    """Entropy-coded checkpoints beside other coders; None where there are no results."""
+    result = _read(results / "coding.json")
+    if result is None:
+        return None
+    table, files = [], []
+    for row in result["rows"]:
+        if "not_run" in row:
+            table.append([row["scheme"], row["coder"], f"not run: {row['not_run']}", "", ""])
+            continue
+        over = f"{row['over_shannon']:+.2f} %" if "over_shannon" in row else ""
+        speed = f"{row['gb_per_second']:.1f}"
+        table.append([row["scheme"], row["coder"], f"{row['bits_per_weight']:.3f}", over, speed])
+        if "file_bytes" in row:
+            sizes = {name: f"{size / 1e6:.1f} MB" for name, size in row["file_bytes"].items()}
+            files.append([row["scheme"], *(sizes[name] for name in ("plain", "auto", "zstd", "huffman"))])
+    columns = [
+        "BERT-base shape, codes",
+        "coder",
+        "bits per weight",
+        "over entropy",
+        "decoded, GB of float32/s and core",
+    ]
+    whole = markdown(["whole file", "plain", "auto", "zstd", "huffman"], files)
+    return f"{markdown(columns, table)}\n\n{whole}\n\nMedians. {origin(result)}"
+
+
 def asked(results: Path) -> str | None:
     """Every number that was asked of every benchmark, met or not; None where there are no results."""
     table = []
@@ -482,6 +509,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "qat_glue": qat_glue,
     "qat_overhead": qat_overhead,
     "quant_speed": quant_speed,
+    "coding": coding,
     "asked": asked,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from lmcompress.anatomy import anatomy_of
+from lmcompress.coding import StreamInfo
 from lmcompress.data import TaskKind
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.evaluation import (
@@ -25,6 +27,7 @@ from lmcompress.evaluation import (
     parameter_count,
     perplexity,
     size_on_disk,
+    stream_table,
     weight_bytes,
 )
 from lmcompress.evaluation import tensor_table as tensors_of
@@ -333,7 +336,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a model is made of: heads and widths of each block, tensors and their bytes, codes and scales of
-    packed weights, where it comes from, how it can be saved, what was checked.
+    packed weights, bits per number of entropy-coded ones, where it comes from, how it can be saved, what was checked.
 
     Examples:
 
@@ -348,12 +351,14 @@ def inspect(
         saved = (
             json.loads((folder / REPORT_FILE).read_text("utf-8")) if folder and (folder / REPORT_FILE).is_file() else {}
         )
+        streams = stream_table(folder) if folder else {}
     by_part = _bytes_by_part(compressed, entries)
     packed = _packing(compressed)
     if as_json:
         listed = [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.num_bytes} for t in entries]
         files = size.by_file if size else {}
         more = {"files": files, "bytes_by_part": by_part, "packed": packed, "tensors": listed, "saved": saved}
+        more["streams"] = {name: vars(info) for name, info in streams.items()}
         typer.echo(json.dumps(report | more, indent=2))
         return
     console = _console()
@@ -382,6 +387,8 @@ def inspect(
             f"included; products on this machine: {packed['kernel']}",
             highlight=False,
         )
+    if streams:
+        console.print(_stream_listing(streams, each=tensors))
     if size is not None:
         console.print(
             "files: " + ", ".join(f"{name} {count:,}" for name, count in size.by_file.items()), highlight=False
@@ -974,6 +981,28 @@ def _bytes_by_part(model: CompressedModel, tensors: list[Any]) -> dict[str, dict
         parts, key=lambda p: (p != "embeddings", p == "head and rest", int(p[6:]) if p.startswith("block ") else 0)
     )
     return {part: parts[part] for part in order}
+
+
+def _stream_listing(streams: Mapping[str, StreamInfo], *, each: bool) -> Table:
+    """Bits per number of entropy-coded tensors, of all and of each."""
+    table = Table(title="entropy-coded tensors, bits per number")
+    for name in ("tensor", "form", "numbers", "dense", "fixed width", "Huffman", "stored", "Shannon"):
+        table.add_column(name, justify="left" if name in ("tensor", "form") else "right")
+
+    def add(name: str, form: str, infos: Collection[StreamInfo]) -> None:
+        numbers = sum(info.numbers for info in infos)
+        bits = [
+            sum(getattr(info, what) * times for info in infos) / max(numbers, 1)
+            for what, times in (
+                ("dense_bytes", 8), ("fixed_bits", 1), ("huffman_bits", 1), ("bytes", 8), ("shannon_bits", 1),
+            )
+        ]  # fmt: skip
+        table.add_row(name, form, f"{numbers:,}", *(f"{value:.3f}" for value in bits))
+
+    for name, info in streams.items() if each else ():
+        add(name, info.form, [info])
+    add("all", "", streams.values())
+    return table
 
 
 def _packing(model: CompressedModel) -> dict[str, Any]:

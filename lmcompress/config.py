@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmcompress.errors import CheckpointError
 from lmcompress.lowbit.grids import PER_TENSOR, Granularity, Grid, PerGroup, PerRow
 from lmcompress.lowbit.packing import container_for
 
-# 1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own. 3: packed weights
-FORMAT_VERSION = 3
+# 1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own. 3: packed weights.
+# 4: compact layers, streams in place of tensors
+FORMAT_VERSION = 4
 QUANT_METHOD = "lmcompress"
 MAX_BLOCKS, MAX_HEADS, MAX_WIDTH = 1024, 1024, 1 << 20
 MAX_MODULES = 1 << 16
@@ -212,6 +221,156 @@ class Encoding(_Strict):
         return {path: entry for entry in self.weights for path in entry.modules}
 
 
+ModulePaths = Annotated[
+    tuple[Annotated[str, Field(max_length=256, pattern=r"^\w+(\.\w+)*$")], ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Field(min_length=1, max_length=MAX_MODULES),
+]
+"""Paths relative to the base model."""
+
+BlockNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_BLOCKS)], ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Field(min_length=1, max_length=MAX_BLOCKS),
+]
+"""Numbers of blocks, counted from 0."""
+
+
+class LowRankLayers(_Strict):
+    """Matrices that are products of two: :class:`~lmcompress.layers.LowRankLinear`.
+
+    Attributes:
+        kind: what they are.
+        rank: width between the two.
+        modules: where they are.
+    """
+
+    kind: Literal["low_rank"]
+    rank: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    modules: ModulePaths
+
+
+class FactorizedEmbeddings(_Strict):
+    """Tables of words that are a narrow table and a matrix: :class:`~lmcompress.layers.FactorizedEmbedding`.
+
+    Attributes:
+        kind: what they are.
+        rank: width of the table.
+        modules: where they are.
+    """
+
+    kind: Literal["factorized_embedding"]
+    rank: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    modules: ModulePaths
+
+
+class GroupedLayers(_Strict):
+    """Matrices of diagonal blocks: :class:`~lmcompress.layers.GroupedLinear`.
+
+    Attributes:
+        kind: what they are.
+        groups: how many blocks.
+        input_order: whether the checkpoint has an order in which the input is read.
+        output_order: whether it has one in which the output is given.
+        modules: where they are.
+    """
+
+    kind: Literal["grouped"]
+    groups: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    input_order: bool = False
+    output_order: bool = False
+    modules: ModulePaths
+
+
+class SeparableLayers(_Strict):
+    """Blocks that mix neighbours and do not attend: :class:`~lmcompress.layers.SeparableMixing`.
+
+    Attributes:
+        kind: what they are.
+        kernel: how many positions each looks at.
+        blocks: their numbers.
+    """
+
+    kind: Literal["separable"]
+    kernel: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    blocks: BlockNumbers
+
+
+class SharedBlocks(_Strict):
+    """Blocks that have the parameters of an earlier one.
+
+    Attributes:
+        kind: what they are.
+        sources: for each block of the model the one whose parameters it has; its own number where they are its own.
+    """
+
+    kind: Literal["shared"]
+    sources: BlockNumbers
+
+    @model_validator(mode="after")
+    def _sources_own_theirs(self) -> SharedBlocks:
+        for block, source in enumerate(self.sources):
+            if source > block or self.sources[source] != source:
+                raise ValueError(f"block {block} must have its own parameters or an earlier owner's, got {source}")
+        return self
+
+
+CompactLayer = Annotated[
+    LowRankLayers | FactorizedEmbeddings | GroupedLayers | SeparableLayers | SharedBlocks, Field(discriminator="kind")
+]
+"""One kind of compact layer, and where it is."""
+
+
+class Layers(_Strict):
+    """What takes the place of matrices, attention and blocks of a stock model.
+
+    Attributes:
+        entries: one for each kind and size that there is; no module is in two of them.
+    """
+
+    entries: Annotated[tuple[CompactLayer, ...], Field(max_length=MAX_MODULES)]
+
+    @field_validator("entries", mode="before")
+    @classmethod
+    def _list_from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Layers:
+        seen: set[str | int] = set()
+        shared = 0
+        for entry in self.entries:
+            shared += isinstance(entry, SharedBlocks)
+            places: tuple[str | int, ...] = ()
+            if isinstance(entry, SeparableLayers):
+                places = entry.blocks
+            elif not isinstance(entry, SharedBlocks):
+                places = entry.modules
+            for place in places:
+                if place in seen:
+                    raise ValueError(f"{place} is replaced twice; a module or block is replaced once")
+                seen.add(place)
+        if shared > 1:
+            raise ValueError("blocks are shared in one way or not at all, got several entries")
+        return self
+
+
+class Storage(_Strict):
+    """Which tensors of a checkpoint are entropy-coded streams; the rest is as it would be without.
+
+    Attributes:
+        coder: that made them, see :data:`lmcompress.coding.CODERS`; a stream says itself how it is read.
+        streams: bytes of each stream, by the name of its tensor in the file. A model in memory has none, and keeps the
+            coder for the next time it is saved.
+    """
+
+    coder: Literal["auto", "zstd", "huffman"] = "auto"
+    streams: Annotated[
+        dict[Annotated[str, Field(max_length=256)], Annotated[int, Field(ge=1, le=1 << 40)]],
+        Field(max_length=MAX_MODULES),
+    ] = {}
+
+
 class Provenance(_Strict):
     """Where a model comes from. Nothing here changes how it is loaded.
 
@@ -241,6 +400,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         provenance: where the model comes from.
         format_version: version of this format; a later one than this library knows is refused.
         encoding: how packed weights lie in the files, or None where all are dense.
+        layers: what has taken the place of matrices, attention and blocks, in the order in which it is built.
+        storage: which tensors of the files are streams, or None where none is.
         **unknown: refused, with the names that are known.
 
     Raises:
@@ -254,6 +415,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         provenance: Provenance | Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         encoding: Encoding | Mapping[str, Any] | None = None,
+        layers: Sequence[CompactLayer | Mapping[str, Any]] | None = None,
+        storage: Storage | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -269,8 +432,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             raise CheckpointError(
                 f"quantization_config has unknown keys: {', '.join(sorted(unknown))}. Known are: encoding, "
-                "format_version, provenance, structure. The config is damaged or was written by something "
-                "else than lmcompress."
+                "format_version, layers, provenance, storage, structure. The config is damaged or was written by "
+                "something else than lmcompress."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -282,6 +445,19 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError(
                 f"quantization_config says format version {format_version} and has an encoding, which came with "
                 "version 3: the config is damaged; load the checkpoint as it was written"
+            )
+        built = None if layers is None else _validated(Layers, {"entries": layers})
+        self.layers: tuple[CompactLayer, ...] = () if built is None else built.entries
+        if format_version < 4 and self.layers:
+            raise CheckpointError(
+                f"quantization_config says format version {format_version} and has compact layers, which came with "
+                "version 4: the config is damaged; load the checkpoint as it was written"
+            )
+        self.storage = _validated(Storage, storage)
+        if format_version < 4 and self.storage is not None:
+            raise CheckpointError(
+                f"quantization_config says format version {format_version} and has streams, which came with version 4: "
+                "the config is damaged; load the checkpoint as it was written"
             )
         self.provenance = _validated(Provenance, provenance) or Provenance()
 
@@ -307,6 +483,10 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
             values["structure"] = self.structure.model_dump(mode="json", exclude_none=True)
         if self.encoding is not None:
             values["encoding"] = self.encoding.model_dump(mode="json", exclude_defaults=True)
+        if self.layers:
+            values["layers"] = [entry.model_dump(mode="json", exclude_defaults=True) for entry in self.layers]
+        if self.storage is not None:
+            values["storage"] = self.storage.model_dump(mode="json", exclude_defaults=True)
         provenance = self.provenance.model_dump(mode="json", exclude_defaults=True)
         return values | ({"provenance": provenance} if provenance else {})
 

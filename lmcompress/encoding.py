@@ -30,6 +30,7 @@ from lmcompress.lowbit.inputs import InputEncoding, check_input_range
 from lmcompress.lowbit.modules import InputRange, Layout, Packed, PackedConv1D, PackedEmbedding, PackedLinear, TiedHead
 from lmcompress.lowbit.packing import Container, container_for
 from lmcompress.lowbit.quantizers import Quantized
+from lmcompress.replacement import layers_of
 from lmcompress.structure import recorded_structure, set_stock_shapes, why_not_vanilla
 
 
@@ -219,7 +220,9 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
     old, structure = recorded_compression(model.config), recorded_structure(model)
     set_stock_shapes(model.config, structure)
     known = why_not_vanilla(structure, model.config) is None and all(block.source is None for block in structure.blocks)
-    new = CompressionConfig(None if known else structure, old and old.provenance, encoding=encoding)
+    layers = layers_of(model)
+    new = CompressionConfig(None if known else structure, old and old.provenance, encoding=encoding, layers=layers)
+    new.storage = old and old.storage
     if new == CompressionConfig():
         # nothing is left to say: a stock model again
         if hasattr(model.config, "quantization_config"):

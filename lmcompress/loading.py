@@ -24,6 +24,8 @@ from lmcompress.anatomy import anatomy_of
 from lmcompress.config import QUANT_METHOD, CompressionConfig
 from lmcompress.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
 from lmcompress.errors import CheckpointError
+from lmcompress.replacement import finish_replaced, replace_skeleton
+from lmcompress.storage import Place, decode_streams, open_streams, stream_places
 from lmcompress.structure import shape_skeleton
 
 MAX_HEADER_BYTES = 100_000_000
@@ -39,6 +41,7 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._expected: dict[str, tuple[int, ...]] = {}
+        self._streams: list[Place] = []
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -46,14 +49,19 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
         structure = self.quantization_config.structure
         if structure is not None:
             shape_skeleton(model, structure)
+        replace_skeleton(model, self.quantization_config.layers)
         if self.quantization_config.encoding is not None:
             encode_skeleton(model, self.quantization_config.encoding)
+        encoded = encoded_names(model)
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if self.quantization_config.storage is not None:
+            self._streams = open_streams(model, self.quantization_config.storage)
         if checkpoint_files is not None:
-            check_files(model, [Path(file) for file in checkpoint_files])
+            check_files(model, [Path(file) for file in checkpoint_files], encoded | stream_places(self._streams))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        decode_streams(model, self._streams)
         # transformers 5.17 replaces a parameter by whatever shape the file has as soon as any quantizer is present
         for name, tensor in model.state_dict().items():
             if name in self._expected and tuple(tensor.shape) != self._expected[name]:
@@ -66,6 +74,10 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
         # on the way through the stock loader the config is given back as it was read, source numbers included
         config = self.quantization_config
         model.config.quantization_config = config
+        if config.storage is not None:
+            # what is written from memory by others than lmcompress has no streams
+            config.storage = config.storage.model_copy(update={"streams": {}})
+        finish_replaced(model, config.layers)
         if config.encoding is not None:
             check_encoded(model)
             # what is of a head that this model has not got is not of this model
@@ -145,7 +157,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
     return stored
 
 
-def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
+def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable[str]) -> None:
     """Refuse files whose tensors are not those of the model, before anything is allocated for them.
 
     Without this, a tensor that is missing would be filled with random values and a warning. What may be missing is a
@@ -154,6 +166,7 @@ def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
     Args:
         model: the skeleton in its final shapes.
         files: the safetensors files of the checkpoint; files of other kinds are left to Transformers.
+        encoded: names of the tensors that are codes, scales or streams, which nothing may cast.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing or has another shape, or one of a block is too many.
@@ -178,7 +191,7 @@ def check_files(model: PreTrainedModel, files: Iterable[Path]) -> None:
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
     tied = set(model.all_tied_weights_keys)
     must = {name.removeprefix(prefix) for name in _backbone_names(model)}
-    encoded = {name.removeprefix(prefix) for name in encoded_names(model)}
+    encoded = {name.removeprefix(prefix) for name in encoded}
     for full_name, tensor in model.state_dict().items():
         name = full_name.removeprefix(prefix)
         if full_name in tied:

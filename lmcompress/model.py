@@ -19,11 +19,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from lmcompress.anatomy import Anatomy, anatomy_of
 from lmcompress.card import model_card
-from lmcompress.config import MAX_BLOCKS, CompressionConfig, Provenance, Structure, recorded_compression
+from lmcompress.coding import CODERS, Coder
+from lmcompress.config import MAX_BLOCKS, CompressionConfig, Provenance, Storage, Structure, recorded_compression
 from lmcompress.encoding import encoding_of, weight_count
 from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
 from lmcompress.lowbit.attention import ATTENTION
+from lmcompress.replacement import layers_of
 from lmcompress.selfloading import write_self_loader
+from lmcompress.storage import store_as_streams
 from lmcompress.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
 
 SaveFormat = Literal["native", "vanilla", "self_loading"]
@@ -130,7 +133,19 @@ class CompressedModel:
         if structure is not None and why_not_vanilla(structure, self.model.config) is None:
             if all(block.source is None for block in structure.blocks):
                 structure = None
-        return CompressionConfig(structure=structure, provenance=self.provenance, encoding=encoding_of(self.model))
+        return CompressionConfig(
+            structure=structure,
+            provenance=self.provenance,
+            encoding=encoding_of(self.model),
+            layers=layers_of(self.model),
+            storage=Storage(coder=self.storage) if self.storage is not None else None,
+        )
+
+    @property
+    def storage(self) -> Coder | None:
+        """The coder of the checkpoint that the model was loaded from, or None where its tensors were no streams."""
+        recorded = recorded_compression(self.model.config)
+        return recorded.storage.coder if recorded is not None and recorded.storage is not None else None
 
     def why_not_vanilla(self) -> str | None:
         """Why this model cannot be saved with a stock config, or None where it can; ask before training."""
@@ -139,6 +154,8 @@ class CompressedModel:
                 "a stock checkpoint has no codes in place of weights and quantizes no activations. A dense one of the "
                 "same weights is what lmcompress.encoding.unpacked(model) gives"
             )
+        if layers_of(self.model):
+            return "a stock checkpoint has full matrices, and every block its own"
         return why_not_vanilla(self.structure, self.model.config)
 
     def report(self) -> dict[str, Any]:
@@ -152,6 +169,7 @@ class CompressedModel:
             "hidden_size": self.anatomy.hidden_size,
             "head_size": structure.head_size,
             "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
+            "layers": [entry.model_dump(mode="json", exclude_defaults=True) for entry in layers_of(self.model)],
             "vanilla": obstacle is None,
             "vanilla_obstacle": obstacle,
             "provenance": self.provenance.model_dump(mode="json"),
@@ -166,6 +184,7 @@ class CompressedModel:
         batches: Sequence[Batch] | None = None,
         reference: Sequence[Tensor] | None = None,
         tolerance: float = 1e-5,
+        storage: Coder | Literal["plain", "as loaded"] = "as loaded",
         report: Mapping[str, Any] | None = None,
         write_more: Callable[[Path], None] | None = None,
     ) -> Equivalence:
@@ -184,6 +203,9 @@ class CompressedModel:
             reference: outputs of the model as it was trained, before anything was cut, for the same ``batches``
                 (see :func:`outputs_of`); default: those of the model now.
             tolerance: greatest difference allowed, relative to the greatest output.
+            storage: a coder of :data:`lmcompress.coding.CODERS` makes tensors entropy-coded streams, which changes no
+                bit of any weight: pruned, shared and packed ones become smaller files; ``plain`` makes none; the
+                default does what was done to the checkpoint that the model came from.
             report: goes into ``lmcompress.json`` and the model card.
             write_more: called with the temporary folder, to add files.
 
@@ -192,9 +214,18 @@ class CompressedModel:
 
         Raises:
             EquivalenceError: the reloaded model answers differently; nothing was written.
-            LmcompressError: ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights, or
-                the disk is full; nothing was written.
+            LmcompressError: ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights or
+                compact layers, either with streams, or the disk is full; nothing was written.
         """
+        if storage not in (*CODERS, "plain", "as loaded"):
+            raise LmcompressError(f"storage must be {', '.join(CODERS)}, plain or 'as loaded', got {storage!r}")
+        if format != "native" and storage in CODERS:
+            raise LmcompressError(
+                f"streams (storage={storage!r}) need `import lmcompress` to be loaded, format must be native, got "
+                f"{format!r}; take storage='plain'"
+            )
+        coder = self.storage if storage == "as loaded" else None if storage == "plain" else storage
+        coder = coder if format == "native" else None
         if format not in ("native", "vanilla", "self_loading"):
             raise LmcompressError(f"format must be native, vanilla or self_loading, got {format!r}")
         if format == "vanilla" and (obstacle := self.why_not_vanilla()):
@@ -206,12 +237,19 @@ class CompressedModel:
                 "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
                 "has no kernels for packed weights. Save it as native, which `import lmcompress` loads"
             )
+        if format == "self_loading" and layers_of(self.model):
+            raise LmcompressError(
+                "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
+                "knows no compact layers. Save it as native, which `import lmcompress` loads"
+            )
         inputs = "random" if batches is None else "given"
         batches = random_batches(self.model) if batches is None else list(batches)
         before = list(reference) if reference is not None else outputs_of(self.model, batches)
         with replaced_folder(Path(folder)) as temporary:
-            with self._config_for(format):
+            with self._config_for(format, coder):
                 self.model.save_pretrained(temporary)
+            if coder is not None:
+                store_as_streams(temporary, coder)
             if format == "self_loading":
                 write_self_loader(self.model, temporary)
             if tokenizer is not None:
@@ -242,7 +280,7 @@ class CompressedModel:
             return push_folder(folder, repo_id, private=private, token=token)
 
     @contextmanager
-    def _config_for(self, format: SaveFormat) -> Iterator[None]:
+    def _config_for(self, format: SaveFormat, coder: Coder | None) -> Iterator[None]:
         """Let the inner model's config say what the format asks for, while it is written."""
         config = self.model.config
         kept = {name: getattr(config, name) for name in ("quantization_config", "auto_map") if hasattr(config, name)}
@@ -253,6 +291,7 @@ class CompressedModel:
                 del config.quantization_config
         else:
             config.quantization_config = self.compression
+            config.quantization_config.storage = None if coder is None else Storage(coder=coder)
         quantizer = self.model.__dict__.pop("hf_quantizer", None) if format == "vanilla" else None
         try:
             yield

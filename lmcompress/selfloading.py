@@ -46,6 +46,10 @@ class _Config(QuantizationConfigMixin):
             )
         if values.get("encoding") is not None:
             raise ValueError("this loader reads no packed weights: pip install lmcompress and import it")
+        if values.get("layers"):
+            raise ValueError("this loader reads no compact layers: pip install lmcompress and import it")
+        if (values.get("storage") or {}).get("streams"):
+            raise ValueError("this loader reads no entropy-coded streams: pip install lmcompress and import it")
         self.quant_method = "lmcompress"
         self.values = values
 

@@ -19,8 +19,10 @@ from lmcompress.anatomy import (
     weight_view,
 )
 from lmcompress.anatomy.narrow import accompany, companion_of
+from lmcompress.anatomy.sharing import shared_sources
 from lmcompress.config import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure, recorded_compression
 from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.layers import Compact
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -64,6 +66,21 @@ def recorded_structure(model: PreTrainedModel) -> Structure:
     if recorded is not None and recorded.structure is not None and same_shapes(recorded.structure, structure):
         return recorded.structure
     return structure
+
+
+def stated_structure(model: PreTrainedModel) -> Structure | None:
+    """The shapes of a model as far as its config must name them; its stock config is made to say what it can.
+
+    Args:
+        model: of a known family; its config is changed in place.
+
+    Returns:
+        None where the stock config says all.
+    """
+    structure = recorded_structure(model)
+    set_stock_shapes(model.config, structure)
+    stock = why_not_vanilla(structure, model.config) is None and all(block.source is None for block in structure.blocks)
+    return None if stock else structure
 
 
 def stock_structure(config: PretrainedConfig) -> Structure:
@@ -301,9 +318,14 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
         layers: numbers of the blocks that stay, counted from 0; at least one.
 
     Raises:
-        LmcompressError: none is left, one is named twice, or one is not there.
+        LmcompressError: none is left, one is named twice, or one is not there; or blocks share their parameters.
     """
     anatomy = anatomy_of(model)
+    if len(set(shared_sources(list(anatomy.block_list)))) < len(anatomy.block_list):
+        raise LmcompressError(
+            "cannot take blocks out of a model whose blocks share their parameters: choose the blocks first, and let "
+            "those that are left share"
+        )
     keep = _indices(layers, len(anatomy.block_list), "layers")
     parent, _, name = anatomy.family.blocks.rpartition(".")
     kept = nn.ModuleList([anatomy.block_list[i] for i in keep.tolist()])
@@ -346,6 +368,11 @@ def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, tuple[i
     Raises:
         LmcompressError: the model has parameters that a stock model of its class has not.
     """
+    if any(isinstance(module, Compact) for module in model.modules()):
+        raise LmcompressError(
+            "cannot tell what follows the hidden size in a model that has compact layers: prune the dense model first, "
+            "and make what is left compact"
+        )
     axes = stream_axes(model, vars(anatomy_of(model).family))
     for name, found in axes.items():
         if found is None:

@@ -131,6 +131,16 @@ def outputs(model: Any, **kwargs: Any) -> torch.Tensor:
     return answer["logits"] if "logits" in answer else answer[0]
 
 
+def sparse(model: PreTrainedModel) -> PreTrainedModel:
+    """Half of each matrix zero and the rest of few values, as pruning and sharing leave it; in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                few = torch.round(parameter * 4) / 4
+                parameter.copy_(torch.where(parameter.abs() > parameter.abs().median(), few, 0.0))
+    return model
+
+
 def cut_unevenly(model: PreTrainedModel) -> PreTrainedModel:
     """Takes heads, neurons and the middle block away, differently in each block; in place."""
     keep_layers(model, [0, 2])

@@ -17,8 +17,13 @@ from lmcompress.config import (
     AttentionEncoding,
     BlockShape,
     Encoding,
+    FactorizedEmbeddings,
     GridEncoding,
+    GroupedLayers,
+    LowRankLayers,
     Provenance,
+    SeparableLayers,
+    SharedBlocks,
     Structure,
     WeightEncoding,
 )
@@ -82,11 +87,28 @@ def encodings(draw):
     return Encoding(weights=tuple(entries), attention=draw(attention))
 
 
+paths = st.sampled_from(["h.0.mlp.c_fc", "wte", "h.1.attn.c_attn"]).map(lambda path: (path,))
+layers = st.one_of(
+    st.builds(LowRankLayers, kind=st.just("low_rank"), rank=st.integers(1, MAX_WIDTH), modules=paths),
+    st.builds(FactorizedEmbeddings, kind=st.just("factorized_embedding"), rank=st.integers(1, 9), modules=paths),
+    st.builds(
+        GroupedLayers,
+        kind=st.just("grouped"),
+        groups=st.integers(1, 9),
+        input_order=st.booleans(),
+        output_order=st.booleans(),
+        modules=paths,
+    ),
+    st.builds(SeparableLayers, kind=st.just("separable"), kernel=st.integers(1, 9), blocks=st.just((0, 3))),
+    st.builds(SharedBlocks, kind=st.just("shared"), sources=st.just((0, 0, 2, 2))),
+)
+
 configs = st.builds(
     CompressionConfig,
     structure=st.none() | structures,
     provenance=st.none() | provenances,
     encoding=st.none() | encodings(),
+    layers=st.none() | st.lists(layers, max_size=1).map(tuple),
 )
 
 
@@ -124,7 +146,7 @@ def test_a_config_survives_json(config):
     again = CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     assert again == config and hash(again) == hash(config)
     assert again.structure == config.structure and again.provenance == config.provenance
-    assert again.encoding == config.encoding
+    assert again.encoding == config.encoding and again.layers == config.layers
     assert again.to_diff_dict() == config.to_dict()
 
 
@@ -159,7 +181,7 @@ def test_a_version_that_is_no_number_is_refused(version):
 def test_an_unknown_key_is_named_with_the_known_ones():
     with pytest.raises(
         CheckpointError,
-        match="unknown keys: bits, strcture. Known are: encoding, format_version, provenance, structure",
+        match="unknown keys: bits, strcture. Known are: encoding, format_version, layers, provenance, storage, struct",
     ):
         CompressionConfig.from_dict(valid() | {"strcture": {}, "bits": 4})
 

@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lmcompress.anatomy.narrow import Hollow, remove_heads
 from lmcompress.errors import LmcompressError
+from lmcompress.layers.base import Compact
+from lmcompress.layers.embedding import FactorizedHead
 from lmcompress.lowbit.modules import Packed
 
 HeadAttributes = Callable[[int, int], dict[str, int]]
@@ -81,17 +83,21 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def out_features(module: nn.Module) -> int:
-    """Width of the output of a ``Linear`` or ``Conv1D``, packed or not."""
+    """Width of the output of a ``Linear`` or ``Conv1D``, packed, compact or neither."""
     if isinstance(module, Packed):
         return module.shape[0]
+    if isinstance(module, Compact):
+        return module.out_features
     weight = _weight(module)
     return int(weight.shape[1] if is_conv1d(module) else weight.shape[0])
 
 
 def in_features(module: nn.Module) -> int:
-    """Width of the input of a ``Linear`` or ``Conv1D``, packed or not."""
+    """Width of the input of a ``Linear`` or ``Conv1D``, packed, compact or neither."""
     if isinstance(module, Packed):
         return module.shape[1]
+    if isinstance(module, Compact):
+        return module.in_features
     weight = _weight(module)
     return int(weight.shape[0] if is_conv1d(module) else weight.shape[1])
 
@@ -110,6 +116,11 @@ def _weight(module: nn.Module) -> Tensor:
         raise LmcompressError(
             f"a {type(module).__name__} has codes and no matrix: use the dense model that "
             "lmcompress.encoding.unpacked(model) gives"
+        )
+    if isinstance(module, Compact):
+        raise LmcompressError(
+            f"a {type(module).__name__} has no matrix of its own that could be cut, quantized or replaced: do that "
+            "with the dense model first, and make it compact afterwards"
         )
     # the parameter, also where reading gives something that is made of it, such as quantized values
     stored = module._parameters.get("weight")
@@ -138,7 +149,21 @@ class Block:
         path = getattr(self.family, part)
         if not path:
             raise LmcompressError(f"{self.family.model_type} has no {part}")
-        return self.module.get_submodule(path)
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError as error:
+            raise LmcompressError(
+                f"this block has no {part}: it mixes neighbours in the place of attention (lmcompress.compact.separate)"
+            ) from error
+
+    def has(self, part: str) -> bool:
+        """Whether the family has such a part, and the block still does: one that mixes neighbours has no queries.
+
+        Args:
+            part: such as ``"query"``.
+        """
+        path = getattr(self.family, part)
+        return bool(path) and any(name == path for name, _ in self.module.named_modules())
 
     def replace(self, part: str, new: nn.Module) -> None:
         """Put ``new`` where the family keeps ``part``."""
@@ -219,10 +244,10 @@ class Anatomy:
         return out_features(self.blocks[0].get("ffn_out"))
 
     @property
-    def head(self) -> nn.Linear | None:
+    def head(self) -> nn.Linear | FactorizedHead | None:
         """The vocabulary head of a causal language model, or None where there is no such head."""
         head = self.model.get_output_embeddings() if self.family.causal else None
-        return head if isinstance(head, nn.Linear) else None
+        return head if isinstance(head, (nn.Linear, FactorizedHead)) else None
 
     def embedding(self, part: str) -> nn.Module | None:
         """The embedding table that the family calls ``part``, or None where the family or this model has none."""

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lmcompress.anatomy import Block, anatomy_of, config_value, family_of, weight_view
 from lmcompress.config import CompressionConfig
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.replacement import layers_of
 from lmcompress.structure import keep_layers, stock_structure, structure_of
 
 Choice = Literal["uniform", "first", "last", "skip"]
@@ -141,7 +142,7 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
     if isinstance(recorded, CompressionConfig):
         # a compressed teacher's config describes blocks that have gone
         student.config.quantization_config = CompressionConfig(
-            structure=structure_of(student), provenance=recorded.provenance
+            structure=structure_of(student), provenance=recorded.provenance, layers=layers_of(student)
         )
     return Student(student.requires_grad_(True), kept)
 
@@ -211,6 +212,54 @@ def by_shape(
     with torch.no_grad():
         _slice_into(student, teacher, kept)
     return Student(student, kept)
+
+
+def by_width(
+    teacher: PreTrainedModel,
+    multiplier: float,
+    *,
+    layers: int | Sequence[int] | None = None,
+    choose: Choice = "uniform",
+    initialise: Initialisation = "slice",
+    seed: int = 0,
+) -> Student:
+    """A student whose every width is the teacher's times one number; heads keep their size.
+
+    Parameters and products of the blocks shrink by about the square of it.
+
+    Args:
+        teacher: of a family that :mod:`lmcompress.anatomy` knows; left as it is.
+        multiplier: in (0, 1]; heads are rounded, at least one stays, and the width follows them.
+        layers: as for :func:`by_shape`.
+        choose: as for :func:`by_shape`.
+        initialise: as for :func:`by_shape`.
+        seed: as for :func:`by_shape`.
+
+    Returns:
+        The student and the teacher's blocks it was cut from.
+
+    Raises:
+        LmcompressError: a multiplier out of range.
+
+    Reference:
+        Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.3, "Width Multiplier". There the
+        narrow net is trained from scratch; here it may start from a slice.
+    """
+    # written this way round so that NaN fails
+    if not 0 < multiplier <= 1:
+        raise LmcompressError(f"the width multiplier must be above 0 and at most 1, got {multiplier}")
+    shape = stock_structure(teacher.config)
+    heads = max(1, round(multiplier * shape.blocks[0].heads))
+    return by_shape(
+        teacher,
+        layers=layers,
+        hidden_size=heads * shape.head_size,
+        intermediate_size=max(1, round(multiplier * shape.blocks[0].ffn)),
+        num_heads=heads,
+        choose=choose,
+        initialise=initialise,
+        seed=seed,
+    )
 
 
 def named(name: str, teacher: PreTrainedModel, *, initialise: Initialisation = "slice", seed: int = 0) -> Student:
@@ -454,6 +503,7 @@ __all__ = [
     "Student",
     "by_layers",
     "by_shape",
+    "by_width",
     "choose_layers",
     "named",
 ]

@@ -18,6 +18,7 @@ from lmcompress.evaluation.size import TensorInfo as TensorInfo
 from lmcompress.evaluation.size import WeightBytes as WeightBytes
 from lmcompress.evaluation.size import parameter_count as parameter_count
 from lmcompress.evaluation.size import size_on_disk as size_on_disk
+from lmcompress.evaluation.size import stream_table as stream_table
 from lmcompress.evaluation.size import tensor_table as tensor_table
 from lmcompress.evaluation.size import weight_bytes as weight_bytes
 from lmcompress.evaluation.speed import LatencyRow as LatencyRow

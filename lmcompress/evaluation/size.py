@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from lmcompress.coding import StreamInfo, describe
 from lmcompress.encoding import encoded_names
 from lmcompress.errors import CheckpointError
 from lmcompress.lowbit.modules import Packed, PackedEmbedding
@@ -189,6 +191,28 @@ def tensor_table(folder: str | Path) -> list[TensorInfo]:
         CheckpointError: there are no safetensors weights, or a header is not one.
     """
     return [tensor for file in _weight_files(Path(folder)) for tensor in _tensors(file)]
+
+
+def stream_table(folder: str | Path) -> dict[str, StreamInfo]:
+    """How the entropy-coded tensors of a checkpoint are stored, and how small they could be; each is decoded for it.
+
+    Args:
+        folder: a checkpoint with safetensors weights.
+
+    Returns:
+        by name, in the order of the files; empty where no tensor is a stream.
+
+    Raises:
+        CheckpointError: there are no safetensors weights, or a stream is damaged.
+    """
+    path = Path(folder)
+    described = json.loads((path / "config.json").read_text("utf-8")).get("quantization_config") or {}
+    names = (described.get("storage") or {}).get("streams") or {}
+    found: dict[str, StreamInfo] = {}
+    for file in _weight_files(path) if names else ():
+        with safe_open(str(file), framework="pt") as source:
+            found |= {name: describe(source.get_tensor(name), name) for name in source.keys() if name in names}
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:

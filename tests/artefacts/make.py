@@ -14,10 +14,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
-from families import cut_to_nothing, cut_unevenly, make  # noqa: E402
+from compacting import compact_causal, compact_uneven, shared_uneven  # noqa: E402
+from families import cut_to_nothing, cut_unevenly, make, sparse  # noqa: E402
 from packing import INPUTS, packed, packed_with_attention  # noqa: E402
 
 from lmcompress import CompressedModel  # noqa: E402
+from lmcompress.coding import Coder  # noqa: E402
 from lmcompress.config import FORMAT_VERSION, Provenance  # noqa: E402
 from lmcompress.lowbit import PerGroup, PerRow  # noqa: E402
 from lmcompress.lowbit.kernels import using  # noqa: E402
@@ -40,7 +42,15 @@ MODELS = {
         "classification",
         lambda m: packed(cut_unevenly(m), "asymmetric_minmax", 3, granularity=PerRow(), inputs="asymmetric"),
     ),
+    # factors, groups and a tied factorised head; local mixing with a cache; shared blocks
+    "bert-compact": ("bert", "language", lambda m: compact_uneven(cut_unevenly(m))),
+    "gpt2-compact": ("gpt2", "language", lambda m: compact_causal(cut_to_nothing(m))),
+    "distilbert-shared": ("distilbert", "classification", shared_uneven),
+    # streams: a tied head, cut blocks
+    "gpt2-streams": ("gpt2", "language", lambda m: sparse(cut_to_nothing(m))),
+    "bert-streams": ("bert", "classification", lambda m: sparse(cut_unevenly(m))),
 }
+STORAGE: dict[str, Coder] = {"gpt2-streams": "auto", "bert-streams": "huffman"}
 INPUT_IDS = [[5, 9, 2, 33, 60, 17, 4, 8], [7, 7, 21, 3, 50, 11, 1, 1]]
 ATTENTION_MASK = [[1] * 8, [1] * 6 + [0] * 2]
 
@@ -58,7 +68,7 @@ def write(target: Path) -> None:
         provenance = Provenance(
             base_model="tiny-random", recipe="artefact", methods=("pruning",), library_version="0.1.0"
         )
-        CompressedModel(model, provenance).save_pretrained(target / name)
+        CompressedModel(model, provenance).save_pretrained(target / name, storage=STORAGE.get(name, "plain"))
         for unused in ("README.md", "lmcompress.json"):
             (target / name / unused).unlink()
         # what it multiplies is the same on every machine

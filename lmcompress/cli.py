@@ -423,6 +423,12 @@ TaskName = Annotated[
 DataFolder = Annotated[
     str | None, typer.Option("--data", help="Folder or file with the rows; for GLUE what holds glue/<task>/.")
 ]
+StorageName = Annotated[
+    str,
+    typer.Option(
+        "--storage", help="plain; auto, zstd or huffman: entropy-coded streams, the same weights in a smaller file."
+    ),
+]
 MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens of a row.")]
 RowLimit = Annotated[int | None, typer.Option("--limit", help="At most so many rows of each split.")]
 CriterionName = Annotated[
@@ -500,6 +506,7 @@ def prune(
         list[int] | None, typer.Option("--batch", help="Batch size of latencies; several times. Default: 1 and 32.")
     ] = None,
     save: Annotated[str, typer.Option("--format", help="native, vanilla or self_loading.")] = "native",
+    storage: StorageName = "plain",
     report: Annotated[
         Path | None, typer.Option("--report", help="Folder for a report with plots: which heads, which widths.")
     ] = None,
@@ -566,6 +573,7 @@ def prune(
         pruning=pruning,
         vocabulary=None if vocabulary is None else _validated(VocabularySpec, {"min_count": vocabulary}),
         save=save,
+        storage=storage,
         evaluation=evaluation,
         seed=seed,
     )
@@ -609,6 +617,7 @@ def quantize_command(
     batch: Annotated[
         list[int] | None, typer.Option("--batch", help="Batch size of latencies; several times. Default: 1 and 32.")
     ] = None,
+    storage: StorageName = "plain",
     report: Annotated[Path | None, typer.Option("--report", help="Folder for a report with plots.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of calibration rows.")] = 0,
     dry_run: Annotated[
@@ -647,6 +656,7 @@ def quantize_command(
         model,
         TaskSpec(name=task, data=data, max_length=max_length, limit=limit),
         _validated(StageQuantization, values),
+        storage=_validated(Stage, {"name": "quantized", "storage": storage}).storage,
         evaluation=_validated(EvaluationSpec, {"splits": (split,), "latency_batches": tuple(batch or (1, 32))}),
         seed=seed,
     )

@@ -237,6 +237,7 @@ class StageRun:
         equivalence = compressed.save_pretrained(
             self.target,
             format=self.stage.save,
+            storage=self.stage.storage,
             tokenizer=self.materials.tokenizer,
             batches=gate_batches(self.materials),
             reference=done.masked,

@@ -443,6 +443,13 @@ class Stage(_Part):
             "self_loading: trust_remote_code."
         ),
     ] = "native"
+    storage: Annotated[
+        Literal["plain", "auto", "zstd", "huffman"],
+        Field(
+            description="auto, zstd and huffman store the weights as entropy-coded streams, to the bit; smaller where "
+            "they are pruned, shared or quantized."
+        ),
+    ] = "plain"
     control: Annotated[
         bool,
         Field(
@@ -514,6 +521,12 @@ class Stage(_Part):
                 "the schedule hard_concrete multiplies weights by gates in the end, by which they are no codes any "
                 "more: prune in a stage before the one that quantizes, or choose another schedule"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_native(self) -> Stage:
+        if self.storage != "plain" and self.save != "native":
+            raise ValueError(f"save: {self.save} is not possible with storage: {self.storage}; streams need lmcompress")
         return self
 
     @property

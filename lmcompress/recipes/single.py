@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -47,6 +47,7 @@ def prune_recipe(
     pruning: StagePruning | None = None,
     vocabulary: VocabularySpec | None = None,
     save: str = "native",
+    storage: str = "plain",
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
 ) -> Recipe:
@@ -58,6 +59,7 @@ def prune_recipe(
         pruning: what is cut, if anything.
         vocabulary: how its vocabulary is pruned, if at all.
         save: format of the checkpoint.
+        storage: how its weights lie in the file.
         evaluation: what is measured.
         seed: of calibration rows and drawn labels.
 
@@ -69,7 +71,9 @@ def prune_recipe(
             "there is nothing to do: give a target (--sparsity, --parameters, --flops-share, --latency-share, "
             "--latency-ms or --shape), or --vocabulary, or both"
         )
-    stage: dict[str, Any] = {"name": PRUNED, "pruning": pruning, "vocabulary": vocabulary, "save": save}
+    stage: dict[str, Any] = {
+        "name": PRUNED, "pruning": pruning, "vocabulary": vocabulary, "save": save, "storage": storage,
+    }  # fmt: skip
     return Recipe(
         name="prune",
         model=model,
@@ -85,6 +89,7 @@ def quantize_recipe(
     task: TaskSpec,
     quantization: StageQuantization,
     *,
+    storage: Literal["plain", "auto", "zstd", "huffman"] = "plain",
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
 ) -> Recipe:
@@ -94,6 +99,7 @@ def quantize_recipe(
         model: folder, or name on the Hub.
         task: that it was trained for.
         quantization: what is quantized to what, and how it is rounded.
+        storage: how its weights lie in the file.
         evaluation: what is measured.
         seed: of calibration rows.
 
@@ -104,7 +110,7 @@ def quantize_recipe(
         name="quantize",
         model=model,
         task=task,
-        stages=(Stage(name=QUANTIZED, quantization=quantization, training=Training(max_steps=0)),),
+        stages=(Stage(name=QUANTIZED, quantization=quantization, storage=storage, training=Training(max_steps=0)),),
         evaluation=evaluation or EvaluationSpec(),
         seed=seed,
     )

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from lmcompress.cli import run_app
 from lmcompress.encoding import encoding_of
 from lmcompress.errors import LmcompressError
+from lmcompress.evaluation import stream_table
 from lmcompress.model import outputs_of, random_batches
 from lmcompress.quantization import QuantizationConfig
 from lmcompress.recipes import builtin_recipes, load_recipe, parse_recipe, plan, run
@@ -123,6 +124,7 @@ def test_an_interrupted_run_goes_on(quantizing, tmp_path, monkeypatch, quantized
         ("quantization: {}", "quantization: {rules: [{modules: ffn_oot}]}", "matches no module"),
         ("quantization: {}", "quantization: {weights: {quantizer: lsq}}", "must not be one that learns"),
         ("quantization: {}", "quantization: {}\n    save: vanilla", "save: vanilla"),
+        ("name: dense", "name: dense\n    save: vanilla\n    storage: zstd", "streams need lmcompress"),
         ("{method: gptq, weights: {bits: 4}", "{method: awq, weights: {bits: 5}", "bits"),
         ("quantization:\n      weights: {bits: 2,", "quantization:\n      method: gptq\n      weights: {bits: 2,",
          "is for stages without training"),
@@ -152,8 +154,9 @@ def test_quantize_on_the_command_line(quantized, task_folder, tmp_path, capsys):
     asked += ["--max-length", "12"]
     assert run_app([*asked, "--out", str(target), "--dry-run"]) == 0
     assert "weights 4, embeddings 4, activations 8 (gptq)" in capsys.readouterr().out and not target.exists()
-    assert run_app([*asked, "--leave", "ffn_out", "--out", str(target)]) == 0
+    assert run_app([*asked, "--leave", "ffn_out", "--out", str(target), "--storage", "auto"]) == 0
     assert "bits a weight" in capsys.readouterr().out
+    assert stream_table(target)
     encoding = encoding_of(AutoModelForSequenceClassification.from_pretrained(target))
     assert not any("output.dense" in path and "attention" not in path for path in encoding.by_module())
     assert run_app([*asked, "--out", str(target)]) == 2

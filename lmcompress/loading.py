@@ -41,6 +41,7 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._expected: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._streams: list[Place] = []
 
     def _process_model_before_weight_loading(
@@ -54,6 +55,7 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
             encode_skeleton(model, self.quantization_config.encoding)
         encoded = encoded_names(model)
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         if self.quantization_config.storage is not None:
             self._streams = open_streams(model, self.quantization_config.storage)
         if checkpoint_files is not None:
@@ -71,6 +73,11 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"transformers {transformers.__version__} cannot replace the head of a compressed checkpoint by "
                     "one of another width. Use a newer one, or load with AutoModel, save that and load it for the task"
                 )
+        # and leaves its numbers in the type that the file has
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            wanted = self._dtypes.get(name, tensor.dtype)
+            if tensor.is_floating_point() and wanted.is_floating_point and tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
         # on the way through the stock loader the config is given back as it was read, source numbers included
         config = self.quantization_config
         model.config.quantization_config = config

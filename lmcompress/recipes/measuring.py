@@ -39,13 +39,15 @@ class Entry:
 
     Attributes:
         name: of the model in the table.
-        role: teacher, student, control, pruned, quantized or model.
+        role: teacher, student, control, pruned, quantized, shared or model.
         path: where it is loaded from.
         materials: rows with the model's own tokenizer.
         made_here: whether the folder was written by this run, with a report of its own.
         training: what its training came to, as JSON types; empty where it was not trained here.
         pruning: what pruning did to it, as JSON types.
         quantization: what quantization did to it, as JSON types.
+        sparsity: which of its weights became zero, as JSON types.
+        sharing: which of its weights share values, as JSON types.
         vocabulary: what became of its vocabulary, as JSON types.
     """
 
@@ -57,6 +59,8 @@ class Entry:
     training: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
+    sharing: dict[str, Any] | None = None
     vocabulary: dict[str, Any] | None = None
 
 
@@ -160,6 +164,8 @@ def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
         "training": entry.training,
         "pruning": entry.pruning,
         "quantization": entry.quantization,
+        "sparsity": entry.sparsity,
+        "sharing": entry.sharing,
         "vocabulary": entry.vocabulary,
         "latency": [],
     }

@@ -32,8 +32,9 @@ from lmcompress.recipes.building import (
 from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning, prune_stage_vocabulary
 from lmcompress.recipes.quantization import NO_VANILLA, QuantizationPlan, plan_quantization
 from lmcompress.recipes.schema import LayerLoss, Recipe, Stage, StageDistillation, with_controls
+from lmcompress.recipes.weights import check_weights
 
-Role = Literal["teacher", "student", "control", "pruned", "quantized", "model"]
+Role = Literal["teacher", "student", "control", "pruned", "quantized", "shared", "model"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class _Planner:
             obstacle = pruning.obstacle
             if pruning.expected is not None:
                 model = expected_model(model, pruning.expected)
+        check_weights(stage, model)
         quantization = None
         if stage.quantization is not None:
             trains, prunes = stage.trains, stage.pruning is not None
@@ -242,7 +244,11 @@ class _Planner:
             return "control"
         if taught:
             return "student"
-        return "quantized" if stage.quantization else "pruned" if stage.pruning else "model"
+        if stage.quantization is not None:
+            return "quantized"
+        if stage.sharing is not None:
+            return "shared"
+        return "pruned" if stage.pruning is not None or stage.sparsity is not None else "model"
 
 
 def distillation_config(

@@ -59,7 +59,10 @@ from lmcompress.recipes.progress import StageBar, quiet_libraries
 from lmcompress.recipes.pruning import calibration_batches, prune_stage_vocabulary, pruning_notes
 from lmcompress.recipes.quantization import quantization_notes
 from lmcompress.recipes.schema import Recipe, Stage, StoreSpec
+from lmcompress.recipes.weights import change_weights, seeded, weights_notes
 from lmcompress.reporting import write_report
+from lmcompress.sharing import WeightSharing
+from lmcompress.sparsity import Sparsity
 from lmcompress.trainers import CompressionTrainer
 
 STAGE_FILE = "stage.json"
@@ -169,7 +172,8 @@ class _Done:
         pruning: what was cut, if anything.
         quantization: what was quantized, if anything.
         masked: outputs of the masked model before it was cut, for the gate's batches; None where it was quantized
-            since, by which an input on the edge may be rounded the other way.
+            since, by which an input on the edge may be rounded the other way, or its weights were changed.
+        weights: what was done to single weights, by the name of the method, as JSON types.
     """
 
     log: list[dict[str, Any]]
@@ -177,6 +181,7 @@ class _Done:
     pruning: PruningReport | None
     quantization: QuantizationReport | None
     masked: list[Tensor] | None
+    weights: dict[str, dict[str, Any]]
 
 
 class StageRun:
@@ -227,6 +232,8 @@ class StageRun:
         more = {
             "pruning": None if done.pruning is None else done.pruning.to_dict(),
             "quantization": None if done.quantization is None else done.quantization.to_dict(),
+            "sparsity": done.weights.get("sparsity"),
+            "sharing": done.weights.get("sharing"),
             "vocabulary": None if self.vocabulary is None else self.vocabulary.to_dict(),
         }
         self.outcome = {"training": training} | more
@@ -269,7 +276,12 @@ class StageRun:
         if self.entry.pruning is not None:
             pruning = StructuredPruning(self.entry.pruning.config, cost=self.entry.pruning.cost)
         quantization = None if self.entry.quantization is None else Quantization(self.entry.quantization.config)
-        trainer, bar = self._trainer(model, pruning, quantization)
+        seed = self.recipe.seed
+        sparsity = None if self.stage.sparsity is None else Sparsity(seeded(self.stage.sparsity, seed))
+        sharing = None if self.stage.sharing is None else WeightSharing(seeded(self.stage.sharing, seed))
+        # zeros first, so that nothing is shared or quantized that goes; gates are hooked before distillation captures
+        chosen: list[Method | None] = [sparsity, pruning, sharing, quantization]
+        trainer, bar = self._trainer(model, [method for method in chosen if method is not None])
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
@@ -278,7 +290,9 @@ class StageRun:
         if pruning is not None and quantization is None:
             for method in trainer.methods:
                 method.set_active(False)
-            pruning.settle()
+            for settling in (sparsity, pruning, sharing):
+                if settling is not None and hasattr(settling, "settle"):
+                    settling.settle()
             masked = outputs_of(model, gate_batches(self.materials))
         trainer.finish()
         return _Done(
@@ -287,12 +301,17 @@ class StageRun:
             None if pruning is None else pruning.report,
             None if quantization is None else quantization.report,
             masked,
+            {
+                method.name: method.report.to_dict()
+                for method in (sparsity, sharing)
+                if method is not None and method.report is not None
+            },
         )
 
     def _without_training(self, model: PreTrainedModel) -> _Done:
         entry, masked = self.entry, []
         pruned = quantized = None
-        if torch.cuda.is_available() and (entry.pruning or entry.quantization):
+        if torch.cuda.is_available() and (entry.pruning or entry.quantization or self.stage.sparsity):
             model.to("cuda")
         if entry.pruning is not None:
             pruned = prune(
@@ -302,21 +321,19 @@ class StageRun:
                 cost=entry.pruning.cost,
                 before_cut=lambda gated: masked.extend(outputs_of(gated, gate_batches(self.materials))),
             )
+        weights = change_weights(self.stage, model, self.materials, self.recipe.seed)
         if entry.quantization is not None:
             config = entry.quantization.config
             batches = drawn_batches(self.materials, config.calibration_rows, config.calibration_batch_size, config.seed)
             quantized = quantize(model, config, batches, method=entry.quantization.method or "rtn", progress=False)
-        return _Done([], 0, pruned, quantized, masked if pruned is not None and quantized is None else None)
+        compared = pruned is not None and quantized is None and not weights
+        return _Done([], 0, pruned, quantized, masked if compared else None, weights)
 
-    def _trainer(
-        self, model: PreTrainedModel, pruning: StructuredPruning | None, quantization: Quantization | None
-    ) -> tuple[CompressionTrainer, StageBar]:
+    def _trainer(self, model: PreTrainedModel, methods: list[Method]) -> tuple[CompressionTrainer, StageBar]:
         stages = {entry.stage.name: entry.materials for entry in self.planned.stages}
         teacher_tokenizer = different_tokenizer(self.stage, stages, self.materials)
         rows = self.materials.rows(self.stage.augmentation, teacher_tokenizer)
         collate = self.materials.collator(teacher_tokenizer)
-        # gates are hooked first: what distillation captures is what they left
-        methods: list[Method] = [method for method in (pruning, quantization) if method is not None]
         if self.entry.distillation is not None:
             teachers, config = self._teachers(self.entry.distillation, rows.train, collate)
             methods.append(Distillation(config, teachers))
@@ -405,6 +422,8 @@ class StageRun:
             "vocabulary pruning": self.stage.vocabulary,
             "smaller student": self.stage.student,
             "structured pruning": self.stage.pruning,
+            "sparsity": self.stage.sparsity,
+            "weight sharing": self.stage.sharing,
             "distillation": self.stage.distillation,
         }
         if is_stage(self.stage.start):
@@ -544,6 +563,8 @@ def _measured(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[s
                 training=marker["training"],
                 pruning=marker.get("pruning"),
                 quantization=marker.get("quantization"),
+                sparsity=marker.get("sparsity"),
+                sharing=marker.get("sharing"),
                 vocabulary=marker.get("vocabulary"),
             )
         )
@@ -557,7 +578,11 @@ def notes_of(entry: Entry) -> list[str]:
     Args:
         entry: a row.
     """
-    return [*pruning_notes(entry.name, entry.pruning), *quantization_notes(entry.name, entry.quantization)]
+    return [
+        *pruning_notes(entry.name, entry.pruning),
+        *weights_notes(entry.name, entry.sparsity, entry.sharing),
+        *quantization_notes(entry.name, entry.quantization),
+    ]
 
 
 __all__ = ["RunResult", "notes_of", "run", "stage_hashes"]

@@ -19,6 +19,8 @@ from lmcompress.pruning.config import PruningConfig
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
 from lmcompress.quantization.post_training import POST_TRAINING
 from lmcompress.quantization.post_training import Method as PostTraining
+from lmcompress.sharing.config import SharingConfig
+from lmcompress.sparsity.config import SparsityConfig
 
 BASE_MODEL = "model"
 """What a stage's ``start`` is called when it is the recipe's own model."""
@@ -428,6 +430,20 @@ class Stage(_Part):
             "max_steps: 0, without training; what is pruned in the same stage is cut first."
         ),
     ] = None
+    sparsity: Annotated[
+        SparsityConfig | None,
+        Field(
+            description="Which single weights become zero, while the model is trained or, with max_steps: 0, without "
+            "training; storage makes the file smaller by it."
+        ),
+    ] = None
+    sharing: Annotated[
+        SharingConfig | None,
+        Field(
+            description="How many values weights share, which are trained or, with max_steps: 0, only found; zeros "
+            "stay. storage makes the file smaller by it."
+        ),
+    ] = None
     vocabulary: Annotated[
         VocabularySpec | None,
         Field(description="Prune the vocabulary first: for this stage and for those that start from it."),
@@ -484,24 +500,37 @@ class Stage(_Part):
             )
         if self.augmentation is not None:
             raise ValueError("max_steps: 0 trains nothing, so augmentation has no use; leave it out")
-        if self.pruning is not None and self.pruning.trains:
-            raise ValueError(
-                f"the schedule {self.pruning.schedule.kind} needs training, got max_steps: 0; choose one_shot or "
-                "iterative, or train some steps"
-            )
+        for method in (self.pruning, self.sparsity):
+            if method is not None and method.trains:
+                raise ValueError(
+                    f"the schedule {method.schedule.kind} needs training, got max_steps: 0; choose one_shot or "
+                    "iterative, or train some steps"
+                )
         return self
 
     @model_validator(mode="after")
     def _keeps_the_last_checkpoint(self) -> Stage:
-        if self.pruning is not None and getattr(self.training, "load_best_model_at_end", None):
+        if not getattr(self.training, "load_best_model_at_end", None):
+            return self
+        for name, what in (
+            ("pruning", "the final mask"),
+            ("sparsity", "the final mask"),
+            ("sharing", "the final codebooks"),
+            ("quantization", "the last scales"),
+        ):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"load_best_model_at_end must be false with {name}: the weights of an earlier checkpoint do not "
+                    f"fit {what}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_or_quantizes(self) -> Stage:
+        if self.sharing is not None and self.quantization is not None:
             raise ValueError(
-                "load_best_model_at_end must be false with pruning: the weights of an earlier checkpoint do not fit "
-                "the final mask; leave it out"
-            )
-        if self.quantization is not None and getattr(self.training, "load_best_model_at_end", None):
-            raise ValueError(
-                "load_best_model_at_end must be false with quantization: the weights of an earlier checkpoint do not "
-                "fit the last scales; leave it out"
+                "sharing and quantization both say which values weights have: choose one, or share in one stage and "
+                "quantize in a later one"
             )
         return self
 

@@ -22,6 +22,7 @@ _COLOURS = {
     "control": "tab:orange",
     "pruned": "tab:red",
     "quantized": "tab:purple",
+    "shared": "tab:brown",
     "model": "tab:green",
 }
 _GONE = "0.85"

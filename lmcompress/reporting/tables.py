@@ -50,7 +50,7 @@ def results_table(report: Report) -> Table:
         table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
     for cells in rows:
         shown = [cell.replace(" ms, ", " ms\n") for cell in cells.values()]
-        table.add_row(*shown, style="bold" if cells["role"] in ("student", "pruned", "quantized") else None)
+        table.add_row(*shown, style="bold" if cells["role"] in ("student", "pruned", "quantized", "shared") else None)
     return table
 
 

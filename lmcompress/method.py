@@ -174,7 +174,8 @@ def undisturbed(model: Any) -> Iterator[None]:
         Nothing.
     """
     training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -1,15 +1,6 @@
 """Structured pruning: what can be cut out of a model whole, how to choose it, and how to cut it."""
 
-from lmcompress.pruning.config import (
-    Gradual,
-    GroupLasso,
-    HardConcrete,
-    HardThresholding,
-    Iterative,
-    Movement,
-    OneShot,
-    PruningConfig,
-)
+from lmcompress.pruning.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.costs import (
     CostModel,
     EnergyCost,
@@ -29,6 +20,7 @@ from lmcompress.pruning.sensitivity import SensitivityRow, mean_loss, sensitivit
 from lmcompress.pruning.surgery import census, coverage, cut, fold
 from lmcompress.pruning.units import PARTS, Part, Units, check_units, full, masked_structure, unit_shapes
 from lmcompress.pruning.vocabulary import VocabularyReport, count_tokens, prune_vocabulary
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 
 __all__ = [
     "CRITERIA",

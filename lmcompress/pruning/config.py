@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lmcompress.pruning.ranking import Order, Ranking, Target
 from lmcompress.pruning.scoring import CRITERIA
 from lmcompress.pruning.units import Part
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
 
 Repair = Literal["none", "bias", "least_squares", "least_squares_in_order"]
 RUNNING_CRITERIA = ("taylor_gates", "fisher", "movement")
@@ -19,63 +20,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Phase(_Part):
-    """When pruning begins and ends, as shares of the optimizer steps; what comes after is recovery."""
-
-    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before the first unit goes.")] = 0.0
-    end: Annotated[
-        float, Field(gt=0, le=1, description="Share of training after which the mask is final; the rest is recovery.")
-    ] = 0.5
-
-    @model_validator(mode="after")
-    def _in_order(self) -> _Phase:
-        if self.end < self.begin:
-            raise ValueError(f"end must not come before begin, got begin {self.begin} and end {self.end}")
-        return self
-
-
-class OneShot(_Part):
-    """Everything at once, then recovery."""
-
-    kind: Literal["one_shot"] = "one_shot"
-    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before it.")] = 0.0
-
-
-class Iterative(_Phase):
-    """Some rounds, each scored anew, with recovery between them (TextPruner, Molchanov)."""
-
-    kind: Literal["iterative"] = "iterative"
-    rounds: Annotated[int, Field(ge=1, description="How often something is pruned, in equal pieces.")] = 8
-
-
-class Gradual(_Phase):
-    """Little by little along a ramp (Zhu & Gupta)."""
-
-    kind: Literal["gradual"] = "gradual"
-    ramp: Annotated[
-        Literal["cubic", "linear"], Field(description="cubic: fast at first, slow at the end, as Zhu & Gupta.")
-    ] = "cubic"
-    every: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="Optimizer steps between two prunings; with scores: calibration, each of them costs a pass "
-            "over calibration_rows.",
-        ),
-    ] = 20
-
-
-class HardThresholding(_Phase):
-    """Cycles: prune to the target by group norm and train the rest, then re-activate and train all (IHT)."""
-
-    kind: Literal["iht"] = "iht"
-    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before the first cycle.")] = 0.1
-    end: Annotated[float, Field(gt=0, le=1, description="Share of training after which all stays pruned.")] = 0.7
-    cycles: Annotated[int, Field(ge=1, description="How often all is pruned and re-activated.")] = 3
-    dense_share: Annotated[float, Field(gt=0, lt=1, description="Share of each cycle in which all is trained.")] = 0.5
-
-
-class _Learned(_Phase):
+class _Learned(Phase):
     end: Annotated[
         float, Field(gt=0, le=1, description="Share of training after which the mask is final; the rest is recovery.")
     ] = 0.7

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lmcompress.anatomy import Block, anatomy_of, is_conv1d
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.learned import group_norms, proximal_factor
+from lmcompress.proximal import group_norms, proximal_factor
 from lmcompress.pruning.units import Units
 
 GroupPart = Literal["heads", "neurons"]
@@ -92,6 +92,24 @@ def unit_norms(model: PreTrainedModel, parts: Collection[GroupPart], sides: Coll
         return tuple(_norms(block, part, sides) for block in blocks) if part in parts else None
 
     return Units(heads=norms("heads"), neurons=norms("neurons"))
+
+
+def zero_units(model: PreTrainedModel, parts: Collection[GroupPart] = ("heads", "neurons")) -> Units:
+    """What :func:`~lmcompress.pruning.surgery.cut` may take out without changing an answer: units that are all zero.
+
+    However they became so, such as by a group lasso on rows or columns of single matrices
+    (:class:`lmcompress.sparsity.GroupSparsity`): a unit is gone if all that reads it is 0, or all that feeds it, biases
+    included (activations of these families are 0 at 0).
+
+    Args:
+        model: of a known family.
+        parts: heads, neurons, or both.
+
+    Returns:
+        A mask, False where a unit is zero.
+    """
+    fed, read = (unit_norms(model, parts, (side,)) for side in ("in", "out"))
+    return fed.zip(read, lambda one, other: (one > 0) & (other > 0))
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,16 +16,7 @@ from lmcompress.config import Structure
 from lmcompress.errors import EquivalenceError, LmcompressError
 from lmcompress.method import Step, Term, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import CompressedModel, outputs_of, random_batches
-from lmcompress.pruning.config import (
-    Gradual,
-    GroupLasso,
-    HardConcrete,
-    HardThresholding,
-    Iterative,
-    Movement,
-    OneShot,
-    PruningConfig,
-)
+from lmcompress.pruning.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.costs import CostModel, ModelSizes, ParameterCost
 from lmcompress.pruning.gates import Gates
 from lmcompress.pruning.goals import (
@@ -55,10 +45,20 @@ from lmcompress.pruning.learned import (
 from lmcompress.pruning.ranking import KEEP_AT_LEAST, stock_verdict
 from lmcompress.pruning.repair import Repaired, compensate_bias, least_squares, least_squares_in_order
 from lmcompress.pruning.report import PruningReport
-from lmcompress.pruning.schedules import RAMPS, cubic, cycle_phase, linear, phase_share, rounds
 from lmcompress.pruning.scoring import CRITERIA, score
 from lmcompress.pruning.surgery import census, coverage, cut, fold, refuse_quantized
 from lmcompress.pruning.units import Units, full, masked_structure, unit_shapes
+from lmcompress.schedules import (
+    Event,
+    Gradual,
+    HardThresholding,
+    Iterative,
+    OneShot,
+    cubic,
+    events,
+    linear,
+    phase_share,
+)
 from lmcompress.structure import recorded_structure
 
 Batch = Mapping[str, Tensor]
@@ -74,21 +74,6 @@ _Set = Literal["nothing", "mask", "evaluation", "other"]
 _LEARNED = (HardConcrete, Movement, GroupLasso)
 _GROUPS: tuple[GroupPart, ...] = ("heads", "neurons")
 _READS: tuple[Side, ...] = ("out",)
-
-
-@dataclass(frozen=True)
-class _Event:
-    """Something that happens before an optimizer step.
-
-    Attributes:
-        step: optimizer steps done by then.
-        share: of the way to the target to which to prune, or None: everything comes back.
-        final: whether the mask is final from then on.
-    """
-
-    step: int
-    share: float | None
-    final: bool = False
 
 
 def prune(
@@ -189,7 +174,7 @@ class StructuredPruning:
         self._given = None if calibration is None else list(calibration)
         self._trainer: Any = None
         self._optimizer: Any = None
-        self._events: list[_Event] = []
+        self._events: list[Event] = []
         self._seconds = 0.0
 
     def prepare(self, trainer: Any) -> None:
@@ -633,7 +618,7 @@ class StructuredPruning:
         if {"layers", "attention", "ffn"} & set(self.config.parts):
             self._surviving = self._survivors(self._open_blocks())
 
-    def _happen(self, event: _Event) -> None:
+    def _happen(self, event: Event) -> None:
         started = time.perf_counter()
         if event.share is None:
             self._state.mask.fill_(True)
@@ -651,7 +636,7 @@ class StructuredPruning:
 
     def _finalise(self) -> None:
         if not self._finished:
-            last = _Event(self._step, 1.0, final=True)
+            last = Event(self._step, 1.0, final=True)
             self._happen(last)
             self._events = self._events or [last]
             self._set_done(len(self._events))
@@ -792,7 +777,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(values)
 
 
-def plan(config: PruningConfig, max_steps: int) -> list[_Event]:
+def plan(config: PruningConfig, max_steps: int) -> list[Event]:
     """What happens when, in a run of so many optimizer steps.
 
     Args:
@@ -806,32 +791,15 @@ def plan(config: PruningConfig, max_steps: int) -> list[_Event]:
         LmcompressError: too few steps for the rounds or cycles.
     """
     schedule = config.schedule
-    begin = round(schedule.begin * max_steps)
-    if isinstance(schedule, OneShot):
-        return [_Event(begin, 1.0, final=True)]
-    end = round(schedule.end * max_steps)
-    if isinstance(schedule, Iterative):
-        steps = rounds(begin, end, schedule.rounds)
-        return [_Event(s, (i + 1) / len(steps), final=i + 1 == len(steps)) for i, s in enumerate(steps)]
-    if isinstance(schedule, Gradual):
-        steps = list(range(begin + schedule.every, end, schedule.every))
-        ramp = RAMPS[schedule.ramp]
-        return [*(_Event(s, ramp(phase_share(s, begin, end))) for s in steps), _Event(end, 1.0, final=True)]
-    if isinstance(schedule, HardThresholding):
-        events: list[_Event] = []
-        before = "dense"
-        for step in range(begin, end):
-            now = cycle_phase(step, begin, end, schedule.cycles, schedule.dense_share)
-            if now != before:
-                events.append(_Event(step, 1.0 if now == "sparse" else None))
-            before = now
-        return [*events, _Event(end, 1.0, final=True)]
+    if isinstance(schedule, (OneShot, Iterative, Gradual, HardThresholding)):
+        return events(schedule, max_steps)
+    begin, end = round(schedule.begin * max_steps), round(schedule.end * max_steps)
     if end - begin < 1:
         raise LmcompressError(
             f"the schedule {schedule.kind} must have optimizer steps between begin and end, got {end - begin} of "
             f"{max_steps}: train longer, or let the phase take a larger share"
         )
-    return [_Event(end, 1.0, final=True)]
+    return [Event(end, 1.0, final=True)]
 
 
 def _calibrated(

@@ -14,6 +14,7 @@ from lmcompress.config import BlockShape, CompressionConfig, recorded_compressio
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.gates import gated_hidden
 from lmcompress.pruning.units import Units, check_units, masked_structure, unit_shapes
+from lmcompress.replacement import refuse_compact
 from lmcompress.structure import (
     drop_heads,
     drop_neurons,
@@ -86,8 +87,9 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         model: of a known family.
 
     Raises:
-        LmcompressError: it is quantized by another library, or packed.
+        LmcompressError: it is quantized by another library, or packed, or has compact layers.
     """
+    refuse_compact(model, "cut")
     recorded = recorded_compression(model.config)
     if recorded is not None and recorded.encoding is not None:
         raise LmcompressError(

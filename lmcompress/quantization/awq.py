@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.anatomy import Block, is_conv1d, out_features
+from lmcompress.calibration.hessian import output_error
 from lmcompress.errors import LmcompressError
-from lmcompress.quantization.gptq import Rounding, output_error
+from lmcompress.quantization.gptq import Rounding
 
 _LEAST_SHARE = 1e-4
 

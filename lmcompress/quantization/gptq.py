@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lmcompress.errors import LmcompressError
+from lmcompress.calibration.hessian import check_hessian, exact, inverse_factor, output_error
 from lmcompress.lowbit.grids import Granularity, PerGroup
 from lmcompress.lowbit.packing import dequantize
-from lmcompress.lowbit.quantizers import Quantized, check_finite
+from lmcompress.lowbit.quantizers import Quantized
 
 Rounding = Callable[[Tensor], Quantized]
 """``weight (out, in) -> Quantized``: a quantizer whose bits, granularity and state are settled."""
@@ -71,41 +71,21 @@ def gptq(
         >>> gptq(torch.tensor([[1.0, 0.4, 0.4]]), torch.ones(3, 3), lambda w: symmetric(w, bits=2)).values.sum()
         tensor(2.)
     """
-    _check(weight, hessian, damping, block_size)
+    check_hessian(weight, hessian, damping, block_size)
     plain = rounding(weight)
     columns = weight.shape[1]
     if weight.numel() == 0:
         return plain
-    h = _exact(hessian)
+    h = exact(hessian)
     ranked = torch.argsort(h.diagonal(), descending=True, stable=True) if order else torch.arange(columns).to(h.device)
-    upper = _inverse_factor(h[ranked][:, ranked], damping)
-    state = _Columns(plain, rounding, _exact(weight)[:, ranked], ranked, fresh=not order)
+    upper = inverse_factor(h[ranked][:, ranked], damping)
+    state = _Columns(plain, rounding, exact(weight)[:, ranked], ranked, fresh=not order)
     size = state.block(block_size)
     for start in range(0, columns, size):
         end = min(start + size, columns)
         errors = state.settle(start, end, upper)
         state.left[:, end:] -= errors @ upper[start:end, end:]
     return _better_rows(weight, h, plain, state.result())
-
-
-def output_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
-    r"""Squared error of each output over the inputs: :math:`\mathrm{diag}((W - Q) H (W - Q)^T)`.
-
-    Args:
-        weight: ``(out, in)``, floating.
-        values: the same shape: what stands in for it.
-        hessian: ``(in, in)``, Σ x xᵀ.
-
-    Returns:
-        ``(out,)`` float64, >= 0.
-
-    Example:
-        >>> output_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 2.0]]), 3 * torch.eye(2))
-        tensor([3.], dtype=torch.float64)
-    """
-    difference = _exact(weight) - _exact(values)
-    # rounding can leave a hair less than nothing
-    return ((difference @ _exact(hessian)) * difference).sum(dim=1).clamp(min=0)
 
 
 class _Columns:
@@ -171,43 +151,6 @@ class _Columns:
         return levels, ((levels - zero).float() * scale).double()
 
 
-def _check(weight: Tensor, hessian: Tensor, damping: float, block_size: int) -> None:
-    check_finite(weight)
-    if weight.dim() != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise LmcompressError(
-            "the Hessian must have shape (in, in) for a weight (out, in), got "
-            f"{tuple(hessian.shape)} for {tuple(weight.shape)}"
-        )
-    if not damping > 0:
-        raise LmcompressError(f"damping must be > 0, got {damping}; 0.01 is usual")
-    if block_size < 1:
-        raise LmcompressError(f"the block size must be at least 1, got {block_size}; 128 is usual")
-    if not bool(torch.isfinite(hessian).all()):
-        raise LmcompressError(
-            "the Hessian must be finite, got NaN or infinity; are the model's activations sound in this dtype?"
-        )
-    if weight.numel() and not bool((hessian.diagonal() > 0).any()):
-        raise LmcompressError("the Hessian must come from inputs that are not all 0, got nothing but zeros")
-
-
-def _inverse_factor(h: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with H⁻¹ = UᵀU."""
-    mean = h.diagonal().mean()
-    dead = h.diagonal() <= 0
-    # an input that is always 0 has nothing to do with the others: any positive number does
-    h = h + torch.diag(torch.where(dead, mean, 0.0))
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    for power in range(8):
-        # H = R Rᵀ with R upper triangular is Cholesky's of H turned round, and U = R⁻¹: one factorization, where the
-        # paper inverts H and factors the inverse
-        lower, failed = torch.linalg.cholesky_ex((h + damping * 10**power * mean * eye).flip(0, 1))
-        if not int(failed):
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    raise LmcompressError(
-        f"the Hessian must be symmetric and positive, it is not, even with damping {damping * 1e7}; is it Σ x xᵀ?"
-    )
-
-
 def _better_rows(weight: Tensor, h: Tensor, plain: Quantized, compensated: Quantized) -> Quantized:
     """Of each row the better of two, which share no scale across rows, or share all."""
     before, after = (output_error(weight, quantized.values, h) for quantized in (plain, compensated))
@@ -230,9 +173,3 @@ def _quantized(like: Quantized, levels: Tensor, scales: Tensor, zero_points: Ten
     granularity: Granularity = like.granularity
     values = dequantize(levels, scales, granularity=granularity, zero_points=zero_points)
     return Quantized(values, scales, zero_points, like.grid, granularity, granularity.split(levels), like.source)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In float64 and without gradient, on the CPU where the device has none."""
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lmcompress.anatomy import Anatomy, Hollow, anatomy_of, is_conv1d
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
+from lmcompress.replacement import refuse_compact
 
 BLOCK_PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
 EMBEDDINGS, HEAD = "embeddings", "head"
@@ -106,6 +107,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
         LmcompressError: a rule that names nothing or nothing that can be quantized, a group size that does not divide,
             a matrix that something else has parametrized, or nothing to quantize.
     """
+    refuse_compact(model, "quantize")
     candidates, dense = _candidates(model)
     chosen = _rules_by_path(config.rules, candidates, dense)
     matrices: dict[str, Planned] = {}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import Block, anatomy_of, weight_view
+from lmcompress.calibration.hessian import exact, output_error
+from lmcompress.calibration.walking import Batch, Take, Walk, calibration_batches, without_padding
 from lmcompress.config import recorded_compression
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.evaluation import weight_bytes
@@ -21,11 +23,10 @@ from lmcompress.lowbit.modules import Packed
 from lmcompress.lowbit.packing import container_for, packed_bytes
 from lmcompress.lowbit.quantizers import Quantized
 from lmcompress.model import CompressedModel
-from lmcompress.quantization._walking import Batch, Take, Walk, calibration_batches, without_padding
 from lmcompress.quantization.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, WeightScheme
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized
-from lmcompress.quantization.gptq import Rounding, gptq, output_error
+from lmcompress.quantization.gptq import Rounding, gptq
 from lmcompress.quantization.planning import EMBEDDINGS, Plan, Planned, plan, relative_path
 from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
 
@@ -179,7 +180,7 @@ class _Moments:
         rows = without_padding(x, mask).float()
         if not len(rows):
             return
-        hessian, sizes = _exact(rows.T @ rows), _exact(rows.abs().sum(dim=0))
+        hessian, sizes = exact(rows.T @ rows), exact(rows.abs().sum(dim=0))
         first = not self.count
         self.hessian = hessian if first else self.hessian + hessian
         self.sizes = sizes if first else self.sizes + sizes
@@ -381,19 +382,14 @@ class _Run:
         )
 
     def _compare(self, dense: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
-        error = sum(float((_exact(a) - _exact(b)).square().sum()) for a, b in zip(dense, hidden, strict=True))
-        norm = sum(float(_exact(a).square().sum()) for a in dense)
+        error = sum(float((exact(a) - exact(b)).square().sum()) for a, b in zip(dense, hidden, strict=True))
+        norm = sum(float(exact(a).square().sum()) for a in dense)
         self.tokens = sum(len(a) for a in dense)
         self.hidden_error = error / norm if norm > 0 else 0.0
 
 
 def _ignore(x: Tensor, mask: Tensor) -> None:
     """For modules that are waited for, and no more."""
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _relative_error(weight: Tensor, values: Tensor, hessian: Tensor | None) -> float:

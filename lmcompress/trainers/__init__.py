@@ -5,6 +5,8 @@ from lmcompress.trainers.distillation import DistillationTrainer
 from lmcompress.trainers.multitask import MultiTaskDistillation, MultiTaskStudent, MultiTaskTrainer
 from lmcompress.trainers.pruning import PruningTrainer
 from lmcompress.trainers.quantization import QuantizationTrainer
+from lmcompress.trainers.sharing import SharingTrainer
+from lmcompress.trainers.sparsity import SparsityTrainer
 
 __all__ = [
     "CompressionTrainer",
@@ -14,4 +16,6 @@ __all__ = [
     "MultiTaskTrainer",
     "PruningTrainer",
     "QuantizationTrainer",
+    "SharingTrainer",
+    "SparsityTrainer",
 ]

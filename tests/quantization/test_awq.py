@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.anatomy import anatomy_of, in_features, weight_view
+from lmcompress.calibration.hessian import output_error
 from lmcompress.errors import LmcompressError
 from lmcompress.lowbit.grids import PER_TENSOR, PerGroup, PerRow
 from lmcompress.lowbit.quantizers import asymmetric, symmetric
 from lmcompress.quantization.awq import awq_scales, multiply_columns, scalings, why_unscaled
-from lmcompress.quantization.gptq import output_error
 
 
 def change(parameter, values):

@@ -8,12 +8,12 @@ import torch
 from families import LAYERS, cut_to_nothing, cut_unevenly, inputs, make, outputs
 
 from lmcompress.anatomy import anatomy_of, weight_view
+from lmcompress.calibration.hessian import output_error
 from lmcompress.encoding import packed_modules, unpacked
 from lmcompress.errors import LmcompressError
 from lmcompress.lowbit.inputs import quantize_input
 from lmcompress.model import CompressedModel
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
-from lmcompress.quantization.gptq import output_error
 from lmcompress.quantization.post_training import POST_TRAINING, quantize, rounding_of
 
 # min-max and not the least squared error, for the sake of time

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcompress import LmcompressError
-from lmcompress.pruning.schedules import RAMPS, cubic, cycle_phase, linear, phase_share, rounds
+from lmcompress.schedules import RAMPS, cubic, cycle_phase, linear, phase_share, rounds
 
 
 @pytest.mark.parametrize("ramp", RAMPS.values(), ids=RAMPS)

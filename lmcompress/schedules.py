@@ -1,9 +1,12 @@
-"""When to prune how much: from the share of training done to the share of the way to the target."""
+"""When to remove how much: from the share of training done to the share of the way to the target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lmcompress.errors import LmcompressError
 
@@ -151,3 +154,112 @@ def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float
     last = begin + -(-(number + 1) * (end - begin) // cycles)
     sparse_steps = min(max(1, round((1 - dense_share) * (last - first))), last - first - 1)
     return "sparse" if step < first + sparse_steps else "dense"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Phase(_Part):
+    """When pruning begins and ends, as shares of the optimizer steps; what comes after is recovery."""
+
+    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before anything goes.")] = 0.0
+    end: Annotated[
+        float, Field(gt=0, le=1, description="Share of training after which the mask is final; the rest is recovery.")
+    ] = 0.5
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Phase:
+        if self.end < self.begin:
+            raise ValueError(f"end must not come before begin, got begin {self.begin} and end {self.end}")
+        return self
+
+
+class OneShot(_Part):
+    """Everything at once, then recovery."""
+
+    kind: Literal["one_shot"] = "one_shot"
+    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before it.")] = 0.0
+
+
+class Iterative(Phase):
+    """Some rounds, each scored anew, with recovery between them (TextPruner, Molchanov)."""
+
+    kind: Literal["iterative"] = "iterative"
+    rounds: Annotated[int, Field(ge=1, description="How often something is pruned, in equal pieces.")] = 8
+
+
+class Gradual(Phase):
+    """Little by little along a ramp (Zhu & Gupta)."""
+
+    kind: Literal["gradual"] = "gradual"
+    ramp: Annotated[
+        Literal["cubic", "linear"], Field(description="cubic: fast at first, slow at the end, as Zhu & Gupta.")
+    ] = "cubic"
+    every: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Optimizer steps between two prunings; with scores: calibration, each of them costs a pass "
+            "over calibration_rows.",
+        ),
+    ] = 20
+
+
+class HardThresholding(Phase):
+    """Cycles: remove what is smallest and train the rest, then bring all back and train all (IHT)."""
+
+    kind: Literal["iht"] = "iht"
+    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before the first cycle.")] = 0.1
+    end: Annotated[float, Field(gt=0, le=1, description="Share of training after which all stays pruned.")] = 0.7
+    cycles: Annotated[int, Field(ge=1, description="How often all is pruned and re-activated.")] = 3
+    dense_share: Annotated[float, Field(gt=0, lt=1, description="Share of each cycle in which all is trained.")] = 0.5
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens before an optimizer step.
+
+    Attributes:
+        step: optimizer steps done by then.
+        share: of the way to the target to which to remove, or None: everything comes back.
+        final: whether what is removed is final from then on.
+    """
+
+    step: int
+    share: float | None
+    final: bool = False
+
+
+def events(schedule: OneShot | Iterative | Gradual | HardThresholding, max_steps: int) -> list[Event]:
+    """What happens when, in a run of so many optimizer steps.
+
+    Args:
+        schedule: that needs no scores of its own.
+        max_steps: optimizer steps of the run.
+
+    Returns:
+        Events in order; the last is final.
+
+    Raises:
+        LmcompressError: too few steps for the rounds or cycles.
+    """
+    begin = round(schedule.begin * max_steps)
+    if isinstance(schedule, OneShot):
+        return [Event(begin, 1.0, final=True)]
+    end = round(schedule.end * max_steps)
+    if isinstance(schedule, Iterative):
+        steps = rounds(begin, end, schedule.rounds)
+        return [Event(s, (i + 1) / len(steps), final=i + 1 == len(steps)) for i, s in enumerate(steps)]
+    if isinstance(schedule, Gradual):
+        steps = list(range(begin + schedule.every, end, schedule.every))
+        ramp = RAMPS[schedule.ramp]
+        return [*(Event(s, ramp(phase_share(s, begin, end))) for s in steps), Event(end, 1.0, final=True)]
+    found: list[Event] = []
+    before = "dense"
+    for step in range(begin, end):
+        now = cycle_phase(step, begin, end, schedule.cycles, schedule.dense_share)
+        if now != before:
+            found.append(Event(step, 1.0 if now == "sparse" else None))
+        before = now
+    return [*found, Event(end, 1.0, final=True)]

@@ -1,0 +1,217 @@
+"""How many bytes do the LeNets of Deep Compression take on disk, at no more errors than before? (Han et al. 2016.)
+
+Three stages, as in the paper, each with the trainer's one loop:
+
+* ``pruned``: magnitudes, gradually (Zhu & Gupta's cubic schedule), each layer to a share of its own, with retraining;
+* ``shared``: k-means with linear start on what is left (256 values for convolutions, 32 for the others), and the
+  values are trained;
+* ``coded``: weights and biases as entropy-coded streams in a safetensors file, once with Huffman's code alone as in
+  the paper, once with the smaller of zstd and Huffman.
+
+Errors of ``coded`` are those of a network that was loaded from the file. Beside the dense network, which is trained
+first and from which pruning starts, stands one that was trained on for as many steps as pruning and sharing took.
+
+    python benchmarks/seeds/deep_compression.py --data ../shared/data --work runs
+
+Networks and runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mnist
+from common import asked, once, write
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import set_seed
+
+from lmcompress import coding
+from lmcompress.sharing import SharingConfig, WeightSharing
+from lmcompress.sparsity import Gradual, Sparsity, SparsityConfig, SparsityRule
+
+# error in per cent and ratio of the paper, before and after
+PUBLISHED = {"lenet-300-100": (1.64, 1.58, 40), "lenet-5": (0.80, 0.74, 39)}
+# share of the weights of each layer that stays
+KEPT = {
+    "lenet-300-100": {"layers.1": 0.05, "layers.3": 0.1, "layers.5": 0.35},
+    "lenet-5": {"layers.0": 0.6, "layers.2": 0.15, "layers.5": 0.04, "layers.7": 0.2},
+}
+EPOCHS = {"dense": 20, "pruned": 30, "shared": 5}
+LEARNING_RATES = {"dense": 1e-3, "pruned": 1e-3, "shared": 1e-4}
+SHARING = SharingConfig()
+CODERS: tuple[coding.Coder, ...] = ("huffman", "auto")
+
+
+class Bench:
+    """One network with one seed, and the folder of its stages."""
+
+    def __init__(self, options: argparse.Namespace, data: mnist.Data, name: str, seed: int, work: Path) -> None:
+        self.quick, self.data, self.name, self.seed = options.quick, data, name, seed
+        self.folder = work / name / str(seed)
+
+    def run(self) -> None:
+        """All stages that are not done yet."""
+        for stage in (self.dense, self.trained_on, self.pruned, self.shared, self.coded):
+            name = stage.__name__
+            about = {"network": self.name, "seed": self.seed, "stage": name.replace("_", " ")}
+            once(self.folder / name, about, partial(stage, self.folder / name))
+
+    def dense(self, folder: Path) -> dict[str, Any]:
+        set_seed(self.seed)
+        return self.trained(mnist.NETWORKS[self.name](), folder, "dense")
+
+    def trained_on(self, folder: Path) -> dict[str, Any]:
+        epochs = EPOCHS["pruned"] + EPOCHS["shared"]
+        return self.trained(self.network("dense"), folder, "pruned", epochs=epochs)
+
+    def pruned(self, folder: Path) -> dict[str, Any]:
+        method = Sparsity(sparsity(self.name))
+        taken = self.trained(self.network("dense"), folder, "pruned", methods=[method])
+        assert method.report is not None
+        kept = {row.path: 1 - row.sparsity for row in method.report.matrices}
+        return taken | {"factor": method.report.factor, "kept": kept}
+
+    def shared(self, folder: Path) -> dict[str, Any]:
+        method = WeightSharing(SHARING)
+        taken = self.trained(self.network("pruned"), folder, "shared", methods=[method])
+        assert method.report is not None
+        return taken | {"clusters": {row.path: row.clusters for row in method.report.matrices}}
+
+    def coded(self, folder: Path) -> dict[str, Any]:
+        tensors = load_file(self.folder / "shared" / "network.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {
+            coder: coding.save_file(tensors, folder / f"{coder}.safetensors", coder) for coder in ("huffman", "auto")
+        }
+        network = mnist.NETWORKS[self.name]()
+        network.load_state_dict(coding.load_file(folder / "auto.safetensors"))
+        info = coding.describe_file(folder / "auto.safetensors").values()
+        shannon = sum(one.shannon_bits for one in info) / 8
+        streams = sum(one.bytes for one in info)
+        return {
+            "errors": mnist.errors(network, self.data.test), "bytes": sizes["auto"], "bytes_huffman": sizes["huffman"],
+            "bytes_streams": streams, "bytes_shannon": shannon,
+        }  # fmt: skip
+
+    def network(self, stage: str) -> mnist.Network:
+        """The network as a stage has left it."""
+        network = mnist.NETWORKS[self.name]()
+        network.load_state_dict(load_file(self.folder / stage / "network.safetensors"))
+        return network
+
+    def trained(self, network: nn.Module, folder: Path, stage: str, **given: Any) -> dict[str, Any]:
+        """Train, keep the weights, and count errors and bytes."""
+        started = time.time()
+        given = {"epochs": EPOCHS[stage]} | given | ({"max_steps": 10} if self.quick else {})
+        trainer = mnist.train(
+            network, self.data.train, folder / "trainer", learning_rate=LEARNING_RATES[stage], seed=self.seed, **given
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "network.safetensors"
+        save_file({name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}, file)
+        return {
+            "errors": mnist.errors(network, self.data.test), "bytes": file.stat().st_size,
+            "steps": trainer.state.global_step, "seconds": round(time.time() - started),
+        }  # fmt: skip
+
+
+def sparsity(name: str) -> SparsityConfig:
+    """What stays of each layer, and when the rest goes: half of the steps are left for retraining."""
+    rules = tuple(SparsityRule(modules=path, sparsity=1 - share) for path, share in KEPT[name].items())
+    return SparsityConfig(rules=rules, schedule=Gradual(begin=0.0, end=0.5))
+
+
+def run(options: argparse.Namespace, work: Path) -> None:
+    """Everything that was asked for and is not there yet."""
+    data = mnist.load(options.data, quick=options.quick)
+    for seed in range(options.seeds):
+        for name in options.networks:
+            Bench(options, data, name, seed, work).run()
+
+
+def summarise(done: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds, of each network and stage."""
+    rows = []
+    for name in PUBLISHED:
+        for stage in ("dense", "trained on", "pruned", "shared", "coded"):
+            mine = [row for row in done if (row["network"], row["stage"]) == (name, stage)]
+            if not mine:
+                continue
+            dense = statistics.mean(r["bytes"] for r in done if (r["network"], r["stage"]) == (name, "dense"))
+            row = {
+                "network": name, "stage": stage, "seeds": len(mine),
+                "errors": statistics.mean(r["errors"] for r in mine), "each": [r["errors"] for r in mine],
+                "bytes": statistics.mean(r["bytes"] for r in mine),
+                "measured_at": sorted({r["commit"] for r in mine}),
+            }  # fmt: skip
+            row["ratio"] = dense / row["bytes"]
+            row |= {key: mine[0][key] for key in ("factor", "kept", "clusters", "steps") if key in mine[0]}
+            for key in ("bytes_huffman", "bytes_streams", "bytes_shannon", "seconds"):
+                if key in mine[0]:
+                    row[key] = statistics.mean(r[key] for r in mine)
+            rows.append(row)
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked, against what came."""
+    wanted = []
+    by_name = {(row["network"], row["stage"]): row for row in rows}
+    for name, (before, after, ratio) in PUBLISHED.items():
+        if (name, "coded") not in by_name:
+            continue
+        dense, coded = by_name[name, "dense"], by_name[name, "coded"]
+        wanted += [
+            asked(f"{name}: dense file over coded file", f">= {ratio}", coded["ratio"], coded["ratio"] >= ratio),
+            asked(
+                f"{name}: errors in 10 000 (published: {before} % before, {after} % after)",
+                f"<= {dense['errors']:g}, the dense net's", coded["errors"], coded["errors"] <= dense["errors"],
+            ),
+            asked(
+                f"{name}: the same with Huffman's code alone", "reported", dense["bytes"] / coded["bytes_huffman"], True
+            ),
+        ]  # fmt: skip
+    return wanted
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Results of all runs that are there."""
+    done = [json.loads(file.read_text()) for file in sorted(work.glob("*/*/*/row.json"))]
+    rows = summarise([row for row in done if row["network"] in options.networks])
+    wanted = verdicts(rows)
+    if not wanted:
+        raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
+    setting = {
+        "epochs": EPOCHS, "learning_rates": LEARNING_RATES, "kept": KEPT, "batch_size": 100,
+        "sharing": SHARING.model_dump(mode="json"),
+        "sparsity": {name: sparsity(name).model_dump(mode="json", exclude_none=True) for name in options.networks},
+    }  # fmt: skip
+    for row in rows:
+        print(f"{row['network']:14} {row['stage']:10} {row['errors']:6.1f} errors {row['bytes']:10.0f} bytes", end=" ")
+        print(f"{row['ratio']:6.1f} x")
+    for item in wanted:
+        print(item)
+    print(write("deep_compression", rows, wanted, quick=options.quick, setting=setting))
+
+
+def main() -> None:
+    """Command line."""
+    parser = mnist.parser(__doc__)
+    parser.add_argument("--networks", nargs="+", choices=mnist.NETWORKS, default=list(mnist.NETWORKS))
+    options = parser.parse_args()
+    work = (options.work / "quick" if options.quick else options.work) / "deep_compression"
+    if not options.report:
+        run(options, work)
+    report(options, work)
+
+
+if __name__ == "__main__":
+    main()

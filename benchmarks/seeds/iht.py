@@ -1,0 +1,169 @@
+"""Does a network with a quarter of the weights match the dense one? (Jin et al. 2016, Iterative Hard Thresholding.)
+
+Networks are trained from scratch for one fixed number of steps: dense; by hard thresholding (cycles in which each
+layer's smallest weights are gone and the rest is trained, and cycles in which all come back from 0); and by cutting the
+same shares once, half way. On LeNets, and on a BERT: the MiniLM of ``benchmarks/teachers.py`` fine-tuned on MRPC, all
+projections of the blocks thinned (word embeddings are frozen in all runs, and left alone).
+
+    python benchmarks/seeds/iht.py --data ../shared/data --work runs
+
+Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mnist
+import stages
+from common import asked, once, write
+from distillation import arguments
+from teachers import MAX_LENGTH, TASKS, minilm_path
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from lmcompress.data import collator, load_task, tokenize
+from lmcompress.evaluation import evaluate_classifier, glue_score
+from lmcompress.sparsity import HardThresholding, OneShot, Sparsity, SparsityConfig, SparsityRule
+from lmcompress.trainers import CompressionTrainer
+
+SPARSITY = 0.75
+EPOCHS, TASK = 30, "mrpc"
+SCHEDULES: dict[str, Any] = {
+    "iht": HardThresholding(begin=0.2, end=0.7, cycles=3, dense_share=0.5),
+    "cut once": OneShot(begin=0.5),
+}
+ROLES = ("dense", *SCHEDULES)
+NETWORKS = (*mnist.NETWORKS, f"bert-{TASK}")
+
+
+def config(name: str, role: str) -> SparsityConfig:
+    """How much goes, and when."""
+    # frozen: what is removed could not come back
+    rules = (SparsityRule(modules="embeddings"),) if name.startswith("bert") else ()
+    return SparsityConfig(sparsity=SPARSITY, schedule=SCHEDULES[role], rules=rules)
+
+
+def on_images(
+    options: argparse.Namespace, data: mnist.Data, name: str, seed: int, role: str, folder: Path
+) -> dict[str, Any]:
+    """A LeNet from scratch."""
+    set_seed(seed)
+    network = mnist.NETWORKS[name]()
+    methods = [Sparsity(config(name, role))] if role in SCHEDULES else []
+    taken = stages.trained(options, data, network, folder, epochs=EPOCHS, seed=seed, methods=methods)
+    return taken | {"sparsity": methods[0].report.sparsity if methods and methods[0].report else 0.0}
+
+
+def on_text(options: argparse.Namespace, name: str, seed: int, role: str, folder: Path) -> dict[str, Any]:
+    """A MiniLM, fine-tuned."""
+    set_seed(seed)
+    split = {"train": TASKS[TASK][1], "validation": "validation"}
+    data = load_task(f"glue/{TASK}", data=options.data, splits=split, limit=200 if options.quick else None)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    rows, collate = tokenize(data, tokenizer, max_length=MAX_LENGTH), collator(data.task, tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
+    model.get_input_embeddings().requires_grad_(False)
+    methods = [Sparsity(config(name, role))] if role in SCHEDULES else []
+    _, _, epochs, learning_rate = TASKS[TASK]
+    # twice the teachers' budget, for all roles: half of it is for recovery
+    args = arguments(folder, learning_rate, 2 * epochs, seed, quick=options.quick)
+    trainer = CompressionTrainer(model, args, methods, train_dataset=rows.train, data_collator=collate)
+    started = time.time()
+    trainer.train()
+    trainer.finish()
+    kind = data.task
+    found = evaluate_classifier(model, rows.validation, collate, kind.kind, kind.metrics, progress=False)
+    return {
+        "score": 100 * glue_score(found), "steps": trainer.state.global_step, "epochs": 2 * epochs,
+        "sparsity": methods[0].report.sparsity if methods and methods[0].report else 0.0,
+        "seconds": round(time.time() - started),
+    }  # fmt: skip
+
+
+def run(options: argparse.Namespace, work: Path) -> None:
+    """Everything that was asked for and is not there yet."""
+    data = mnist.load(options.data, quick=options.quick)
+    for seed in range(options.seeds):
+        for name in options.networks:
+            for role in ROLES:
+                folder = work / name / str(seed) / role.replace(" ", "-")
+                about = {"network": name, "seed": seed, "role": role}
+                if name in mnist.NETWORKS:
+                    once(folder, about, partial(on_images, options, data, name, seed, role, folder))
+                else:
+                    once(folder, about, partial(on_text, options, name, seed, role, folder))
+
+
+def summarise(done: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds, of each network and role."""
+    rows = []
+    for name in NETWORKS:
+        for role in ROLES:
+            mine = [row for row in done if (row["network"], row["role"]) == (name, role)]
+            if mine:
+                key = "errors" if name in mnist.NETWORKS else "score"
+                rows.append(
+                    {
+                        "network": name, "role": role, "seeds": len(mine),
+                        key: statistics.mean(r[key] for r in mine), "each": [r[key] for r in mine],
+                        "sparsity": mine[0]["sparsity"], "epochs": mine[0]["epochs"], "steps": mine[0]["steps"],
+                        "seconds": statistics.mean(r["seconds"] for r in mine),
+                        "measured_at": sorted({r["commit"] for r in mine}),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Results of all runs that are there."""
+    rows = summarise([json.loads(file.read_text()) for file in sorted(work.glob("*/*/*/row.json"))])
+    by_name = {(row["network"], row["role"]): row for row in rows}
+    wanted = []
+    for name in NETWORKS:
+        if not {(name, role) for role in ROLES} <= by_name.keys():
+            continue
+        dense, found, once_cut = (by_name[name, role] for role in ROLES)
+        fewer = 1 / (1 - found["sparsity"])
+        if name in mnist.NETWORKS:
+            what = f"{name}: errors in 10 000 with {fewer:.1f} times fewer weights"
+            wanted.append(
+                asked(what, f"<= {dense['errors']:g}, dense", found["errors"], found["errors"] <= dense["errors"])
+            )
+            wanted.append(asked(f"{name}: errors, cut once", "reported", once_cut["errors"], True))
+        else:
+            what = f"{name}: score with {fewer:.1f} times fewer weights in the blocks"
+            wanted.append(
+                asked(what, f">= {dense['score']:.1f}, dense", found["score"], found["score"] >= dense["score"])
+            )
+            wanted.append(asked(f"{name}: score, cut once", "reported", once_cut["score"], True))
+    if not wanted:
+        raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
+    setting = {
+        "epochs": EPOCHS, "learning_rate": stages.LEARNING_RATE, "batch_size": 100,
+        "sparsity": {name: config(name, "iht").model_dump(mode="json", exclude_none=True) for name in options.networks},
+    }  # fmt: skip
+    for item in wanted:
+        print(item)
+    print(write("iht", rows, wanted, quick=options.quick, setting=setting))
+
+
+def main() -> None:
+    """Command line."""
+    parser = mnist.parser(__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    options = parser.parse_args()
+    work = stages.work(options, "iht")
+    if not options.report:
+        run(options, work)
+    report(options, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Gradients of single examples: what criteria need that must not depend on the size of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.errors import LmcompressError
+
+MAX_CLASSES = 64
+
+
+def example_gradients(
+    model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]]
+) -> Iterator[list[Tensor]]:
+    """The gradient of each example's own loss, one example after another, in evaluation mode.
+
+    Args:
+        model: whose outputs have a ``loss`` where the batch has labels.
+        weights: of the model; whether they are trained does not matter.
+        batches: what the model is called with, labels included; taken apart into rows.
+
+    Yields:
+        For each weight a tensor of its shape and dtype; zeros where the loss does not depend on it.
+
+    Raises:
+        LmcompressError: there are no examples, or the model gives no loss on them.
+    """
+    with _differentiable(model, weights):
+        for row in _rows(weights, batches):
+            with torch.enable_grad():
+                outputs = model(**row)
+                loss = outputs["loss"] if "loss" in outputs else None
+                if loss is None:
+                    raise LmcompressError(
+                        f"gradients must have a loss to be of, got a {type(model).__name__} that gives none on batches "
+                        f"with {', '.join(row)}; give batches with labels"
+                    )
+                gradients = _gradients(loss, weights, keep=False)
+            yield gradients
+
+
+def class_gradients(
+    model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]]
+) -> Iterator[tuple[float, list[Tensor]]]:
+    r"""What the exact diagonal of the Gauss-Newton matrix of a classifier's loss is summed from.
+
+    The second derivative of cross entropy by the logits is :math:`\sum_c p_c (e_c - p)(e_c - p)^T`, and :math:`e_c - p`
+    the gradient of :math:`\log p_c`, so that for each example
+
+    .. math:: h_{kk} = \sum_c p_c \Big(\frac{\partial \log p_c}{\partial w_k}\Big)^2
+
+    For networks that are piecewise linear in each matrix (ReLU, max pooling) this is the second derivative itself; with
+    a smooth activation the term with its second derivative is missing, as in the Levenberg-Marquardt approximation that
+    LeCun et al. use. Of a squared error with one output it is twice the squared gradient of the output.
+
+    Args:
+        model: whose outputs have ``logits``, ``(rows, classes)``.
+        weights: of the model.
+        batches: what the model is called with; labels are left out.
+
+    Yields:
+        For each example and class the class's factor and, for each weight, a gradient of its shape.
+
+    Raises:
+        LmcompressError: there are no examples, logits of another shape, or more than :data:`MAX_CLASSES` classes.
+
+    Reference:
+        LeCun, Denker & Solla, *Optimal Brain Damage*, NIPS 1989, section 2.2; that the Gauss-Newton matrix of cross
+        entropy is the Fisher information, with labels drawn from the model's own answer: Martens, *New Insights and
+        Perspectives on the Natural Gradient Method*, 2014, https://arxiv.org/abs/1412.1193.
+    """
+    unlabelled = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
+    with _differentiable(model, weights):
+        for row in _rows(weights, unlabelled):
+            with torch.enable_grad():
+                found = _by_class(model(**row)["logits"], weights)
+            yield from found
+
+
+def _by_class(logits: Tensor, weights: Sequence[nn.Parameter]) -> list[tuple[float, list[Tensor]]]:
+    if logits.dim() != 2 or logits.shape[1] > MAX_CLASSES:
+        raise LmcompressError(
+            f"exact second derivatives must be of a classifier with logits (rows, at most {MAX_CLASSES}), got "
+            f"{tuple(logits.shape)}; use the criterion fisher"
+        )
+    if logits.shape[1] == 1:
+        return [(2.0, _gradients(logits[0, 0], weights, keep=False))]
+    log_p = torch.log_softmax(logits[0].float(), dim=-1)
+    last = len(log_p) - 1
+    return [(p, _gradients(log_p[c], weights, keep=c < last)) for c, p in enumerate(log_p.exp().tolist())]
+
+
+@contextmanager
+def _differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode with gradients to these weights; modes and flags are as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    trained = [weight.requires_grad for weight in weights]
+    model.eval()
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for weight, flag in zip(weights, trained, strict=True):
+            weight.requires_grad_(flag)
+
+
+def _rows(weights: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    device, seen = weights[0].device, 0
+    for batch in batches:
+        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+        for index in range(len(next(iter(tensors.values()), ()))):
+            seen += 1
+            yield {k: v[index : index + 1] for k, v in tensors.items()}
+    if not seen:
+        raise LmcompressError("gradients must be of some examples, got none; pass batches")
+
+
+def _gradients(value: Tensor, weights: Sequence[nn.Parameter], *, keep: bool) -> list[Tensor]:
+    found = torch.autograd.grad(value, list(weights), retain_graph=keep, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]

@@ -1,0 +1,63 @@
+"""Groups of weights that a penalty makes exactly zero: their norms, and a proximal step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lmcompress.errors import LmcompressError
+
+
+def group_norms(views: Sequence[Tensor]) -> Tensor:
+    """Norms of groups whose members lie in several tensors.
+
+    Args:
+        views: tensors whose first axis is the group.
+
+    Returns:
+        ``(groups,)`` float32, the l2 norm of each group over all tensors.
+
+    Raises:
+        LmcompressError: no tensor, or other numbers of groups.
+
+    Example:
+        >>> group_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([4.0, 2.0])])
+        tensor([5., 2.])
+    """
+    if not views or len({len(view) for view in views}) != 1:
+        raise LmcompressError(
+            f"views must be tensors with one first axis, the groups; got shapes {[tuple(v.shape) for v in views]}"
+        )
+    squares = [view.detach().float().square().reshape(len(view), -1).sum(1) for view in views]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def proximal_factor(norms: Tensor, threshold: float) -> Tensor:
+    r"""What a group is multiplied by in a proximal step of the group lasso: :math:`\max(0, 1 - t / \|w_g\|)`.
+
+    Args:
+        norms: ``(groups,)`` l2 norms.
+        threshold: :math:`t = \eta \lambda \sqrt{|g|}`, >= 0.
+
+    Returns:
+        ``(groups,)`` in [0, 1]; exactly 0 where the norm is at most the threshold.
+
+    Raises:
+        LmcompressError: a negative threshold.
+
+    Reference:
+        Parikh & Boyd, *Proximal Algorithms*, 2014, section 6.5.1, for the penalty of Wen et al., *Learning Structured
+        Sparsity in Deep Neural Networks*, 2016, https://arxiv.org/abs/1608.03665, equation 1. They take plain
+        subgradient steps, which do not reach exact zeros; the factor :math:`\sqrt{|g|}` is that of Yuan & Lin 2006, so
+        that large groups (heads) and small ones (neurons) are pressed alike.
+
+    Example:
+        >>> proximal_factor(torch.tensor([0.0, 1.0, 4.0]), 2.0)
+        tensor([0.0000, 0.0000, 0.5000])
+    """
+    if not threshold >= 0:
+        raise LmcompressError(f"the threshold of a proximal step must be >= 0, got {threshold}")
+    safe = norms.float().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(norms > threshold, (1 - threshold / safe).clamp(min=0.0), torch.zeros_like(safe))

@@ -1,0 +1,212 @@
+"""Where zeros may lie: anywhere, so many of every m, or in blocks; and masks of exact size from scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from lmcompress.errors import LmcompressError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Unstructured(_Part):
+    """Zeros may lie anywhere."""
+
+    kind: Literal["unstructured"] = "unstructured"
+
+
+class NOfM(_Part):
+    """Of every m weights in a row, one after another, n stay: 2:4 is what sparse tensor cores take."""
+
+    kind: Literal["n_of_m"] = "n_of_m"
+    n: Annotated[int, Field(ge=1, description="Weights that stay.")] = 2
+    m: Annotated[int, Field(ge=2, description="Weights of a group; must divide the inputs of every matrix.")] = 4
+
+    @model_validator(mode="after")
+    def _fits(self) -> NOfM:
+        if self.n > self.m:
+            raise ValueError(f"n must be at most m, got {self.n}:{self.m}: of {self.m} weights {self.n} cannot stay")
+        return self
+
+
+class Blocks(_Part):
+    """Zeros come in blocks, which all matrices must be made of."""
+
+    kind: Literal["blocks"] = "blocks"
+    rows: Annotated[int, Field(ge=1, description="Outputs of a block.")] = 4
+    columns: Annotated[int, Field(ge=1, description="Inputs of a block.")] = 4
+
+
+Pattern = Annotated[Unstructured | NOfM | Blocks, Field(discriminator="kind")]
+
+
+def keep_largest(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """Masks of the greatest scores of several tensors together, exactly as many as asked for.
+
+    Args:
+        scores: of any shapes, on one device, without NaN.
+        keep: how many stay; all where there are no more.
+
+    Returns:
+        For each tensor a bool of its shape, True where the weight stays. Of equal scores the earlier ones stay.
+
+    Raises:
+        LmcompressError: a negative number, or a score that is NaN.
+
+    Example:
+        >>> keep_largest([torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0])], 2)
+        [tensor([False,  True]), tensor([ True, False])]
+    """
+    if keep < 0:
+        raise LmcompressError(f"the number of weights that stay must be at least 0, got {keep}")
+    flat = torch.cat([tensor.reshape(-1) for tensor in scores])
+    if bool(flat.isnan().any()):
+        raise LmcompressError("scores must be numbers, got NaN: are weights, gradients and data finite?")
+    if keep == 0 or keep >= len(flat):
+        mask = torch.full_like(flat, keep > 0, dtype=torch.bool)
+    else:
+        least = flat.kthvalue(len(flat) - keep + 1).values
+        mask = flat > least
+        equal = (flat == least).nonzero().reshape(-1)
+        mask[equal[: keep - int(mask.sum())]] = True
+    pieces = mask.split([tensor.numel() for tensor in scores])
+    return [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, scores, strict=True)]
+
+
+def keep_in_rows(scores: Tensor, keep: int) -> Tensor:
+    """The greatest scores of each row by itself.
+
+    Args:
+        scores: ``(rows, columns)``, without NaN.
+        keep: how many stay in each row.
+
+    Returns:
+        Bool of the same shape. Of equal scores the earlier ones stay.
+
+    Raises:
+        LmcompressError: more are to stay than there are, or a score is NaN.
+
+    Example:
+        >>> keep_in_rows(torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 1.0]]), 2)
+        tensor([[ True,  True, False],
+                [False,  True,  True]])
+    """
+    if not 0 <= keep <= scores.shape[1]:
+        raise LmcompressError(f"0 to {scores.shape[1]} of {scores.shape[1]} weights of a row can stay, got {keep}")
+    if bool(scores.isnan().any()):
+        raise LmcompressError("scores must be numbers, got NaN: are weights, gradients and data finite?")
+    chosen = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :keep]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Of every m neighbours in a row, the n with the greatest scores.
+
+    Args:
+        scores: ``(out, in)``.
+        n: how many stay.
+        m: size of a group.
+
+    Returns:
+        Bool of the same shape. Of equal scores the earlier ones stay.
+
+    Raises:
+        LmcompressError: m does not divide the inputs, or n is greater than m.
+
+    Reference:
+        Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021, https://arxiv.org/abs/2104.08378, section 3.
+
+    Example:
+        >>> keep_n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2, 4)
+        tensor([[False,  True,  True, False]])
+    """
+    if n > m:
+        raise LmcompressError(f"n must be at most m, got {n}:{m}")
+    if scores.shape[1] % m:
+        raise LmcompressError(
+            f"m must divide the inputs of a matrix, got {m} for {tuple(scores.shape)}; leave the matrix out by a rule"
+        )
+    return keep_in_rows(scores.reshape(-1, m), n).reshape(scores.shape)
+
+
+def block_scores(scores: Tensor, rows: int, columns: int) -> Tensor:
+    """The sum of the scores of each block.
+
+    Args:
+        scores: ``(out, in)``.
+        rows: of a block.
+        columns: of a block.
+
+    Returns:
+        ``(out / rows, in / columns)``.
+
+    Raises:
+        LmcompressError: blocks do not divide the matrix.
+
+    Example:
+        >>> block_scores(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 1, 2)
+        tensor([[3., 7.]])
+    """
+    out, inputs = scores.shape
+    if out % rows or inputs % columns:
+        raise LmcompressError(
+            f"blocks must divide a matrix, got {rows} × {columns} for {out} × {inputs}; leave the matrix out by a rule"
+        )
+    return scores.reshape(out // rows, rows, inputs // columns, columns).sum(dim=(1, 3))
+
+
+def expand_blocks(mask: Tensor, rows: int, columns: int) -> Tensor:
+    """The mask of weights that a mask of blocks stands for.
+
+    Args:
+        mask: ``(blocks along out, blocks along in)``.
+        rows: of a block.
+        columns: of a block.
+
+    Returns:
+        ``(out, in)``.
+
+    Example:
+        >>> expand_blocks(torch.tensor([[True, False]]), 1, 2)
+        tensor([[ True,  True, False, False]])
+    """
+    return mask.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+
+
+def masks_of(scores: Sequence[Tensor], sparsity: float, pattern: Unstructured | NOfM | Blocks) -> list[Tensor]:
+    """Masks of matrices that are compared with one another.
+
+    Args:
+        scores: of each matrix, ``(out, in)``.
+        sparsity: share of the weights to remove, in [0, 1]; of blocks, where zeros come in blocks. Of n of m it is the
+            share of the way: at 1 n stay, at 0 all m.
+        pattern: where zeros may lie.
+
+    Returns:
+        For each matrix a bool of its shape, True where the weight stays.
+
+    Raises:
+        LmcompressError: a share outside [0, 1], scores that are NaN, or a matrix that the pattern does not divide.
+    """
+    if not 0 <= sparsity <= 1:
+        raise LmcompressError(f"sparsity must be in [0, 1], got {sparsity}")
+    if isinstance(pattern, NOfM):
+        keep = pattern.m - round(sparsity * (pattern.m - pattern.n))
+        return [keep_n_of_m(one, keep, pattern.m) for one in scores]
+    if isinstance(pattern, Blocks):
+        sums = [block_scores(one, pattern.rows, pattern.columns) for one in scores]
+        kept = keep_largest(sums, _kept(sums, sparsity))
+        return [expand_blocks(mask, pattern.rows, pattern.columns) for mask in kept]
+    return keep_largest(scores, _kept(scores, sparsity))
+
+
+def _kept(scores: Sequence[Tensor], sparsity: float) -> int:
+    total = sum(one.numel() for one in scores)
+    return total - round(sparsity * total)

@@ -484,6 +484,20 @@ def coding(results: Path) -> str | None:
     return f"{markdown(columns, table)}\n\n{whole}\n\nMedians. {origin(result)}"
 
 
+def deep_compression(results: Path) -> str | None:
+    """Errors and bytes of the LeNets after each stage of Deep Compression; None where there are no results."""
+    result = _read(results / "deep_compression.json")
+    if result is None:
+        return None
+    table = [
+        [row["network"], row["stage"], f"{row['errors']:.0f}", f"{row['bytes'] / 1000:.1f} kB", f"{row['ratio']:.1f} ×"]
+        for row in result["rows"]
+    ]
+    columns = ["MNIST", "stage", "errors of 10,000", "file", "smaller"]
+    seeds = sorted({row["seeds"] for row in result["rows"]})
+    return f"{markdown(columns, table)}\n\n{_seed_counts(seeds)}{origin(result)}"
+
+
 def asked(results: Path) -> str | None:
     """Every number that was asked of every benchmark, met or not; None where there are no results."""
     table = []
@@ -510,6 +524,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "qat_overhead": qat_overhead,
     "quant_speed": quant_speed,
     "coding": coding,
+    "deep_compression": deep_compression,
     "asked": asked,
 }
 

@@ -45,7 +45,8 @@ def test_cutting_heads_equals_masking_them(family, heads, seed):
     for block, kept in zip(anatomy_of(cut).blocks, heads, strict=True):
         keep_heads(block, kept)
     assert [b.num_heads for b in anatomy_of(cut).blocks] == [len(kept) for kept in heads]
-    torch.testing.assert_close(outputs(cut), outputs(masked), rtol=1e-5, atol=1e-6)
+    # of the greatest output, which is about 1: sums of other lengths round otherwise
+    torch.testing.assert_close(outputs(cut), outputs(masked), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -57,7 +58,7 @@ def test_cutting_neurons_equals_masking_them(family, neurons, seed):
     for block, kept in zip(anatomy_of(cut).blocks, neurons, strict=True):
         keep_neurons(block, kept)
     assert [b.ffn_width for b in anatomy_of(cut).blocks] == [len(kept) for kept in neurons]
-    torch.testing.assert_close(outputs(cut), outputs(masked), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs(cut), outputs(masked), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [[0], [2], [0, 2], [2, 0], [0, 1, 2]], ids=str)

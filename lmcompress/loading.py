@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from lmcompress.anatomy import anatomy_of
 from lmcompress.config import QUANT_METHOD, CompressionConfig
 from lmcompress.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
-from lmcompress.errors import CheckpointError
+from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.replacement import finish_replaced, replace_skeleton
 from lmcompress.storage import Place, decode_streams, open_streams, stream_places
 from lmcompress.structure import shape_skeleton
@@ -56,10 +56,13 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
         encoded = encoded_names(model)
         self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        if self.quantization_config.storage is not None:
-            self._streams = open_streams(model, self.quantization_config.storage)
+        files = [Path(file) for file in checkpoint_files or ()]
+        if self.quantization_config.storage is not None and self.quantization_config.storage.streams:
+            _refuse_offloading(kwargs.get("device_map"))
+            fixed = encoded.union(_backbone_names(model))
+            self._streams = open_streams(model, self.quantization_config.storage, files, fixed)
         if checkpoint_files is not None:
-            check_files(model, [Path(file) for file in checkpoint_files], encoded | stream_places(self._streams))
+            check_files(model, files, encoded | stream_places(self._streams))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -124,6 +127,15 @@ class Stored(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+
+
+def _refuse_offloading(device_map: Any) -> None:
+    """Accelerate reads what is on disk when it is needed, and would read streams."""
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise LmcompressError(
+            "device_map must leave nothing on disk, the tensors of this checkpoint are streams that are decoded in "
+            "memory; load it without, save that with storage='plain', and load this one"
+        )
 
 
 def safetensors_header(file: Path) -> dict[str, Stored]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.coding import Coder, decode, stream_tensor
+from lmcompress.coding import Coder, decode, stream_shape, stream_tensor
 from lmcompress.config import Storage
 from lmcompress.errors import CheckpointError, LmcompressError
 
@@ -75,26 +76,39 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
-def open_streams(model: PreTrainedModel, storage: Storage) -> list[Place]:
+def open_streams(
+    model: PreTrainedModel, storage: Storage, files: Iterable[Path] = (), fixed: Collection[str] = ()
+) -> list[Place]:
     """Give a skeleton places for streams, which the ordinary loader fills.
+
+    A stream of a head that has another shape than the skeleton's gets no place, so that Transformers finds a shape that
+    does not fit and does what it does with such heads: raise, or start anew with ``ignore_mismatched_sizes``.
 
     Args:
         model: in its final shapes, on ``meta``; changed in place.
         storage: as a checkpoint's config names it.
+        files: the safetensors files of the checkpoint.
+        fixed: names of the tensors that no user may replace: all but those of a head.
 
     Returns:
         For :func:`decode_streams`.
+
+    Raises:
+        CheckpointError: a stream of a head is damaged.
     """
     # Transformers makes the bias of a tied head as long as the tied matrix, which is a stream for now
     model._adjust_bias = lambda *_: None
     prefix = model.base_model_prefix + "."
     # a checkpoint of a task's model has its base under a prefix, one of the base model has none
     lengths = {name.removeprefix(prefix): length for name, length in storage.streams.items()}
+    heads = lengths.keys() - {name.removeprefix(prefix) for name in fixed}
+    shapes = _stream_shapes(files, {name for name in storage.streams if name.removeprefix(prefix) in heads}, prefix)
     tied = set(model.all_tied_weights_keys)
     places = []
     for name, owner, own, tensor in list(_tensors(model)):
-        length = lengths.get(name.removeprefix(prefix))
-        if length is None or name in tied:
+        key = name.removeprefix(prefix)
+        length = lengths.get(key)
+        if length is None or name in tied or shapes.get(key, tensor.shape) != tensor.shape:
             continue
         places.append(Place(name, tuple(tensor.shape), tensor.dtype))
         _put(owner, own, torch.empty(length, dtype=torch.uint8, device=tensor.device))
@@ -143,6 +157,19 @@ def stream_places(places: list[Place]) -> set[str]:
         places: from :func:`open_streams`.
     """
     return {place.name for place in places}
+
+
+def _stream_shapes(files: Iterable[Path], names: Collection[str], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Of which shapes the streams in files are, by their names without the prefix of the base model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files if names else ():
+        # what is wrong with a file, the loader says, which reads all of them
+        with suppress(SafetensorError), safe_open(str(file), framework="pt") as source:
+            for name in set(source.keys()).intersection(names):
+                stream = source.get_tensor(name)
+                if stream.dtype is torch.uint8 and stream.dim() == 1:
+                    shapes[name.removeprefix(prefix)] = stream_shape(stream, name)
+    return shapes
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, auto_class, cut_to_nothing, cut_unevenly, inputs, make, outputs, sparse
 from packing import packed
 from safetensors import safe_open
@@ -129,6 +130,37 @@ def test_a_loaded_model_trains(checkpoint, tmp_path):
     assert not torch.equal(outputs(loaded.eval()), before)
 
 
+def test_a_head_of_another_width_is_the_users_to_replace(tmp_path):
+    model = sparse(make("bert", num_labels=64))
+    CompressedModel(model).save_pretrained(tmp_path / "streams", storage="auto")
+    assert (
+        "classifier.weight"
+        in json.loads((tmp_path / "streams/config.json").read_text())["quantization_config"]["storage"]["streams"]
+    )
+    loader = AutoModelForSequenceClassification.from_pretrained
+    if transformers.__version__ < "5.18":
+        with pytest.raises(CheckpointError, match="cannot replace the head"):
+            loader(tmp_path / "streams", num_labels=7, ignore_mismatched_sizes=True)
+        return
+    loaded = loader(tmp_path / "streams", num_labels=7, ignore_mismatched_sizes=True)
+    assert same_state(loaded.bert, model.bert)
+    assert loaded.classifier.weight.shape == (7, 16) and loaded.classifier.weight.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        loader(tmp_path / "streams", num_labels=7)
+
+
+def test_what_would_stay_on_disk_is_refused(checkpoint, tmp_path):
+    places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    with pytest.raises(LmcompressError, match="must leave nothing on disk"):
+        AutoModelForSequenceClassification.from_pretrained(checkpoint[0], device_map=places, offload_folder=tmp_path)
+
+
+def test_half_precision_stays(tmp_path):
+    model = sparse(make("gpt2", "language")).bfloat16()
+    CompressedModel(model).save_pretrained(tmp_path / "streams", storage="auto")
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "streams"), model)
+
+
 def test_shards_load_and_their_index_says_their_size(tmp_path, monkeypatch):
     model = sparse(make("bert"))
     save = type(model).save_pretrained
@@ -164,6 +196,27 @@ def test_memory_holds_the_decoded_model_and_one_tensor_at_most(checkpoint):
         held.append(sum(tensor.nbytes for tensor in skeleton.state_dict().values()))
     assert held == sorted(held) and max(held) <= decoded + most
     assert same_state(skeleton, model)
+
+
+_LOAD = """
+try:
+    model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
+except (RuntimeError, ValueError, ImportError) as error:
+    print("REFUSED", str(error)[:2000])
+else:
+    print("LOADED")
+"""
+
+
+@pytest.mark.parametrize("loader", ["AutoModel", "AutoModelForSequenceClassification"])
+@pytest.mark.parametrize("state", ["dense", "packed"])
+def test_a_load_without_lmcompress_raises(state, loader, tmp_path, without_lmcompress):
+    model = sparse(make("bert")) if state == "dense" else packed(make("bert", vocab_size=400), "minmax", 8)
+    if state == "packed":
+        model.get_input_embeddings().weight.fill_(1)
+    CompressedModel(model).save_pretrained(tmp_path / "streams", storage="auto")
+    done = without_lmcompress(_LOAD, tmp_path / "streams", loader)
+    assert "REFUSED" in done.stdout, done.stdout + done.stderr
 
 
 def test_without_lmcompress_nothing_loads_as_if_it_were_a_model(checkpoint):

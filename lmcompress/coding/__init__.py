@@ -11,6 +11,7 @@ from lmcompress.coding.stream import (
     load_file,
     save_file,
     shannon_bits,
+    stream_shape,
     stream_tensor,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "load_file",
     "save_file",
     "shannon_bits",
+    "stream_shape",
     "stream_tensor",
 ]

@@ -18,6 +18,7 @@ weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -39,6 +40,9 @@ LONG_GAP = 255
 # numbers of which the distinct ones are counted first: whoever has many among these has too many
 _SAMPLE = 1 << 17
 _PATTERN = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+# numbers that are put in place at a time: an index into an array has 8 bytes
+_BLOCK = 1 << 16
 
 Symbols = NDArray[np.unsignedinteger]
 
@@ -62,37 +66,18 @@ def patterns(tensor: Tensor) -> Symbols:
         tensor: any shape, of one of :data:`DTYPES`.
 
     Returns:
-        ``(numel,)`` unsigned integers of the same width, row by row.
+        ``(numel,)`` unsigned integers of the same width, row by row; in the tensor's own memory where that is on the
+        CPU and without gaps.
 
     Raises:
-        LmcompressError: a type that is not among them.
+        LmcompressError: a type that is not among them, or a tensor without numbers.
     """
+    if tensor.is_meta:
+        raise LmcompressError("a tensor must have numbers to be coded, got one on the meta device")
     if tensor.dtype not in DTYPES:
         raise LmcompressError(f"a tensor must be of one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().view(_PATTERN[tensor.element_size()])
-
-
-def tensor_of(found: Symbols, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of such bit patterns.
-
-    Args:
-        found: ``(numel,)`` unsigned integers of the width of ``dtype``.
-        dtype: of the tensor.
-        shape: of the tensor.
-
-    Returns:
-        The tensor, on the CPU, with memory of its own.
-
-    Raises:
-        CheckpointError: booleans that are neither 0 nor 1.
-    """
-    if dtype is torch.bool and len(found) and int(found.max()) > 1:
-        raise CheckpointError(f"booleans must be 0 or 1, got {int(found.max())}: the data was changed")
-    tensor = torch.empty(shape, dtype=dtype)
-    if len(found):
-        tensor.reshape(-1).view(torch.uint8).numpy()[:] = found.view(np.uint8)
-    return tensor
 
 
 def distinct(found: Symbols) -> Symbols | None:
@@ -153,31 +138,64 @@ def split(found: Symbols, form: Form) -> list[Part]:
     return _numbers(found, what)
 
 
-def join(parts: list[Part], form: Form, dtype: torch.dtype, count: int) -> Symbols:
-    """The patterns again.
+def check_sizes(form: Form, sizes: Sequence[tuple[int, int]], size: int, count: int) -> None:
+    """Refuse arrays that :func:`split` does not make, before one of them is decoded.
 
     Args:
-        parts: from :func:`split`.
-        form: the same.
-        dtype: of the tensor.
-        count: how many numbers it has.
-
-    Returns:
-        ``(count,)`` unsigned integers.
+        form: of the arrays.
+        sizes: symbols and width of each.
+        size: bytes of a number.
+        count: how many numbers the tensor has.
 
     Raises:
-        CheckpointError: the arrays do not fit one another, or ``count``.
+        CheckpointError: they are too many or too few, too long, or of another width.
     """
-    size = dtype.itemsize
+    where, _, what = form.rpartition("_")
+    places, numbers = (sizes[:1], sizes[1:]) if where else ([], sizes)
+    # a sparse tensor has as many numbers as its last array has symbols
+    many = count if not where else numbers[-1][0] if numbers else 0
+    values = numbers[0][0] if numbers else 0
+    expected = {
+        "plain": [(size * count, 8)],
+        "planes": [(many, 8)] * size,
+        "codebook": [(values, 8)] * size + [(many, index_width(min(values, MAX_CODEBOOK)))],
+    }[what]
+    fits = list(numbers) == expected and (what != "codebook" or values <= min(many, MAX_CODEBOOK))
+    if where == "mask":
+        fits &= list(places) == [(count, 1)] and many <= count
+    elif where == "gaps":
+        # besides one that ends at a number, each gap is of as many zeros as a symbol can say
+        long = sum(symbols for symbols, _ in places) - many
+        fits &= [width for _, width in places] == [8] and long >= 0 and many + LONG_GAP * long <= count
+    if not fits:
+        raise CheckpointError(f"arrays of {list(sizes)} symbols are none of {count} numbers ({form}): it was changed")
+
+
+def join(parts: Iterable[Part], form: Form, found: Symbols) -> None:
+    """Put the patterns in place again, one array after the other.
+
+    Args:
+        parts: from :func:`split`, of sizes that :func:`check_sizes` let through; each is asked for when it is needed.
+        form: the same.
+        found: ``(count,)`` unsigned integers, to be filled.
+
+    Raises:
+        CheckpointError: the arrays contradict one another.
+    """
+    arrays = (part.symbols for part in parts)
     where, _, what = form.rpartition("_")
     if not where:
-        return _joined(parts, what, size, count)
-    if not parts:
-        raise CheckpointError("a sparse tensor must say where its numbers are, and does not: the data was changed")
-    at = _at(parts[0], where, count)
-    found = np.zeros(count, _PATTERN[size])
-    found[at] = _joined(parts[1:], what, size, len(at))
-    return found
+        _fill(found, arrays, what)
+        return
+    places = next(arrays)
+    at = (places != 0) if where == "mask" else places != LONG_GAP
+    numbers = np.empty(np.count_nonzero(at), found.dtype)
+    _fill(numbers, arrays, what)
+    if where == "mask":
+        found[:] = 0
+        found[at] = numbers
+    else:
+        _spread(found, places, at, numbers)
 
 
 def index_width(values: int) -> int:
@@ -269,32 +287,53 @@ def _byte_planes(found: Symbols) -> list[Part]:
     return [Part(plane, 8) for plane in found.view(np.uint8).reshape(len(found), found.itemsize).T]
 
 
-def _joined(parts: list[Part], what: str, size: int, count: int) -> Symbols:
-    expected = {"plain": 1, "planes": size, "codebook": size + 1}[what]
-    if len(parts) != expected:
-        raise CheckpointError(f"there must be {expected} arrays of symbols, got {len(parts)}: the data was changed")
+def _fill(found: Symbols, arrays: Iterator[Symbols], what: str) -> None:
+    size = found.itemsize
     if what == "plain":
-        return _of_length(parts[0].symbols, size * count).astype(np.uint8, copy=False).view(_PATTERN[size])
-    planes = [part.symbols for part in parts[:size]]
-    lengths = {len(plane) for plane in planes}
-    if len(lengths) != 1:
-        raise CheckpointError("the bytes of numbers must be as many for each of their places: the data was changed")
-    values = np.stack(planes, 1).astype(np.uint8).reshape(-1).view(_PATTERN[size])
-    if what == "planes":
-        return _of_length(values, count)
-    index = _of_length(parts[-1].symbols, count)
-    if count and int(index.max()) >= len(values):
-        raise CheckpointError(
-            f"an index must be below {len(values)}, the length of its codebook, got {int(index.max())}: the data was "
-            "changed"
-        )
-    return values[index]
+        found.view(np.uint8)[:] = next(arrays)
+    elif what == "planes":
+        _fill_planes(found, arrays)
+    else:
+        planes = [next(arrays) for _ in range(size)]
+        values = np.empty(len(planes[0]), found.dtype)
+        _fill_planes(values, iter(planes))
+        index = _of_length(next(arrays), len(found))
+        for start in range(0, len(found), _BLOCK):
+            block = index[start : start + _BLOCK]
+            if int(block.max()) >= len(values):
+                raise CheckpointError(
+                    f"an index must be below {len(values)}, the length of its codebook, got {int(block.max())}: the "
+                    "data was changed"
+                )
+            found[start : start + _BLOCK] = values[block]
+
+
+def _fill_planes(found: Symbols, arrays: Iterator[Symbols]) -> None:
+    planes = found.view(np.uint8).reshape(len(found), found.itemsize)
+    for place in range(found.itemsize):
+        planes[:, place] = _of_length(next(arrays), len(found))
 
 
 def _of_length(symbols: Symbols, count: int) -> Symbols:
     if len(symbols) != count:
         raise CheckpointError(f"there must be {count} symbols, got {len(symbols)}: the data was changed")
     return symbols
+
+
+def _spread(found: Symbols, gaps: Symbols, ends: NDArray[np.bool_], numbers: Symbols) -> None:
+    """Put numbers after gaps of zeros."""
+    found[:] = 0
+    at, taken = -1, 0
+    for start in range(0, len(gaps), _BLOCK):
+        block = ends[start : start + _BLOCK]
+        # a long gap is of numbers that are all 0, any other symbol ends with one that is not
+        places = at + np.cumsum(gaps[start : start + _BLOCK] + block.astype(np.int64))
+        at = int(places[-1])
+        if at >= len(found):
+            raise CheckpointError(f"gaps must stay within {len(found)} numbers, got {at + 1}: the data was changed")
+        places = places[block]
+        found[places] = numbers[taken : taken + len(places)]
+        taken += len(places)
 
 
 def _positions(keep: NDArray[np.bool_], where: str) -> Part:
@@ -305,15 +344,3 @@ def _positions(keep: NDArray[np.bool_], where: str) -> Part:
     symbols = np.full(int(long.sum()) + len(gaps), LONG_GAP, np.uint8)
     symbols[np.cumsum(long + 1) - 1] = short
     return Part(symbols, 8)
-
-
-def _at(part: Part, where: str, count: int) -> NDArray[np.int64]:
-    """Where the numbers of a sparse tensor are."""
-    if where == "mask":
-        return np.flatnonzero(_of_length(part.symbols, count))
-    # a long gap is of numbers that are all 0, any other symbol ends with one that is not
-    ends = part.symbols != LONG_GAP
-    at = (np.cumsum(part.symbols.astype(np.int64) + ends) - 1)[ends]
-    if len(at) and int(at[-1]) >= count:
-        raise CheckpointError(f"gaps must stay within {count} numbers, got {int(at[-1]) + 1}: the data was changed")
-    return at

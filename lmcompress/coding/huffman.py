@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import struct
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,10 @@ from lmcompress.errors import CheckpointError
 CHUNK = 2048
 MAX_LENGTH = 20
 MAX_ALPHABET = 1 << 16
-# an alphabet of groups is this large at most, and so many times smaller than the groups are many
-_MAX_GROUPS, _GROUPS_SHARE = 4096, 32
+# an alphabet of groups is this large at most
+_MAX_GROUPS = 4096
+# chunks that are decoded side by side: enough for NumPy, and their numbers stay in the cache
+_LANES = 2048
 MAX_DIGITS = 12
 """Symbols that one code stands for, at most."""
 # base and digits of a group, alphabet, symbols, bytes of the table of lengths, bytes of bits
@@ -101,11 +104,9 @@ def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
     Returns:
         Head, lengths of codes, bits of each chunk, and the bits.
     """
-    base = int(symbols.max()) + 1 if len(symbols) else 1
-    digits, total = _digits(base, len(symbols)), len(symbols)
+    total, base = len(symbols), int(symbols.max()) + 1 if len(symbols) else 1
+    digits, lengths = _best_groups(symbols, base)
     symbols = _grouped(symbols, base, digits)
-    counts = np.bincount(symbols) if len(symbols) else np.zeros(0, np.int64)
-    lengths = code_lengths(counts)
     codes = canonical_codes(lengths)
     sizes = np.zeros(-(-len(symbols) // CHUNK), np.int64)
     blocks: list[NDArray[np.uint8]] = []
@@ -129,12 +130,12 @@ def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
         rest = bits[whole:]
     blocks.append(np.packbits(rest))
     payload = np.concatenate(blocks).tobytes()
-    table = zlib.compress(lengths.tobytes(), 9)
-    head = _HEAD.pack(base, digits, len(counts), total, len(table), len(payload))
+    table = _table_bytes(lengths)
+    head = _HEAD.pack(base, digits, len(lengths), total, len(table), len(payload))
     return head + table + sizes.astype("<u2").tobytes() + payload
 
 
-def decode(data: bytes | memoryview, count: int) -> NDArray[np.uint16]:
+def decode(data: bytes | memoryview, count: int) -> NDArray[np.unsignedinteger]:
     """The symbols again.
 
     Args:
@@ -143,7 +144,7 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.uint16]:
         count: how many symbols there must be.
 
     Returns:
-        ``(count,)`` uint16.
+        ``(count,)`` uint8 where every symbol fits, otherwise uint16.
 
     Raises:
         CheckpointError: cut, longer than it should be, with a table that is no prefix code, or with bits that are not
@@ -167,38 +168,58 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.uint16]:
     bits = np.frombuffer(data, np.uint8, payload, _HEAD.size + table + 2 * chunks)
     if -(-int(sizes.sum()) // 8) != payload:
         raise CheckpointError(f"Huffman chunks must fill {payload} bytes, got {int(sizes.sum())} bits: it was changed")
+    out: NDArray[np.unsignedinteger] = np.empty(total, np.uint8 if base <= 256 else np.uint16)
     if count == 0:
-        return np.zeros(0, np.uint16)
-    symbol_of, length_of, window = _table(lengths)
-    # four bytes are read at a time, past the end too
-    bits = np.concatenate([bits, np.zeros(4, np.uint8)]).astype(np.uint32)
+        return out
+    table_of_codes = _table(lengths)
+    digits_of = (np.arange(base**digits)[:, None] // _places(base, digits) % base).astype(out.dtype)
+    # the four bytes from each place on, past the end too
+    words = np.ndarray(payload + 1, ">u4", np.concatenate([bits, np.zeros(4, np.uint8)]), strides=(1,))
     ends = np.cumsum(sizes)
-    at = ends - sizes
-    out = np.zeros((CHUNK, chunks), np.uint16)
+    for first in range(0, chunks, _LANES):
+        lanes = slice(first, first + _LANES)
+        groups = _groups(words, (ends - sizes)[lanes], ends[lanes], count - first * CHUNK, table_of_codes)
+        found = digits_of[groups].reshape(-1) if digits > 1 else groups
+        start = first * CHUNK * digits
+        out[start : start + len(found)] = found[: total - start]
+    return out
+
+
+def _groups(
+    words: NDArray[np.unsignedinteger], starts: NDArray[np.int64], ends: NDArray[np.int64], count: int, table: _Table
+) -> NDArray[np.uint16]:
+    """What chunks say that are read side by side: the first ``count`` symbols, or as many as the chunks have."""
+    at, chunks = starts.copy(), len(starts)
+    found = np.empty((min(CHUNK, count), chunks), np.uint16)
     last = count - (chunks - 1) * CHUNK
-    for step in range(CHUNK):
-        lanes = chunks if step < last else chunks - 1
-        if not lanes:
-            break
-        here = at[:lanes]
-        byte = here >> 3
-        word = (bits[byte] << 24) | (bits[byte + 1] << 16) | (bits[byte + 2] << 8) | bits[byte + 3]
-        cell = (word << (here & 7).astype(np.uint32)) >> np.uint32(32 - window)
-        out[step, :lanes] = symbol_of[cell]
+    for step in range(len(found)):
+        here = at[: chunks if step < last else chunks - 1]
+        cell = (words[here >> 3].astype(np.uint32) << (here & 7).astype(np.uint32)) >> np.uint32(32 - table.window)
+        found[step, : len(here)] = table.symbol_of[cell]
         # damaged data must not lead past the end
-        np.minimum(here + length_of[cell], ends[-1], out=at[:lanes])
+        np.minimum(here + table.length_of[cell], ends[-1], out=here)
     if not np.array_equal(at, ends):
         raise CheckpointError("Huffman chunks must end where their table says, and do not: the data was changed")
-    return _ungrouped(out.T.reshape(-1)[:count], base, digits, total)
+    return found.T.reshape(-1)[:count]
 
 
-def _digits(base: int, count: int) -> int:
-    """How many symbols are one of the alphabet that is coded."""
-    most = min(_MAX_GROUPS, count // _GROUPS_SHARE)
-    digits = 1
-    while base > 1 and base ** (digits + 1) <= most:
-        digits += 1
-    return digits
+def _best_groups(symbols: NDArray[np.unsignedinteger], base: int) -> tuple[int, NDArray[np.uint8]]:
+    """How many symbols one code should stand for, and the lengths of the codes: with more, fewer bits are lost to codes
+    of whole bits, and the table is longer."""
+    best: tuple[float, int, NDArray[np.uint8]] = (np.inf, 1, np.zeros(0, np.uint8))
+    if not len(symbols):
+        return best[1:]
+    most = min(_MAX_GROUPS, len(symbols))
+    fitting = [digits for digits in range(1, MAX_DIGITS + 1) if base > 1 and base**digits <= most]
+    for digits in reversed(fitting or [1]):
+        groups = _grouped(symbols, base, digits)
+        counts = np.bincount(groups)
+        lengths = code_lengths(counts)
+        bits = float((counts * lengths).sum()) + 16 * len(groups) / CHUNK + 8 * len(_table_bytes(lengths))
+        if bits >= best[0]:
+            break
+        best = bits, digits, lengths
+    return best[1:]
 
 
 def _grouped(symbols: NDArray[np.unsignedinteger], base: int, digits: int) -> NDArray[np.unsignedinteger]:
@@ -209,15 +230,12 @@ def _grouped(symbols: NDArray[np.unsignedinteger], base: int, digits: int) -> ND
     return (padded.reshape(-1, digits) @ _places(base, digits)).astype(np.uint16)
 
 
-def _ungrouped(groups: NDArray[np.uint16], base: int, digits: int, count: int) -> NDArray[np.uint16]:
-    if digits == 1:
-        return groups
-    digit = np.arange(base**digits)[:, None] // _places(base, digits) % base
-    return digit.astype(np.uint16)[groups].reshape(-1)[:count]
-
-
 def _places(base: int, digits: int) -> NDArray[np.int64]:
     return base ** np.arange(digits, dtype=np.int64)
+
+
+def _table_bytes(lengths: NDArray[np.uint8]) -> bytes:
+    return zlib.compress(lengths.tobytes(), 9)
 
 
 def _lengths(table: memoryview, alphabet: int) -> NDArray[np.uint8]:
@@ -253,20 +271,28 @@ def _canonical_order(lengths: NDArray[np.uint8]) -> NDArray[np.int64]:
     return order[lengths[order] > 0]
 
 
-def _table(lengths: NDArray[np.uint8]) -> tuple[NDArray[np.uint16], NDArray[np.int64], int]:
-    """For every pattern of so many bits: which symbol it begins with, and how many bits that has."""
+class _Table(NamedTuple):
+    """For every pattern of ``window`` bits: the symbol it begins with, and how many bits that has."""
+
+    symbol_of: NDArray[np.uint16]
+    length_of: NDArray[np.uint8]
+    window: int
+
+
+def _table(lengths: NDArray[np.uint8]) -> _Table:
+    """How to read codes of such lengths, once they are known to be a prefix code."""
     order = _canonical_order(lengths)
     if not len(order) or lengths.max() > MAX_LENGTH:
         raise CheckpointError(f"Huffman codes must have 1 to {MAX_LENGTH} bits, got a table of others: it was changed")
-    used = lengths[order].astype(np.int64)
+    used = lengths[order]
     window = int(used.max())
-    cells = 1 << (window - used)
+    cells = 1 << (window - used.astype(np.int64))
     # Kraft's equality, but for a symbol that is alone and has one bit
     if cells.sum() != 1 << window and not (len(order) == 1 and window == 1):
         raise CheckpointError("Huffman codes must be a complete prefix code, got a table of another: it was changed")
     symbol_of = np.zeros(1 << window, np.uint16)
-    length_of = np.ones(1 << window, np.int64)
+    length_of = np.ones(1 << window, np.uint8)
     total = int(cells.sum())
     symbol_of[:total] = np.repeat(order, cells)
     length_of[:total] = np.repeat(used, cells)
-    return symbol_of, length_of, window
+    return _Table(symbol_of, length_of, window)

@@ -26,7 +26,8 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -44,6 +45,7 @@ from lmcompress.coding.forms import (
     FORMS,
     Form,
     Part,
+    check_sizes,
     distinct,
     forms_for,
     join,
@@ -51,7 +53,6 @@ from lmcompress.coding.forms import (
     packed_size,
     patterns,
     split,
-    tensor_of,
     unpacked,
 )
 from lmcompress.errors import CheckpointError, LmcompressError
@@ -69,7 +70,7 @@ MAX_BYTES = 1 << 36
 """Of a tensor whose shape nobody has said beforehand."""
 # zstd takes symbols for repeated text where there is none; the less it looks for it, the smaller the streams
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(3, strategy=zstandard.STRATEGY_FAST, min_match=7)
-# of its size by which a Huffman stream must be smaller than zstd's, which is decoded ten times as fast
+# of another's size that Huffman data may have: the others are decoded ten times as fast
 _WORTH_IT = 0.995
 
 
@@ -100,7 +101,7 @@ def encode(tensor: Tensor, coder: Coder = "auto") -> bytes:
     best: tuple[Form, list[_Coded]] | None = None
     for form in forms_for(found):
         coded = [_coded(part, coder) for part in split(found, form)]
-        if best is None or _total(coded) < _total(best[1]):
+        if best is None or _cost(coded) < _cost(best[1]):
             best = form, coded
     assert best is not None, "plain always fits"
     form, coded = best
@@ -133,7 +134,7 @@ def decode(
         CheckpointError: a stream that is cut, changed, of a later version, or of another tensor.
     """
     data = _bytes(stream)
-    try:
+    with _named(name):
         head = read_head(data)
         expected = (head.shape if shape is None else tuple(shape), dtype or head.dtype)
         if (head.shape, head.dtype) != expected:
@@ -144,16 +145,28 @@ def decode(
         count = math.prod(head.shape)
         if shape is None and count * head.dtype.itemsize > MAX_BYTES:
             raise CheckpointError(f"it must have at most {MAX_BYTES} bytes, its stream says {head.shape}")
-        # a gap for each number and its long ones, or a byte for each of the bytes: no array is longer
-        longest = count * max(head.dtype.itemsize, 2)
-        parts = []
-        for one in head.parts:
-            if one.symbols > longest:
-                raise CheckpointError(f"an array of {one.symbols} symbols cannot be of {count} numbers: it was changed")
-            parts.append(Part(_symbols(one, data[one.start : one.start + one.bytes]), one.width))
-        return tensor_of(join(parts, head.form, head.dtype, count), head.dtype, head.shape)
-    except CheckpointError as error:
-        raise CheckpointError(f"tensor {name} cannot be decoded: {error}; fetch or copy the file again") from error
+        check_sizes(head.form, [(one.symbols, one.width) for one in head.parts], head.dtype.itemsize, count)
+        tensor = torch.empty(head.shape, dtype=head.dtype)
+        # one array after the other: each is as long as the tensor, in small numbers
+        parts = (Part(_symbols(one, data[one.start : one.start + one.bytes]), one.width) for one in head.parts)
+        join(parts, head.form, patterns(tensor))
+        if head.dtype is torch.bool and count and int(tensor.view(torch.uint8).max()) > 1:
+            raise CheckpointError("booleans must be 0 or 1, got others: it was changed")
+        return tensor
+
+
+def stream_shape(stream: bytes | memoryview | Tensor, name: str = "of a stream") -> tuple[int, ...]:
+    """The shape of the tensor in a stream, which is not decoded for it.
+
+    Args:
+        stream: as for :func:`decode`.
+        name: of the tensor, for messages.
+
+    Raises:
+        CheckpointError: it is no stream, or its checksum is wrong.
+    """
+    with _named(name):
+        return read_head(_bytes(stream)).shape
 
 
 class PartInfo(NamedTuple):
@@ -320,17 +333,16 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path, coder: Coder = "a
         Bytes of the file.
 
     Raises:
-        LmcompressError: as :func:`encode`.
+        LmcompressError: as :func:`encode`, or the file cannot be written: a full disk, no such folder.
     """
     path = Path(path)
     streams = {name: stream_tensor(tensor, coder) for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
     try:
-        save_safetensors(streams, temporary, metadata={"format": "lmcompress-streams"})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            save_safetensors(streams, Path(scratch) / path.name, metadata={"format": "lmcompress-streams"})
+            os.replace(Path(scratch) / path.name, path)
+    except (OSError, SafetensorError) as error:
+        raise LmcompressError(f"could not write {path}: {error}. Nothing was changed there") from error
     return path.stat().st_size
 
 
@@ -384,17 +396,25 @@ def _coded(part: Part, coder: Coder) -> _Coded:
     found = {"fixed": plain}
     if coder != "huffman":
         found["zstd"] = zstandard.ZstdCompressor(compression_params=_ZSTD).compress(plain)
-    if coder != "zstd" and len(plain) and huffman.encoded_bits(_counts(part)) < _WORTH_IT * 8 * len(plain):
+    # below the entropy of single symbols is only what sees how they depend on one another, as zstd does
+    if coder != "zstd" and _entropy(_counts(part)) < _WORTH_IT * 8 * min(map(len, found.values())):
         found["huffman"] = huffman.encode(part.symbols)
-    best = "fixed"
-    for method in ("zstd", "huffman"):
-        if method in found and len(found[method]) < (_WORTH_IT if best == "zstd" else 1) * len(found[best]):
-            best = method
-    return _Coded(len(part.symbols), part.width, best, found[best])
+    coded = [_Coded(len(part.symbols), part.width, method, data) for method, data in found.items()]
+    return min(coded, key=lambda one: _cost([one]))
 
 
-def _total(coded: list[_Coded]) -> int:
-    return sum(_PART.size + len(one.data) for one in coded)
+def _cost(coded: list[_Coded]) -> float:
+    """Bytes of arrays, those that are slow to decode counted for a little more."""
+    return sum(_PART.size + len(one.data) / (_WORTH_IT if one.method == "huffman" else 1) for one in coded)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let what is wrong with a stream say of which tensor it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"tensor {name} cannot be decoded: {error}; fetch or copy the file again") from error
 
 
 def _symbols(one: PartInfo, data: memoryview) -> np.ndarray:

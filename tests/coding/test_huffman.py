@@ -31,6 +31,29 @@ def test_chunks_and_groups_of_every_length_come_back(count, base):
     assert np.array_equal(huffman.decode(huffman.encode(symbols), count), symbols)
 
 
+@pytest.mark.parametrize("base", [2, 5, 300])
+def test_chunks_that_are_read_in_several_blocks_come_back(base, monkeypatch):
+    monkeypatch.setattr(huffman, "_LANES", 2)
+    symbols = np.random.default_rng(base).integers(0, base, 9 * huffman.CHUNK + 5).astype(np.uint16)
+    decoded = huffman.decode(huffman.encode(symbols), len(symbols))
+    assert np.array_equal(decoded, symbols)
+    assert decoded.dtype == (np.uint8 if base <= 256 else np.uint16)
+
+
+@pytest.mark.parametrize("count", [300, 40_000, 1_000_000])
+def test_groups_are_no_larger_than_pays(count):
+    # 12 values, most of them rare: with too many to a code, the table costs more than it saves
+    symbols = np.random.default_rng(0).geometric(0.4, count).clip(max=12).astype(np.uint16) - 1
+    sizes = [len(huffman.encode(symbols))]
+    for digits in (1, 2, 3):
+        lengths = huffman.code_lengths(np.bincount(huffman._grouped(symbols, 12, digits)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(huffman, "_best_groups", lambda *_, d=digits, n=lengths: (d, n))
+            sizes.append(len(huffman.encode(symbols)))
+            assert np.array_equal(huffman.decode(huffman.encode(symbols), count), symbols)
+    assert sizes[0] <= 1.002 * min(sizes[1:])
+
+
 def textbook_cost(counts):
     """Bits of Huffman's code by its definition: the sum of all merged weights."""
     heap = [count for count in counts if count]

@@ -2,17 +2,30 @@
 
 import os
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file as save_safetensors
 
-from lmcompress.coding import CODERS, decode, describe, describe_file, encode, load_file, save_file, shannon_bits
-from lmcompress.coding.forms import DTYPES, FORMS, forms_for, index_width, join, patterns, split
+from lmcompress.coding import (
+    CODERS,
+    decode,
+    describe,
+    describe_file,
+    encode,
+    huffman,
+    load_file,
+    save_file,
+    shannon_bits,
+    stream_shape,
+)
+from lmcompress.coding.forms import DTYPES, FORMS, check_sizes, forms_for, index_width, join, patterns, split
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.lowbit.grids import Grid
 from lmcompress.lowbit.packing import pack
@@ -51,7 +64,11 @@ def test_every_tensor_comes_back_to_the_bit(coder, tensor):
 def test_every_form_that_fits_gives_the_same_numbers(tensor):
     found = patterns(tensor)
     for form in forms_for(found):
-        assert np.array_equal(join(split(found, form), form, tensor.dtype, tensor.numel()), found), form
+        parts = split(found, form)
+        check_sizes(form, [(len(part.symbols), part.width) for part in parts], found.itemsize, len(found))
+        back = np.full_like(found, 7)
+        join(parts, form, back)
+        assert np.array_equal(back, found), form
 
 
 def test_all_forms_are_used():
@@ -162,6 +179,8 @@ def test_files_hold_any_network_and_are_replaced_whole(tmp_path):
     with pytest.raises(LmcompressError, match="must be of one of"):
         save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "net.safetensors")
     assert (tmp_path / "net.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
+    with pytest.raises(LmcompressError, match="could not write .*nowhere"):
+        save_file({"a": torch.zeros(2)}, tmp_path / "nowhere/net.safetensors")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -176,6 +195,8 @@ def test_other_files_are_refused(tmp_path):
 def test_bad_requests_are_named():
     with pytest.raises(LmcompressError, match="coder must be one of auto, zstd, huffman, got 'rar'"):
         encode(torch.zeros(2), "rar")
+    with pytest.raises(LmcompressError, match="must have numbers to be coded"):
+        encode(torch.zeros(2, device="meta"))
     with pytest.raises(LmcompressError, match="at most 8 axes"):
         encode(torch.zeros((1,) * 9))
 
@@ -207,8 +228,14 @@ def test_damage_names_the_tensor(change, message):
         decode(change(encode(WEIGHT)), "encoder.weight")
 
 
+def test_the_shape_is_read_without_decoding():
+    assert stream_shape(encode(WEIGHT)) == tuple(WEIGHT.shape)
+    with pytest.raises(CheckpointError, match="tensor head.weight cannot be decoded: .*checksum"):
+        stream_shape(encode(WEIGHT)[:-1], "head.weight")
+
+
 def test_a_stream_of_another_tensor_is_refused_before_anything_is_decoded():
-    stream = encode(torch.zeros(100_000, 1000))
+    stream = encode(torch.zeros(10_000, 1000))
     assert len(stream) < 20_000
     with pytest.raises(CheckpointError, match=r"must have shape \(2, 2\)"):
         decode(stream, shape=(2, 2))
@@ -222,10 +249,79 @@ def test_an_absurd_shape_is_refused_without_allocating():
         decode(b"LMCS" + struct.pack("<I", zlib.crc32(head)) + head)
 
 
-def mutated(stream, random):
+@pytest.mark.parametrize(
+    "tensor", [torch.randn(1000, 2000), torch.randn(1000, 2000).relu(), torch.ones(1000, 2000, dtype=torch.uint8)]
+)
+@pytest.mark.parametrize("coder", CODERS)
+def test_decoding_takes_little_more_than_the_tensor(tensor, coder):
+    stream = encode(torch.where(tensor > 1, torch.ones(()), tensor.float()).to(tensor.dtype), coder)
+    decode(stream)
+    tracemalloc.start()
+    decode(stream)
+    # the tensor itself is of torch, which this does not see; what Huffman's decoder needs at once is the same for all
+    assert tracemalloc.get_traced_memory()[1] <= tensor.nbytes + (20 << 20)
+    tracemalloc.stop()
+
+
+HEAD = 8 + 4 + 8 * WEIGHT.dim() + 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_hostile_head_is_refused_before_anything_is_allocated(data):
+    stream = bytearray(encode(WEIGHT, data.draw(st.sampled_from(CODERS))))
+    sizes = st.one_of(st.integers(0, 4000), st.integers(0, 2**64 - 1))
+    for _ in range(data.draw(st.integers(1, 3))):
+        part = data.draw(st.integers(0, stream[HEAD - 1] - 1))
+        symbols, width, method, size = struct.unpack_from("<QBBQ", stream, HEAD + 18 * part)
+        changed = data.draw(
+            st.one_of(
+                st.tuples(sizes, st.just(width), st.just(method), st.just(size)),
+                st.tuples(st.just(symbols), st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 2), st.just(size)),
+                st.tuples(st.just(symbols), st.just(width), st.just(method), sizes),
+            )
+        )
+        struct.pack_into("<QBBQ", stream, HEAD + 18 * part, *changed)
+    if data.draw(st.booleans()):
+        stream[9] = data.draw(st.integers(0, len(FORMS) - 1))
+    tracemalloc.start()
+    try:
+        found = decode(reseal(bytes(stream)), "weight", shape=tuple(WEIGHT.shape), dtype=WEIGHT.dtype)
+        assert found.shape == WEIGHT.shape
+    except CheckpointError as error:
+        assert "tensor weight cannot be decoded" in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_long_code_takes_no_more_memory_than_a_table():
+    # the deepest table that there may be, in a stream of a few bytes
+    lengths = np.array([*range(1, huffman.MAX_LENGTH + 1), huffman.MAX_LENGTH], np.uint8)
+    table = zlib.compress(lengths.tobytes())
+    data = struct.pack("<IBIQII", len(lengths), 1, len(lengths), 4, len(table), 1) + table + b"\4\0" + b"\0"
+    tracemalloc.start()
+    assert huffman.decode(data, 4).tolist() == [0, 0, 0, 0]
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+def test_compressed_symbols_that_would_not_stop_are_refused():
+    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 26))
+    head = struct.pack("<BBBB2QB", 1, FORMS.index("plain"), DTYPES.index(torch.uint8), 2, 10, 10, 1)
+    body = head + struct.pack("<QBBQ", 100, 8, 1, len(bomb)) + bomb
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="must have 100 bytes"):
+        decode(b"LMCS" + struct.pack("<I", zlib.crc32(body)) + body)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def mutated(stream, random, others):
     """The stream, changed in one of the ways in which files are."""
     data = bytearray(stream)
-    way = random.integers(5)
+    way = random.integers(7)
     at = int(random.integers(len(data)))
     if way == 0:
         data[at] ^= 1 << int(random.integers(8))
@@ -236,6 +332,14 @@ def mutated(stream, random):
         data[at : at + 8] = data[other : other + 8]
     elif way == 3:
         data[at : at + 4] = random.bytes(4)
+    elif way == 4:
+        # what is before this place, and what is after one of another stream
+        other = others[int(random.integers(len(others)))]
+        data[at:] = other[int(random.integers(len(other))) :]
+    elif way == 5:
+        # the head: its numbers are where decoders are led astray
+        at = int(random.integers(8, min(len(data), 150)))
+        data[at : at + 1] = random.bytes(1)
     else:
         del data[at : at + int(random.integers(1, 9))]
     return bytes(data)
@@ -250,9 +354,10 @@ def hammer(count):
     cases = [WEIGHT, noise, noise.bfloat16(), torch.round(noise * 3) / 3, pack(ternary(noise), TERNARY)]
     cases += [torch.where(noise.abs() > 1, noise, 0.0), torch.where(noise.abs() > 2, torch.round(noise), 0.0)]
     streams = [(tensor, encode(tensor, coder)) for tensor in cases for coder in CODERS]
+    others = [stream for _, stream in streams]
     for number in range(count):
         tensor, stream = streams[number % len(streams)]
-        changed = mutated(stream, random)
+        changed = mutated(stream, random, others)
         for data, sealed in ((changed, False), (reseal(changed) if len(changed) > 8 else changed, True)):
             try:
                 found = decode(data, "weight", shape=tuple(tensor.shape), dtype=tensor.dtype)

@@ -9,7 +9,9 @@ Three stages, as in the paper, each with the trainer's one loop:
   the paper, once with the smaller of zstd and Huffman.
 
 Errors of ``coded`` are those of a network that was loaded from the file. Beside the dense network, which is trained
-first and from which pruning starts, stands one that was trained on for as many steps as pruning and sharing took.
+first and from which pruning starts, stands one that was trained on for as many steps as pruning and sharing took. All
+that is trained after the dense network has dropout, as the paper's retraining (Han et al. 2015, section 3.2): less of
+it, as fewer weights are left to overfit.
 
     python benchmarks/seeds/deep_compression.py --data ../shared/data --work runs
 
@@ -28,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import mnist
+import stages
 from common import asked, once, write
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
 
@@ -41,10 +43,12 @@ from lmcompress.sparsity import Gradual, Sparsity, SparsityConfig, SparsityRule
 PUBLISHED = {"lenet-300-100": (1.64, 1.58, 40), "lenet-5": (0.80, 0.74, 39)}
 # share of the weights of each layer that stays
 KEPT = {
-    "lenet-300-100": {"layers.1": 0.065, "layers.3": 0.13, "layers.5": 0.5},
-    "lenet-5": {"layers.0": 0.6, "layers.2": 0.15, "layers.5": 0.04, "layers.7": 0.2},
+    "lenet-300-100": {"layers.1": 0.06, "layers.3": 0.12, "layers.5": 0.45},
+    "lenet-5": {"layers.0": 0.6, "layers.2": 0.2, "layers.5": 0.05, "layers.7": 0.2},
 }
-EPOCHS = {"dense": 20, "pruned": 30, "shared": 5}
+EPOCHS = {"dense": 20, "pruned": 40, "shared": 5}
+# of the stages after the first: shares of the pixels and of the hidden units
+DROPOUT = (0.1, 0.2)
 LEARNING_RATES = {"dense": 1e-3, "pruned": 1e-3, "shared": 1e-4}
 SHARING = SharingConfig()
 CODERS: tuple[coding.Coder, ...] = ("huffman", "auto")
@@ -86,7 +90,7 @@ class Bench:
         return taken | {"clusters": {row.path: row.clusters for row in method.report.matrices}}
 
     def coded(self, folder: Path) -> dict[str, Any]:
-        tensors = load_file(self.folder / "shared" / "network.safetensors")
+        tensors = self.network("shared").state_dict()
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {
             coder: coding.save_file(tensors, folder / f"{coder}.safetensors", coder) for coder in ("huffman", "auto")
@@ -103,22 +107,20 @@ class Bench:
 
     def network(self, stage: str) -> mnist.Network:
         """The network as a stage has left it."""
-        network = mnist.NETWORKS[self.name]()
-        network.load_state_dict(load_file(self.folder / stage / "network.safetensors"))
-        return network
+        return stages.loaded(mnist.NETWORKS[self.name], self.folder / stage)
 
     def trained(self, network: nn.Module, folder: Path, stage: str, **given: Any) -> dict[str, Any]:
         """Train, keep the weights, and count errors and bytes."""
         started = time.time()
         given = {"epochs": EPOCHS[stage]} | given | ({"max_steps": 10} if self.quick else {})
-        trainer = mnist.train(
-            network, self.data.train, folder / "trainer", learning_rate=LEARNING_RATES[stage], seed=self.seed, **given
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "network.safetensors"
-        save_file({name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}, file)
+        with mnist.dropout(network, *((0.0, 0.0) if stage == "dense" else DROPOUT)):
+            trainer = mnist.train(
+                network, self.data.train, folder / "trainer", learning_rate=LEARNING_RATES[stage], seed=self.seed,
+                **given,
+            )  # fmt: skip
+        stages.keep(network, folder)
         return {
-            "errors": mnist.errors(network, self.data.test), "bytes": file.stat().st_size,
+            "errors": mnist.errors(network, self.data.test), "bytes": (folder / stages.FILE).stat().st_size,
             "steps": trainer.state.global_step, "seconds": round(time.time() - started),
         }  # fmt: skip
 
@@ -190,7 +192,7 @@ def report(options: argparse.Namespace, work: Path) -> None:
     if not wanted:
         raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
     setting = {
-        "epochs": EPOCHS, "learning_rates": LEARNING_RATES, "kept": KEPT, "batch_size": 100,
+        "epochs": EPOCHS, "learning_rates": LEARNING_RATES, "kept": KEPT, "batch_size": 100, "dropout": DROPOUT,
         "sharing": SHARING.model_dump(mode="json"),
         "sparsity": {name: sparsity(name).model_dump(mode="json", exclude_none=True) for name in options.networks},
     }  # fmt: skip

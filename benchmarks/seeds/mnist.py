@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,30 @@ def lenet_5(filters: Sequence[int] = (20, 50), width: int = 500) -> Network:
 
 
 NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
+
+
+@contextmanager
+def dropout(network: nn.Module, pixels: float, hidden: float) -> Iterator[None]:
+    """Within this, a network whose layers have no dropout of their own is trained with it; layers keep their names.
+
+    Args:
+        network: trained inside the ``with``.
+        pixels: share of the inputs of the first layer that is dropped.
+        hidden: of the inputs of all linear layers after it; convolutions after the first see everything.
+    """
+
+    def drop(module: nn.Module, inputs: tuple[Tensor], share: float) -> tuple[Tensor]:
+        return (F.dropout(inputs[0], share, module.training),)
+
+    first, *others = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    linears = [module for module in others if isinstance(module, nn.Linear)]
+    shares = [(first, pixels), *((module, hidden) for module in linears)]
+    handles = [module.register_forward_pre_hook(partial(drop, share=share)) for module, share in shares]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def train(

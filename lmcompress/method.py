@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from transformers import TrainerCallback
 
 from lmcompress.errors import LmcompressError
 
@@ -123,6 +124,128 @@ class Method(Protocol):
 
     def finish(self) -> None:
         """Called after training: take hooks away, make the work permanent."""
+
+
+class SteppedMethod:
+    """What methods have in common that act before and after optimizer steps: of all the rest, nothing.
+
+    A subclass has a name, prepares, and finishes; it overrides what it does. The trainer's events reach it by
+    :class:`StepCallback`.
+
+    Attributes:
+        max_norm: gradients of its own parameters are clipped as the model's.
+    """
+
+    max_norm: float | None = None
+
+    def before_forward(self, step: Step) -> None:
+        """Nothing.
+
+        Args:
+            step: without ``outputs`` yet.
+        """
+
+    def loss_terms(self, step: Step) -> dict[str, Term]:
+        """No terms.
+
+        Args:
+            step: with the student's ``outputs``.
+
+        Returns:
+            Nothing is added to the loss.
+        """
+        return {}
+
+    def label_weight(self, progress: float) -> float:
+        """The loss on the labels stays as it is.
+
+        Args:
+            progress: share of the training done, in [0, 1].
+
+        Returns:
+            1.
+        """
+        return 1.0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """None: what is trained are the model's own weights."""
+        return []
+
+    def modules(self) -> dict[str, nn.Module]:
+        """None: there is no state."""
+        return {}
+
+    def set_active(self, active: bool) -> None:
+        """Nothing: the model is evaluated as it is trained.
+
+        Args:
+            active: whether the next forward passes train.
+        """
+
+    def begin(self, max_steps: int, optimizer: Any) -> None:
+        """When training begins or goes on, with a checkpoint's state in place.
+
+        Args:
+            max_steps: optimizer steps of the run.
+            optimizer: that trains the model.
+        """
+
+    def advance(self, step: int) -> None:
+        """Before the forward passes of an optimizer step.
+
+        Args:
+            step: optimizer steps done.
+        """
+
+    def before_optimizer_step(self) -> None:
+        """When gradients are there and clipped."""
+
+    def after_optimizer_step(self) -> None:
+        """When weights have moved."""
+
+    def end(self, max_steps: int) -> None:
+        """When training ends, whether or not it went to its end.
+
+        Args:
+            max_steps: optimizer steps of the run.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the log, beside the loss."""
+        return {}
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells a :class:`SteppedMethod` of optimizer steps.
+
+    Args:
+        method: to be told.
+    """
+
+    def __init__(self, method: SteppedMethod) -> None:
+        self.method = method
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.begin(state.max_steps, kwargs["optimizer"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.advance(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.before_optimizer_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.after_optimizer_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.end(state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs and state.log_history:
+            values = self.method.metrics()
+            logs.update(values)
+            # what was appended is a copy
+            state.log_history[-1].update(values)
 
 
 def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> list[Mapping[str, Tensor]]:

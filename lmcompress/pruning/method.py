@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of
 from lmcompress.config import Structure
 from lmcompress.errors import EquivalenceError, LmcompressError
-from lmcompress.method import Step, Term, calibration_rows, inner_optimizer, undisturbed
+from lmcompress.method import Step, StepCallback, SteppedMethod, Term, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import CompressedModel, outputs_of, random_batches
 from lmcompress.pruning.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.costs import CostModel, ModelSizes, ParameterCost
@@ -142,7 +142,7 @@ def prune(
     return _report(inner, config, goal, before, mask, counts, error, repaired, time.perf_counter() - started)
 
 
-class StructuredPruning:
+class StructuredPruning(SteppedMethod):
     """Prunes heads, neurons, sub-layers, layers or hidden dimensions of the model that is trained.
 
     Until :meth:`finish`, units that are gone are masked: their gates are 0, and (but for layers and hidden dimensions,
@@ -198,7 +198,7 @@ class StructuredPruning:
         # before training, not at its first pruning
         if trainer.train_dataset is not None and _needs_batches(self.config):
             _refuse_unlabelled(student, self.config, self._calibration())
-        trainer.add_callback(_Callback(self))
+        trainer.add_callback(StepCallback(self))
 
     def attach(self, student: PreTrainedModel, device: torch.device) -> None:
         """What :meth:`prepare` does to the model, without a trainer.
@@ -746,35 +746,6 @@ class _State(nn.Module):
         start = initial_log_alpha(schedule.drop) if isinstance(schedule, HardConcrete) else 0.0
         self.learned = nn.Parameter(torch.full((size,), start))
         self.multipliers = nn.Parameter(torch.zeros(2))
-
-
-class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Tells a :class:`StructuredPruning` of optimizer steps."""
-
-    def __init__(self, method: StructuredPruning) -> None:
-        self.method = method
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.begin(state.max_steps, kwargs["optimizer"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.advance(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.before_optimizer_step()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.after_optimizer_step()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.end(state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs and state.log_history:
-            values = self.method.metrics()
-            logs.update(values)
-            # what was appended is a copy
-            state.log_history[-1].update(values)
 
 
 def plan(config: PruningConfig, max_steps: int) -> list[Event]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of, weight_view
 from lmcompress.anatomy.narrow import accompany, companion_of
@@ -22,7 +22,7 @@ from lmcompress.lowbit.grids import Bits, Granularity, Grid, PerGroup, PerRow
 from lmcompress.lowbit.modules import InputRange
 from lmcompress.lowbit.packing import dequantize
 from lmcompress.lowbit.quantizers import Quantized, quantizer_for
-from lmcompress.method import Step, Term, calibration_rows, inner_optimizer, undisturbed
+from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import outputs_of, random_batches
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme, width
 from lmcompress.quantization.fake import FakeQuantized
@@ -33,7 +33,7 @@ from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
 Batch = Mapping[str, Tensor]
 
 
-class Quantization:
+class Quantization(SteppedMethod):
     """Quantizes the weights, and what enters their products, of the model that is trained.
 
     Until :meth:`finish` the model computes with quantized numbers, and the weights that the optimizer has are what they
@@ -54,7 +54,6 @@ class Quantization:
     """
 
     name = "quantization"
-    max_norm: float | None = None
 
     def __init__(self, config: QuantizationConfig | None = None, *, calibration: Sequence[Batch] | None = None) -> None:
         self.config = QuantizationConfig() if config is None else config
@@ -93,7 +92,7 @@ class Quantization:
         self.attach(trainer.student, cut_later=self._is_cut(trainer.methods))
         if self.config.start_activations_at == 0:
             self._start_activations()
-        trainer.add_callback(_Callback(self))
+        trainer.add_callback(StepCallback(self))
 
     def attach(self, student: PreTrainedModel, *, cut_later: bool = False) -> None:
         """What :meth:`prepare` does to the model, without a trainer; nothing is calibrated.
@@ -121,35 +120,6 @@ class Quantization:
 
     # what the trainer calls in every step
 
-    def before_forward(self, step: Step) -> None:
-        """Nothing: what a forward pass keeps is forgotten by hooks of the model itself.
-
-        Args:
-            step: the step.
-        """
-
-    def loss_terms(self, step: Step) -> dict[str, Term]:
-        """Quantization adds nothing to the loss.
-
-        Args:
-            step: with the student's outputs.
-
-        Returns:
-            No terms.
-        """
-        return {}
-
-    def label_weight(self, progress: float) -> float:
-        """Quantization leaves the loss on the labels as it is.
-
-        Args:
-            progress: share of the training done.
-
-        Returns:
-            1.
-        """
-        return 1.0
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Scales of weights, and ranges of activations, that are learned; without weight decay."""
         scales = [fake.state for fake in self.faked.weights.values() if isinstance(fake.state, nn.Parameter)]
@@ -165,13 +135,6 @@ class Quantization:
     def modules(self) -> dict[str, nn.Module]:
         """Scales, ranges, curvatures and where the schedules are, for checkpoints."""
         return {"scales": self.faked.state, "state": self._state}
-
-    def set_active(self, active: bool) -> None:
-        """Nothing: the model is evaluated as it is trained, quantized.
-
-        Args:
-            active: whether the next forward passes train.
-        """
 
     def settle(self) -> None:
         """Bring schedules to their end; where the model is to be cut, fix codes and scales as they are now.
@@ -609,26 +572,6 @@ class _State(nn.Module):
         starts = self.starts()
         for name, scale in scales.items():
             starts[name].copy_(scale)
-
-
-class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Tells a :class:`Quantization` of optimizer steps."""
-
-    def __init__(self, method: Quantization) -> None:
-        self.method = method
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.begin(state.max_steps, kwargs["optimizer"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.advance(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs and state.log_history:
-            values = self.method.metrics()
-            logs.update(values)
-            # what was appended is a copy
-            state.log_history[-1].update(values)
 
 
 def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: bool = False) -> None:

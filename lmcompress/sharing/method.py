@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from lmcompress.errors import LmcompressError
-from lmcompress.method import Step, Term, calibration_rows
+from lmcompress.method import StepCallback, SteppedMethod, calibration_rows
 from lmcompress.sharing.config import SharingConfig
 from lmcompress.sharing.kmeans import Clusters, kmeans, look_up, sum_by_cluster
 from lmcompress.sharing.planning import Planned, plan
@@ -72,7 +71,7 @@ class SharedWeight(nn.Module):
         weight.grad = None
 
 
-class WeightSharing:
+class WeightSharing(SteppedMethod):
     """Lets the weights of each matrix share few values, and trains these values.
 
     When training begins every matrix is clustered. From then on weights only change with the value that they share: the
@@ -132,7 +131,7 @@ class WeightSharing:
         if self.config.sensitivity and batches is None:
             batches = calibration_rows(trainer, self.config.calibration_rows, 1, self.config.seed)
         self.attach(student, batches)
-        trainer.add_callback(_Callback(self))
+        trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> None:
         """What :meth:`prepare` does to the model, without a trainer.
@@ -157,35 +156,6 @@ class WeightSharing:
 
     # what the trainer calls in every step
 
-    def before_forward(self, step: Step) -> None:
-        """Nothing: the weights have their values.
-
-        Args:
-            step: the step.
-        """
-
-    def loss_terms(self, step: Step) -> dict[str, Term]:
-        """Sharing adds nothing to the loss.
-
-        Args:
-            step: with the student's outputs.
-
-        Returns:
-            No terms.
-        """
-        return {}
-
-    def label_weight(self, progress: float) -> float:
-        """Sharing leaves the loss on the labels as it is.
-
-        Args:
-            progress: share of the training done.
-
-        Returns:
-            1.
-        """
-        return 1.0
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The codebooks; without weight decay."""
         codebooks = [shared.codebook for shared in self._shared.values() if len(shared.codebook)]
@@ -198,13 +168,6 @@ class WeightSharing:
         """Codebooks and indices, for checkpoints."""
         # names of submodules have no dots
         return {"shared": nn.ModuleDict({path.replace(".", "/"): shared for path, shared in self._shared.items()})}
-
-    def set_active(self, active: bool) -> None:
-        """Nothing: the model is evaluated as it is trained.
-
-        Args:
-            active: whether the next forward passes train.
-        """
 
     def finish(self) -> None:
         """Say what was done; the weights are what they shall be.
@@ -224,13 +187,16 @@ class WeightSharing:
 
     # what the callback calls
 
-    def gather(self) -> None:
-        """Before an optimizer step: gradients of weights become those of the values they share."""
+    def before_optimizer_step(self) -> None:
+        """Gradients of weights become those of the values they share.
+
+        After clipping, which looks at the model's own parameters, and before the hook that cares for ours.
+        """
         for planned in self._planned:
             self._shared[planned.at.path].gather(planned.at.weight)
 
-    def write(self) -> None:
-        """After an optimizer step: weights become the values they share."""
+    def after_optimizer_step(self) -> None:
+        """Weights become the values they share."""
         for planned in self._planned:
             self._shared[planned.at.path].write(planned.at.weight)
 
@@ -258,20 +224,6 @@ def share_weights(
     method = WeightSharing(config)
     method.attach(model, batches)
     return method._reported(trained=False)
-
-
-class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Tells a :class:`WeightSharing` of optimizer steps."""
-
-    def __init__(self, method: WeightSharing) -> None:
-        self.method = method
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # after clipping, which looks at the model's own parameters, and before the hook that cares for ours
-        self.method.gather()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.write()
 
 
 def _clusters(

@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from lmcompress.anatomy.weights import Weighted, weighted_modules
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.method import Step, Term, inner_optimizer
+from lmcompress.method import StepCallback, SteppedMethod, inner_optimizer
 from lmcompress.proximal import group_norms, proximal_factor
 from lmcompress.schedules import Phase, linear, phase_share
 from lmcompress.sparsity.planning import Planned
@@ -182,7 +181,7 @@ class Groups:
         return [matrix.t().reshape(self.count, -1)]
 
 
-class GroupSparsity:
+class GroupSparsity(SteppedMethod):
     """Drives groups of weights to exactly zero by a group lasso while the model is trained.
 
     After each optimizer step every group is shrunk, :math:`w_g \\leftarrow \\max(0, 1 - t / \\|w_g\\|) w_g` with
@@ -207,7 +206,6 @@ class GroupSparsity:
     """
 
     name = "group_sparsity"
-    max_norm: float | None = None
 
     def __init__(self, config: GroupLassoConfig) -> None:
         self.config = config
@@ -233,7 +231,7 @@ class GroupSparsity:
             )
         self._trainer = trainer
         self.attach(trainer.student)
-        trainer.add_callback(_Callback(self))
+        trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module) -> None:
         """What :meth:`prepare` does to the model, without a trainer.
@@ -255,49 +253,9 @@ class GroupSparsity:
 
     # what the trainer calls in every step
 
-    def before_forward(self, step: Step) -> None:
-        """Nothing.
-
-        Args:
-            step: the step.
-        """
-
-    def loss_terms(self, step: Step) -> dict[str, Term]:
-        """None: the penalty acts by its proximal step.
-
-        Args:
-            step: with the student's outputs.
-
-        Returns:
-            No terms.
-        """
-        return {}
-
-    def label_weight(self, progress: float) -> float:
-        """The loss on the labels stays as it is.
-
-        Args:
-            progress: share of the training done.
-
-        Returns:
-            1.
-        """
-        return 1.0
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """None."""
-        return []
-
     def modules(self) -> dict[str, nn.Module]:
         """Strengths, final groups and whether they are final, for checkpoints."""
         return {"state": self._state}
-
-    def set_active(self, active: bool) -> None:
-        """Nothing.
-
-        Args:
-            active: whether the next forward passes train.
-        """
 
     def settle(self) -> None:
         """Make zero groups final; the weights are ordinary ones from then on.
@@ -493,26 +451,3 @@ class _State(nn.Module):
     def gates(self) -> list[Tensor]:
         """For each matrix ``(count,)`` bool, False where a group is finally gone."""
         return [self.get_buffer(f"gate_{number}") for number in range(self._count)]
-
-
-class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Tells a :class:`GroupSparsity` of optimizer steps."""
-
-    def __init__(self, method: GroupSparsity) -> None:
-        self.method = method
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.begin(state.max_steps, kwargs["optimizer"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.advance(state.global_step)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.after_optimizer_step()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs and state.log_history:
-            values = self.method.metrics()
-            logs.update(values)
-            # what was appended is a copy
-            state.log_history[-1].update(values)

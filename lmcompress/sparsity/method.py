@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
 
 from lmcompress.errors import LmcompressError
-from lmcompress.method import Step, Term, calibration_rows, inner_optimizer, undisturbed
+from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import CompressedModel
 from lmcompress.schedules import RAMPS, Event, Iterative, events, phase_share
 from lmcompress.sparsity.compensation import choosing, compensate, given, in_order
@@ -27,7 +26,7 @@ from lmcompress.sparsity.scoring import score
 Batch = Mapping[str, Tensor]
 
 
-class Sparsity:
+class Sparsity(SteppedMethod):
     """Makes single weights of the model zero while it is trained.
 
     The model remains an ordinary one: what is gone is 0 in the parameter itself, whoever looks at it. A weight that is
@@ -51,7 +50,6 @@ class Sparsity:
     """
 
     name = "sparsity"
-    max_norm: float | None = None
 
     def __init__(self, config: SparsityConfig, *, calibration: Sequence[Batch] | None = None) -> None:
         self.config = config
@@ -83,7 +81,7 @@ class Sparsity:
         if self.config.needs_data and trainer.train_dataset is not None:
             # before training, not at its first pruning
             self._calibration()
-        trainer.add_callback(_Callback(self))
+        trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module) -> None:
         """What :meth:`prepare` does to the model, without a trainer.
@@ -110,49 +108,9 @@ class Sparsity:
 
     # what the trainer calls in every step
 
-    def before_forward(self, step: Step) -> None:
-        """Nothing: weights that are gone are zero.
-
-        Args:
-            step: the step.
-        """
-
-    def loss_terms(self, step: Step) -> dict[str, Term]:
-        """Sparsity adds nothing to the loss.
-
-        Args:
-            step: with the student's outputs.
-
-        Returns:
-            No terms.
-        """
-        return {}
-
-    def label_weight(self, progress: float) -> float:
-        """Sparsity leaves the loss on the labels as it is.
-
-        Args:
-            progress: share of the training done.
-
-        Returns:
-            1.
-        """
-        return 1.0
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """None: what is trained are the model's own weights."""
-        return []
-
     def modules(self) -> dict[str, nn.Module]:
         """Masks, hidden weights, scores and where the schedule is, for checkpoints."""
         return {"state": self._state}
-
-    def set_active(self, active: bool) -> None:
-        """Nothing: the model is evaluated as it is trained.
-
-        Args:
-            active: whether the next forward passes train.
-        """
 
     def settle(self) -> None:
         """Make the mask final and the zeros permanent; the weights are ordinary ones from then on.
@@ -560,35 +518,6 @@ class _State(nn.Module):
 
     def _all(self, name: str) -> list[Tensor]:
         return [self.get_buffer(f"{name}_{number}") for number in range(self._count)]
-
-
-class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Tells a :class:`Sparsity` of optimizer steps."""
-
-    def __init__(self, method: Sparsity) -> None:
-        self.method = method
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.begin(state.max_steps, kwargs["optimizer"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.advance(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.before_optimizer_step()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.after_optimizer_step()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.end(state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs and state.log_history:
-            values = self.method.metrics()
-            logs.update(values)
-            # what was appended is a copy
-            state.log_history[-1].update(values)
 
 
 def _events(config: SparsityConfig, max_steps: int) -> list[Event]:

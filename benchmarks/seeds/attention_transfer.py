@@ -39,6 +39,7 @@ from lmcompress.model import CompressedModel
 from lmcompress.trainers import CompressionTrainer
 
 TASKS = ("mrpc", "rte")
+EPOCHS = 3
 MAPS = tuple(Match(loss="attention_transfer", student=mine, teacher=theirs, weight=1000.0) for mine, theirs in MATCHED)
 ROLES: dict[str, DistillationConfig | None] = {
     "labels": None,
@@ -61,12 +62,12 @@ class Bench:
     def student(self, folder: Path, role: str, seed: int) -> dict[str, Any]:
         """One student: train, save through the gate, measure."""
         set_seed(seed)
-        epochs, _, learning_rate = BUDGET[self.task]
+        _, _, learning_rate = BUDGET[self.task]
         model = by_layers(AutoModelForSequenceClassification.from_pretrained(self.folder), LAYERS, choose="first").model
         model.get_input_embeddings().requires_grad_(False)
         config = ROLES[role]
         methods = [] if config is None else [Distillation(config, StoredTeacher(self.store))]
-        args = arguments(folder, learning_rate, epochs, seed, quick=self.options.quick)
+        args = arguments(folder, learning_rate, EPOCHS, seed, quick=self.options.quick)
         trainer = CompressionTrainer(
             model, args, methods, train_dataset=self.rows.train, data_collator=self.collate
         )  # fmt: skip
@@ -80,7 +81,7 @@ class Bench:
         kind = self.data.task
         found = evaluate_classifier(model, self.rows.validation, self.collate, kind.kind, kind.metrics, progress=False)
         return {
-            "epochs": epochs,
+            "epochs": EPOCHS,
             "seconds": round(seconds),
             "score": 100 * glue_score(found),
             "reload_error": saved.max_error,
@@ -143,7 +144,8 @@ def report(options: argparse.Namespace, work: Path) -> None:
     for item in wanted:
         print(item)
     setting = {
-        "budget": {task: BUDGET[task] for task in TASKS},
+        "epochs": EPOCHS,
+        "learning_rates": {task: BUDGET[task][2] for task in TASKS},
         "roles": {name: config and config.model_dump(mode="json") for name, config in ROLES.items()},
     }
     print(write("attention_transfer", rows, wanted, quick=options.quick, setting=setting))

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,6 @@ import mnist
 import stages
 from common import asked, once, write
 from torch import nn
-from transformers import set_seed
 
 from lmcompress import coding
 from lmcompress.sharing import SharingConfig, WeightSharing
@@ -46,10 +44,10 @@ KEPT = {
     "lenet-300-100": {"layers.1": 0.06, "layers.3": 0.12, "layers.5": 0.45},
     "lenet-5": {"layers.0": 0.6, "layers.2": 0.2, "layers.5": 0.05, "layers.7": 0.2},
 }
-EPOCHS = {"dense": 20, "pruned": 40, "shared": 5}
-# of the stages after the first: shares of the pixels and of the hidden units
+EPOCHS = {"lenet-300-100": {"pruned": 40, "shared": 5}, "lenet-5": {"pruned": 20, "shared": 3}}
+# shares of the pixels and of the hidden units
 DROPOUT = (0.1, 0.2)
-LEARNING_RATES = {"dense": 1e-3, "pruned": 1e-3, "shared": 1e-4}
+LEARNING_RATES = {"pruned": 1e-3, "shared": 1e-4}
 SHARING = SharingConfig()
 CODERS: tuple[coding.Coder, ...] = ("huffman", "auto")
 
@@ -58,7 +56,7 @@ class Bench:
     """One network with one seed, and the folder of its stages."""
 
     def __init__(self, options: argparse.Namespace, data: mnist.Data, name: str, seed: int, work: Path) -> None:
-        self.quick, self.data, self.name, self.seed = options.quick, data, name, seed
+        self.options, self.data, self.name, self.seed = options, data, name, seed
         self.folder = work / name / str(seed)
 
     def run(self) -> None:
@@ -69,11 +67,13 @@ class Bench:
             once(self.folder / name, about, partial(stage, self.folder / name))
 
     def dense(self, folder: Path) -> dict[str, Any]:
-        set_seed(self.seed)
-        return self.trained(mnist.NETWORKS[self.name](), folder, "dense")
+        start = stages.dense(self.options, self.data, self.name, mnist.NETWORKS[self.name], self.seed)
+        stages.keep(stages.loaded(mnist.NETWORKS[self.name], start), folder)
+        row = json.loads((start / "row.json").read_text())
+        return {key: row[key] for key in ("errors", "steps", "seconds")} | {"bytes": size(folder)}
 
     def trained_on(self, folder: Path) -> dict[str, Any]:
-        epochs = EPOCHS["pruned"] + EPOCHS["shared"]
+        epochs = sum(EPOCHS[self.name].values())
         return self.trained(self.network("dense"), folder, "pruned", epochs=epochs)
 
     def pruned(self, folder: Path) -> dict[str, Any]:
@@ -111,18 +111,15 @@ class Bench:
 
     def trained(self, network: nn.Module, folder: Path, stage: str, **given: Any) -> dict[str, Any]:
         """Train, keep the weights, and count errors and bytes."""
-        started = time.time()
-        given = {"epochs": EPOCHS[stage]} | given | ({"max_steps": 10} if self.quick else {})
-        with mnist.dropout(network, *((0.0, 0.0) if stage == "dense" else DROPOUT)):
-            trainer = mnist.train(
-                network, self.data.train, folder / "trainer", learning_rate=LEARNING_RATES[stage], seed=self.seed,
-                **given,
-            )  # fmt: skip
-        stages.keep(network, folder)
-        return {
-            "errors": mnist.errors(network, self.data.test), "bytes": (folder / stages.FILE).stat().st_size,
-            "steps": trainer.state.global_step, "seconds": round(time.time() - started),
-        }  # fmt: skip
+        given = {"epochs": EPOCHS[self.name][stage], "learning_rate": LEARNING_RATES[stage]} | given
+        with mnist.dropout(network, *DROPOUT):
+            taken = stages.trained(self.options, self.data, network, folder, seed=self.seed, **given)
+        return taken | {"bytes": size(folder)}
+
+
+def size(folder: Path) -> int:
+    """Bytes of the network that a stage has left."""
+    return (folder / stages.FILE).stat().st_size
 
 
 def sparsity(name: str) -> SparsityConfig:
@@ -192,7 +189,8 @@ def report(options: argparse.Namespace, work: Path) -> None:
     if not wanted:
         raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
     setting = {
-        "epochs": EPOCHS, "learning_rates": LEARNING_RATES, "kept": KEPT, "batch_size": 100, "dropout": DROPOUT,
+        "epochs": {"dense": stages.EPOCHS} | EPOCHS, "learning_rates": LEARNING_RATES, "kept": KEPT,
+        "batch_size": 100, "dropout": DROPOUT,
         "sharing": SHARING.model_dump(mode="json"),
         "sparsity": {name: sparsity(name).model_dump(mode="json", exclude_none=True) for name in options.networks},
     }  # fmt: skip

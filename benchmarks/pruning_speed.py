@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from common import asked, write
+from steps import StepByStep, overhead
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from trainer_overhead import arguments, make_batch, make_teacher
@@ -247,85 +246,15 @@ def latency_targets(name: str, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-class StepByStep:
-    """Optimizer steps of a trainer, one at a time, with its callbacks, so that several trainers can take turns.
-
-    Args:
-        config: of the pruning; None is plain ``Trainer``.
-        folder: for what the trainer may write.
-    """
-
-    def __init__(self, config: PruningConfig | None, folder: str) -> None:
-        model, args = make_teacher("bert"), arguments(folder)
-        self.trainer: Any = Trainer(model, args) if config is None else PruningTrainer(model, args, config)
-        self.batch = make_batch("bert", args.device)
-        self.trainer.create_optimizer_and_scheduler(args.max_steps)
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.trainer.state.max_steps = args.max_steps
-        self.handler = self.trainer.callback_handler
-        self.handler.optimizer = self.trainer.optimizer
-        self._tell("on_train_begin")
-
-    def between(self) -> None:
-        """What schedules do before a step."""
-        self._tell("on_step_begin")
-
-    def step(self) -> None:
-        """Forward, backward, optimizer, and what pruning adds to each."""
-        trainer = self.trainer
-        _, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
-        trainer.training_step(trainer.model, dict(self.batch), items)
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        self._tell("on_pre_optimizer_step")
-        trainer.optimizer.step()
-        self._tell("on_optimizer_step")
-        trainer.model.zero_grad()
-        trainer.state.global_step += 1
-        if trainer.args.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _tell(self, event: str) -> None:
-        getattr(self.handler, event)(self.trainer.args, self.trainer.state, self.trainer.control)
-
-
-def step_overhead(repeats: int, warmup: int = 2) -> list[dict[str, Any]]:
+def step_overhead(repeats: int) -> list[dict[str, Any]]:
     """Steps with pruning over steps without, in turn."""
-    times: dict[str, list[float]] = {}
-    between: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        trainers: Mapping[str, StepByStep] = {
-            "baseline": StepByStep(None, folder),
-            **{name: StepByStep(config, folder) for name, config in METHODS.items()},
-        }
-        for number in range(repeats + warmup):
-            for name, trainer in trainers.items():
-                before, taken = _seconds(trainer.between), _seconds(trainer.step)
-                if number >= warmup:
-                    times.setdefault(name, []).append(taken)
-                    between.setdefault(name, []).append(before)
-        batch = tuple(trainers["baseline"].batch["input_ids"].shape)
-    baseline = statistics.median(times["baseline"])
-    rows = []
-    for name in METHODS:
-        # of pairs side by side, so that a slow minute of the machine hits both
-        pairs = [ours / base for ours, base in zip(times[name], times["baseline"], strict=True)]
-        lower, median, upper = statistics.quantiles(pairs, n=4)
-        added = statistics.mean(between[name]) / baseline
-        rows.append(
-            {
-                "question": "step", "model": "MiniLM", "method": name, "batch": batch[0], "length": batch[1],
-                "baseline_ms": 1000 * baseline, "ms": 1000 * statistics.median(times[name]),
-                "between_ms": 1000 * statistics.mean(between[name]), "ratio": median + added,
-                "ratio_of_steps": median, "ratio_quartiles": [lower + added, upper + added], "repeats": repeats,
-            }
-        )  # fmt: skip
-    return rows
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+        args = arguments(folder)
+        batch = make_batch("bert", args.device)
+        trainers = {"baseline": StepByStep(Trainer(make_teacher("bert"), args), batch)}
+        for name, config in METHODS.items():
+            trainers[name] = StepByStep(PruningTrainer(make_teacher("bert"), args, config), batch)
+        return [{"question": "step", "model": "MiniLM", **row} for row in overhead(trainers, repeats)]
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

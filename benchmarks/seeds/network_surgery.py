@@ -33,7 +33,7 @@ KEPT = {
     "lenet-300-100": {"layers.1": 0.0130, "layers.3": 0.03, "layers.5": 0.20},
     "lenet-5": {"layers.0": 0.40, "layers.2": 0.045, "layers.5": 0.0045, "layers.7": 0.05},
 }
-EPOCHS = 60
+EPOCHS = 30
 SCHEDULES: dict[str, Any] = {
     "surgery": Surgery(begin=0.0, end=0.7),
     "without splicing": Gradual(begin=0.0, end=0.7, every=20),

@@ -49,7 +49,7 @@ RULES = {
 }
 # errors in per cent of the paper: dense, and at these widths
 PUBLISHED = {"mlp-500-300": (1.43, 1.53), "lenet-20-50": (0.9, 0.8)}
-EPOCHS = 40
+EPOCHS = 20
 ROLES = ("dense", "narrow from scratch", "group lasso")
 
 

@@ -44,7 +44,7 @@ KEPT = {
     "lenet-300-100": {"layers.1": 0.065, "layers.3": 0.12, "layers.5": 0.45},
     "lenet-5": {"layers.0": 0.6, "layers.2": 0.2, "layers.5": 0.05, "layers.7": 0.2},
 }
-EPOCHS = {"lenet-300-100": {"pruned": 40, "shared": 5}, "lenet-5": {"pruned": 20, "shared": 3}}
+EPOCHS = {"lenet-300-100": {"pruned": 40, "shared": 5}, "lenet-5": {"pruned": 10, "shared": 2}}
 # shares of the pixels and of the hidden units
 DROPOUT = (0.1, 0.2)
 LEARNING_RATES = {"pruned": 1e-3, "shared": 1e-4}

@@ -34,8 +34,8 @@ from lmcompress.sparsity import HardThresholding, OneShot, Sparsity, SparsityCon
 from lmcompress.trainers import CompressionTrainer
 
 SPARSITY = 0.75
-# of the LeNets and of the BERT
-EPOCHS, TASK_EPOCHS, TASK = 20, 4, "mrpc"
+TASK = "mrpc"
+EPOCHS = {"lenet-300-100": 20, "lenet-5": 10, f"bert-{TASK}": 4}
 SCHEDULES: dict[str, Any] = {
     "iht": HardThresholding(begin=0.2, end=0.7, cycles=3, dense_share=0.5),
     "cut once": OneShot(begin=0.5),
@@ -58,7 +58,7 @@ def on_images(
     set_seed(seed)
     network = mnist.NETWORKS[name]()
     methods = [Sparsity(config(name, role))] if role in SCHEDULES else []
-    taken = stages.trained(options, data, network, folder, epochs=EPOCHS, seed=seed, methods=methods)
+    taken = stages.trained(options, data, network, folder, epochs=EPOCHS[name], seed=seed, methods=methods)
     return taken | {"sparsity": methods[0].report.sparsity if methods and methods[0].report else 0.0}
 
 
@@ -73,7 +73,7 @@ def on_text(options: argparse.Namespace, name: str, seed: int, role: str, folder
     model.get_input_embeddings().requires_grad_(False)
     methods = [Sparsity(config(name, role))] if role in SCHEDULES else []
     *_, learning_rate = TASKS[TASK]
-    args = arguments(folder, learning_rate, TASK_EPOCHS, seed, quick=options.quick)
+    args = arguments(folder, learning_rate, EPOCHS[name], seed, quick=options.quick)
     trainer = CompressionTrainer(model, args, methods, train_dataset=rows.train, data_collator=collate)
     started = time.time()
     trainer.train()
@@ -81,7 +81,7 @@ def on_text(options: argparse.Namespace, name: str, seed: int, role: str, folder
     kind = data.task
     found = evaluate_classifier(model, rows.validation, collate, kind.kind, kind.metrics, progress=False)
     return {
-        "score": 100 * glue_score(found), "steps": trainer.state.global_step, "epochs": TASK_EPOCHS,
+        "score": 100 * glue_score(found), "steps": trainer.state.global_step, "epochs": EPOCHS[name],
         "sparsity": methods[0].report.sparsity if methods and methods[0].report else 0.0,
         "seconds": round(time.time() - started),
     }  # fmt: skip

@@ -181,7 +181,8 @@ def test_a_version_that_is_no_number_is_refused(version):
 def test_an_unknown_key_is_named_with_the_known_ones():
     with pytest.raises(
         CheckpointError,
-        match="unknown keys: bits, strcture. Known are: encoding, format_version, layers, provenance, storage, struct",
+        match=r"unknown keys: bits, strcture\. Known are: encoding, format_version, layers, provenance, storage, "
+        r"structure\.",
     ):
         CompressionConfig.from_dict(valid() | {"strcture": {}, "bits": 4})
 

@@ -656,7 +656,7 @@ def quantize_command(
         model,
         TaskSpec(name=task, data=data, max_length=max_length, limit=limit),
         _validated(StageQuantization, values),
-        storage=_validated(Stage, {"name": "quantized", "storage": storage}).storage,
+        storage=storage,
         evaluation=_validated(EvaluationSpec, {"splits": (split,), "latency_batches": tuple(batch or (1, 32))}),
         seed=seed,
     )
@@ -892,7 +892,7 @@ def _compress_once(recipe: Recipe, output: Path, *, report: Path | None, dry_run
 
 def _print_how_to_load(console: Console, report: dict[str, Any]) -> None:
     last = next(
-        (row for row in reversed(report["rows"]) if row["role"] in ("student", "pruned", "quantized")),
+        (row for row in reversed(report["rows"]) if row["role"] not in ("teacher", "control", "model")),
         report["rows"][-1],
     )
     head = auto_class_name(report["kind"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def projections(
 
     Args:
         model: of a known family.
-        parts: what the family calls them; default: all that it has.
+        parts: what the family calls them, or patterns: ``*`` and ``?`` stand for any; default: all that it has.
         blocks: numbers of blocks, counted from 0; default: all.
 
     Returns:
@@ -89,10 +90,11 @@ def projections(
     """
     anatomy = anatomy_of(model)
     has = [part for part in PARTS if getattr(anatomy.family, part)]
-    wanted = has if parts is None else list(parts)
-    for part in wanted:
-        if part not in has:
-            raise LmcompressError(f"{anatomy.family.model_type} has no part {part!r}{nearest(str(part), has)}")
+    patterns = ["*"] if parts is None else list(parts)
+    for pattern in patterns:
+        if not any(fnmatchcase(part, pattern) for part in has):
+            raise LmcompressError(f"{anatomy.family.model_type} has no part {pattern!r}{nearest(pattern, has)}")
+    wanted = [part for part in has if any(fnmatchcase(part, pattern) for pattern in patterns)]
     found: list[Projection] = []
     left: dict[str, str] = {}
     for index in block_numbers(model, blocks):

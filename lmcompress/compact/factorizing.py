@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of, weight_view
-from lmcompress.compact._choosing import Batch, Projection, check_ready, projections, second_moments
+from lmcompress.anatomy import anatomy_of, in_features, out_features, weight_view
+from lmcompress.compact._choosing import Batch, check_ready, projections, second_moments
 from lmcompress.compact.report import Before, CompactReport
 from lmcompress.errors import LmcompressError
 from lmcompress.replacement import check_replaceable, factorized_place, low_rank_place, put, record_layers
@@ -91,13 +91,16 @@ def factorize(
     would not be smaller stay as they are, and the report says which.
 
     Args:
-        model: changed in place once everything has been checked; its config says it afterwards.
+        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
+            are: without values all get the same share for ``parameters``, and the highest rank that saves for
+            ``energy``; ``activations`` are not looked at.
         rank: the same for all.
         energy: for each matrix the lowest rank that keeps this share of the squared singular values, in (0, 1).
         parameters: share of these matrices' numbers that is kept altogether, in (0, 1); ranks go where they keep the
             greatest share of energy for each number.
         activations: batches of model inputs; with them the *output* on this data is fitted instead of the matrix.
-        parts: what the family calls the matrices, such as ``["ffn_in", "ffn_out"]``; default: all of the blocks.
+        parts: what the family calls the matrices, such as ``["ffn_in", "ffn_out"]`` or ``["ffn_*"]``; default: all
+            of the blocks.
         blocks: numbers of the blocks; default: all.
 
     Returns:
@@ -110,26 +113,31 @@ def factorize(
     Reference:
         Denil et al. 2013, https://arxiv.org/abs/1306.0543; see :class:`Factors` for the fit on data.
     """
-    _check_goal(rank, energy, parameters)
+    check_goal(rank, energy, parameters)
     check_ready(model)
     found, left = projections(model, parts, blocks)
-    if rank is not None:
-        for one in found:
-            most = min(weight_view(one.module).shape)
-            if rank > most:
-                raise LmcompressError(
-                    f"the rank must be at most {most} for {one.path}, a matrix of "
-                    f"{'×'.join(map(str, weight_view(one.module).shape))}, got {rank}; leave it out with parts="
-                )
+    sizes = {one.path: (out_features(one.module), in_features(one.module)) for one in found}
+    for path, size in sizes.items():
+        if rank is not None and rank > min(size):
+            raise LmcompressError(
+                f"the rank must be at most {min(size)} for {path}, a matrix of {size[0]}×{size[1]}, got {rank}; leave "
+                "it out with parts="
+            )
+    if parameters is not None:
+        _check_budget(sizes, parameters)
     before = Before.of(model)
-    moments = second_moments(model, {one.path: one.module for one in found}, activations)
-    factors = {one.path: Factors(weight_view(one.module), moments[one.path]) for one in found}
-    ranks = _ranks(found, factors, rank, energy, parameters)
+    factors: dict[str, Factors] = {}
+    if model.device.type == "meta":
+        ranks = {path: rank or _even_rank(size, parameters) for path, size in sizes.items()}
+    else:
+        moments = second_moments(model, {one.path: one.module for one in found}, activations)
+        factors = {one.path: Factors(weight_view(one.module), moments[one.path]) for one in found}
+        ranks = _ranks(sizes, factors, rank, energy, parameters)
     changed, errors = {}, {}
     chosen = []
     for one in found:
-        rows, columns = weight_view(one.module).shape
-        wanted, most = ranks[one.path], (rows * columns - 1) // (rows + columns)
+        rows, columns = sizes[one.path]
+        wanted, most = ranks[one.path], _most((rows, columns))
         if wanted > most:
             left[one.path] = f"a rank of {wanted} saves nothing of a {rows}×{columns} matrix, {most} would"
         else:
@@ -138,9 +146,10 @@ def factorize(
         first, reason = next(iter(left.items()))
         raise LmcompressError(f"factors must be smaller than their matrices, got none that are: {first}: {reason}")
     for one, wanted in chosen:
-        put(model, one.path, _low_rank(one.module, factors[one.path], wanted))
+        put(model, one.path, _low_rank(one.module, factors.get(one.path), wanted))
         changed[one.path] = f"rank {wanted}"
-        errors[one.path] = 1 - factors[one.path].energy(wanted)
+        if one.path in factors:
+            errors[one.path] = 1 - factors[one.path].energy(wanted)
     record_layers(model)
     return before.report(model, changed, left, errors)
 
@@ -149,7 +158,7 @@ def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
     """Put a narrow table and a matrix in the place of the word embeddings, and of a head that is tied to them.
 
     Args:
-        model: changed in place; its config says it afterwards.
+        model: changed in place; its config says it afterwards. On ``meta`` only shapes are.
         rank: width of the table.
 
     Returns:
@@ -171,30 +180,34 @@ def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
     before = Before.of(model)
     new = factorized_place(old, rank)
     words, width = old.weight.shape
-    most = (words * width - 1) // (words + width)
+    most = _most((words, width))
     if rank > most:
         raise LmcompressError(
             f"the rank of the embeddings must be at most {most} to save anything of a {words}×{width} table, got {rank}"
         )
-    factors = Factors(old.weight)
-    table, expand = factors.at(rank)
-    with torch.no_grad():
-        new.table.weight.copy_(table)
-        new.expand.weight.copy_(expand.t())
+    errors = {}
+    if not old.weight.is_meta:
+        factors = Factors(old.weight)
+        table, expand = factors.at(rank)
+        with torch.no_grad():
+            new.table.weight.copy_(table)
+            new.expand.weight.copy_(expand.t())
+        errors[path] = 1 - factors.energy(rank)
     _keep_trainable(new, old.weight)
     put(model, path, new)
     record_layers(model)
-    return before.report(model, {path: f"rank {rank}"}, errors={path: 1 - factors.energy(rank)})
+    return before.report(model, {path: f"rank {rank}"}, errors=errors)
 
 
-def _low_rank(old: nn.Module, factors: Factors, rank: int) -> nn.Module:
+def _low_rank(old: nn.Module, factors: Factors | None, rank: int) -> nn.Module:
     new = low_rank_place(old, rank)
-    up, down = factors.at(rank)
-    with torch.no_grad():
-        new.expand.weight.copy_(up)
-        new.reduce.weight.copy_(down)
-        if isinstance(old.bias, Tensor):
-            new.expand.bias.copy_(old.bias)
+    if factors is not None:
+        up, down = factors.at(rank)
+        with torch.no_grad():
+            new.expand.weight.copy_(up)
+            new.reduce.weight.copy_(down)
+            if isinstance(old.bias, Tensor):
+                new.expand.bias.copy_(old.bias)
     _keep_trainable(new, weight_view(old))
     return new
 
@@ -203,7 +216,17 @@ def _keep_trainable(new: nn.Module, old: Tensor) -> None:
     new.requires_grad_(old.requires_grad)
 
 
-def _check_goal(rank: int | None, energy: float | None, parameters: float | None) -> None:
+def check_goal(rank: int | None, energy: float | None, parameters: float | None) -> None:
+    """Refuse what does not say how narrow factors are to be.
+
+    Args:
+        rank: as for :func:`factorize`.
+        energy: likewise.
+        parameters: likewise.
+
+    Raises:
+        LmcompressError: not exactly one of the three, or one out of range.
+    """
     given = {name: v for name, v in (("rank", rank), ("energy", energy), ("parameters", parameters)) if v is not None}
     if len(given) != 1:
         raise LmcompressError(
@@ -218,18 +241,38 @@ def _check_goal(rank: int | None, energy: float | None, parameters: float | None
 
 
 def _ranks(
-    found: Sequence[Projection],
+    sizes: Mapping[str, tuple[int, int]],
     factors: Mapping[str, Factors],
     rank: int | None,
     energy: float | None,
     parameters: float | None,
 ) -> dict[str, int]:
     if rank is not None:
-        return {one.path: rank for one in found}
+        return dict.fromkeys(sizes, rank)
     if energy is not None:
         return {path: _rank_for(f, energy) for path, f in factors.items()}
     assert parameters is not None
-    return _spread(found, factors, parameters)
+    return _spread(sizes, factors, parameters)
+
+
+def _check_budget(sizes: Mapping[str, tuple[int, int]], share: float) -> None:
+    least = sum(map(sum, sizes.values())) / sum(rows * columns for rows, columns in sizes.values())
+    if least > share:
+        raise LmcompressError(
+            f"parameters must leave at least rank 1 everywhere, {least:.3g} of these matrices, got {share}"
+        )
+
+
+def _most(size: tuple[int, int]) -> int:
+    """The highest rank of which the factors of a matrix are smaller than it."""
+    rows, columns = size
+    return (rows * columns - 1) // (rows + columns)
+
+
+def _even_rank(size: tuple[int, int], share: float | None) -> int:
+    """The rank at which a matrix keeps a share of its numbers; without one the highest that saves anything."""
+    rows, columns = size
+    return max(1, _most(size) if share is None else int(share * rows * columns / (rows + columns)))
 
 
 def _rank_for(factors: Factors, energy: float) -> int:
@@ -238,24 +281,15 @@ def _rank_for(factors: Factors, energy: float) -> int:
     return min(enough, len(shares))
 
 
-def _spread(found: Sequence[Projection], factors: Mapping[str, Factors], share: float) -> dict[str, int]:
+def _spread(sizes: Mapping[str, tuple[int, int]], factors: Mapping[str, Factors], share: float) -> dict[str, int]:
     """Ranks that keep the greatest sum of shares of energy within a number of parameters; at least 1 each."""
-    sizes = {one.path: tuple(weight_view(one.module).shape) for one in found}
-    budget = share * sum(rows * columns for rows, columns in sizes.values())
     ranks = dict.fromkeys(sizes, 1)
-    used = sum(rows + columns for rows, columns in sizes.values())
-    if used > budget:
-        raise LmcompressError(
-            f"parameters must leave at least rank 1 everywhere, {used / budget * share:.3g} of these matrices, got "
-            f"{share}"
-        )
+    used, budget = sum(map(sum, sizes.values())), share * sum(rows * columns for rows, columns in sizes.values())
     gains = []
     for path, (rows, columns) in sizes.items():
         squares = factors[path].singular.square()
         squares = squares / squares.sum().clamp(min=1e-30)
-        # beyond this a matrix is smaller than its factors
-        most = (rows * columns - 1) // (rows + columns)
-        gains += [(float(square) / (rows + columns), path) for square in squares[1:most]]
+        gains += [(float(square) / (rows + columns), path) for square in squares[1 : _most((rows, columns))]]
     # a later singular value is never greater: taking the best first keeps each matrix's in their order
     for _, path in sorted(gains, key=lambda gain: -gain[0]):
         cost = sum(sizes[path])
@@ -265,4 +299,4 @@ def _spread(found: Sequence[Projection], factors: Mapping[str, Factors], share: 
     return ranks
 
 
-__all__ = ["Factors", "factorize", "factorize_embeddings"]
+__all__ = ["Factors", "check_goal", "factorize", "factorize_embeddings"]

@@ -21,6 +21,7 @@ from lmcompress.replacement import PARTS, grouped_place, put, record_layers
 
 Shuffle = Literal["none", "channel", "fitted"]
 SHUFFLES: tuple[Shuffle, ...] = ("none", "channel", "fitted")
+_SHUFFLED = ("attention_out", "ffn_out")
 
 
 def group(
@@ -48,11 +49,12 @@ def group(
     moment of the input.
 
     Args:
-        model: changed in place once everything has been checked; its config says it afterwards.
+        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
+            are; fitted channels are taken to have an order of their own, and ``activations`` are not looked at.
         groups: a divisor of all widths concerned, at least 2.
         shuffle: see above.
         activations: batches of model inputs to fit on.
-        parts: what the family calls the matrices; default: all of the blocks.
+        parts: what the family calls the matrices, or patterns such as ``ffn_*``; default: all of the blocks.
         blocks: numbers of the blocks; default: all.
 
     Returns:
@@ -83,10 +85,14 @@ def group(
         except LmcompressError as error:
             raise LmcompressError(f"{one.path}: {error}") from error
     before = Before.of(model)
-    moments = second_moments(model, {one.path: one.module for one in found}, activations)
+    on_meta = model.device.type == "meta"
+    moments = second_moments(model, {one.path: one.module for one in found}, None if on_meta else activations)
     changed, errors = {}, {}
     for one in found:
-        new, errors[one.path] = _grouped(one, groups, shuffle, moments[one.path])
+        if on_meta:
+            new = _grouped_shape(one, groups, shuffle)
+        else:
+            new, errors[one.path] = _grouped(one, groups, shuffle, moments[one.path])
         put(model, one.path, new)
         changed[one.path] = f"{groups} groups, shuffle {shuffle}"
     record_layers(model)
@@ -102,13 +108,34 @@ def fold_shuffles(model: PreTrainedModel) -> CompactReport:
     reads it, and so do those between two grouped matrices that need one of them.
 
     Args:
-        model: changed in place; its config says it afterwards.
+        model: changed in place; its config says it afterwards. On ``meta`` orders are taken to be no special ones.
 
     Returns:
         What was folded.
 
     Raises:
         LmcompressError: there is no order to fold, or the model is packed or shares its blocks.
+    """
+    report = fold_where_possible(model)
+    if not report.changed:
+        raise LmcompressError(
+            "there must be an order of channels that can be folded, got none"
+            + next((f": {path}: {why}" for path, why in report.left.items()), "; no matrix is shuffled")
+        )
+    return report
+
+
+def fold_where_possible(model: PreTrainedModel) -> CompactReport:
+    """What :func:`fold_shuffles` does, for a model that perhaps has no order to fold.
+
+    Args:
+        model: as there.
+
+    Returns:
+        What was folded, if anything.
+
+    Raises:
+        LmcompressError: the model is packed or shares its blocks.
     """
     blocks = list(anatomy_of(model).block_list)
     if len(set(shared_sources(blocks))) < len(blocks):
@@ -134,11 +161,6 @@ def fold_shuffles(model: PreTrainedModel) -> CompactReport:
                 path = f"{family.blocks}.{index}.{getattr(family, part)}.{side}"
                 if isinstance(module, GroupedLinear) and getattr(module, side) is not None and path not in left:
                     left[path] = "no matrix beside it can take it"
-    if not changed:
-        raise LmcompressError(
-            "there must be an order of channels that can be folded, got none"
-            + (f": {next(iter(left))}: {next(iter(left.values()))}" if left else "; no matrix is shuffled")
-        )
     record_layers(model)
     return before.report(model, changed, left)
 
@@ -197,6 +219,14 @@ def fit_groups(weight: Tensor, row_order: Tensor, column_order: Tensor, groups: 
     return torch.stack(blocks)
 
 
+def _grouped_shape(one: Projection, groups: int, shuffle: Shuffle) -> GroupedLinear:
+    """What :func:`_grouped` gives, where there are no values."""
+    fitted = shuffle == "fitted"
+    reads = fitted or (shuffle == "channel" and one.part in _SHUFFLED)
+    new = grouped_place(one.module, groups, input_order=reads, output_order=fitted or one.part == "qkv")
+    return new.requires_grad_(weight_view(one.module).requires_grad)
+
+
 def _grouped(one: Projection, groups: int, shuffle: Shuffle, moment: Tensor | None) -> tuple[GroupedLinear, float]:
     old, weight = one.module, weight_view(one.module).detach().double().cpu()
     if not bool(torch.isfinite(weight).all()):
@@ -212,7 +242,7 @@ def _grouped(one: Projection, groups: int, shuffle: Shuffle, moment: Tensor | No
         given_rows = row_order
         row_order, column_order = assign_channels(energy[given_rows], groups)
         row_order = given_rows[row_order]
-    elif shuffle == "channel" and one.part in ("attention_out", "ffn_out"):
+    elif shuffle == "channel" and one.part in _SHUFFLED:
         column_order = channel_shuffle(columns, groups)
     blocks = fit_groups(weight, row_order, column_order, groups, moment)
     reads = not torch.equal(column_order, torch.arange(columns))
@@ -278,7 +308,7 @@ def _fold(block: Block, writer: str, reader: str) -> list[tuple[str, str, str]]:
             # what the writer gives without its order, read through both
             both = second.order("input")
             both = gives[both]
-            if takes is None and not torch.equal(both, torch.arange(len(both), device=both.device)):
+            if takes is None and not _same(both, torch.arange(len(both), device=both.device)):
                 return told("both matrices are grouped, one of them needs it")
             _set_order(second, "input_order", both)
         elif not _move_columns(second, gives.argsort()):
@@ -299,11 +329,16 @@ def _stays(order: Tensor, within: int | None) -> bool:
     """Whether an order leaves all channels in their heads."""
     if within is None:
         return True
-    return torch.equal(order // within, torch.arange(len(order), device=order.device) // within)
+    return _same(order // within, torch.arange(len(order), device=order.device) // within)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two orders are one; what has no values is not."""
+    return not one.is_meta and torch.equal(one, other)
 
 
 def _set_order(module: GroupedLinear, side: str, order: Tensor | None) -> None:
-    if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
+    if order is not None and _same(order, torch.arange(len(order), device=order.device)):
         order = None
     setattr(module, side, order)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def separate(
     Causal models get a kernel that ends at its own position.
 
     Args:
-        model: changed in place once everything has been checked; its config says it afterwards.
+        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
+            are, and ``batches`` are not looked at.
         blocks: numbers of the blocks, counted from 0.
         kernel: how many positions are looked at; odd, but for causal models.
         batches: model inputs that the fit is made on.
@@ -55,25 +56,35 @@ def separate(
     numbers = block_numbers(model, blocks)
     places = {index: mixing_place(model, index, kernel) for index in numbers}
     before = Before.of(model)
-    fits = {index: _Fit(place, ridge) for index, place in places.items()}
     for index, place in places.items():
         _take_values(anatomy.blocks[index].get("qkv" if family.qkv else "value"), place)
+    missed = {} if model.device.type == "meta" else _fitted(model, places, batches, ridge)
+    changed, errors = {}, {}
+    for index, place in places.items():
+        block = anatomy.blocks[index]
+        trainable = weight_view(block.get("qkv" if family.qkv else "value")).requires_grad
+        path = f"{family.blocks}.{index}.{family.attention}"
+        if index in missed:
+            errors[path] = missed[index]
+        mix_locally(block, place.requires_grad_(trainable))
+        changed[path] = f"mixes {kernel} neighbours"
+    record_layers(model)
+    return before.report(model, changed, errors=errors)
+
+
+def _fitted(
+    model: PreTrainedModel, places: Mapping[int, SeparableMixing], batches: Iterable[Batch], ridge: float
+) -> dict[int, float]:
+    """Give kernels their values; what they miss, by block."""
+    anatomy, family = anatomy_of(model), anatomy_of(model).family
+    fits = {index: _Fit(place, ridge) for index, place in places.items()}
     reads, writes = {}, {}
     for index, fit in fits.items():
         block = anatomy.blocks[index]
         writes[block.get("qkv" if family.qkv else "value")] = fit.values
         reads[block.get("attention_out")] = fit.context
     run(model, batches, reads, writes)
-    changed, errors = {}, {}
-    for index, place in places.items():
-        block = anatomy.blocks[index]
-        trainable = weight_view(block.get("qkv" if family.qkv else "value")).requires_grad
-        path = f"{family.blocks}.{index}.{family.attention}"
-        errors[path] = fits[index].solve()
-        mix_locally(block, place.requires_grad_(trainable))
-        changed[path] = f"mixes {kernel} neighbours"
-    record_layers(model)
-    return before.report(model, changed, errors=errors)
+    return {index: fit.solve() for index, fit in fits.items()}
 
 
 def _take_values(old: nn.Module, place: SeparableMixing) -> None:

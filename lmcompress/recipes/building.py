@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lmcompress.anatomy import FAMILIES, family_of
-from lmcompress.compact.students import by_layers, by_shape, named
+from lmcompress.compact.students import by_layers, by_shape, by_width, named
 from lmcompress.config import CompressionConfig
 from lmcompress.data import (
     Collator,
@@ -45,6 +45,7 @@ from lmcompress.data import (
 )
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.schema import BASE_MODEL, Augmentation, FromScratch, Recipe, Stage, StudentSpec, TaskSpec
+from lmcompress.replacement import finish_replaced, refuse_compact, replace_skeleton
 from lmcompress.structure import shape_skeleton, stock_structure
 
 _OPERATIONS: dict[str, Callable[..., list[str]]] = {
@@ -254,8 +255,11 @@ def skeleton(config: PretrainedConfig, cls: Any) -> PreTrainedModel:
     described = getattr(config, "quantization_config", None)
     if isinstance(described, Mapping) and described.get("quant_method") == "lmcompress":
         described = CompressionConfig.from_dict(described)
-    if isinstance(described, CompressionConfig) and described.structure is not None:
-        shape_skeleton(model, described.structure)
+    if isinstance(described, CompressionConfig):
+        if described.structure is not None:
+            shape_skeleton(model, described.structure)
+        replace_skeleton(model, described.layers)
+        finish_replaced(model, described.layers)
     return model
 
 
@@ -268,7 +272,7 @@ def make_student(start: PreTrainedModel, spec: StudentSpec | None, seed: int) ->
         seed: of what is drawn.
 
     Raises:
-        LmcompressError: layers that are not there, or sizes that do not fit.
+        LmcompressError: layers that are not there, sizes that do not fit, or a slice of compact layers.
     """
     if spec is None:
         return start
@@ -276,11 +280,15 @@ def make_student(start: PreTrainedModel, spec: StudentSpec | None, seed: int) ->
     choose: Any = spec.choose
     if spec.layers is not None:
         return by_layers(start, spec.layers, choose=choose).model
+    if spec.initialise == "slice":
+        refuse_compact(start, "slice")
     # norms, by which a slice is chosen, need weights
     initialise: Any = "random" if meta else spec.initialise
     with torch.device("meta") if meta else nullcontext():
         if spec.named is not None:
             return named(spec.named, start, initialise=initialise, seed=seed).model
+        if spec.width is not None:
+            return by_width(start, spec.width, initialise=initialise, seed=seed).model
         assert spec.shape is not None
         sizes: dict[str, Any] = spec.shape.model_dump()
         return by_shape(start, **sizes, choose=choose, initialise=initialise, seed=seed).model

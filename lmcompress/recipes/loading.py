@@ -292,7 +292,7 @@ def _says(path: Path_, model: type[BaseModel] | None, problem: Any) -> str:
         known = [word.strip(" '") for word in problem["ctx"]["expected_tags"].split(",")]
         return f"no kind {problem['ctx']['tag']!r}{nearest(problem['ctx']['tag'], known)}"
     if problem["type"] == "union_tag_not_found":
-        return "needs a kind, such as kind: one_shot"
+        return "needs a kind; lmcompress recipes schema lists them"
     message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] in ("value_error", "reference"):
         return message

@@ -39,11 +39,12 @@ class Entry:
 
     Attributes:
         name: of the model in the table.
-        role: teacher, student, control, pruned, quantized, shared or model.
+        role: teacher, student, control, pruned, quantized, shared, compact or model.
         path: where it is loaded from.
         materials: rows with the model's own tokenizer.
         made_here: whether the folder was written by this run, with a report of its own.
         training: what its training came to, as JSON types; empty where it was not trained here.
+        compact: what each replacement did to it, as JSON types.
         pruning: what pruning did to it, as JSON types.
         quantization: what quantization did to it, as JSON types.
         sparsity: which of its weights became zero, as JSON types.
@@ -57,6 +58,7 @@ class Entry:
     materials: Materials
     made_here: bool = False
     training: dict[str, Any] = field(default_factory=dict)
+    compact: list[dict[str, Any]] | None = None
     pruning: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     sparsity: dict[str, Any] | None = None
@@ -162,6 +164,7 @@ def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
         "equivalence": saved.get("equivalence"),
         "format": saved.get("format"),
         "training": entry.training,
+        "compact": entry.compact,
         "pruning": entry.pruning,
         "quantization": entry.quantization,
         "sparsity": entry.sparsity,

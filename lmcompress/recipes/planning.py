@@ -29,12 +29,14 @@ from lmcompress.recipes.building import (
     make_student,
     teacher_skeleton,
 )
+from lmcompress.recipes.compact import CompactPlan, plan_compact
 from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning, prune_stage_vocabulary
 from lmcompress.recipes.quantization import NO_VANILLA, QuantizationPlan, plan_quantization
 from lmcompress.recipes.schema import LayerLoss, Recipe, Stage, StageDistillation, with_controls
 from lmcompress.recipes.weights import check_weights
+from lmcompress.replacement import layers_of
 
-Role = Literal["teacher", "student", "control", "pruned", "quantized", "shared", "model"]
+Role = Literal["teacher", "student", "control", "pruned", "quantized", "shared", "compact", "model"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class StagePlan:
 
     Attributes:
         stage: as the recipe has it; a control's is derived.
-        role: teacher of another stage, student, control, pruned or quantized without a teacher, or a model by itself.
+        role: teacher of another stage, student, control, what was done to it without a teacher, or a model by itself.
         start: what its weights come from.
         teachers: stages or models that it learns from.
         shape: blocks, heads and widths in words; of what is pruned, those to be expected.
@@ -53,6 +55,7 @@ class StagePlan:
         steps: optimizer steps.
         vanilla_obstacle: why stock Transformers could not load it, or None.
         distillation: with its layer maps spelled out; None for plain fine-tuning.
+        compact: what is replaced, and what that costs; None if nothing is.
         pruning: its target as shapes; None if nothing is pruned.
         quantization: which matrix gets what; None if nothing is quantized.
         vocabulary: what becomes of the vocabulary; None if it stays.
@@ -70,6 +73,7 @@ class StagePlan:
     steps: int
     vanilla_obstacle: str | None
     distillation: DistillationConfig | None
+    compact: CompactPlan | None
     pruning: PruningPlan | None
     quantization: QuantizationPlan | None
     vocabulary: VocabularyReport | None
@@ -151,6 +155,7 @@ class _Planner:
         self.models: dict[str, PreTrainedModel] = {}
         self.staged: dict[str, Materials] = {}
         self.outside: dict[str, PreTrainedModel] = {}
+        self.unknown_ranks: set[str] = set()
         self.packed = {stage.name for stage, _ in with_controls(recipe) if stage.quantization is not None}
 
     def stage(self, stage: Stage, control_of: Stage | None) -> StagePlan:
@@ -182,6 +187,7 @@ class _Planner:
         self.staged[stage.name] = materials
         model = make_student(start, stage.student, self.recipe.seed)
         model.config.name_or_path = f"the model of stage {stage.name!r}"
+        compact = self._compact(stage, model)
         teachers = list(stage.distillation.teachers) if stage.distillation else []
         for name in teachers:
             if name not in self.names and name not in self.outside:
@@ -204,6 +210,8 @@ class _Planner:
             quantization = plan_quantization(stage.quantization, model, self.recipe.seed, trains=trains, prunes=prunes)
             obstacle = NO_VANILLA
         self.models[stage.name] = model
+        if stage.save != "native" and layers_of(model):
+            raise LmcompressError(f"save: {stage.save} is not possible with compact layers; save it as native")
         if stage.save == "vanilla" and obstacle:
             raise LmcompressError(f"save: vanilla is not possible: {obstacle}; save it as native or self_loading")
         shape = shape_in_words(CompressedModel(model))
@@ -220,11 +228,22 @@ class _Planner:
             steps=steps,
             vanilla_obstacle=obstacle,
             distillation=config,
+            compact=compact,
             pruning=pruning,
             quantization=quantization,
             vocabulary=vocabulary,
             materials=materials,
         )
+
+    def _compact(self, stage: Stage, model: PreTrainedModel) -> CompactPlan | None:
+        unknown = stage.start in self.unknown_ranks and bool(layers_of(model))
+        planned = None
+        if stage.compact is not None:
+            planned = plan_compact(stage.compact, model, unknown_before=unknown)
+            unknown = unknown or planned.unknown is not None
+        if unknown:
+            self.unknown_ranks.add(stage.name)
+        return planned
 
     def _distillation(self, stage: Stage, model: PreTrainedModel, teachers: list[str]) -> DistillationConfig | None:
         if stage.distillation is None:
@@ -248,6 +267,8 @@ class _Planner:
             return "quantized"
         if stage.sharing is not None:
             return "shared"
+        if stage.compact is not None:
+            return "compact"
         return "pruned" if stage.pruning is not None or stage.sparsity is not None else "model"
 
 

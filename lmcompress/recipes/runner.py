@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
+from lmcompress.compact import CompactReport
 from lmcompress.config import Provenance, recorded_compression
 from lmcompress.data import TaskKind
 from lmcompress.distillation import (
@@ -51,6 +52,7 @@ from lmcompress.recipes.building import (
     load_tokenizer,
     make_student,
 )
+from lmcompress.recipes.compact import compact_notes, make_compact
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.loading import dump_recipe
 from lmcompress.recipes.measuring import Entry, measure, update_cards
@@ -211,6 +213,7 @@ class StageRun:
         self.resume = resume
         self.materials: Materials = entry.materials
         self.vocabulary: VocabularyReport | None = None
+        self.compact: list[CompactReport] | None = None
         self.outcome: dict[str, Any] = {}
         self.recipe = planned.recipe
         self.auto_class = auto_class(self.materials.task)
@@ -230,6 +233,7 @@ class StageRun:
         training: dict[str, Any] = {"seconds": round(seconds, 1), "steps": done.steps}
         training |= {"resumed": checkpoint is not None, "last_log": history[-1] if history else {}}
         more = {
+            "compact": None if self.compact is None else [report.to_dict() for report in self.compact],
             "pruning": None if done.pruning is None else done.pruning.to_dict(),
             "quantization": None if done.quantization is None else done.quantization.to_dict(),
             "sparsity": done.weights.get("sparsity"),
@@ -269,7 +273,10 @@ class StageRun:
             before = self.planned.materials_of(self.stage.start)
             _, self.vocabulary = prune_stage_vocabulary(start, before, self.stage.vocabulary)
         set_seed(self.recipe.seed)
-        return make_student(start, self.stage.student, self.recipe.seed)
+        model = make_student(start, self.stage.student, self.recipe.seed)
+        if self.stage.compact is not None:
+            self.compact = make_compact(self.stage.compact, model, self.materials, self.recipe.seed)
+        return model
 
     def _trained(self, model: PreTrainedModel, checkpoint: Path | None) -> _Done:
         pruning = None
@@ -290,9 +297,9 @@ class StageRun:
         if pruning is not None and quantization is None:
             for method in trainer.methods:
                 method.set_active(False)
-            for settling in (sparsity, pruning, sharing):
-                if settling is not None and hasattr(settling, "settle"):
-                    settling.settle()
+            if sparsity is not None:
+                sparsity.settle()
+            pruning.settle()
             masked = outputs_of(model, gate_batches(self.materials))
         trainer.finish()
         return _Done(
@@ -421,6 +428,7 @@ class StageRun:
         applied = {
             "vocabulary pruning": self.stage.vocabulary,
             "smaller student": self.stage.student,
+            "compact layers": self.stage.compact,
             "structured pruning": self.stage.pruning,
             "sparsity": self.stage.sparsity,
             "weight sharing": self.stage.sharing,
@@ -561,6 +569,7 @@ def _measured(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[s
                 staged.materials,
                 made_here=True,
                 training=marker["training"],
+                compact=marker.get("compact"),
                 pruning=marker.get("pruning"),
                 quantization=marker.get("quantization"),
                 sparsity=marker.get("sparsity"),
@@ -579,6 +588,7 @@ def notes_of(entry: Entry) -> list[str]:
         entry: a row.
     """
     return [
+        *compact_notes(entry.name, entry.compact),
         *pruning_notes(entry.name, entry.pruning),
         *weights_notes(entry.name, entry.sparsity, entry.sharing),
         *quantization_notes(entry.name, entry.quantization),

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
 
 from lmcompress.anatomy import FAMILIES
+from lmcompress.compact.config import Replacement
 from lmcompress.compact.students import NAMED_SHAPES
 from lmcompress.data import TaskKind
 from lmcompress.distillation.config import DistillationConfig, Match, WeightSchedule
@@ -140,7 +141,7 @@ class Shape(_Part):
 
 
 class StudentSpec(_Part):
-    """How the student is made from the model that the stage starts from; exactly one of layers, shape and named."""
+    """How the student is made from the model that the stage starts from; exactly one of its first four fields."""
 
     layers: Annotated[
         int | tuple[int, ...] | None,
@@ -150,21 +151,25 @@ class StudentSpec(_Part):
     named: Annotated[str | None, Field(description="A shape by its name: T3, T4-tiny, DistilBERT, DistilGPT2, ...")] = (
         None
     )
+    width: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Multiplier of all widths; heads keep their size, so it is rounded to heads."),
+    ] = None
     choose: Annotated[
         Literal["uniform", "first", "last", "skip"],
         Field(description="With a number of layers: which are kept. skip: the last one of each group."),
     ] = "uniform"
     initialise: Annotated[
         Literal["slice", "random"],
-        Field(description="shape and named: cut the weights out of the start's, or draw them."),
+        Field(description="shape, named and width: cut the weights out of the start's, or draw them."),
     ] = "slice"
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StudentSpec:
-        given = [name for name in ("layers", "shape", "named") if getattr(self, name) is not None]
+        given = [name for name in ("layers", "shape", "named", "width") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"exactly one of layers, shape and named must be given, got {' and '.join(given) or 'none'}"
+                f"exactly one of layers, shape, named and width must be given, got {' and '.join(given) or 'none'}"
             )
         if self.named is not None and self.named not in NAMED_SHAPES:
             raise ValueError(f"no shape is called {self.named!r}{nearest(self.named, NAMED_SHAPES)}")
@@ -268,7 +273,7 @@ class Training(_TransformersFields):
         Field(
             ge=-1,
             description="Optimizer steps; overrides num_train_epochs if positive. 0: nothing is trained; the stage "
-            "only prunes, quantizes, cuts its student out, or takes the model as it is.",
+            "only prunes, quantizes, is made compact, cuts its student out, or takes the model as it is.",
         ),
     ] = -1
     per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch on each device.")] = 32
@@ -419,6 +424,14 @@ class Stage(_Part):
     distillation: Annotated[
         StageDistillation | None, Field(description="Left out: plain fine-tuning, which is how teachers are made.")
     ] = None
+    compact: Annotated[
+        tuple[Replacement, ...] | None,
+        Field(
+            min_length=1,
+            description="Layers that compute with fewer numbers, put in the place of the student's before it is "
+            "trained, one replacement after the other.",
+        ),
+    ] = None
     pruning: Annotated[
         StagePruning | None,
         Field(description="What is cut out of the model, while it is trained or, with max_steps: 0, without training."),
@@ -470,7 +483,7 @@ class Stage(_Part):
         bool,
         Field(
             description="Also train the same student without a teacher, from the same start, for as many steps, and "
-            "pruned and quantized in the same way."
+            "made compact, pruned and quantized in the same way."
         ),
     ] = False
 
@@ -522,6 +535,32 @@ class Stage(_Part):
                 raise ValueError(
                     f"load_best_model_at_end must be false with {name}: the weights of an earlier checkpoint do not "
                     f"fit {what}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _compact_in_a_stage_of_its_own(self) -> Stage:
+        if self.compact is None:
+            return self
+        for name, way_out in (
+            ("pruning", "a compact model cannot be cut; prune in a stage before"),
+            ("quantization", "a compact model cannot be quantized; leave one of them out"),
+            ("sparsity", "make single weights zero in a stage after it"),
+            ("sharing", "let single weights share values in a stage after it"),
+        ):
+            if getattr(self, name) is not None:
+                raise ValueError(f"compact and {name} cannot be in one stage: {way_out}")
+        if self.save != "native":
+            raise ValueError(f"save: {self.save} is not possible with compact: compact layers need lmcompress")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_what_stays(self) -> Stage:
+        for name in ("pruning", "sparsity"):
+            if self.trains and self.sharing is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"sharing and {name} cannot be in one stage that trains: {name} changes weights that share their "
+                    "values already; give sharing a stage of its own after it"
                 )
         return self
 

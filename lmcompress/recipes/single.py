@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoConfig, PretrainedConfig
 
@@ -64,21 +65,19 @@ def prune_recipe(
         seed: of calibration rows and drawn labels.
 
     Raises:
-        LmcompressError: neither pruning nor vocabulary.
+        LmcompressError: neither pruning nor vocabulary, or no such format or storage.
     """
     if pruning is None and vocabulary is None:
         raise LmcompressError(
             "there is nothing to do: give a target (--sparsity, --parameters, --flops-share, --latency-share, "
             "--latency-ms or --shape), or --vocabulary, or both"
         )
-    stage: dict[str, Any] = {
-        "name": PRUNED, "pruning": pruning, "vocabulary": vocabulary, "save": save, "storage": storage,
-    }  # fmt: skip
+    stage = _stage(name=PRUNED, pruning=pruning, vocabulary=vocabulary, save=save, storage=storage)
     return Recipe(
         name="prune",
         model=model,
         task=task,
-        stages=(Stage(**stage, training=Training(max_steps=0)),),
+        stages=(stage,),
         evaluation=evaluation or EvaluationSpec(),
         seed=seed,
     )
@@ -89,7 +88,7 @@ def quantize_recipe(
     task: TaskSpec,
     quantization: StageQuantization,
     *,
-    storage: Literal["plain", "auto", "zstd", "huffman"] = "plain",
+    storage: str = "plain",
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
 ) -> Recipe:
@@ -105,12 +104,15 @@ def quantize_recipe(
 
     Returns:
         The recipe.
+
+    Raises:
+        LmcompressError: no such storage.
     """
     return Recipe(
         name="quantize",
         model=model,
         task=task,
-        stages=(Stage(name=QUANTIZED, quantization=quantization, storage=storage, training=Training(max_steps=0)),),
+        stages=(_stage(name=QUANTIZED, quantization=quantization, storage=storage),),
         evaluation=evaluation or EvaluationSpec(),
         seed=seed,
     )
@@ -343,6 +345,16 @@ def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
         raise LmcompressError(
             f"{name} calls its labels {names[:5]}, {task.name} {list(task.label_names)[:5]}: numbers would not agree"
         )
+
+
+def _stage(**values: Any) -> Stage:
+    try:
+        return Stage(training=Training(max_steps=0), **values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise LmcompressError(f"{where}: {message}" if where else message) from error
 
 
 def _refuse_what_is_there(folder: Path, overwrite: bool) -> None:

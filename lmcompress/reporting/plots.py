@@ -23,6 +23,7 @@ _COLOURS = {
     "pruned": "tab:red",
     "quantized": "tab:purple",
     "shared": "tab:brown",
+    "compact": "tab:cyan",
     "model": "tab:green",
 }
 _GONE = "0.85"

@@ -50,7 +50,7 @@ def results_table(report: Report) -> Table:
         table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
     for cells in rows:
         shown = [cell.replace(" ms, ", " ms\n") for cell in cells.values()]
-        table.add_row(*shown, style="bold" if cells["role"] in ("student", "pruned", "quantized", "shared") else None)
+        table.add_row(*shown, style="bold" if cells["role"] not in ("teacher", "control", "model") else None)
     return table
 
 
@@ -127,6 +127,11 @@ def print_plan(plan: Any, console: Console) -> None:
                 "texts are cut into other pieces",
                 highlight=False,
             )
+        if (compact := entry.compact) is not None:
+            for report in compact.reports:
+                console.print(f"{entry.stage.name}: {report}".replace("\n", "; "), highlight=False)
+            if compact.unknown is not None:
+                console.print(f"{entry.stage.name}: {compact.unknown}", highlight=False)
         if (pruning := entry.pruning) is not None:
             console.print(f"{entry.stage.name}: prunes {pruning_in_words(pruning.config)}", highlight=False)
             if pruning.note is not None:
@@ -141,7 +146,7 @@ def print_plan(plan: Any, console: Console) -> None:
         console.print(f"{entry.stage.name}: {loads}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
-    console.print("Nothing was trained. Parameters are exact, MB are those of weights in float32, or packed.")
+    console.print("Nothing was trained. Parameters are exact where nothing else is said, MB are of float32 or packed.")
 
 
 def pruning_in_words(config: Any) -> str:

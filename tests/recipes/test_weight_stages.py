@@ -117,6 +117,12 @@ def test_storage_makes_the_files_smaller(changed):
         ("{max_steps: 4,", "{max_steps: 4, load_best_model_at_end: true, eval_strategy: steps, save_strategy: steps,",
          "load_best_model_at_end must be false with sparsity|pruning"),
         ("sparsity: 0.5, criterion: wanda", "sparsity: 1.0", "sparsity must be in"),
+        ("sharing: {clusters: 4, embedding_clusters: 4}\n    training: {max_steps: 4",
+         "sharing: {}\n    sparsity: {sparsity: 0.5}\n    training: {max_steps: 4",
+         "sharing and sparsity cannot be in one stage that trains.*a stage of its own after it"),
+        ("sharing: {clusters: 4, embedding_clusters: 4}\n    training: {max_steps: 4",
+         "sharing: {}\n    pruning: {target: {sparsity: 0.5}}\n    training: {max_steps: 4",
+         "sharing and pruning cannot be in one stage that trains.*a stage of its own after it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_runs(changing, old, new, message):

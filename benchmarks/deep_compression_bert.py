@@ -1,7 +1,7 @@
 """How small is the file of a fine-tuned BERT that is pruned, shares its weights and is coded? (Han, Mao & Dally 2016.)
 
-The models are the MiniLM teachers of ``benchmarks/teachers.py``. Three stages, trained on the answers of the dense model (logits, and hidden states of three layers, from the disk store
-of ``benchmarks/distillation.py``), without labels:
+The models are the MiniLM teachers of ``benchmarks/teachers.py``. Three stages, trained on the answers of the dense
+model (logits, and hidden states of three layers, from the disk store of ``benchmarks/distillation.py``), no labels:
 
 * ``pruned``: the smallest magnitudes of each matrix of the blocks go along a cubic ramp; the second half of the steps
   is recovery. Word embeddings stay: half of them pruned and 16 values for the rest are as many bytes as 6 values for

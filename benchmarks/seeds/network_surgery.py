@@ -120,7 +120,10 @@ def report(options: argparse.Namespace, work: Path) -> None:
                 f"{name}: errors in 10 000 (published: {before} % before, {after} % after)", f"<= {100 * after:g}",
                 found["errors"], found["errors"] <= 100 * after,
             ),
-            asked(f"{name}: errors beside the dense net's", f"{dense['errors']:g} dense", found["errors"], True),
+            asked(
+                f"{name}: errors more than the dense net's {dense['errors']:g}", "reported",
+                found["errors"] - dense["errors"], True,
+            ),
         ]  # fmt: skip
     if not wanted:
         raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")

@@ -1,25 +1,27 @@
-"""Writes the README's tables from the results, so that no number in it was typed by hand.
+"""Writes the tables of README.md and docs/papers.md from the results, so that no number in them was typed by hand.
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is a key of ``TABLES``. Where the results
 are missing, the place says so.
 
-    python benchmarks/tables.py            # write README.md
-    python benchmarks/tables.py --check    # write nothing; exit 1 where README.md and the results differ
+    python benchmarks/tables.py            # write the pages
+    python benchmarks/tables.py --check    # write nothing; exit 1 where a page and the results differ
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "papers.md")
 
 _PLACE = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 _TASKS = {
@@ -486,16 +488,185 @@ def coding(results: Path) -> str | None:
 
 def deep_compression(results: Path) -> str | None:
     """Errors and bytes of the LeNets after each stage of Deep Compression; None where there are no results."""
-    result = _read(results / "deep_compression.json")
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [row["network"], row["stage"], _errors(row), f"{row['bytes'] / 1000:.1f} kB", f"{row['ratio']:.1f} ×"]
+
+    columns = ["MNIST", "stage", "errors of 10,000", "file", "smaller"]
+    return _row_by_row(results, "deep_compression", columns, cells)
+
+
+def deep_compression_bert(results: Path) -> str | None:
+    """Scores and bytes of BERTs after each stage of Deep Compression; None where there are no results."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [_TASKS[row["task"]], row["stage"], _score(row), _megabytes(row), f"{row['ratio']:.1f} ×"]
+
+    columns = ["GLUE, validation", "stage", "score", "file", "smaller"]
+    return _row_by_row(results, "deep_compression_bert", columns, cells)
+
+
+def sparsity_overhead(results: Path) -> str | None:
+    """Time of a step with sparsity or sharing over a plain one; None where there are no results."""
+    result = _read(results / "sparsity_overhead.json")
     if result is None:
         return None
-    table = [
-        [row["network"], row["stage"], f"{row['errors']:.0f}", f"{row['bytes'] / 1000:.1f} kB", f"{row['ratio']:.1f} ×"]
-        for row in result["rows"]
-    ]
-    columns = ["MNIST", "stage", "errors of 10,000", "file", "smaller"]
-    seeds = sorted({row["seeds"] for row in result["rows"]})
-    return f"{markdown(columns, table)}\n\n{_seed_counts(seeds)}{origin(result)}"
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        quartiles = " – ".join(f"{quartile:.3f}" for quartile in row["ratio_quartiles"])
+        return [f"{row['method']}, {row['batch']} × {row['length']}", f"{row['ratio']:.3f} ({quartiles})"]
+
+    columns = [f"{result['rows'][0]['model']}, one training step", "over a plain one (quartiles)"]
+    return f"{markdown(columns, map(cells, result['rows']))}\n\n{origin(result)}"
+
+
+def hinton(results: Path) -> str | None:
+    """Errors of students of labels and of soft targets; None where there are no results."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [row["name"], "-".join(map(str, row["units"])), _errors(row), str(row["published"])]
+
+    return _row_by_row(results, "hinton", ["MNIST", "units", "errors of 10,000", "published"], cells)
+
+
+def network_surgery(results: Path) -> str | None:
+    """Errors of LeNets whose links were cut and spliced, and what is left; None where there are no results."""
+    published = published_numbers("network_surgery")
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        before, after, factor = published[row["network"]]
+        paper = {"dense": [_count(before), "1 ×"], "surgery": [_count(after), f"{factor} ×"]}.get(row["role"], ["", ""])
+        return [row["network"], row["role"], _errors(row), paper[0], f"{row['factor']:.1f} ×", paper[1]]
+
+    columns = ["MNIST", "way", "errors of 10,000", "published", "fewer parameters", "published"]
+    return _row_by_row(results, "network_surgery", columns, cells)
+
+
+def structured_sparsity(results: Path) -> str | None:
+    """Errors and widths of networks that lost whole units; None where there are no results."""
+    published = published_numbers("structured_sparsity")
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        before, after = published[row["network"]]
+        errors = {"dense": _count(before), "group lasso": _count(after)}.get(row["role"], "")
+        widths = "-".join(map(str, row["widths"]))
+        return [row["network"], row["role"], widths, f"{row['left']:,.0f}", _errors(row), errors]
+
+    columns = ["MNIST", "way", "widths", "weights left", "errors of 10,000", "published"]
+    return _row_by_row(results, "structured_sparsity", columns, cells)
+
+
+def iht(results: Path) -> str | None:
+    """Networks that were trained by hard thresholding beside dense ones; None where there are no results."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        found = _errors(row) if "errors" in row else f"score {row['score']:.1f}"
+        return [row["network"], row["role"], f"{100 * row['sparsity']:.0f} %", found]
+
+    return _row_by_row(results, "iht", ["from scratch", "way", "weights that are 0", "errors of 10,000"], cells)
+
+
+def obd(results: Path) -> str | None:
+    """Loss without retraining by what is removed, and the curves where they were drawn; None without results."""
+    shares = (0.0, 0.5, 0.7, OBD_SHARE, 0.9)
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        at = [row["removed"].index(share) for share in shares]
+        return [row["network"], row["criterion"], *(f"{row['losses'][index]:.3g}" for index in at)]
+
+    columns = ["MNIST, loss on training rows", "by", *(f"{100 * share:.0f} % removed" for share in shares)]
+    table = _row_by_row(results, "obd", columns, cells)
+    if table is None or not (results / "obd.svg").is_file():
+        return table
+    return f"{table}\n\n![loss and errors over the share removed](benchmarks/results/obd.svg)"
+
+
+def grouped(results: Path) -> str | None:
+    """Scores of BERTs of grouped matrices by the shuffle between them; None where there are no results."""
+    result = _read(results / "grouped.json")
+    if result is None:
+        return None
+    teachers = result["setting"]["teachers"]
+    rows = [{"task": task, "shuffle": "teacher", "score": teachers[task], "spread": None} for task in teachers]
+    share = max(row["share_of_products"] for row in result["rows"])
+    made = f"{result['setting']['groups']} groups: {100 * share:.0f} % of the products of the matrices. "
+    return f"{_by_task([*rows, *result['rows']], 'shuffle')}\n\n{made}{_how_made(result)}"
+
+
+def attention_transfer(results: Path) -> str | None:
+    """Scores of students by what they learn from; None where there are no results."""
+    result = _read(results / "attention_transfer.json")
+    return None if result is None else f"{_by_task(result['rows'], 'role')}\n\n{_how_made(result)}"
+
+
+class Seed(NamedTuple):
+    """A paper whose experiment is repeated, and the two of its results that are set side by side.
+
+    Attributes:
+        paper: authors and year.
+        key: of the results' rows, whose values are the next two.
+        before: what is improved on.
+        after: what the paper proposes.
+        factor: the column that says how many times smaller it is.
+        shown: what the numbers are.
+    """
+
+    paper: str
+    key: str
+    before: str
+    after: str
+    factor: str | None = None
+    shown: str = "errors, MNIST"
+
+
+OBD_SHARE = 0.8
+SEEDS = {
+    "obd": Seed(
+        "LeCun, Denker & Solla 1990",
+        "criterion",
+        "magnitude",
+        "obd",
+        shown=f"errors with {100 * OBD_SHARE:.0f} % removed, MNIST",
+    ),
+    "hinton": Seed("Hinton, Vinyals & Dean 2015", "name", "labels", "soft targets"),
+    "deep_compression": Seed("Han, Mao & Dally 2016", "stage", "dense", "coded", "ratio"),
+    "network_surgery": Seed("Guo, Yao & Chen 2016", "role", "dense", "surgery", "factor"),
+    "iht": Seed("Jin et al. 2016", "role", "dense", "iht", shown="errors, MNIST; score, MRPC"),
+    "structured_sparsity": Seed("Wen et al. 2016", "role", "dense", "group lasso"),
+    "attention_transfer": Seed("Zagoruyko & Komodakis 2017", "role", "labels", "labels + AT", shown="score, GLUE"),
+    "grouped": Seed("Zhang et al. 2018", "shuffle", "none", "channel", shown="score, GLUE"),
+}
+
+
+def seeds(results: Path) -> str | None:
+    """What each repeated paper has published beside what came here; None where there are no results at all."""
+    found = {name: _read(results / f"{name}.json") for name in SEEDS}
+    if not any(found.values()):
+        return None
+    table = []
+    for name, seed in SEEDS.items():
+        result, published = found[name], published_numbers(name)
+        if name == "hinton":
+            published = {"": (published[seed.before] / 100, published[seed.after] / 100)}
+        paper = "; ".join(_change(subject, *numbers) for subject, numbers in published.items())
+        table.append(
+            [
+                f"[{seed.paper}](../benchmarks/seeds/{name}.py)",
+                f"{seed.before} → {seed.after}: {seed.shown}",
+                paper or "–",
+                *(["_not measured yet_", "–"] if result is None else [_measured(result, seed), _met(result)]),
+            ]
+        )
+    return markdown(["paper", "what", "published", "here", "all that was asked is met"], table)
+
+
+def published_numbers(name: str) -> dict[str, Any]:
+    """What ``PUBLISHED`` is in a benchmark of ``seeds/``, which is not imported for it; empty where there is none."""
+    tree = ast.parse((ROOT / "benchmarks" / "seeds" / f"{name}.py").read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PUBLISHED":
+            return dict(ast.literal_eval(node.value))
+    return {}
 
 
 def asked(results: Path) -> str | None:
@@ -506,7 +677,7 @@ def asked(results: Path) -> str | None:
         for item in result["asked"]:
             measured = item["measured"]
             shown = f"{measured:.4g}" if isinstance(measured, (int, float)) else str(measured)
-            verdict = "–" if item["target"] == "reported" else "yes" if item["met"] else "**no**"
+            verdict = "–" if item["target"] == "reported" else _yes(item["met"])
             table.append([f"{result['benchmark']}: {item['name']}", item["target"], shown, verdict])
     return markdown(["asked", "target", "measured", "met"], table) if table else None
 
@@ -525,6 +696,16 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "quant_speed": quant_speed,
     "coding": coding,
     "deep_compression": deep_compression,
+    "deep_compression_bert": deep_compression_bert,
+    "sparsity_overhead": sparsity_overhead,
+    "network_surgery": network_surgery,
+    "iht": iht,
+    "structured_sparsity": structured_sparsity,
+    "obd": obd,
+    "hinton": hinton,
+    "attention_transfer": attention_transfer,
+    "grouped": grouped,
+    "seeds": seeds,
     "asked": asked,
 }
 
@@ -548,6 +729,72 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
 def _read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+
+def _row_by_row(
+    results: Path, name: str, columns: Sequence[str], cells: Callable[[Mapping[str, Any]], list[str]]
+) -> str | None:
+    """A row of the table for each row of the results."""
+    result = _read(results / f"{name}.json")
+    return None if result is None else f"{markdown(columns, map(cells, result['rows']))}\n\n{_how_made(result)}"
+
+
+def _by_task(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Scores, a column for each task and a row for each value of the key."""
+    by = {(row[key], row["task"]): row for row in rows}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    table = [[value, *(_score(by.get((value, task))) for task in tasks)] for value in dict.fromkeys(v for v, _ in by)]
+    return markdown(["GLUE, validation", *(_TASKS[task] for task in tasks)], table)
+
+
+def _how_made(result: Mapping[str, Any]) -> str:
+    return f"{_seed_counts(sorted({row['seeds'] for row in result['rows']}))}{origin(result)}"
+
+
+def _measured(result: Mapping[str, Any], seed: Seed) -> str:
+    """What came of a seed: each network or task before and after."""
+    subjects: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        subjects.setdefault(row.get("network") or row.get("task", ""), {})[row[seed.key]] = row
+    changes = []
+    for subject, by in subjects.items():
+        if {seed.before, seed.after} <= by.keys():
+            before, after = by[seed.before], by[seed.after]
+            factor = round(after[seed.factor], 1) if seed.factor else None
+            changes.append(_change(subject, _percent(before), _percent(after), factor))
+    return "; ".join(changes)
+
+
+def _percent(row: Mapping[str, Any]) -> float:
+    """A score, or the errors of 10,000 in per cent."""
+    if "score" in row:
+        return float(row["score"])
+    errors = row["errors"]
+    return float(errors[row["removed"].index(OBD_SHARE)] if isinstance(errors, list) else errors) / 100
+
+
+def _change(subject: str, before: float, after: float, factor: float | None = None) -> str:
+    named = f"{_TASKS.get(subject, subject)}: " if subject else ""
+    return f"{named}{before:.2f} → {after:.2f} %" + (f", {factor:g} ×" if factor else "")
+
+
+def _met(result: Mapping[str, Any]) -> str:
+    verdicts = [item["met"] for item in result["asked"] if item["target"] != "reported"]
+    return _yes(True) if all(verdicts) else f"{_yes(False)}, {sum(verdicts)} of {len(verdicts)}"
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "**no**"
+
+
+def _errors(row: Mapping[str, Any]) -> str:
+    spread = f" ± {statistics.stdev(row['each']):.0f}" if len(row["each"]) > 1 else ""
+    return f"{row['errors']:.0f}{spread}"
+
+
+def _count(percent: float) -> str:
+    """Per cent as errors of 10,000."""
+    return f"{100 * percent:.0f}"
 
 
 def _score(row: Mapping[str, Any] | None) -> str:
@@ -597,20 +844,23 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 where the page and the results differ"
+        "--check", action="store_true", help="write nothing; exit 1 where a page and the results differ"
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    before = options.page.read_text("utf-8")
-    after = fill(before, options.results)
-    if options.check:
-        difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "page", "results", lineterm=""))
-        if difference:
-            raise SystemExit("\n".join([*difference, "run: python benchmarks/tables.py"]))
-    elif after != before:
-        options.page.write_text(after, "utf-8")
-        print(f"wrote {options.page}")
+    differences: list[str] = []
+    for page in options.page:
+        before = page.read_text("utf-8")
+        after = fill(before, options.results)
+        if options.check:
+            name = str(page)
+            differences += difflib.unified_diff(before.splitlines(), after.splitlines(), name, "results", lineterm="")
+        elif after != before:
+            page.write_text(after, "utf-8")
+            print(f"wrote {page}")
+    if differences:
+        raise SystemExit("\n".join([*differences, "run: python benchmarks/tables.py"]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from lmcompress.lowbit.modules import InputRange, Layout, Packed, PackedConv1D, 
 from lmcompress.lowbit.packing import Container, container_for
 from lmcompress.lowbit.quantizers import Quantized
 from lmcompress.replacement import layers_of
-from lmcompress.structure import recorded_structure, set_stock_shapes, why_not_vanilla
+from lmcompress.structure import stated_structure
 
 
 class Packable(NamedTuple):
@@ -217,12 +217,11 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
         model: its config is changed in place.
         encoding: None for a dense model.
     """
-    old, structure = recorded_compression(model.config), recorded_structure(model)
-    set_stock_shapes(model.config, structure)
-    known = why_not_vanilla(structure, model.config) is None and all(block.source is None for block in structure.blocks)
-    layers = layers_of(model)
-    new = CompressionConfig(None if known else structure, old and old.provenance, encoding=encoding, layers=layers)
-    new.storage = old and old.storage
+    old = recorded_compression(model.config)
+    new = CompressionConfig(
+        stated_structure(model), old and old.provenance, encoding=encoding, layers=layers_of(model),
+        storage=old and old.storage,
+    )  # fmt: skip
     if new == CompressionConfig():
         # nothing is left to say: a stock model again
         if hasattr(model.config, "quantization_config"):

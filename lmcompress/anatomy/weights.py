@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of, is_conv1d
-from lmcompress.errors import LmcompressError, UnknownFamilyError
+from lmcompress.errors import LmcompressError, UnknownFamilyError, nearest
 
 Kind = Literal["linear", "convolution", "embedding"]
+
+
+class _Names(Protocol):
+    @property
+    def modules(self) -> str: ...
+
+
+Rule = TypeVar("Rule", bound=_Names)
+
 PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
 
 
@@ -97,6 +107,31 @@ def weighted_modules(model: nn.Module) -> list[Weighted]:
         else:
             known.tied.append(path)
     return list(found.values())
+
+
+def rules_by_path(candidates: Sequence[Weighted], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """Which rule counts for which matrix: of two that name it the later one.
+
+    Args:
+        candidates: of :func:`weighted_modules`.
+        rules: in the order of the configuration.
+
+    Returns:
+        Rules by path, of the matrices that any of them names.
+
+    Raises:
+        LmcompressError: a rule that names no matrix.
+    """
+    found: dict[str, Rule] = {}
+    for rule in rules:
+        matched = [candidate.path for candidate in candidates if candidate.matches(rule.modules)]
+        if not matched:
+            names = {name for c in candidates for name in (c.path, c.part, *c.tied) if name}
+            raise LmcompressError(
+                f"the rule for {rule.modules!r} matches no matrix of this model{nearest(rule.modules, names)}"
+            )
+        found |= dict.fromkeys(matched, rule)
+    return found
 
 
 def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:

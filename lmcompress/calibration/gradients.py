@@ -29,7 +29,7 @@ def example_gradients(
     Raises:
         LmcompressError: there are no examples, or the model gives no loss on them.
     """
-    with _differentiable(model, weights):
+    with differentiable(model, weights):
         for row in _rows(weights, batches):
             with torch.enable_grad():
                 outputs = model(**row)
@@ -74,7 +74,7 @@ def class_gradients(
         Perspectives on the Natural Gradient Method*, 2014, https://arxiv.org/abs/1412.1193.
     """
     unlabelled = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
-    with _differentiable(model, weights):
+    with differentiable(model, weights):
         for row in _rows(weights, unlabelled):
             with torch.enable_grad():
                 found = _by_class(model(**row)["logits"], weights)
@@ -95,8 +95,13 @@ def _by_class(logits: Tensor, weights: Sequence[nn.Parameter]) -> list[tuple[flo
 
 
 @contextmanager
-def _differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode with gradients to these weights; modes and flags are as before afterwards."""
+def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode with gradients to these weights; modes and flags are as before afterwards.
+
+    Args:
+        model: of any kind.
+        weights: of it.
+    """
     training = [module for module in model.modules() if module.training]
     trained = [weight.requires_grad for weight in weights]
     model.eval()

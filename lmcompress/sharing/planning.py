@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lmcompress.anatomy.weights import Weighted, weighted_modules
-from lmcompress.errors import LmcompressError, nearest
+from lmcompress.anatomy.weights import Weighted, rules_by_path, weighted_modules
+from lmcompress.errors import LmcompressError
 from lmcompress.sharing.config import SharingConfig
 
 
@@ -38,15 +38,7 @@ def plan(model: nn.Module, config: SharingConfig) -> tuple[list[Planned], dict[s
         LmcompressError: a rule that names nothing, a matrix that something else has parametrized, or nothing to share.
     """
     candidates = weighted_modules(model)
-    chosen: dict[str, int | None] = {}
-    for rule in config.rules:
-        matched = [candidate.path for candidate in candidates if candidate.matches(rule.modules)]
-        if not matched:
-            names = {name for c in candidates for name in (c.path, c.part, *c.tied) if name}
-            raise LmcompressError(
-                f"the rule for {rule.modules!r} matches no matrix of this model{nearest(rule.modules, names)}"
-            )
-        chosen |= dict.fromkeys(matched, rule.clusters)
+    rules = rules_by_path(candidates, config.rules)
     by_kind = {
         "linear": config.clusters,
         "convolution": config.convolution_clusters,
@@ -55,10 +47,11 @@ def plan(model: nn.Module, config: SharingConfig) -> tuple[list[Planned], dict[s
     planned: list[Planned] = []
     untouched: dict[str, str] = {}
     for candidate in candidates:
-        if candidate.path not in chosen and not candidate.default:
+        rule = rules.get(candidate.path)
+        if rule is None and not candidate.default:
             untouched[candidate.path] = "not chosen by default; a rule that names it would share it"
             continue
-        clusters = chosen.get(candidate.path, by_kind[candidate.kind])
+        clusters = by_kind[candidate.kind] if rule is None else rule.clusters
         if clusters is None:
             untouched[candidate.path] = "the config leaves it as it is"
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmcompress.calibration.gradients import differentiable
 from lmcompress.errors import LmcompressError
 
 
@@ -35,14 +36,10 @@ def fisher_diagonal(
     Reference:
         Kim et al., *SqueezeLLM*, ICML 2024, https://arxiv.org/abs/2306.07629, section 4.1, equation 4.
     """
-    training, trained = model.training, [weight.requires_grad for weight in weights]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     device = weights[0].device
     seen = 0
-    model.eval()
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
+    with differentiable(model, weights):
         for batch in batches:
             outputs: Any = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             loss = outputs["loss"] if "loss" in outputs else None
@@ -55,10 +52,6 @@ def fisher_diagonal(
                 if gradient is not None:
                     total += gradient.float().square()
             seen += 1
-    finally:
-        model.train(training)
-        for weight, flag in zip(weights, trained, strict=True):
-            weight.requires_grad_(flag)
     if not seen:
         raise LmcompressError("sensitivity must be measured on some batches, got none; pass batches with labels")
     return sums

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.anatomy import is_conv1d
-from lmcompress.anatomy.weights import Weighted, weighted_modules
-from lmcompress.errors import LmcompressError, nearest
-from lmcompress.sparsity.config import SparsityConfig, SparsityRule
+from lmcompress.anatomy.weights import Weighted, rules_by_path, weighted_modules
+from lmcompress.errors import LmcompressError
+from lmcompress.sparsity.config import SparsityConfig
 from lmcompress.sparsity.criteria import CRITERIA
 from lmcompress.sparsity.patterns import Blocks, NOfM, Unstructured, keep_in_rows, masks_of
 
@@ -78,20 +78,12 @@ def plan(model: nn.Module, config: SparsityConfig) -> tuple[list[Planned], dict[
             pattern does not divide, weights that are NaN or infinite, or nothing that would be removed.
     """
     candidates = weighted_modules(model)
-    chosen: dict[str, SparsityRule] = {}
-    for rule in config.rules:
-        matched = [candidate.path for candidate in candidates if candidate.matches(rule.modules)]
-        if not matched:
-            names = {name for c in candidates for name in (c.path, c.part, *c.tied) if name}
-            raise LmcompressError(
-                f"the rule for {rule.modules!r} matches no matrix of this model{nearest(rule.modules, names)}"
-            )
-        chosen |= dict.fromkeys(matched, rule)
+    rules = rules_by_path(candidates, config.rules)
     by_pattern = isinstance(config.pattern, NOfM)
     planned: list[Planned] = []
     untouched: dict[str, str] = {}
     for candidate in candidates:
-        own = chosen.get(candidate.path)
+        own = rules.get(candidate.path)
         if own is None and not candidate.default:
             untouched[candidate.path] = "not chosen by default; a rule that names it would prune it"
             continue

@@ -44,7 +44,7 @@ KEPT = {
     "lenet-300-100": {"layers.1": 0.065, "layers.3": 0.12, "layers.5": 0.45},
     "lenet-5": {"layers.0": 0.6, "layers.2": 0.2, "layers.5": 0.05, "layers.7": 0.2},
 }
-EPOCHS = {"lenet-300-100": {"pruned": 40, "shared": 5}, "lenet-5": {"pruned": 10, "shared": 2}}
+EPOCHS = {"lenet-300-100": {"pruned": 40, "shared": 5}, "lenet-5": {"pruned": 8, "shared": 1}}
 # shares of the pixels and of the hidden units
 DROPOUT = (0.1, 0.2)
 LEARNING_RATES = {"pruned": 1e-3, "shared": 1e-4}
@@ -61,7 +61,7 @@ class Bench:
 
     def run(self) -> None:
         """All stages that are not done yet."""
-        for stage in (self.dense, self.trained_on, self.pruned, self.shared, self.coded):
+        for stage in (self.dense, self.pruned, self.shared, self.coded, self.trained_on):
             name = stage.__name__
             about = {"network": self.name, "seed": self.seed, "stage": name.replace("_", " ")}
             once(self.folder / name, about, partial(stage, self.folder / name))

@@ -237,7 +237,7 @@ def _on_glue(key, value, score, task="mrpc", **more):
 
 def _rows_of_seeds():
     """Some rows of every seed's results."""
-    narrow = dict(network="lenet-20-50", widths=[5, 19, 500], left=1234)
+    narrow = dict(network="lenet-5", widths=[5, 19, 500], left=1234)
     halves = dict(removed=[0.0, 0.5, 0.7, 0.8, 0.9], losses=[0.1, 0.2, 0.3, 0.4, 0.5])
     return {
         "obd": [
@@ -298,7 +298,7 @@ def seeds(tmp_path):
         ("network_surgery", "| lenet-5 | without splicing | 99 |  | 108.9 × |  |"),
         ("iht", "| lenet-5 | iht | 75 % | 78 |"),
         ("iht", "| bert-mrpc | iht | 75 % | score 84.2 |"),
-        ("structured_sparsity", "| lenet-20-50 | group lasso | 5-19-500 | 1,234 | 85 | 80 |"),
+        ("structured_sparsity", "| lenet-5 | group lasso | 5-19-500 | 1,234 | 85 | 80 |"),
         ("attention_transfer", "| labels + AT | 71.0 |"),
         ("grouped", "| teacher | 84.0 |"),
         ("grouped", "4 groups: 25 % of the products of the matrices. One seed."),

@@ -5,6 +5,9 @@ table, then what is zero is cut out and the narrow network recovers in the same 
 and one of the same widths that was trained from scratch for as many steps in all. The paper's MLP has 784 inputs and
 500 and 300 neurons, of which 434, 174 and 78 stay; of its LeNet's 20 and 50 filters 5 and 19 stay.
 
+All but the dense one are trained by SGD with momentum and an L2 penalty: of 10,000 training rows held out, the MLP got
+177 wrong with it (164 dense), and 285 with Adam, whatever the strength of the penalty.
+
     python benchmarks/seeds/structured_sparsity.py --data ../shared/data --work runs
 
 Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
@@ -30,11 +33,11 @@ from lmcompress.sparsity import GroupLassoConfig, GroupRule, GroupSparsity, cut_
 
 NETWORKS: dict[str, Callable[[], mnist.Network]] = {
     "mlp-500-300": lambda: mnist.mlp((500, 300)),
-    "lenet-20-50": mnist.lenet_5,
+    "lenet-5": mnist.lenet_5,
 }
 NARROW: dict[str, Callable[[], mnist.Network]] = {
     "mlp-500-300": lambda: mnist.mlp((174, 78)),
-    "lenet-20-50": lambda: mnist.lenet_5((5, 19)),
+    "lenet-5": lambda: mnist.lenet_5((5, 19)),
 }
 RULES = {
     "mlp-500-300": (
@@ -42,38 +45,41 @@ RULES = {
         GroupRule(modules="layers.1", groups="rows", keep=174),
         GroupRule(modules="layers.3", groups="rows", keep=78),
     ),
-    "lenet-20-50": (
+    "lenet-5": (
         GroupRule(modules="layers.0", groups="rows", keep=5),
         GroupRule(modules="layers.2", groups="rows", keep=19),
     ),
 }
 # errors in per cent of the paper: dense, and at these widths
-PUBLISHED = {"mlp-500-300": (1.43, 1.53), "lenet-20-50": (0.9, 0.8)}
-EPOCHS = {"mlp-500-300": 20, "lenet-20-50": 10}
+PUBLISHED = {"mlp-500-300": (1.43, 1.53), "lenet-5": (0.9, 0.8)}
+EPOCHS = {"mlp-500-300": 20, "lenet-5": 10}
+LEARNING_RATES = {"mlp-500-300": 0.05, "lenet-5": 0.01}
+TRAINING: dict[str, Any] = {"optimizer": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4}
 ROLES = ("dense", "narrow from scratch", "group lasso")
 
 
 def config(name: str) -> GroupLassoConfig:
     """What stays, and when: the second half of the run is without a penalty."""
-    return GroupLassoConfig(rules=RULES[name], penalty=0.1, begin=0.0, end=0.5, warmup=0.8)
+    return GroupLassoConfig(rules=RULES[name], penalty=0.002, begin=0.0, end=0.5, warmup=0.8)
 
 
 def train(
     options: argparse.Namespace, data: mnist.Data, name: str, seed: int, role: str, folder: Path
 ) -> dict[str, Any]:
     """One network in one role."""
+    given = TRAINING | {"learning_rate": LEARNING_RATES[name]}
     if role == "narrow from scratch":
         set_seed(seed)
         network = NARROW[name]()
         epochs = stages.EPOCHS + EPOCHS[name]
-        return stages.trained(options, data, network, folder, epochs=epochs, seed=seed) | shape(network)
+        return stages.trained(options, data, network, folder, epochs=epochs, seed=seed, **given) | shape(network)
     start = stages.dense(options, data, name, NETWORKS[name], seed)
     network = stages.loaded(NETWORKS[name], start)
     if role == "dense":
         row = json.loads((start / "row.json").read_text())
         return {key: row[key] for key in ("errors", "steps", "seconds")} | shape(network)
     method = GroupSparsity(config(name))
-    taken = stages.trained(options, data, network, folder, epochs=EPOCHS[name], seed=seed, methods=[method])
+    taken = stages.trained(options, data, network, folder, epochs=EPOCHS[name], seed=seed, methods=[method], **given)
     images = data.test.__getitems__(range(100))["pixel_values"]
     with torch.no_grad():
         before = network(images)["logits"]
@@ -151,7 +157,7 @@ def report(options: argparse.Namespace, work: Path) -> None:
         raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
     setting = {
         "epochs": {"dense": stages.EPOCHS, "group lasso": EPOCHS},
-        "learning_rate": stages.LEARNING_RATE, "batch_size": 100,
+        "learning_rates": LEARNING_RATES, **TRAINING, "batch_size": 100,
         "group_lasso": {name: config(name).model_dump(mode="json", exclude_none=True) for name in NETWORKS},
     }  # fmt: skip
     for item in wanted:

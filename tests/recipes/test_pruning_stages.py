@@ -11,6 +11,7 @@ import torch
 from families import make
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lmcompress.config import recorded_compression
@@ -25,17 +26,7 @@ from lmcompress.trainers import CompressionTrainer
 
 TRAINING = "{max_steps: 4, save_strategy: steps, save_steps: 2, per_device_train_batch_size: 4, learning_rate: 1e-3}"
 PRUNING = f"""\
-name: tiny
-model:
-  family: bert
-  hidden_size: 16
-  layers: 3
-  num_heads: 4
-  positions: 32
-  tokenizer: {{kind: wordpiece, vocab_size: 80}}
-task: {{name: DATA, max_length: 12}}
-stages:
-  - name: dense
+{head(layers=3)}  - name: dense
     training: {TRAINING}
   - name: one-shot
     start: dense

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
 from lmcompress.cli import run_app
@@ -21,17 +22,7 @@ from lmcompress.trainers import CompressionTrainer
 
 TRAINING = "{max_steps: 3, save_strategy: steps, save_steps: 1, per_device_train_batch_size: 8, learning_rate: 1e-3}"
 RECIPE = f"""\
-name: tiny
-model:
-  family: bert
-  hidden_size: 16
-  layers: 2
-  num_heads: 4
-  positions: 32
-  tokenizer: {{kind: wordpiece, vocab_size: 80}}
-task: {{name: DATA, max_length: 12}}
-stages:
-  - name: dense
+{head(layers=2)}  - name: dense
     training: {TRAINING}
   - name: int8
     start: dense

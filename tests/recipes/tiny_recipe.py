@@ -44,3 +44,19 @@ def write_task(folder: Path) -> Path:
             lines.append(f"a {drawn.choice(words[label])} {drawn.choice(words[label])} film,{label}")
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def head(*, layers: int) -> str:
+    """A recipe up to its stages: a BERT of 16 numbers for a task that is put in the place of ``DATA``."""
+    return f"""\
+name: tiny
+model:
+  family: bert
+  hidden_size: 16
+  layers: {layers}
+  num_heads: 4
+  positions: 32
+  tokenizer: {{kind: wordpiece, vocab_size: 80}}
+task: {{name: DATA, max_length: 12}}
+stages:
+"""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,31 @@ def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]])
     file.write_text(json.dumps(row, indent=1))
     print(json.dumps(row), flush=True)
     return row
+
+
+def glue_parser(description: str | None, tasks: Iterable[str], default: Iterable[str] | None = None) -> Any:
+    """The options that benchmarks with teachers on GLUE have; :func:`glue_main` reads them."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
+    made.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and models go")
+    made.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks if default is None else default))
+    made.add_argument("--quick", action="store_true", help="a few steps on 200 rows, one seed, to see that it runs")
+    made.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
+    made.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
+    return made
+
+
+def glue_main(name: str, parser: Any, run: Callable[[Any, Path], None], report: Callable[[Any, Path], None]) -> None:
+    """Train what is missing and write the results, as the options say."""
+    options = parser.parse_args()
+    if options.quick:
+        # neither its teachers nor its models are to be mistaken for real ones later
+        options.work = options.work / "quick"
+    work = options.work / name
+    if not options.report:
+        run(options, work)
+    if not options.train_only:
+        report(options, work)
 
 
 def _script() -> Path:

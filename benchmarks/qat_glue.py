@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import pruning
 import torch
-from common import asked, once, write
+from common import asked, glue_main, glue_parser, once, write
 from distillation import MATCHED, arguments
 from qat_lm import SCALE_RATE, scale_rate
 from teachers import START
@@ -271,25 +271,11 @@ def report(options: argparse.Namespace, work: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and models go")
-    parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET))
+    parser = glue_parser(__doc__, BUDGET)
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
     parser.add_argument("--methods", nargs="+", choices=[*ROUNDED, *TRAINED], help="default: see above")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="2 steps on 200 rows, one seed, to see that it runs")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
-    options = parser.parse_args()
-    if options.quick:
-        # neither its teachers nor its models are to be mistaken for real ones later
-        options.work = options.work / "quick"
-    work = options.work / "qat_glue"
-    if not options.report:
-        run(options, work)
-    if not options.train_only:
-        report(options, work)
+    glue_main("qat_glue", parser, run, report)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 # benchmarks/ itself, for what its scripts share
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import asked, once, write
+from common import asked, glue_main, glue_parser, once, write
 from distillation import arguments, load_rows, teacher_store
 from teachers import train_teacher
 
@@ -198,22 +198,8 @@ def report(options: argparse.Namespace, work: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and students go")
-    parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET))
-    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, one seed, to see that it runs")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
-    options = parser.parse_args()
-    if options.quick:
-        # neither its teachers nor its students are to be mistaken for real ones later
-        options.work = options.work / "quick"
-    work = options.work / "grouped"
-    if not options.report:
-        run(options, work)
-    if not options.train_only:
-        report(options, work)
+    parser = glue_parser(__doc__, BUDGET)
+    glue_main("grouped", parser, run, report)
 
 
 if __name__ == "__main__":

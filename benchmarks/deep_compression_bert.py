@@ -191,14 +191,9 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if (task, "coded") not in by_name:
             continue
         dense, coded = by_name[task, "dense"], by_name[task, "coded"]
-        lost, over, _ratio = dense["score"] - coded["score"], coded["over_shannon"], coded["ratio"]
+        lost, over, ratio = dense["score"] - coded["score"], coded["over_shannon"], coded["ratio"]
         wanted += [
-            asked(
-                f"{task}: dense file over coded file",
-                f">= {ASKED_RATIO:g}",
-                coded["ratio"],
-                coded["ratio"] >= ASKED_RATIO,
-            ),
+            asked(f"{task}: dense file over coded file", f">= {ASKED_RATIO:g}", ratio, ratio >= ASKED_RATIO),
             asked(f"{task}: points lost", f"<= {ASKED_POINTS:g}", lost, lost <= ASKED_POINTS),
             asked(
                 f"{task}: shared matrices over their zero-order entropy",

@@ -39,7 +39,7 @@ from lmcompress.model import CompressedModel
 from lmcompress.trainers import CompressionTrainer
 
 TASKS = ("mrpc", "rte")
-EPOCHS = 2
+EPOCHS = 3
 MAPS = tuple(Match(loss="attention_transfer", student=mine, teacher=theirs, weight=1000.0) for mine, theirs in MATCHED)
 ROLES: dict[str, DistillationConfig | None] = {
     "labels": None,

@@ -35,7 +35,7 @@ from lmcompress.trainers import CompressionTrainer
 
 SPARSITY = 0.75
 TASK = "mrpc"
-EPOCHS = {"lenet-300-100": 20, "lenet-5": 6, f"bert-{TASK}": 3}
+EPOCHS = {"lenet-300-100": 40, "lenet-5": 10, f"bert-{TASK}": 3}
 SCHEDULES: dict[str, Any] = {
     "iht": HardThresholding(begin=0.2, end=0.7, cycles=3, dense_share=0.5),
     "cut once": OneShot(begin=0.5),

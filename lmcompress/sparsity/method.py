@@ -17,7 +17,8 @@ from lmcompress.model import CompressedModel
 from lmcompress.schedules import RAMPS, Event, Iterative, events, phase_share
 from lmcompress.sparsity.compensation import choosing, compensate, given, in_order
 from lmcompress.sparsity.config import SparsityConfig, Surgery
-from lmcompress.sparsity.criteria import CRITERIA, movement, quality_threshold, splice, surgery_threshold
+from lmcompress.sparsity.criteria import CRITERIA, quality_threshold, splice, surgery_threshold
+from lmcompress.sparsity.masking import keep_where
 from lmcompress.sparsity.patterns import Blocks
 from lmcompress.sparsity.planning import Planned, choose, plan, pools
 from lmcompress.sparsity.report import SparseMatrix, SparsityReport
@@ -233,14 +234,13 @@ class Sparsity(SteppedMethod):
     def _mask_weights(self) -> None:
         if self._some_gone:
             for one, mask in zip(self.planned, self._state.masks(), strict=True):
-                # no product: of a negative weight it would be -0.0, which is other bits
-                one.weight.masked_fill_(~mask, 0.0)
+                keep_where(one.weight, mask)
 
     def _uncover(self) -> None:
         """Give the weights that are masked the values that they have behind the mask."""
         for one, mask, hidden in zip(self.planned, self._state.masks(), self._state.hidden(), strict=True):
             # what is not masked may have been changed by others
-            one.weight.copy_(torch.where(mask, one.weight, hidden))
+            keep_where(one.weight, mask, hidden)
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -254,7 +254,8 @@ class Sparsity(SteppedMethod):
             gradient = one.weight.grad
             # float16: a step that overflows is skipped
             if gradient is not None and (scaler is None or bool(gradient.isfinite().all())):
-                scores += movement(one.weight, gradient)
+                # movement(), without a matrix in between
+                scores.addcmul_(one.weight, gradient, value=-1)
         self._state.seen.fill_(1)
 
     def _happen(self, event: Event) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import asked, once, write
+from common import asked, glue_main, glue_parser, once, write
 from datasets import Dataset
 from teachers import MAX_LENGTH, START, TASKS, minilm_path, train_teacher
 from transformers import (
@@ -39,7 +39,6 @@ from transformers import (
     set_seed,
 )
 
-import lmcompress
 from lmcompress.compact.students import by_layers
 from lmcompress.data import collator, load_task, tokenize
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match, StoredTeacher, TeacherStore
@@ -228,19 +227,25 @@ def teacher_store(options: argparse.Namespace, task: str, rows: Any, collate: An
     return TeacherStore.open(folder, teacher=teacher)
 
 
-def run_task(options: argparse.Namespace, task: str) -> None:
+def run(options: argparse.Namespace, work: Path) -> None:
+    """Everything that was asked for and is not there yet."""
+    for task in options.tasks:
+        run_task(options, work, task)
+
+
+def run_task(options: argparse.Namespace, work: Path, task: str) -> None:
     """Teacher, store, and all students of one task."""
     print("teacher", train_teacher(options.data, options.work / "teachers", task, quick=options.quick), flush=True)
     data, rows, collate = load_rows(options, task)
     store = teacher_store(options, task, rows, collate)
     for seed in range(1 if options.quick else BUDGET[task][1]):
         for role in options.roles:
-            folder = options.work / "distillation" / task / f"{role}-{seed}"
+            folder = work / task / f"{role}-{seed}"
             about = {"task": task, "role": role, "seed": seed}
             once(folder, about, partial(train_student, options, folder, task, seed, role, data, rows, store))
 
 
-def report(options: argparse.Namespace) -> None:
+def report(options: argparse.Namespace, work: Path) -> None:
     """Results of all runs that are there."""
     rows: list[dict[str, Any]] = []
     for task in options.tasks:
@@ -249,7 +254,7 @@ def report(options: argparse.Namespace) -> None:
             continue
         teacher = json.loads(file.read_text())
         folder = options.work / "teachers" / task
-        runs = [json.loads(f.read_text()) for f in sorted((options.work / "distillation" / task).glob("*/row.json"))]
+        runs = [json.loads(f.read_text()) for f in sorted((work / task).glob("*/row.json"))]
         score = 100 * teacher["score"]
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         base = {"task": task, "epochs": teacher["epochs"], "train_rows": teacher["rows"]}
@@ -310,21 +315,9 @@ def report(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and students go")
-    parser.add_argument("--tasks", nargs="+", choices=BUDGET, default=list(BUDGET))
+    parser = glue_parser(__doc__, BUDGET)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
-    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, to see that it runs")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
-    options = parser.parse_args()
-    print("lmcompress", lmcompress.__version__, flush=True)
-    if not options.report:
-        for task in options.tasks:
-            run_task(options, task)
-    if not options.train_only:
-        report(options)
+    glue_main("distillation", parser, run, report)
 
 
 if __name__ == "__main__":

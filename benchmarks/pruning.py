@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import asked, once, write
+from common import asked, glue_main, glue_parser, once, write
 from distillation import arguments, load_rows, teacher_store
 from teachers import train_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -189,7 +189,7 @@ class Bench:
         return {**self.quality(model), **sizes, "removed": trainer.report.removed, "shape": shape, "seconds": seconds}
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, work: Path) -> None:
     """Everything that was asked for and is not there yet; the first seeds of all before the second of any."""
     benches: dict[str, Bench] = {}
     budgets = {"criteria": CRITERIA_BUDGET, "schedules": SCHEDULE_BUDGET}
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
                     continue
                 for sparsity in sparsities:
                     for name in names[kind]:
-                        folder = options.work / "pruning" / kind / task / f"{name}-{sparsity}-{seed}".replace(" ", "")
+                        folder = work / kind / task / f"{name}-{sparsity}-{seed}".replace(" ", "")
                         about = {"kind": kind, "task": task, "name": name, "sparsity": sparsity, "seed": seed}
                         if task not in benches:
                             benches[task] = Bench(options, task)
@@ -290,9 +290,9 @@ def verdicts(rows: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[s
     return wanted
 
 
-def report(options: argparse.Namespace) -> None:
+def report(options: argparse.Namespace, work: Path) -> None:
     """Results of all runs that are there."""
-    runs = [json.loads(f.read_text()) for f in sorted((options.work / "pruning").glob("*/*/*/row.json"))]
+    runs = [json.loads(f.read_text()) for f in sorted(work.glob("*/*/*/row.json"))]
     runs = [r for r in runs if r["task"] in options.tasks]
     dense = {
         task: 100 * json.loads((options.work / "teachers" / task / "teacher.json").read_text())["score"]
@@ -318,23 +318,12 @@ def report(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Command line."""
-    tasks = list(SCHEDULE_BUDGET)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and students go")
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser = glue_parser(__doc__, SCHEDULE_BUDGET)
     parser.add_argument("--parts", nargs="+", choices=("criteria", "schedules"), default=("schedules", "criteria"))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--sparsities", nargs="+", type=float, help="default: 0.5 0.75 0.9")
-    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, one seed, to see that it runs")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
-    options = parser.parse_args()
-    if not options.report:
-        run(options)
-    if not options.train_only:
-        report(options)
+    glue_main("pruning", parser, run, report)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The MiniLM teachers of ``benchmarks/teachers.py`` learn from themselves after al
 and feed-forward network's, were cut into 4 groups: without a shuffle, with ShuffleNet's order of channels before the
 matrices that write the residual stream, and with orders that were fitted to the weights. All start as the least squares
 fit to the teacher's matrices on the same calibration rows, and everything else is equal: rows, their order, steps, the
-teacher's logits and hidden states of layers 2, 4 and 6. The last epoch counts.
+teacher's logits and hidden states of layers 2, 4 and 6. The last step counts. On SST-2, as MRPC's 3,668 rows are too
+few: after two epochs all three are where the most frequent class alone is (75).
 
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers
     python benchmarks/seeds/grouped.py --data ../shared/data --work runs
@@ -48,7 +49,7 @@ LENGTH = 128
 CALIBRATION_ROWS = 512
 SHUFFLES = ("none", "channel", "fitted")
 # task: (epochs, seeds, learning rate)
-BUDGET: dict[str, tuple[float, int, float]] = {"mrpc": (2, 3, 5e-4), "sst2": (0.5, 1, 5e-4)}
+BUDGET: dict[str, tuple[float, int, float]] = {"sst2": (0.4, 1, 5e-4)}
 MATCHES = tuple(Match(loss="hidden_mse", student=layer, teacher=layer, weight=1.0) for layer in (2, 4, 6))
 DISTILLATION = DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=MATCHES)
 

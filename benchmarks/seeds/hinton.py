@@ -34,7 +34,7 @@ from lmcompress.method import Method, Step, Term
 WIDTHS = {"teacher": (1200, 1200), "student": (800, 800)}
 PUBLISHED = {"teacher": 67, "labels": 146, "soft targets": 74}
 TEMPERATURE, LABEL_WEIGHT, JITTER = 20.0, 0.1, 2
-EPOCHS = {"teacher": 100, "student": 60}
+EPOCHS = {"teacher": 80, "student": 40}
 LEARNING_RATE = 1e-3
 
 

@@ -49,7 +49,7 @@ LENGTH = 128
 CALIBRATION_ROWS = 512
 SHUFFLES = ("none", "channel", "fitted")
 # task: (epochs, seeds, learning rate)
-BUDGET: dict[str, tuple[float, int, float]] = {"sst2": (0.4, 1, 5e-4)}
+BUDGET: dict[str, tuple[float, int, float]] = {"sst2": (0.3, 1, 5e-4)}
 MATCHES = tuple(Match(loss="hidden_mse", student=layer, teacher=layer, weight=1.0) for layer in (2, 4, 6))
 DISTILLATION = DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=MATCHES)
 

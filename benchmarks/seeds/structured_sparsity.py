@@ -53,7 +53,7 @@ RULES = {
 }
 # errors in per cent of the paper: dense, and at these widths
 PUBLISHED = {"mlp-500-300": (1.43, 1.53), "lenet-5": (0.9, 0.8)}
-EPOCHS = {"mlp-500-300": 40, "lenet-5": 25}
+EPOCHS = {"mlp-500-300": 40, "lenet-5": 15}
 LEARNING_RATES = {"mlp-500-300": 0.05, "lenet-5": 0.03}
 # of the pixels, and of what linear layers after the first read
 DROPOUT = {"mlp-500-300": (0.1, 0.2), "lenet-5": (0.1, 0.2)}

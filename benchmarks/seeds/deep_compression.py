@@ -202,16 +202,5 @@ def report(options: argparse.Namespace, work: Path) -> None:
     print(write("deep_compression", rows, wanted, quick=options.quick, setting=setting))
 
 
-def main() -> None:
-    """Command line."""
-    parser = mnist.parser(__doc__)
-    parser.add_argument("--networks", nargs="+", choices=mnist.NETWORKS, default=list(mnist.NETWORKS))
-    options = parser.parse_args()
-    work = (options.work / "quick" if options.quick else options.work) / "deep_compression"
-    if not options.report:
-        run(options, work)
-    report(options, work)
-
-
 if __name__ == "__main__":
-    main()
+    stages.main("deep_compression", __doc__, run, report, networks=mnist.NETWORKS)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mnist
+import stages
 import torch
 from common import asked, once, write
 from safetensors.torch import load_file, save_file
@@ -145,14 +146,5 @@ def report(options: argparse.Namespace, work: Path) -> None:
     print(write("hinton", rows, wanted, quick=options.quick, setting=setting))
 
 
-def main() -> None:
-    """Command line."""
-    options = mnist.parser(__doc__).parse_args()
-    work = (options.work / "quick" if options.quick else options.work) / "hinton"
-    if not options.report:
-        run(options, work)
-    report(options, work)
-
-
 if __name__ == "__main__":
-    main()
+    stages.main("hinton", __doc__, run, report)

@@ -159,16 +159,5 @@ def report(options: argparse.Namespace, work: Path) -> None:
     print(write("iht", rows, wanted, quick=options.quick, setting=setting))
 
 
-def main() -> None:
-    """Command line."""
-    parser = mnist.parser(__doc__)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    options = parser.parse_args()
-    work = stages.work(options, "iht")
-    if not options.report:
-        run(options, work)
-    report(options, work)
-
-
 if __name__ == "__main__":
-    main()
+    stages.main("iht", __doc__, run, report, networks=NETWORKS)

@@ -152,16 +152,5 @@ def report(options: argparse.Namespace, work: Path) -> None:
     print(write("network_surgery", rows, wanted, quick=options.quick, setting=setting))
 
 
-def main() -> None:
-    """Command line."""
-    parser = mnist.parser(__doc__)
-    parser.add_argument("--networks", nargs="+", choices=mnist.NETWORKS, default=list(mnist.NETWORKS))
-    options = parser.parse_args()
-    work = stages.work(options, "network_surgery")
-    if not options.report:
-        run(options, work)
-    report(options, work)
-
-
 if __name__ == "__main__":
-    main()
+    stages.main("network_surgery", __doc__, run, report, networks=mnist.NETWORKS)

@@ -150,16 +150,5 @@ def report(options: argparse.Namespace, work: Path) -> None:
     print(path)
 
 
-def main() -> None:
-    """Command line."""
-    parser = mnist.parser(__doc__)
-    parser.add_argument("--networks", nargs="+", choices=mnist.NETWORKS, default=list(mnist.NETWORKS))
-    options = parser.parse_args()
-    work = stages.work(options, "obd")
-    if not options.report:
-        run(options, work)
-    report(options, work)
-
-
 if __name__ == "__main__":
-    main()
+    stages.main("obd", __doc__, run, report, networks=mnist.NETWORKS)

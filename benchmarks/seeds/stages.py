@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,31 @@ def parameters(network: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in counted), sum(left for _, left in counted)
 
 
+def main(
+    name: str, description: str | None, run: Callable[[argparse.Namespace, Path], None],
+    report: Callable[[argparse.Namespace, Path], None], networks: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """The command line of a benchmark: train what is missing and write the results, as the options say.
+
+    Args:
+        name: of the benchmark.
+        description: its docstring.
+        run: called with the options and the folder of its runs.
+        report: likewise.
+        networks: that ``--networks`` chooses from.
+    """
+    parser = mnist.parser(description)
+    if networks:
+        parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
+    options = parser.parse_args()
+    if options.quick:
+        # none of its networks is to be mistaken for a real one later
+        options.work = options.work / "quick"
+    if not options.report:
+        run(options, work(options, name))
+    report(options, work(options, name))
+
+
 def work(options: argparse.Namespace, name: str) -> Path:
     """Folder of a benchmark's runs.
 
@@ -124,7 +149,7 @@ def work(options: argparse.Namespace, name: str) -> Path:
         name: of the benchmark.
 
     Returns:
-        The folder; another one for quick runs.
+        The folder.
     """
-    folder: Path = (options.work / "quick" if options.quick else options.work) / "seeds" / name
+    folder: Path = options.work / "seeds" / name
     return folder

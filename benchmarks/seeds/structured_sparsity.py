@@ -173,14 +173,5 @@ def report(options: argparse.Namespace, work: Path) -> None:
     print(write("structured_sparsity", rows, wanted, quick=options.quick, setting=setting))
 
 
-def main() -> None:
-    """Command line."""
-    options = mnist.parser(__doc__).parse_args()
-    work = stages.work(options, "structured_sparsity")
-    if not options.report:
-        run(options, work)
-    report(options, work)
-
-
 if __name__ == "__main__":
-    main()
+    stages.main("structured_sparsity", __doc__, run, report)

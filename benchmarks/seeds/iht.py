@@ -1,4 +1,4 @@
-"""Does a network with a quarter of the weights match the dense one? (Jin et al. 2016, Iterative Hard Thresholding.)
+"""Does a network with a quarter, or half, of the weights match the dense one? (Jin et al. 2016, Iterative Hard Thresholding.)
 
 Networks are trained from scratch for one fixed number of steps: dense; by hard thresholding (cycles in which each
 layer's smallest weights are gone and the rest is trained, and cycles in which all come back from 0); and by cutting the
@@ -37,15 +37,16 @@ from lmcompress.method import Method
 from lmcompress.sparsity import HardThresholding, OneShot, Sparsity, SparsityConfig, SparsityRule
 from lmcompress.trainers import CompressionTrainer
 
-SPARSITY = 0.75
 TASK = "mrpc"
 EPOCHS = {"lenet-300-100": 40, "lenet-5": 10, f"bert-{TASK}": 4}
 RATE = 2e-4
+# of the BERT: without 75 % of its weights 76.8 (76.5 with the schedule of the others, 76.2 cut once), dense 82.1
+SPARSITY = {"lenet-300-100": 0.75, "lenet-5": 0.75, f"bert-{TASK}": 0.5}
 SCHEDULES: dict[str, Any] = {
     "iht": HardThresholding(begin=0.2, end=0.7, cycles=3, dense_share=0.5),
     "cut once": OneShot(begin=0.5),
 }
-# what comes back from 0 has lost what it learned before: with the schedule above 76.5 for 82.1, dense
+# what comes back from 0 has lost what it learned before
 ON_TEXT = HardThresholding(begin=0.0, end=0.4, cycles=2, dense_share=0.3)
 ROLES = ("dense", *SCHEDULES)
 NETWORKS = (*mnist.NETWORKS, f"bert-{TASK}")
@@ -56,7 +57,7 @@ def config(name: str, role: str) -> SparsityConfig:
     # frozen: what is removed could not come back
     rules = (SparsityRule(modules="embeddings"),) if name.startswith("bert") else ()
     schedule = SCHEDULES[role] if name in mnist.NETWORKS or role != "iht" else ON_TEXT
-    return SparsityConfig(sparsity=SPARSITY, schedule=schedule, rules=rules)
+    return SparsityConfig(sparsity=SPARSITY[name], schedule=schedule, rules=rules)
 
 
 def on_images(

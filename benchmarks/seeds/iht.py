@@ -2,10 +2,11 @@
 
 Networks are trained from scratch for one fixed number of steps: dense; by hard thresholding (cycles in which each
 layer's smallest weights are gone and the rest is trained, and cycles in which all come back from 0); and by cutting the
-same shares once, half way. On LeNets from scratch, three quarters of the weights, and half of them of a BERT: the MiniLM that ``benchmarks/teachers.py`` fine-tuned
-on MRPC, all projections of the blocks thinned (word embeddings are frozen in all runs, and left alone), taught by the
-teacher's own answers in all roles, the dense one too. On labels alone, from the pretrained model, three epochs of
-hard thresholding ended at the score of the most frequent class.
+same shares once, half way. On LeNets from scratch, without three quarters of their weights, and on a BERT, without half
+of them: the MiniLM that ``benchmarks/teachers.py`` fine-tuned on MRPC, all projections of the blocks thinned (word
+embeddings are frozen in all runs, and left alone), taught by the teacher's own answers in all roles, the dense one too.
+On labels alone, from the pretrained model, three epochs of hard thresholding ended at the score of the most frequent
+class.
 
     python benchmarks/seeds/iht.py --data ../shared/data --work runs
 

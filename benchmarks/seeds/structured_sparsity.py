@@ -6,8 +6,9 @@ and one of the same widths that was trained from scratch for as many steps in al
 500 and 300 neurons, of which 434, 174 and 78 stay; of its LeNet's 20 and 50 filters 5 and 19 stay.
 
 All but the dense one are trained by SGD with momentum and an L2 penalty: of 10,000 training rows held out, the MLP got
-177 wrong with it (164 dense) after 15 epochs, and 285 with Adam, whatever the strength of the penalty. With dropout 162
-after 40; half the penalty for longer, or from random weights, gives 179 and 176.
+177 wrong with it (164 dense) after 15 epochs, and 285 with Adam, whatever the strength of the penalty. With dropout
+162 after 40, and 152 after 60 of which the penalty takes the first fifth and not half; a weaker penalty for longer, or
+from random weights, gives 179 and 176.
 
     python benchmarks/seeds/structured_sparsity.py --data ../shared/data --work runs
 
@@ -53,7 +54,7 @@ RULES = {
 }
 # errors in per cent of the paper: dense, and at these widths
 PUBLISHED = {"mlp-500-300": (1.43, 1.53), "lenet-5": (0.9, 0.8)}
-EPOCHS = {"mlp-500-300": 40, "lenet-5": 15}
+EPOCHS = {"mlp-500-300": 60, "lenet-5": 15}
 LEARNING_RATES = {"mlp-500-300": 0.05, "lenet-5": 0.03}
 # of the pixels, and of what linear layers after the first read
 DROPOUT = {"mlp-500-300": (0.1, 0.2), "lenet-5": (0.1, 0.2)}
@@ -62,8 +63,8 @@ ROLES = ("dense", "narrow from scratch", "group lasso")
 
 
 def config(name: str) -> GroupLassoConfig:
-    """What stays, and when: the second half of the run is without a penalty."""
-    return GroupLassoConfig(rules=RULES[name], penalty=0.002, begin=0.0, end=0.5, warmup=0.8)
+    """What stays, and when: the last four fifths of the run are without a penalty."""
+    return GroupLassoConfig(rules=RULES[name], penalty=0.002, begin=0.0, end=0.2, warmup=0.8)
 
 
 def train(
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
     """Everything that was asked for and is not there yet."""
     data = mnist.load(options.data, quick=options.quick)
     for seed in range(options.seeds):
-        for name in NETWORKS:
+        for name in options.networks:
             for role in ROLES:
                 folder = work / name / str(seed) / role.replace(" ", "-")
                 about = {"network": name, "seed": seed, "role": role}
@@ -174,4 +175,4 @@ def report(options: argparse.Namespace, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    stages.main("structured_sparsity", __doc__, run, report)
+    stages.main("structured_sparsity", __doc__, run, report, networks=NETWORKS)

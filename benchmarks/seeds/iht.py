@@ -136,22 +136,24 @@ def report(options: argparse.Namespace, work: Path) -> None:
     by_name = {(row["network"], row["role"]): row for row in rows}
     wanted = []
     for name in NETWORKS:
-        if not {(name, role) for role in ROLES} <= by_name.keys():
+        dense, found, once_cut = (by_name.get((name, role)) for role in ROLES)
+        if dense is None or found is None:
             continue
-        dense, found, once_cut = (by_name[name, role] for role in ROLES)
         fewer = 1 / (1 - found["sparsity"])
         if name in mnist.NETWORKS:
             what = f"{name}: errors in 10 000 with {fewer:.1f} times fewer weights"
             wanted.append(
                 asked(what, f"<= {dense['errors']:g}, dense", found["errors"], found["errors"] <= dense["errors"])
             )
-            wanted.append(asked(f"{name}: errors, cut once", "reported", once_cut["errors"], True))
+            if once_cut is not None:
+                wanted.append(asked(f"{name}: errors, cut once", "reported", once_cut["errors"], True))
         else:
             what = f"{name}: score with {fewer:.1f} times fewer weights in the blocks"
             wanted.append(
                 asked(what, f">= {dense['score']:.1f}, dense", found["score"], found["score"] >= dense["score"])
             )
-            wanted.append(asked(f"{name}: score, cut once", "reported", once_cut["score"], True))
+            if once_cut is not None:
+                wanted.append(asked(f"{name}: score, cut once", "reported", once_cut["score"], True))
     if not wanted:
         raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
     setting = {

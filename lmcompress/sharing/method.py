@@ -121,7 +121,8 @@ class WeightSharing(SteppedMethod):
                 "have the values of the last. Compare checkpoints after the run, or train for fewer steps"
             )
         for other in trainer.methods:
-            if getattr(other, "changes_shapes", False):
+            # these write the weights as well: the last to write would undo the other
+            if getattr(other, "changes_shapes", False) or other.name in ("sparsity", "group_sparsity", "quantization"):
                 raise LmcompressError(
                     f"{other.name} must be done in a stage before weights are shared, got it in one run: values are "
                     "shared by the matrices as they are"

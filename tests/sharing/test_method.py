@@ -264,10 +264,17 @@ def test_a_method_that_cuts_is_refused_in_the_same_run(tmp_path):
         trainer_of(tmp_path, Small(), SharingConfig(), methods=[Cutting()])
 
 
+def test_other_methods_that_write_the_weights_are_refused_before_training(tmp_path):
+    with pytest.raises(LmcompressError, match="sparsity must be done in a stage before weights are shared"):
+        trainer_of(tmp_path, Small(), SharingConfig(clusters=4), methods=[Sparsity(SparsityConfig(sparsity=0.5))])
+
+
 def test_weights_that_something_else_has_changed_are_refused_in_the_end(tmp_path):
-    removing = Sparsity(SparsityConfig(sparsity=0.5))
-    trainer, _ = trainer_of(tmp_path, Small(), SharingConfig(clusters=4), methods=[removing])
+    model = Small()
+    trainer, _ = trainer_of(tmp_path, model, SharingConfig(clusters=4))
     trainer.train()
+    with torch.no_grad():
+        model.features[0].weight.view(-1)[0] += 1.0
     with pytest.raises(LmcompressError, match=r"features\.0 must be what its weights share, something has changed it"):
         trainer.finish()
 

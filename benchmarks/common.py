@@ -48,20 +48,28 @@ def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]])
     return row
 
 
-def glue_parser(description: str | None, tasks: Iterable[str], default: Iterable[str] | None = None) -> Any:
-    """The options that benchmarks with teachers on GLUE have; :func:`glue_main` reads them."""
+def training_parser(description: str | None, files: str) -> Any:
+    """The options that benchmarks have which train and keep their runs; :func:`train_and_report` reads them."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", type=Path, required=True, help="folder that holds glue/<task>/*.parquet")
-    made.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, stores and models go")
-    made.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks if default is None else default))
-    made.add_argument("--quick", action="store_true", help="a few steps on 200 rows, one seed, to see that it runs")
+    made.add_argument("--data", type=Path, required=True, help=f"folder that holds {files}")
+    made.add_argument("--work", type=Path, default=Path("runs"), help="where teachers, models and results of runs go")
+    made.add_argument("--quick", action="store_true", help="a few steps on a few rows, one seed, to see that it runs")
     made.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
     made.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
     return made
 
 
-def glue_main(name: str, parser: Any, run: Callable[[Any, Path], None], report: Callable[[Any, Path], None]) -> None:
-    """Train what is missing and write the results, as the options say."""
+def glue_parser(description: str | None, tasks: Iterable[str], default: Iterable[str] | None = None) -> Any:
+    """The options of :func:`training_parser`, and which tasks of GLUE."""
+    made = training_parser(description, "glue/<task>/*.parquet")
+    made.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks if default is None else default))
+    return made
+
+
+def train_and_report(
+    name: str, parser: Any, run: Callable[[Any, Path], None], report: Callable[[Any, Path], None]
+) -> None:
+    """Train what is missing and write the results, as the options say; runs go to the folder ``name`` of ``--work``."""
     options = parser.parse_args()
     if options.quick:
         # neither its teachers nor its models are to be mistaken for real ones later

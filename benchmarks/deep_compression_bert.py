@@ -32,7 +32,7 @@ from typing import Any
 
 import pruning
 import torch
-from common import asked, glue_main, glue_parser, once, write
+from common import asked, glue_parser, once, train_and_report, write
 from distillation import arguments
 from qat_glue import distillation
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -231,7 +231,7 @@ def main() -> None:
     """Command line."""
     parser = glue_parser(__doc__, BUDGET)
     parser.add_argument("--seeds", type=int, default=1)
-    glue_main("deep_compression_bert", parser, run, report)
+    train_and_report("deep_compression_bert", parser, run, report)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import asked, glue_main, glue_parser, once, write
+from common import asked, glue_parser, once, train_and_report, write
 from datasets import Dataset
 from teachers import MAX_LENGTH, START, TASKS, minilm_path, train_teacher
 from transformers import (
@@ -317,7 +317,7 @@ def main() -> None:
     """Command line."""
     parser = glue_parser(__doc__, BUDGET)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES)
-    glue_main("distillation", parser, run, report)
+    train_and_report("distillation", parser, run, report)
 
 
 if __name__ == "__main__":

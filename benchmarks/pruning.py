@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import asked, glue_main, glue_parser, once, write
+from common import asked, glue_parser, once, train_and_report, write
 from distillation import arguments, load_rows, teacher_store
 from teachers import train_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--sparsities", nargs="+", type=float, help="default: 0.5 0.75 0.9")
-    glue_main("pruning", parser, run, report)
+    train_and_report("pruning", parser, run, report)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import pruning
 import torch
-from common import asked, glue_main, glue_parser, once, write
+from common import asked, glue_parser, once, train_and_report, write
 from distillation import MATCHED, arguments
 from qat_lm import SCALE_RATE, scale_rate
 from teachers import START
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
     parser.add_argument("--methods", nargs="+", choices=[*ROUNDED, *TRAINED], help="default: see above")
     parser.add_argument("--seeds", type=int, default=1)
-    glue_main("qat_glue", parser, run, report)
+    train_and_report("qat_glue", parser, run, report)
 
 
 if __name__ == "__main__":

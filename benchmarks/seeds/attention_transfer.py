@@ -23,19 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-
 # benchmarks/ itself, for what its scripts share
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import asked, glue_main, glue_parser, once, write
-from distillation import BUDGET, LAYERS, MATCHED, arguments, load_rows, teacher_store
-from teachers import train_teacher
+import pruning
+from common import asked, glue_parser, once, train_and_report, write
+from distillation import BUDGET, LAYERS, MATCHED, arguments
+from transformers import set_seed
 
 from lmcompress.compact.students import by_layers
 from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
-from lmcompress.evaluation import evaluate_classifier, glue_score
-from lmcompress.model import CompressedModel
 from lmcompress.trainers import CompressionTrainer
 
 TASKS = ("mrpc", "rte")
@@ -49,21 +46,14 @@ ROLES: dict[str, DistillationConfig | None] = {
 }
 
 
-class Bench:
-    """One task: its rows, its teacher's answers, and students of that teacher."""
-
-    def __init__(self, options: argparse.Namespace, task: str) -> None:
-        self.options, self.task = options, task
-        train_teacher(options.data, options.work / "teachers", task, quick=options.quick)
-        self.folder = options.work / "teachers" / task
-        self.data, self.rows, self.collate = load_rows(options, task)
-        self.store = teacher_store(options, task, self.rows, self.collate)
+class Bench(pruning.Bench):
+    """One task, and students of its teacher."""
 
     def student(self, folder: Path, role: str, seed: int) -> dict[str, Any]:
         """One student: train, save through the gate, measure."""
         set_seed(seed)
         _, _, learning_rate = BUDGET[self.task]
-        model = by_layers(AutoModelForSequenceClassification.from_pretrained(self.folder), LAYERS, choose="first").model
+        model = by_layers(self.model(), LAYERS, choose="first").model
         model.get_input_embeddings().requires_grad_(False)
         config = ROLES[role]
         methods = [] if config is None else [Distillation(config, StoredTeacher(self.store))]
@@ -75,16 +65,11 @@ class Bench:
         trainer.train()
         seconds = time.time() - started
         trainer.finish()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        batches = [self.collate([self.rows.validation[i] for i in range(16)])]
-        saved = CompressedModel(model).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
-        kind = self.data.task
-        found = evaluate_classifier(model, self.rows.validation, self.collate, kind.kind, kind.metrics, progress=False)
         return {
             "epochs": EPOCHS,
             "seconds": round(seconds),
-            "score": 100 * glue_score(found),
-            "reload_error": saved.max_error,
+            "score": self.quality(model)["score"],
+            "reload_error": self.saved(model, folder)["reload_error"],
         }
 
 
@@ -155,7 +140,7 @@ def main() -> None:
     """Command line."""
     parser = glue_parser(__doc__, TASKS, default=["mrpc"])
     parser.add_argument("--seeds", type=int, default=3)
-    glue_main("attention_transfer", parser, run, report)
+    train_and_report("attention_transfer", parser, run, report)
 
 
 if __name__ == "__main__":

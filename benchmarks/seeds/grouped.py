@@ -26,27 +26,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-
 # benchmarks/ itself, for what its scripts share
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import asked, glue_main, glue_parser, once, write
-from distillation import arguments, load_rows, teacher_store
-from teachers import train_teacher
+import pruning
+from common import asked, glue_parser, once, train_and_report, write
+from distillation import arguments
+from transformers import set_seed
 
 from lmcompress.anatomy import anatomy_of
 from lmcompress.compact import group, model_flops
 from lmcompress.compact.costs import projection_macs
 from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
-from lmcompress.evaluation import evaluate_classifier, glue_score, size_on_disk
-from lmcompress.model import CompressedModel
 from lmcompress.replacement import PARTS
 from lmcompress.trainers import CompressionTrainer
 
 GROUPS = 4
 LENGTH = 128
-CALIBRATION_ROWS = 512
 SHUFFLES = ("none", "channel", "fitted")
 # task: (epochs, seeds, learning rate)
 BUDGET: dict[str, tuple[float, int, float]] = {"sst2": (0.3, 1, 5e-4)}
@@ -54,40 +50,19 @@ MATCHES = tuple(Match(loss="hidden_mse", student=layer, teacher=layer, weight=1.
 DISTILLATION = DistillationConfig(temperature=2.0, weight=1.0, label_weight=0.5, matches=MATCHES)
 
 
-class Bench:
-    """One task: its rows, its teacher's answers, and students of that teacher."""
-
-    def __init__(self, options: argparse.Namespace, task: str) -> None:
-        self.options, self.task = options, task
-        train_teacher(options.data, options.work / "teachers", task, quick=options.quick)
-        self.folder = options.work / "teachers" / task
-        self.data, self.rows, self.collate = load_rows(options, task)
-        self.store = teacher_store(options, task, self.rows, self.collate)
-
-    def quality(self, model: Any) -> float:
-        """The mean of the task's metrics on the validation rows, in percent."""
-        task = self.data.task
-        found = evaluate_classifier(model, self.rows.validation, self.collate, task.kind, task.metrics, progress=False)
-        return 100 * glue_score(found)
-
-    def calibration(self) -> list[Any]:
-        """Batches of training rows, the same for all."""
-        count = 32 if self.options.quick else CALIBRATION_ROWS
-        drawn = self.rows.train.shuffle(seed=0).select(range(min(count, len(self.rows.train))))
-        return [
-            self.collate([drawn[i] for i in range(start, min(start + 32, len(drawn)))])
-            for start in range(0, len(drawn), 32)
-        ]
+class Bench(pruning.Bench):
+    """One task, and students of its teacher."""
 
     def student(self, folder: Path, shuffle: Any, seed: int) -> dict[str, Any]:
         """One student: group, train, save through the gate, measure."""
         set_seed(seed)
         epochs, _, learning_rate = BUDGET[self.task]
-        model = AutoModelForSequenceClassification.from_pretrained(self.folder)
-        model.get_input_embeddings().requires_grad_(False)
+        model = self.model()
         dense = {"products": products(model), "flops": model_flops(model, length=LENGTH)}
-        changed = group(model, GROUPS, shuffle=shuffle, activations=self.calibration())
-        before = self.quality(model)
+        changed = group(
+            model, GROUPS, shuffle=shuffle, activations=pruning.calibration(self.rows, self.collate, seed=0)
+        )
+        before = self.quality(model)["score"]
         args = arguments(folder, learning_rate, epochs, seed, quick=self.options.quick)
         trainer = CompressionTrainer(
             model, args, [Distillation(DISTILLATION, StoredTeacher(self.store))],
@@ -97,21 +72,17 @@ class Bench:
         trainer.train()
         seconds = time.time() - started
         trainer.finish()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        batches = [self.collate([self.rows.validation[i] for i in range(16)])]
-        saved = CompressedModel(model).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
+        saved = self.saved(model, folder)
         return {
             "epochs": epochs,
             "seconds": round(seconds),
             "before_training": before,
-            "score": self.quality(model),
+            "score": self.quality(model)["score"],
             "missed": statistics.mean(changed.errors.values()),
             "dense_flops": dense["flops"],
             "flops": model_flops(model, length=LENGTH),
             "share_of_products": products(model) / dense["products"],
-            "encoder_parameters": sum(p.numel() for p in model.base_model.encoder.parameters()),
-            "bytes": size_on_disk(folder / "model").weights_bytes,
-            "reload_error": saved.max_error,
+            **{name: saved[name] for name in ("encoder_parameters", "bytes", "reload_error")},
         }
 
 
@@ -200,7 +171,7 @@ def report(options: argparse.Namespace, work: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = glue_parser(__doc__, BUDGET)
-    glue_main("grouped", parser, run, report)
+    train_and_report("grouped", parser, run, report)
 
 
 if __name__ == "__main__":

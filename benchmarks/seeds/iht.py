@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import mnist
+import pruning
 import stages
 from common import asked, once, write
-from distillation import arguments, load_rows, teacher_store
+from distillation import arguments
 from grouped import DISTILLATION
-from teachers import train_teacher
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 
 from lmcompress.distillation import Distillation, StoredTeacher
-from lmcompress.evaluation import evaluate_classifier, glue_score
 from lmcompress.method import Method
 from lmcompress.sparsity import HardThresholding, OneShot, Sparsity, SparsityConfig, SparsityRule
 from lmcompress.trainers import CompressionTrainer
@@ -48,7 +47,7 @@ SCHEDULES: dict[str, Any] = {
     "cut once": OneShot(begin=0.5),
 }
 # what comes back from 0 has lost what it learned before
-ON_TEXT = HardThresholding(begin=0.0, end=0.4, cycles=2, dense_share=0.3)
+ON_TEXT = SCHEDULES | {"iht": HardThresholding(begin=0.0, end=0.4, cycles=2, dense_share=0.3)}
 ROLES = ("dense", *SCHEDULES)
 NETWORKS = (*mnist.NETWORKS, f"bert-{TASK}")
 
@@ -57,8 +56,8 @@ def config(name: str, role: str) -> SparsityConfig:
     """How much goes, and when."""
     # frozen: what is removed could not come back
     rules = (SparsityRule(modules="embeddings"),) if name.startswith("bert") else ()
-    schedule = SCHEDULES[role] if name in mnist.NETWORKS or role != "iht" else ON_TEXT
-    return SparsityConfig(sparsity=SPARSITY[name], schedule=schedule, rules=rules)
+    schedules = SCHEDULES if name in mnist.NETWORKS else ON_TEXT
+    return SparsityConfig(sparsity=SPARSITY[name], schedule=schedules[role], rules=rules)
 
 
 def on_images(
@@ -74,24 +73,21 @@ def on_images(
 
 def on_text(options: argparse.Namespace, name: str, seed: int, role: str, folder: Path) -> dict[str, Any]:
     """The teacher of a task, trained on under its own answers."""
+    bench = pruning.Bench(options, TASK)
     set_seed(seed)
-    train_teacher(options.data, options.work / "teachers", TASK, quick=options.quick)
-    data, rows, collate = load_rows(options, TASK)
-    model = AutoModelForSequenceClassification.from_pretrained(options.work / "teachers" / TASK)
-    model.get_input_embeddings().requires_grad_(False)
+    model = bench.model()
     methods: list[Method] = [Sparsity(config(name, role))] if role in SCHEDULES else []
-    teacher = StoredTeacher(teacher_store(options, TASK, rows, collate))
-    methods.append(Distillation(DISTILLATION, teacher))
+    methods.append(Distillation(DISTILLATION, StoredTeacher(bench.store)))
     args = arguments(folder, RATE, EPOCHS[name], seed, quick=options.quick)
-    trainer = CompressionTrainer(model, args, methods, train_dataset=rows.train, data_collator=collate)
+    trainer = CompressionTrainer(
+        model, args, methods, train_dataset=bench.rows.train, data_collator=bench.collate
+    )  # fmt: skip
     started = time.time()
     trainer.train()
     trainer.finish()
-    kind = data.task
-    found = evaluate_classifier(model, rows.validation, collate, kind.kind, kind.metrics, progress=False)
     gone = methods[0].report if isinstance(methods[0], Sparsity) else None
     return {
-        "score": 100 * glue_score(found), "steps": trainer.state.global_step, "epochs": EPOCHS[name],
+        "score": bench.quality(model)["score"], "steps": trainer.state.global_step, "epochs": EPOCHS[name],
         "sparsity": gone.sparsity if gone else 0.0, "seconds": round(time.time() - started),
     }  # fmt: skip
 
@@ -140,20 +136,16 @@ def report(options: argparse.Namespace, work: Path) -> None:
         if dense is None or found is None:
             continue
         fewer = 1 / (1 - found["sparsity"])
-        if name in mnist.NETWORKS:
-            what = f"{name}: errors in 10 000 with {fewer:.1f} times fewer weights"
-            wanted.append(
-                asked(what, f"<= {dense['errors']:g}, dense", found["errors"], found["errors"] <= dense["errors"])
-            )
-            if once_cut is not None:
-                wanted.append(asked(f"{name}: errors, cut once", "reported", once_cut["errors"], True))
-        else:
-            what = f"{name}: score with {fewer:.1f} times fewer weights in the blocks"
-            wanted.append(
-                asked(what, f">= {dense['score']:.1f}, dense", found["score"], found["score"] >= dense["score"])
-            )
-            if once_cut is not None:
-                wanted.append(asked(f"{name}: score, cut once", "reported", once_cut["score"], True))
+        on_images = name in mnist.NETWORKS
+        key, target = ("errors", f"<= {dense['errors']:g}") if on_images else ("score", f">= {dense['score']:.1f}")
+        met = found[key] <= dense[key] if on_images else found[key] >= dense[key]
+        what = "errors in 10 000" if on_images else "score"
+        where = "weights" if on_images else "weights in the blocks"
+        wanted.append(
+            asked(f"{name}: {what} with {fewer:.1f} times fewer {where}", f"{target}, dense", found[key], met)
+        )
+        if once_cut is not None:
+            wanted.append(asked(f"{name}: {key}, cut once", "reported", once_cut[key], True))
     if not wanted:
         raise SystemExit(f"there are no whole runs in {work} yet: leave out --report")
     setting = {

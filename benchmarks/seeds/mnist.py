@@ -8,7 +8,6 @@ said, what is counted are errors among the 10 000 test images after the last ste
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-# benchmarks/ itself, for common.py
+# benchmarks/ itself, for what its scripts share
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import training_parser
 
 from lmcompress.errors import LmcompressError
 from lmcompress.method import Method
@@ -255,14 +256,10 @@ def errors(network: nn.Module, rows: Images) -> int:
     return int((logits_of(network, rows).argmax(-1) != rows.labels).sum())
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None) -> Any:
     """The options that all benchmarks of this folder have."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", type=Path, required=True, help="folder that holds mnist/*.gz")
-    made.add_argument("--work", type=Path, default=Path("runs"), help="where networks and results of runs go")
+    made = training_parser(description, "mnist/*.gz")
     made.add_argument("--seeds", type=int, default=1)
-    made.add_argument("--quick", action="store_true", help="a few steps on 1000 rows, to see that it runs")
-    made.add_argument("--report", action="store_true", help="train nothing, write the results of what is there")
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mnist
-from common import once
+from common import once, train_and_report
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
@@ -34,7 +34,7 @@ def dense(
     Returns:
         The folder that holds it, its errors in ``row.json``.
     """
-    folder = work(options, "dense") / name / str(seed)
+    folder: Path = options.work / "seeds" / "dense" / name / str(seed)
 
     def run() -> dict[str, Any]:
         set_seed(seed)
@@ -132,24 +132,4 @@ def main(
     parser = mnist.parser(description)
     if networks:
         parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
-    options = parser.parse_args()
-    if options.quick:
-        # none of its networks is to be mistaken for a real one later
-        options.work = options.work / "quick"
-    if not options.report:
-        run(options, work(options, name))
-    report(options, work(options, name))
-
-
-def work(options: argparse.Namespace, name: str) -> Path:
-    """Folder of a benchmark's runs.
-
-    Args:
-        options: of the command line.
-        name: of the benchmark.
-
-    Returns:
-        The folder.
-    """
-    folder: Path = options.work / "seeds" / name
-    return folder
+    train_and_report(f"seeds/{name}", parser, run, report)

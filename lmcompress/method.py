@@ -65,8 +65,9 @@ class Method(Protocol):
     """A compression method, as the trainer sees it. Methods do not know one another.
 
     A method may also have ``settle()``, called on all before any is finished: what it does is decided from then on. One
-    that cuts the model when it is finished says so with ``changes_shapes = True``, and with ``folds = True`` where it
-    multiplies weights by numbers other than 0 and 1 in the end.
+    that cuts the model when it is finished says so with ``changes_shapes = True``, one that says what values single
+    weights may have with ``changes_values = True``, and with ``folds = True`` one that multiplies weights by numbers
+    other than 0 and 1 in the end.
     """
 
     name: str

@@ -54,6 +54,7 @@ class Quantization(SteppedMethod):
     """
 
     name = "quantization"
+    changes_values = True
 
     def __init__(self, config: QuantizationConfig | None = None, *, calibration: Sequence[Batch] | None = None) -> None:
         self.config = QuantizationConfig() if config is None else config

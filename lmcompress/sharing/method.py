@@ -113,7 +113,7 @@ class WeightSharing(SteppedMethod):
         Raises:
             LmcompressError: what :func:`~lmcompress.sharing.planning.plan` and
                 :func:`~lmcompress.sharing.kmeans.kmeans` refuse, a sensitivity without data, another method in the
-                run that cuts the model, or a best checkpoint that is to be loaded at the end.
+                run that cuts the model or changes single weights, or a best checkpoint that is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
@@ -121,8 +121,7 @@ class WeightSharing(SteppedMethod):
                 "have the values of the last. Compare checkpoints after the run, or train for fewer steps"
             )
         for other in trainer.methods:
-            # these write the weights as well: the last to write would undo the other
-            if getattr(other, "changes_shapes", False) or other.name in ("sparsity", "group_sparsity", "quantization"):
+            if getattr(other, "changes_shapes", False) or getattr(other, "changes_values", False):
                 raise LmcompressError(
                     f"{other.name} must be done in a stage before weights are shared, got it in one run: values are "
                     "shared by the matrices as they are"

@@ -206,6 +206,7 @@ class GroupSparsity(SteppedMethod):
     """
 
     name = "group_sparsity"
+    changes_values = True
 
     def __init__(self, config: GroupLassoConfig) -> None:
         self.config = config

@@ -51,6 +51,7 @@ class Sparsity(SteppedMethod):
     """
 
     name = "sparsity"
+    changes_values = True
 
     def __init__(self, config: SparsityConfig, *, calibration: Sequence[Batch] | None = None) -> None:
         self.config = config

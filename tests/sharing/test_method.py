@@ -16,9 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from lmcompress import CompressedModel, LmcompressError
 from lmcompress.anatomy.weights import weighted_modules
+from lmcompress.quantization import Quantization
 from lmcompress.sharing import SharingConfig, SharingRule, WeightSharing, fisher_diagonal, share_weights
 from lmcompress.sharing.kmeans import look_up
-from lmcompress.sparsity import Sparsity, SparsityConfig
+from lmcompress.sparsity import GroupLassoConfig, GroupRule, GroupSparsity, Sparsity, SparsityConfig
 from lmcompress.trainers import CompressionTrainer
 
 
@@ -264,9 +265,23 @@ def test_a_method_that_cuts_is_refused_in_the_same_run(tmp_path):
         trainer_of(tmp_path, Small(), SharingConfig(), methods=[Cutting()])
 
 
-def test_other_methods_that_write_the_weights_are_refused_before_training(tmp_path):
-    with pytest.raises(LmcompressError, match="sparsity must be done in a stage before weights are shared"):
-        trainer_of(tmp_path, Small(), SharingConfig(clusters=4), methods=[Sparsity(SparsityConfig(sparsity=0.5))])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    [
+        Sparsity(SparsityConfig(sparsity=0.5)),
+        GroupSparsity(GroupLassoConfig(rules=[GroupRule(modules="*.query", groups="rows", keep=4)])),
+        Quantization(),
+    ],
+    ids=lambda method: method.name,
+)
+def test_methods_that_change_single_weights_are_refused_before_training(tmp_path, other, first):
+    methods = [other, WeightSharing(SharingConfig(clusters=4))]
+    with pytest.raises(LmcompressError, match=f"{other.name} must be done in a stage before weights are shared"):
+        CompressionTrainer(
+            make("bert"), tiny_arguments(tmp_path), methods if first else methods[::-1],
+            train_dataset=pictures(),
+        )  # fmt: skip
 
 
 def test_weights_that_something_else_has_changed_are_refused_in_the_end(tmp_path):

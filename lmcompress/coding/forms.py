@@ -70,13 +70,16 @@ def patterns(tensor: Tensor) -> Symbols:
         CPU and without gaps.
 
     Raises:
-        LmcompressError: a type that is not among them, or a tensor without numbers.
+        LmcompressError: a type that is not among them, a sparse tensor, or one without numbers.
     """
     if tensor.is_meta:
         raise LmcompressError("a tensor must have numbers to be coded, got one on the meta device")
     if tensor.dtype not in DTYPES:
         raise LmcompressError(f"a tensor must be of one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if tensor.layout is not torch.strided:
+        raise LmcompressError(f"a tensor must be dense (torch.strided) to be coded, got {tensor.layout}; to_dense() it")
+    # one of no or one number is contiguous whatever its strides are, which views of bytes do not take
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().view(_PATTERN[tensor.element_size()])
 
 

@@ -66,8 +66,9 @@ _PREFIX, _FIXED, _PART = struct.Struct("<4sI"), struct.Struct("<BBBB"), struct.S
 _METHODS = ("fixed", "zstd", "huffman")
 _WIDTHS = (1, 2, 4, 8, 16)
 _MAX_AXES, _MAX_PARTS = 8, 32
-MAX_BYTES = 1 << 36
-"""Of a tensor whose shape nobody has said beforehand."""
+MAX_BYTES, MIN_BYTES, MAX_RATIO = 1 << 36, 1 << 30, 4096
+"""Of a tensor whose shape nobody has said beforehand: never more bytes than the first; more than the second only as
+many as this ratio allows to the bytes of its stream."""
 # zstd takes symbols for repeated text where there is none; the less it looks for it, the smaller the streams
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(3, strategy=zstandard.STRATEGY_FAST, min_match=7)
 # of another's size that Huffman data may have: the others are decoded ten times as fast
@@ -124,7 +125,8 @@ def decode(
     Args:
         stream: from :func:`encode`; as a tensor, ``(n,)`` uint8.
         name: of the tensor, for messages.
-        shape: what it must be, where that is known: nothing greater is allocated.
+        shape: what it must be, where that is known: nothing greater is allocated. Where it is not, no more than
+            :data:`MIN_BYTES`, or than :data:`MAX_RATIO` times the stream.
         dtype: the same.
 
     Returns:
@@ -143,8 +145,12 @@ def decode(
                 f"{head.dtype}: config.json and the weights do not belong together"
             )
         count = math.prod(head.shape)
-        if shape is None and count * head.dtype.itemsize > MAX_BYTES:
-            raise CheckpointError(f"it must have at most {MAX_BYTES} bytes, its stream says {head.shape}")
+        most = min(MAX_BYTES, max(MIN_BYTES, MAX_RATIO * len(data)))
+        if shape is None and count * head.dtype.itemsize > most:
+            raise CheckpointError(
+                f"it must have at most {most} bytes, as its stream has {len(data)}, which says {head.shape}; if that "
+                "is true, say so with shape"
+            )
         check_sizes(head.form, [(one.symbols, one.width) for one in head.parts], head.dtype.itemsize, count)
         tensor = torch.empty(head.shape, dtype=head.dtype)
         # one array after the other: each is as long as the tensor, in small numbers

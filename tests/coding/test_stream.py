@@ -249,6 +249,33 @@ def test_an_absurd_shape_is_refused_without_allocating():
         decode(b"LMCS" + struct.pack("<I", zlib.crc32(head)) + head)
 
 
+def test_a_short_stream_that_says_it_is_long_is_refused_without_allocating():
+    """All zeros in gaps and a codebook take no bytes: only the length of the stream tells how much that may be."""
+    form = FORMS.index("gaps_codebook")
+    head = struct.pack("<BBBBQB", 1, form, DTYPES.index(torch.float32), 1, 1 << 33, 6)
+    head += b"".join(struct.pack("<QBBQ", 0, width, 0, 0) for width in (8, 8, 8, 8, 8, 1))
+    stream = b"LMCS" + struct.pack("<I", zlib.crc32(head)) + head
+    for read in (decode, describe):
+        with pytest.raises(CheckpointError, match=r"at most 1073741824 bytes, as its stream has \d+, .* with shape"):
+            read(stream)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1).expand(1), torch.ones(1).expand(5, 4), torch.zeros(3, 0, 2), torch.arange(10.0)[4::10],
+        torch.arange(20.0).view(5, 4)[:, :1].t()[:, :1], torch.arange(10.0)[3:7], torch.from_numpy(np.zeros((0,))),
+    ],
+)  # fmt: skip
+def test_strides_that_mean_nothing_do_not_matter(tensor):
+    assert torch.equal(decode(encode(tensor)), tensor) and decode(encode(tensor)).shape == tensor.shape
+
+
+def test_sparse_tensors_are_refused():
+    with pytest.raises(LmcompressError, match=r"must be dense \(torch.strided\) to be coded, got torch.sparse_coo"):
+        encode(torch.eye(3).to_sparse())
+
+
 @pytest.mark.parametrize(
     "tensor", [torch.randn(1000, 2000), torch.randn(1000, 2000).relu(), torch.ones(1000, 2000, dtype=torch.uint8)]
 )

@@ -87,15 +87,17 @@ def group(
     before = Before.of(model)
     on_meta = model.device.type == "meta"
     moments = second_moments(model, {one.path: one.module for one in found}, None if on_meta else activations)
-    changed, errors = {}, {}
+    made, errors = {}, {}
     for one in found:
         if on_meta:
-            new = _grouped_shape(one, groups, shuffle)
+            made[one.path] = _grouped_shape(one, groups, shuffle)
         else:
-            new, errors[one.path] = _grouped(one, groups, shuffle, moments[one.path])
-        put(model, one.path, new)
-        changed[one.path] = f"{groups} groups, shuffle {shuffle}"
+            made[one.path], errors[one.path] = _grouped(one, groups, shuffle, moments[one.path])
+    # all at once: one that is refused leaves the model as it was
+    for path, new in made.items():
+        put(model, path, new)
     record_layers(model)
+    changed = dict.fromkeys(made, f"{groups} groups, shuffle {shuffle}")
     return before.report(model, changed, left, errors)
 
 

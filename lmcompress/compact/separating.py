@@ -137,7 +137,12 @@ class _Fit:
         scale = gram.diagonal(dim1=1, dim2=2)[:, :taps].mean(1).clamp(min=1e-30)
         damping = torch.zeros_like(gram)
         damping.diagonal(dim1=1, dim2=2)[:, :taps] = (self.ridge * scale)[:, None]
-        solution = torch.linalg.solve(gram + damping, target)
+        solution, failed = torch.linalg.solve_ex(gram + damping, target)
+        if bool(failed.any()):
+            raise LmcompressError(
+                f"the kernels of {taps} neighbours must be fitted to inputs that tell them apart, got {int(tokens[0])} "
+                f"tokens whose neighbours do not; take more rows, a smaller kernel, or a ridge above {self.ridge:g}"
+            )
         # ||t - Xs||^2 = t't - 2 s'X't + s'X'Xs
         missed = self._squares - 2 * (solution * target).sum(1)
         missed += torch.einsum("ck,ckl,cl->c", solution, gram, solution)

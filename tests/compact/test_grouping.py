@@ -181,3 +181,12 @@ def test_bad_input_is_refused():
     assert not any(isinstance(module, GroupedLinear) for module in model.modules())
     with pytest.raises(LmcompressError, match="c_attn: groups must divide the widths 16 and 16, got 6"):
         group(make("gpt2"), 6, parts=["qkv"])
+
+
+def test_weights_that_are_not_finite_leave_the_model_as_it_was():
+    model = make("bert")
+    with torch.no_grad():
+        weight_view(anatomy_of(model).blocks[1].get("ffn_out"))[0, 0] = float("nan")
+    with pytest.raises(LmcompressError, match=r"layer\.1\.output\.dense must be finite to be grouped"):
+        group(model, 2)
+    assert not any(isinstance(module, GroupedLinear) for module in model.modules())

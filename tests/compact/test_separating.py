@@ -112,3 +112,12 @@ def test_bad_input_is_refused():
     factorize(model, rank=2, parts=["value"], blocks=[2])
     with pytest.raises(LmcompressError, match="the values of block 2 must be a dense matrix to be replaced"):
         separate(model, [2], 3, data)
+
+
+def test_neighbours_that_nothing_tells_apart_are_refused():
+    # rows of one token have no neighbours, and without a ridge nothing says what their kernels should be
+    model = make("bert")
+    single = [{"input_ids": torch.arange(2, 62).view(-1, 1), "attention_mask": torch.ones(60, 1, dtype=torch.long)}]
+    with pytest.raises(LmcompressError, match="kernels of 3 neighbours must be fitted .* got 60 tokens"):
+        separate(model, [1], 3, single, ridge=0.0)
+    assert mixing_of(anatomy_of(model).blocks[1]) is None

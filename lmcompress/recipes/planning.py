@@ -203,7 +203,7 @@ class _Planner:
             obstacle = pruning.obstacle
             if pruning.expected is not None:
                 model = expected_model(model, pruning.expected)
-        check_weights(stage, model)
+        check_weights(stage, model, self.materials.task, steps)
         quantization = None
         if stage.quantization is not None:
             trains, prunes = stage.trains, stage.pruning is not None

@@ -7,11 +7,15 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from lmcompress.calibration.gradients import MAX_CLASSES
+from lmcompress.data import Task, TaskKind
+from lmcompress.errors import LmcompressError
 from lmcompress.recipes.building import Materials, drawn_batches
 from lmcompress.recipes.schema import Stage
 from lmcompress.sharing import SharingConfig, share_weights
 from lmcompress.sharing.planning import plan as plan_sharing
 from lmcompress.sparsity import SparsityConfig, prune_weights
+from lmcompress.sparsity.method import sparsity_events
 from lmcompress.sparsity.planning import plan as plan_sparsity
 
 AnyConfig = TypeVar("AnyConfig", SparsityConfig, SharingConfig)
@@ -27,20 +31,36 @@ def seeded(config: AnyConfig, seed: int) -> AnyConfig:
     return config if "seed" in config.model_fields_set else config.model_copy(update={"seed": seed})
 
 
-def check_weights(stage: Stage, model: PreTrainedModel) -> None:
+def check_weights(stage: Stage, model: PreTrainedModel, task: Task, steps: int) -> None:
     """Refuse what sparsity or sharing of a stage cannot do with its model.
 
     Args:
         stage: that perhaps has one or both.
         model: in the shapes that it will have; it is left as it is.
+        task: what its outputs are.
+        steps: optimizer steps of the stage.
 
     Raises:
-        LmcompressError: a rule that names nothing, a pattern that does not divide a matrix, or nothing to do.
+        LmcompressError: a rule that names nothing, a pattern that does not divide a matrix, nothing to do, too few
+            steps for the schedule, or the criterion ``obd`` for outputs that it is not for.
     """
     if stage.sparsity is not None:
         plan_sparsity(model, stage.sparsity)
+        if stage.trains:
+            sparsity_events(stage.sparsity, steps)
+        if stage.sparsity.criterion == "obd":
+            _check_classes(task)
     if stage.sharing is not None:
         plan_sharing(model, stage.sharing)
+
+
+def _check_classes(task: Task) -> None:
+    by_word = task.kind in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION)
+    if by_word or task.num_labels > MAX_CLASSES:
+        got = f"a task of the kind {task.kind}" if by_word else f"{task.num_labels} classes"
+        raise LmcompressError(
+            f"the criterion obd must have at most {MAX_CLASSES} classes a row, got {got}; use the criterion fisher"
+        )
 
 
 def change_weights(stage: Stage, model: PreTrainedModel, materials: Materials, seed: int) -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ class Sparsity(SteppedMethod):
 
     With ``train_removed`` (surgery, movement) weights go on behind the mask: before an optimizer step the parameter
     gets the values that are hidden, and after it they are hidden again. The gradient is that of the loss at the masked
-    weights, for all of them, which is what these papers ask for, and no module has to know of it.
+    weights, for all of them, which is what surgery's paper asks for, and no module has to know of it.
 
     Schedules advance by optimizer steps. When surgery looks at the mask is drawn from seed and step alone.
 
@@ -154,13 +154,7 @@ class Sparsity(SteppedMethod):
             LmcompressError: too few steps for the schedule, or scores of training that would see none.
         """
         self._optimizer = optimizer
-        self._events = _events(self.config, max_steps)
-        first = next(event for event in self._events if event.share)
-        if self.config.criterion == "movement" and first.step == 0:
-            raise LmcompressError(
-                "the criterion movement must see some steps before weights go, got a schedule that begins with the "
-                "first; let it begin later, such as begin: 0.1"
-            )
+        self._events = sparsity_events(self.config, max_steps)
         # everything from here on is decided by what is in the state, so that a run that resumes decides alike
         self._done = int(self._state.done)
         self._some_gone = any(not bool(mask.all()) for mask in self._state.masks())
@@ -522,11 +516,28 @@ class _State(nn.Module):
         return [self.get_buffer(f"{name}_{number}") for number in range(self._count)]
 
 
-def _events(config: SparsityConfig, max_steps: int) -> list[Event]:
-    """What happens when: as for other schedules; of surgery its beginning, and its end."""
+def sparsity_events(config: SparsityConfig, max_steps: int) -> list[Event]:
+    """What happens when: as for other schedules; of surgery its beginning, and its end.
+
+    Args:
+        config: with a schedule.
+        max_steps: optimizer steps of the run.
+
+    Returns:
+        In order of time.
+
+    Raises:
+        LmcompressError: too few steps for the schedule, or scores of training that would see none.
+    """
     schedule = config.schedule
     if not isinstance(schedule, Surgery):
-        return events(schedule, max_steps)
+        found = events(schedule, max_steps)
+        if config.criterion == "movement" and next(event for event in found if event.share).step == 0:
+            raise LmcompressError(
+                "the criterion movement must see some steps before weights go, got a schedule that begins with the "
+                "first; let it begin later, such as begin: 0.1"
+            )
+        return found
     begin, end = round(schedule.begin * max_steps), round(schedule.end * max_steps)
     if end <= begin:
         raise LmcompressError(

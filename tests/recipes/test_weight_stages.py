@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
+from families import make
 from rich.console import Console
 from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
+from lmcompress.data import Task
 from lmcompress.encoding import matrices
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import size_on_disk, stream_table
 from lmcompress.recipes import parse_recipe, plan, run
+from lmcompress.recipes.weights import check_weights
 
 TRAINING = "{max_steps: 4, per_device_train_batch_size: 8, learning_rate: 1e-3}"
 RECIPE = f"""\
@@ -108,6 +111,10 @@ def test_storage_makes_the_files_smaller(changed):
         ("{max_steps: 4,", "{max_steps: 4, load_best_model_at_end: true, eval_strategy: steps, save_strategy: steps,",
          "load_best_model_at_end must be false with sparsity|pruning"),
         ("sparsity: 0.5, criterion: wanda", "sparsity: 1.0", "sparsity must be in"),
+        ("kind: gradual, end: 0.5, every: 1", "kind: surgery, begin: 0.5, end: 0.55",
+         "surgery must have optimizer steps between begin and end, got 0 of 4"),
+        ("schedule: {kind: gradual, end: 0.5, every: 1}", "criterion: movement, schedule: {kind: one_shot}",
+         "movement must see some steps before weights go"),
         ("sharing: {clusters: 4, embedding_clusters: 4}\n    training: {max_steps: 4",
          "sharing: {}\n    sparsity: {sparsity: 0.5}\n    training: {max_steps: 4",
          "sharing and sparsity cannot be in one stage that trains.*a stage of its own after it"),
@@ -120,3 +127,20 @@ def test_what_cannot_be_is_refused_before_anything_runs(changing, old, new, mess
     assert old in changing
     with pytest.raises(LmcompressError, match=message):
         plan(parse_recipe(changing.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        (Task("text", "causal_lm", ("text",)), "at most 64 classes a row, got a task of the kind causal_lm"),
+        (
+            Task("many", "classification", ("text",), "label", tuple(map(str, range(65)))),
+            "at most 64 classes a row, got 65 classes",
+        ),
+    ],
+)
+def test_exact_second_derivatives_of_what_has_none_are_refused_before_anything_runs(changing, task, message):
+    stage = parse_recipe(changing.replace("criterion: wanda", "criterion: obd")).stages[1]
+    with pytest.raises(LmcompressError, match=f"{message}; use the criterion fisher"):
+        check_weights(stage, make("bert"), task, 0)
+    check_weights(stage, make("bert"), Task("two", "classification", ("text",), "label", ("a", "b")), 0)

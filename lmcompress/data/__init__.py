@@ -7,6 +7,8 @@ from lmcompress.data.augmentation import (
     long_disorder,
     mask_tokens,
     n_gram_sample,
+    nearest_words,
+    replace_tokens,
     short_disorder,
 )
 from lmcompress.data.collators import Collator, collator
@@ -42,7 +44,9 @@ __all__ = [
     "long_disorder",
     "mask_tokens",
     "n_gram_sample",
+    "nearest_words",
     "pack_blocks",
+    "replace_tokens",
     "same_tokenizer",
     "sampling_probabilities",
     "short_disorder",

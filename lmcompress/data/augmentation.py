@@ -1,19 +1,35 @@
 """New training texts out of old ones: a teacher labels whatever comes out, so the texts need not make sense.
 
-The operations are those of Tang et al., *Distilling Task-Specific Knowledge from BERT into Simple Neural Networks*,
-2019, https://arxiv.org/abs/1903.12136, section 3.3 (masking, n-gram sampling) and of TextBrewer (deleting, disorder).
+The operations are those of
+
+* Tang et al., *Distilling Task-Specific Knowledge from BERT into Simple Neural Networks*, 2019,
+  https://arxiv.org/abs/1903.12136, section 3.3: masking, n-gram sampling;
+* TextBrewer: deleting, disorder;
+* Jiao et al., *TinyBERT: Distilling BERT for Natural Language Understanding*, 2020, https://arxiv.org/abs/1909.10351,
+  algorithm 1: replacing by near words.
+
 Each takes words and a random generator and returns new words; hyperparameters are bound with
 :func:`functools.partial`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from datasets import Dataset, Value, concatenate_datasets
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from lmcompress.errors import LmcompressError, nearest
+
+# a word between punctuation, which stays where it is
+_WORD = re.compile(r"^(\W*)(\w+)(\W*)$")
+# rows of the similarities that are in memory at a time
+_CHUNK = 1024
 
 Operation = Callable[[Sequence[str], np.random.Generator], list[str]]
 """``(words, rng) -> words``: never changes its input, and keeps at least one of at least one word."""
@@ -135,6 +151,102 @@ def long_disorder(tokens: Sequence[str], rng: np.random.Generator, *, p: float =
             start = end
         else:
             start += 1
+    return words
+
+
+def replace_tokens(
+    tokens: Sequence[str], rng: np.random.Generator, *, neighbours: Mapping[str, Sequence[str]], p: float = 0.4
+) -> list[str]:
+    """Each word that has neighbours gives way, with probability ``p``, to one of them, drawn evenly.
+
+    TinyBERT's algorithm 1 with its ``p``. There the words come from BERT's own masked predictions and, for words of
+    several pieces, from GloVe; here from whatever made ``neighbours``, and words that it lacks stay.
+
+    Args:
+        tokens: words, with or without punctuation at their ends, which stays; not changed.
+        rng: where chance comes from.
+        neighbours: of each word, such as :func:`nearest_words` finds; of words in lower case too if that is all it has.
+        p: in [0, 1].
+
+    Returns:
+        as many words as came.
+
+    Example:
+        >>> replace_tokens(["a", "film."], np.random.default_rng(0), neighbours={"film": ["movie"]}, p=1.0)
+        ['a', 'movie.']
+    """
+    _check_probability(p)
+    out = []
+    for token, hit, draw in zip(tokens, rng.random(len(tokens)) < p, rng.random(len(tokens)), strict=True):
+        found = _WORD.match(token) if hit else None
+        near = (neighbours.get(found[2]) or neighbours.get(found[2].lower())) if found else None
+        out.append(f"{found[1]}{near[int(draw * len(near))]}{found[3]}" if found and near else token)
+    return out
+
+
+def nearest_words(
+    embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, *, count: int = 15
+) -> dict[str, tuple[str, ...]]:
+    """For each word that is one token, the words whose embeddings are most like its own (cosine).
+
+    Args:
+        embeddings: ``(vocabulary, width)``, such as ``model.get_input_embeddings().weight`` of a trained model.
+        tokenizer: of the same vocabulary.
+        count: how many, if there are; TinyBERT's ``K``.
+
+    Returns:
+        neighbours by word, nearest first. Words consist of letters only and have two at least.
+
+    Raises:
+        LmcompressError: ``count`` < 1, or the vocabulary has no two words, or the embeddings fewer rows than the
+            tokenizer has tokens.
+
+    Example:
+        ``partial(replace_tokens, neighbours=nearest_words(model.get_input_embeddings().weight, tokenizer))``
+    """
+    if count < 1:
+        raise LmcompressError(f"count must be >= 1, got {count}")
+    if len(embeddings) < len(tokenizer):
+        raise LmcompressError(
+            f"the tokenizer has {len(tokenizer)} tokens and the embeddings have {len(embeddings)} rows: they are not "
+            "of one model"
+        )
+    words = whole_words(tokenizer)
+    count = min(count, len(words) - 1)
+    vectors = F.normalize(embeddings.detach().float().cpu()[[token for _, token in words]], dim=1)
+    near: dict[str, tuple[str, ...]] = {}
+    for start in range(0, len(words), _CHUNK):
+        likeness = vectors[start : start + _CHUNK] @ vectors.T
+        rows = torch.arange(len(likeness))
+        likeness[rows, start + rows] = -torch.inf
+        for row, best in zip(rows.tolist(), likeness.topk(count, dim=1).indices.tolist(), strict=True):
+            near[words[start + row][0]] = tuple(words[other][0] for other in best)
+    return near
+
+
+def whole_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
+    """Words of letters, two at least, that are one token within a text, and those tokens.
+
+    Args:
+        tokenizer: any.
+
+    Raises:
+        LmcompressError: there are not two of them.
+    """
+    texts = dict.fromkeys(tokenizer.decode([token]).strip() for token in range(len(tokenizer)))
+    candidates = [text for text in texts if len(text) > 1 and text.isalpha()]
+    # behind a space, as GPT-2's words begin with one, and what continues a word in BERT is no word
+    encoded = (
+        tokenizer([" " + text for text in candidates], add_special_tokens=False)["input_ids"] if candidates else []
+    )
+    special = set(tokenizer.all_special_ids)
+    words = [(text, ids[0]) for text, ids in zip(candidates, encoded, strict=True) if len(ids) == 1]
+    words = [(text, token) for text, token in words if token not in special]
+    if len(words) < 2:
+        raise LmcompressError(
+            f"the vocabulary of {len(tokenizer)} tokens has {len(words)} whole words, so there is nothing to replace "
+            "words by; augment in another way"
+        )
     return words
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +38,7 @@ from lmcompress.data import (
     long_disorder,
     mask_tokens,
     n_gram_sample,
+    replace_tokens,
     same_tokenizer,
     short_disorder,
     tokenize,
@@ -51,6 +52,7 @@ from lmcompress.structure import shape_skeleton, stock_structure
 _OPERATIONS: dict[str, Callable[..., list[str]]] = {
     "mask": mask_tokens,
     "delete": delete_tokens,
+    "replace": replace_tokens,
     "n_gram": n_gram_sample,
     "short_disorder": short_disorder,
     "long_disorder": long_disorder,
@@ -86,19 +88,28 @@ class Materials:
         return Materials(self.recipe, self.data, tokenizer)
 
     def rows(
-        self, augmentation: Augmentation | None = None, teacher_tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        augmentation: Augmentation | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        neighbours: Mapping[str, Sequence[str]] | None = None,
     ) -> TaskData:
         """The rows as model inputs.
 
         Args:
             augmentation: of the training texts.
             teacher_tokenizer: its inputs are added if it differs from the student's.
+            neighbours: of words, for ``replace``.
         """
         # a tokenizer with a pruned vocabulary keeps its name
         other = None if teacher_tokenizer is None else (teacher_tokenizer.name_or_path, len(teacher_tokenizer))
-        key = repr((augmentation, other))
+        words = None if neighbours is None else hash(tuple((word, *near) for word, near in neighbours.items()))
+        key = repr((augmentation, other, words))
         if key not in self._tokenized:
-            data = self.data if augmentation is None else _augmented(self.data, augmentation, self.recipe.seed)
+            data = (
+                self.data
+                if augmentation is None
+                else _augmented(self.data, augmentation, neighbours or {}, self.recipe.seed)
+            )
             length = self.recipe.task.max_length
             with _progress_bars_of_datasets_off():
                 tokenized = tokenize(data, self.tokenizer, max_length=length, teacher_tokenizer=teacher_tokenizer)
@@ -449,12 +460,15 @@ def _found(path: str | Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def _augmented(data: TaskData, augmentation: Augmentation, seed: int) -> TaskData:
+def _augmented(
+    data: TaskData, augmentation: Augmentation, neighbours: Mapping[str, Sequence[str]], seed: int
+) -> TaskData:
     operations: list[Operation] = []
     for name in augmentation.operations:
-        has_probability = augmentation.probability is not None and name != "n_gram"
-        function = _OPERATIONS[name]
-        operations.append(partial(function, p=augmentation.probability) if has_probability else function)
+        given: dict[str, Any] = {"neighbours": neighbours} if name == "replace" else {}
+        if augmentation.probability is not None and name != "n_gram":
+            given["p"] = augmentation.probability
+        operations.append(partial(_OPERATIONS[name], **given))
     rows = augment(data.train, data.task.text_columns, operations, copies=augmentation.copies, seed=seed)
     return replace(data, train=rows)
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lmcompress.anatomy import anatomy_of
+from lmcompress.data.augmentation import whole_words
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match
 from lmcompress.distillation.layer_maps import given, last, skip, uniform
 from lmcompress.distillation.matches import match_for
@@ -193,6 +194,8 @@ class _Planner:
             if name not in self.names and name not in self.outside:
                 self.outside[name] = teacher_skeleton(name, self.materials.task)
         teacher_tokenizer = different_tokenizer(stage, self.staged, materials)
+        if stage.augmentation is not None and "replace" in stage.augmentation.operations:
+            whole_words(teacher_tokenizer or materials.tokenizer)
         config = self._distillation(stage, model, teachers)
         rows = materials.rows(teacher_tokenizer=teacher_tokenizer).train.num_rows
         rows *= 1 + (stage.augmentation.copies if stage.augmentation else 0)

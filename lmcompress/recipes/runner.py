@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from lmcompress.compact import CompactReport
 from lmcompress.config import Provenance, recorded_compression
-from lmcompress.data import TaskKind
+from lmcompress.data import TaskKind, nearest_words
 from lmcompress.distillation import (
     Distillation,
     DistillationConfig,
@@ -339,7 +347,7 @@ class StageRun:
     def _trainer(self, model: PreTrainedModel, methods: list[Method]) -> tuple[CompressionTrainer, StageBar]:
         stages = {entry.stage.name: entry.materials for entry in self.planned.stages}
         teacher_tokenizer = different_tokenizer(self.stage, stages, self.materials)
-        rows = self.materials.rows(self.stage.augmentation, teacher_tokenizer)
+        rows = self.materials.rows(self.stage.augmentation, teacher_tokenizer, self._neighbours(teacher_tokenizer))
         collate = self.materials.collator(teacher_tokenizer)
         if self.entry.distillation is not None:
             teachers, config = self._teachers(self.entry.distillation, rows.train, collate)
@@ -370,14 +378,26 @@ class StageRun:
         except (ValueError, TypeError) as error:
             raise LmcompressError(f"stage {self.stage.name!r}, training: {error}") from error
 
+    def _teacher_paths(self) -> list[Any]:
+        stages = {p.stage.name for p in self.planned.stages}
+        names = self.stage.distillation.teachers if self.stage.distillation else ()
+        return [self.folder / name if name in stages else name for name in names]
+
+    def _neighbours(self, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, Sequence[str]] | None:
+        """What words give way to, where the stage replaces any."""
+        if self.stage.augmentation is None or "replace" not in self.stage.augmentation.operations:
+            return None
+        tokenizer = tokenizer or self.materials.tokenizer
+        embed = load_teacher(self._teacher_paths()[0], self.auto_class).get_input_embeddings()
+        with torch.no_grad():
+            return nearest_words(embed(torch.arange(len(tokenizer))), tokenizer)
+
     def _teachers(
         self, config: DistillationConfig, train: Any, collate: Any
     ) -> tuple[list[Teacher], DistillationConfig]:
         assert self.stage.distillation is not None
-        stages = {p.stage.name for p in self.planned.stages}
         precision = self.stage.distillation.teacher_precision or "float32"
-        paths = [self.folder / name if name in stages else name for name in self.stage.distillation.teachers]
-        models = [load_teacher(path, self.auto_class, precision) for path in paths]
+        models = [load_teacher(path, self.auto_class, precision) for path in self._teacher_paths()]
         store = self.stage.distillation.store
         if store is None:
             return [LiveTeacher(model) for model in models], config

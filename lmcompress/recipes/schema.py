@@ -404,8 +404,12 @@ class Augmentation(_Part):
     """New training texts made from the old ones; the teacher says what they mean."""
 
     operations: Annotated[
-        tuple[Literal["mask", "delete", "n_gram", "short_disorder", "long_disorder"], ...],
-        Field(min_length=1, description="One is drawn for each new text."),
+        tuple[Literal["mask", "delete", "replace", "n_gram", "short_disorder", "long_disorder"], ...],
+        Field(
+            min_length=1,
+            description="One is drawn for each new text. replace: by words that the first teacher's embeddings have "
+            "near, so it needs distillation.",
+        ),
     ]
     copies: Annotated[int, Field(ge=1, le=100, description="New rows for each row.")] = 1
     probability: Annotated[
@@ -501,6 +505,15 @@ class Stage(_Part):
     def _control_of_a_student(self) -> Stage:
         if self.control and self.distillation is None:
             raise ValueError("control: true needs distillation: it trains the same student without it")
+        return self
+
+    @model_validator(mode="after")
+    def _replaces_by_a_teacher(self) -> Stage:
+        if self.augmentation and "replace" in self.augmentation.operations and self.distillation is None:
+            raise ValueError(
+                "augmentation by replace needs distillation: the words come from the first teacher's embeddings; leave "
+                "replace out, or name a teacher"
+            )
         return self
 
     @model_validator(mode="after")

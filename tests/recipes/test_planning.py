@@ -63,11 +63,19 @@ def test_a_layer_map_is_spelled_out_for_each_loss(tiny):
         ("stages.student.distillation.teachers=[/nowhere]", "could not load the model of '/nowhere'"),
         ("model=/nowhere", "could not load the tokenizer of '/nowhere'"),
         ("model.config={hidden_drop: 0.1}", "has no such field"),
+        ("stages.teacher.augmentation={operations: [replace]}", "augmentation by replace needs distillation"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tiny, override, message):
     with pytest.raises(LmcompressError, match=message):
         plan(parse_recipe(tiny, [override]))
+
+
+def test_words_are_not_replaced_where_the_vocabulary_has_none(tiny):
+    replaced = "stages.student.augmentation={operations: [replace]}"
+    plan(parse_recipe(tiny, [replaced]))
+    with pytest.raises(LmcompressError, match="has . whole words, so there is nothing to replace words by"):
+        plan(parse_recipe(tiny, [replaced, "model.tokenizer.vocab_size=36"]))
 
 
 def test_a_label_without_a_name_in_training_is_refused(tiny, task_folder, tmp_path):

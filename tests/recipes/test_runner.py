@@ -204,7 +204,11 @@ evaluation: {{latency_batches: []}}
 
 def test_augmented_rows_are_trained_on(copied, tiny):
     recipe = parse_recipe(
-        tiny, ["stages.student.augmentation={operations: [mask, n_gram], copies: 2}", "stages.student.control=false"]
+        tiny,
+        [
+            "stages.student.augmentation={operations: [mask, n_gram, replace], copies: 2}",
+            "stages.student.control=false",
+        ],
     )
     result = run(recipe, copied, overwrite=True, console=Console(quiet=True))
     assert {row["name"] for row in result.report["rows"]} == {"teacher", "student"}

@@ -23,6 +23,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from distillation import arguments, load_rows, teacher_store
 from teachers import train_teacher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
+from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher, TeacherStore
 from lmcompress.evaluation import evaluate_classifier, glue_score, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.pruning import (
@@ -114,7 +115,11 @@ class Bench:
         train_teacher(options.data, options.work / "teachers", task, quick=options.quick)
         self.folder = options.work / "teachers" / task
         self.data, self.rows, self.collate = load_rows(options, task)
-        self.store = teacher_store(options, task, self.rows, self.collate)
+
+    @cached_property
+    def store(self) -> TeacherStore:
+        """The teacher's answers to all training rows."""
+        return teacher_store(self.options, self.task, self.rows, self.collate)
 
     def model(self) -> Any:
         """The dense model, embeddings frozen as everywhere in these benchmarks."""

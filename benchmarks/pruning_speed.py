@@ -7,6 +7,8 @@ Random weights, and scores that are drawn: times do not depend on either, shapes
   block. The FLOP ratio counts the matrix products of the blocks. ``nothing`` is an encoder without any head or neuron:
   what is left (residual connections, norms, Python) is what no pruning of heads and neurons can speed up, and the
   ceiling is the speed-up if everything else ran in proportion to its operations. A profile says where the time went.
+* Compiled: MiniLM dense and cut in equal blocks, all by ``torch.compile`` with frozen weights, beside the same without.
+  What is left of a narrow encoder are many small operations, which a compiler merges. Needs a C++ compiler.
 * Latency targets: a table is measured, a shape chosen by it, cut, and timed beside the dense model.
 * Step: a training step with gates and scores over the same step of plain ``Trainer``, in turn, medians of pairs; what
   schedules do between steps (choosing and masking, steering) is added by its mean.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
 import tempfile
 import time
 from typing import Any
@@ -43,6 +46,7 @@ SHAPES = {
     "BERT-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
 }
 LENGTH, MULTIPLE_OF = 128, 16
+PARTS: tuple[Part, ...] = ("heads", "neurons")
 SPARSITIES = (0.5, 0.75, 0.9)
 # batch size: what the speed-up must be of the FLOP ratio
 ASKED = {32: 0.8, 1: 0.6}
@@ -99,11 +103,22 @@ class EncoderOnly(nn.Module):
             input_ids: ``(batch, length)``.
             attention_mask: all 1, and so not looked at, as BERT itself does not pass on a mask of ones.
         """
+        return self.encoder(self.states(input_ids))
+
+    def states(self, input_ids: Tensor) -> Tensor:
+        """What goes into the first block.
+
+        Args:
+            input_ids: ``(batch, length)``.
+
+        Returns:
+            ``(batch, length, width)``, the same each time.
+        """
         shape = tuple(input_ids.shape)
         if shape not in self._states:
             drawn = torch.randn(*shape, self._width, generator=torch.Generator().manual_seed(0))
             self._states[shape] = drawn.to(self.device)
-        return self.encoder(self._states[shape])
+        return self._states[shape]
 
 
 def make_model(name: str, quick: bool) -> Any:
@@ -116,7 +131,7 @@ def make_model(name: str, quick: bool) -> Any:
 def drawn_scores(model: Any, seed: int = 0) -> Units:
     """Random scores, those of some blocks greater than those of others, as real ones are."""
     generator = torch.Generator().manual_seed(seed)
-    units = full(model, ("heads", "neurons"), 0.0, torch.float32)
+    units = full(model, PARTS, 0.0, torch.float32)
 
     def draw(zeros: Tensor) -> Tensor:
         factor = torch.randn((), generator=generator).exp()
@@ -158,7 +173,7 @@ def speed(name: str, quick: bool) -> list[dict[str, Any]]:
             key = f"{kind} {sparsity}"
             encoders[key] = EncoderOnly(cut_copy(dense, mask))
             structures[key], about[key] = masked_structure(sizes.structure, mask), {"kind": kind, "sparsity": sparsity}
-    nothing = full(dense, ("heads", "neurons"), False)
+    nothing = full(dense, PARTS, False)
     encoders["nothing"] = EncoderOnly(cut_copy(dense, nothing))
     structures["nothing"], about["nothing"] = (
         masked_structure(sizes.structure, nothing),
@@ -214,6 +229,61 @@ def operations(encoder: Any, batch: int) -> dict[str, float]:
         kind = next((kind for kind, names in OPERATIONS.items() if event.key.startswith(names)), "other")
         found[kind] += event.self_cpu_time_total / 1000 / calls
     return {kind: round(ms, 3) for kind, ms in found.items()}
+
+
+class Compiled(nn.Module):
+    """An encoder as ``torch.compile`` makes it, with weights that will not change any more.
+
+    Args:
+        encoder: that was called at the size it is to be compiled for.
+    """
+
+    def __init__(self, encoder: EncoderOnly) -> None:
+        super().__init__()
+        self.config, self.device = encoder.config, encoder.device
+        self.encoder = encoder
+        self._call = torch.compile(encoder.encoder, dynamic=False, options={"freezing": True})
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """As of :class:`EncoderOnly`."""
+        return self._call(self.encoder.states(input_ids))
+
+
+def compiled(name: str, quick: bool) -> list[dict[str, Any]]:
+    """Encoders of one shape, dense and cut in equal blocks, with ``torch.compile`` and without."""
+    dense = make_model(name, quick)
+    sizes, rows = ModelSizes.of(dense), []
+    for batch in ASKED:
+        size = min(batch, 4) if quick else batch
+        torch.compiler.reset()
+        encoders, about = {}, {}
+        for sparsity in (0.0, *(SPARSITIES[-1:] if quick else SPARSITIES)):
+            mask = choose(dense, Target(sparsity=sparsity), "even") if sparsity else full(dense, PARTS, True)
+            eager = EncoderOnly(cut_copy(dense, mask) if sparsity else dense)
+            flops = FlopCost(sizes, size, LENGTH).cost(masked_structure(sizes.structure, mask))
+            merged = Compiled(eager)
+            ids = torch.zeros(size, LENGTH, dtype=torch.long)
+            with torch.inference_mode():
+                torch.testing.assert_close(merged(ids)[0], eager(ids)[0], rtol=1e-4, atol=1e-4)
+            for way, encoder in (("eager", eager), ("compiled", merged)):
+                encoders[f"{way} {sparsity}"] = encoder
+                about[f"{way} {sparsity}"] = {"kind": way, "sparsity": sparsity, "flops": flops}
+        repeats = 3 if quick else REPEATS[name, batch]
+        timed = compare_latency(encoders, batch_sizes=(size,), sequence_length=LENGTH, warmup=3, repeats=repeats)
+        milliseconds = {row.model: row.median_ms for row in timed}
+        for row in timed:
+            mine = about[row.model]
+            speedup = milliseconds[f"{mine['kind']} 0.0"] / row.median_ms
+            flop_ratio = about["eager 0.0"]["flops"] / mine["flops"]
+            rows.append(
+                {
+                    "model": name, "question": "compiled", "asked_batch": batch, "batch": size, "length": LENGTH,
+                    "kind": mine["kind"], "sparsity": mine["sparsity"], "ms": row.median_ms,
+                    "quartiles_ms": [row.lower_ms, row.upper_ms], "speedup": speedup, "flop_ratio": flop_ratio,
+                    "of_flop_ratio": speedup / flop_ratio,
+                }
+            )  # fmt: skip
+    return rows
 
 
 def latency_targets(name: str, quick: bool) -> list[dict[str, Any]]:
@@ -278,6 +348,13 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 )
                 wanted.append(asked(name, "reported", worst["ceiling"] / worst["flop_ratio"], True))
     for row in rows:
+        if row["question"] == "compiled" and row["kind"] == "compiled" and row["sparsity"]:
+            name = (
+                f"{row['model']}, {row['asked_batch']} × {LENGTH}, {row['sparsity']:.0%}, all compiled: speed-up over "
+                "FLOP ratio"
+            )
+            least = ASKED[row["asked_batch"]]
+            wanted.append(asked(name, f">= {least}", row["of_flop_ratio"], row["of_flop_ratio"] >= least))
         if row["question"] == "latency target":
             off = row["measured"] / row["target"] - 1
             name = (
@@ -293,17 +370,21 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Command line."""
-    questions = ("speed", "latency", "step")
+    questions = ("speed", "compiled", "latency", "step")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="for the speed-up")
     parser.add_argument("--questions", nargs="+", choices=questions, default=questions)
     parser.add_argument("--quick", action="store_true", help="MiniLM with two layers, small batches, few repeats")
     options = parser.parse_args()
+    if "compiled" in options.questions and shutil.which("c++") is None:
+        parser.error("torch.compile needs a C++ compiler and there is no c++; install one, or name other --questions")
     logging.set_verbosity_error()
     rows: list[dict[str, Any]] = []
     if "speed" in options.questions:
         for name in ["MiniLM"] if options.quick else options.models:
             rows += speed(name, options.quick)
+    if "compiled" in options.questions:
+        rows += compiled("MiniLM", options.quick)
     if "latency" in options.questions:
         rows += latency_targets("MiniLM", options.quick)
     if "step" in options.questions:

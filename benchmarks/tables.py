@@ -156,6 +156,17 @@ def pruning_speed(results: Path) -> str | None:
             f"{markdown(columns, table)}\n\nCeiling: the speed-up if all that heads and neurons cost ran in proportion "
             "to its operations, and residual connections, norms and Python as they do."
         )
+    if rows := [row for row in result["rows"] if row["question"] == "compiled" and row["sparsity"]]:
+        table = [
+            [
+                f"{row['model']}, {100 * row['sparsity']:.0f} %, {row['kind']}, {row['batch']} × {row['length']}",
+                f"{row['ms']:.1f} ms", f"{row['flop_ratio']:.1f}", f"{row['speedup']:.1f}",
+                f"{row['of_flop_ratio']:.2f}",
+            ]
+            for row in rows
+        ]  # fmt: skip
+        columns = ["encoder, equal blocks", "time", "FLOP ratio", "speed-up over the dense one", "of FLOP ratio"]
+        parts.append(f"{markdown(columns, table)}\n\nCompiled: both by `torch.compile` with frozen weights.")
     if targets := [row for row in result["rows"] if row["question"] == "latency target"]:
         table = [
             [

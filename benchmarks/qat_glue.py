@@ -4,11 +4,11 @@ The models are the MiniLM teachers of ``benchmarks/teachers.py``. Each is quanti
 
 * ``without training``: rounded to nearest (``rtn``) and with GPTQ, on some training rows;
 * ``trained``: on its own answers before it was quantized, logits and hidden states of three layers. No labels. By
-  default one quantizer for each number of bits, by row: the range that weights have at 8, LSQ at 4, at 2 the ternary
-  rule of TBT. Others by ``--methods``. Learned scales move as in ``benchmarks/qat_lm.py``. As RTE's teacher comes from
-  QNLI's, so does its student from QNLI's student.
+  default one quantizer for each number of bits: by row the range that weights have at 8, and LSQ at 4; at 2 the ternary
+  rule of TBT, a scale for 64 neighbours (``tbt-g64``). Others by ``--methods``. Learned scales move as in
+  ``benchmarks/qat_lm.py``. As RTE's teacher comes from QNLI's, so does its student from QNLI's student.
 
-Word embeddings have the bits of the weights, but for ``tbt``, whose have 4: some thousand sentences do not teach the
+Word embeddings have the bits of the weights, but for ``tbt`` and ``tbt-g64``, whose have 4: some thousand sentences do not teach the
 words that they lack, and ternary ones of MRPC cost 2.7 points more (``tbt-e2``).
 
 Activations are quantized as in the papers, with one range for each tensor of a batch, within attention too. Scores are
@@ -67,13 +67,13 @@ class Trained(NamedTuple):
 
     Attributes:
         quantizer: of weights.
-        granularity: which weights of a matrix share a scale.
+        granularity: which weights of a matrix share a scale; a number: so many neighbours of a row.
         clip: where activations are cut.
         embeddings: bits of word embeddings; None: those of the weights.
     """
 
     quantizer: str
-    granularity: Literal["tensor", "row"] = "row"
+    granularity: Literal["tensor", "row"] | int = "row"
     clip: float | None = None
     embeddings: Literal[4] | None = None
 
@@ -83,11 +83,12 @@ TRAINED = {
     "lsq": Trained("lsq"),
     "elastic": Trained("elastic"),
     "tbt": Trained("tbt", embeddings=4),
+    "tbt-g64": Trained("tbt", 64, embeddings=4),
     "tbt-e2": Trained("tbt"),
     "quantgpt": Trained("dynamic_scaling", "tensor"),
     "ternarybert": Trained("twn", "tensor", 2.5),
 }
-CHOSEN = {8: ("minmax",), 4: ("lsq",), 2: ("tbt",)}
+CHOSEN = {8: ("minmax",), 4: ("lsq",), 2: ("tbt-g64",)}
 
 
 def scheme(way: Trained, bits: int) -> QuantizationConfig:

@@ -8,8 +8,8 @@ The models are the MiniLM teachers of ``benchmarks/teachers.py``. Each is quanti
   rule of TBT, a scale for 64 neighbours (``tbt-g64``). Others by ``--methods``. Learned scales move as in
   ``benchmarks/qat_lm.py``. As RTE's teacher comes from QNLI's, so does its student from QNLI's student.
 
-Word embeddings have the bits of the weights, but for ``tbt`` and ``tbt-g64``, whose have 4: some thousand sentences do not teach the
-words that they lack, and ternary ones of MRPC cost 2.7 points more (``tbt-e2``).
+Word embeddings have the bits of the weights, but for ``tbt`` and ``tbt-g64``, whose have 4: some thousand sentences do
+not teach the words that they lack, and ternary ones of MRPC cost 2.7 points more (``tbt-e2``).
 
 Activations are quantized as in the papers, with one range for each tensor of a batch, within attention too. Scores are
 of the model that was packed, saved and loaded again; the last epoch counts, not the best.

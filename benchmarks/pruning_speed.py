@@ -368,6 +368,14 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return wanted
 
 
+def finish(name: str, rows: list[dict[str, Any]], setting: dict[str, Any], quick: bool) -> None:
+    """Print and write what came."""
+    wanted = verdicts(rows)
+    for line in rows + wanted:
+        print(line)
+    print(write(name, rows, wanted, quick=quick, setting=setting))
+
+
 def main() -> None:
     """Command line."""
     questions = ("speed", "compiled", "latency", "step")
@@ -379,24 +387,23 @@ def main() -> None:
     if "compiled" in options.questions and shutil.which("c++") is None:
         parser.error("torch.compile needs a C++ compiler and there is no c++; install one, or name other --questions")
     logging.set_verbosity_error()
-    rows: list[dict[str, Any]] = []
-    if "speed" in options.questions:
-        for name in ["MiniLM"] if options.quick else options.models:
-            rows += speed(name, options.quick)
-    if "compiled" in options.questions:
-        rows += compiled("MiniLM", options.quick)
-    if "latency" in options.questions:
-        rows += latency_targets("MiniLM", options.quick)
-    if "step" in options.questions:
-        rows += step_overhead(3 if options.quick else 40)
-    wanted = verdicts(rows)
-    for line in rows + wanted:
-        print(line)
     setting = {
         "shapes": SHAPES, "multiple_of": MULTIPLE_OF, "threads": torch.get_num_threads(),
         "methods": {name: config.model_dump(mode="json", exclude_none=True) for name, config in METHODS.items()},
     }  # fmt: skip
-    print(write("pruning_speed", rows, wanted, quick=options.quick, setting=setting))
+    if "compiled" in options.questions:
+        rows = compiled("MiniLM", options.quick)
+        finish("pruning_compiled", rows, setting, options.quick)
+    rows = []
+    if "speed" in options.questions:
+        for name in ["MiniLM"] if options.quick else options.models:
+            rows += speed(name, options.quick)
+    if "latency" in options.questions:
+        rows += latency_targets("MiniLM", options.quick)
+    if "step" in options.questions:
+        rows += step_overhead(3 if options.quick else 40)
+    if rows:
+        finish("pruning_speed", rows, setting, options.quick)
 
 
 if __name__ == "__main__":

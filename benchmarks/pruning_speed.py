@@ -381,7 +381,8 @@ def main() -> None:
     questions = ("speed", "compiled", "latency", "step")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="for the speed-up")
-    parser.add_argument("--questions", nargs="+", choices=questions, default=questions)
+    possible = [name for name in questions if name != "compiled" or shutil.which("c++")]
+    parser.add_argument("--questions", nargs="+", choices=questions, default=possible, help=f"default: {possible}")
     parser.add_argument("--quick", action="store_true", help="MiniLM with two layers, small batches, few repeats")
     options = parser.parse_args()
     if "compiled" in options.questions and shutil.which("c++") is None:

@@ -105,11 +105,9 @@ class Materials:
         words = None if neighbours is None else hash(tuple((word, *near) for word, near in neighbours.items()))
         key = repr((augmentation, other, words))
         if key not in self._tokenized:
-            data = (
-                self.data
-                if augmentation is None
-                else _augmented(self.data, augmentation, neighbours or {}, self.recipe.seed)
-            )
+            data = self.data
+            if augmentation is not None:
+                data = _augmented(data, augmentation, neighbours, self.recipe.seed)
             length = self.recipe.task.max_length
             with _progress_bars_of_datasets_off():
                 tokenized = tokenize(data, self.tokenizer, max_length=length, teacher_tokenizer=teacher_tokenizer)
@@ -461,7 +459,7 @@ def _found(path: str | Path, what: str) -> Iterator[None]:
 
 
 def _augmented(
-    data: TaskData, augmentation: Augmentation, neighbours: Mapping[str, Sequence[str]], seed: int
+    data: TaskData, augmentation: Augmentation, neighbours: Mapping[str, Sequence[str]] | None, seed: int
 ) -> TaskData:
     operations: list[Operation] = []
     for name in augmentation.operations:

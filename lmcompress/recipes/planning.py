@@ -194,7 +194,7 @@ class _Planner:
             if name not in self.names and name not in self.outside:
                 self.outside[name] = teacher_skeleton(name, self.materials.task)
         teacher_tokenizer = different_tokenizer(stage, self.staged, materials)
-        if stage.augmentation is not None and "replace" in stage.augmentation.operations:
+        if stage.augmentation is not None and stage.augmentation.replaces:
             whole_words(teacher_tokenizer or materials.tokenizer)
         config = self._distillation(stage, model, teachers)
         rows = materials.rows(teacher_tokenizer=teacher_tokenizer).train.num_rows

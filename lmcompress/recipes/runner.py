@@ -385,7 +385,7 @@ class StageRun:
 
     def _neighbours(self, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, Sequence[str]] | None:
         """What words give way to, where the stage replaces any."""
-        if self.stage.augmentation is None or "replace" not in self.stage.augmentation.operations:
+        if self.stage.augmentation is None or not self.stage.augmentation.replaces:
             return None
         tokenizer = tokenizer or self.materials.tokenizer
         embed = load_teacher(self._teacher_paths()[0], self.auto_class).get_input_embeddings()

@@ -416,6 +416,11 @@ class Augmentation(_Part):
         float | None, Field(ge=0, le=1, description="Of each word to be changed; default: that of the operation.")
     ] = None
 
+    @property
+    def replaces(self) -> bool:
+        """Whether words give way to near ones."""
+        return "replace" in self.operations
+
 
 class Stage(_Part):
     """One training run: what it starts from, what it becomes, what it learns from."""
@@ -509,7 +514,7 @@ class Stage(_Part):
 
     @model_validator(mode="after")
     def _replaces_by_a_teacher(self) -> Stage:
-        if self.augmentation and "replace" in self.augmentation.operations and self.distillation is None:
+        if self.augmentation is not None and self.augmentation.replaces and self.distillation is None:
             raise ValueError(
                 "augmentation by replace needs distillation: the words come from the first teacher's embeddings; leave "
                 "replace out, or name a teacher"

@@ -8,8 +8,8 @@ rows in the same order; word embeddings stay frozen. The same calibration rows g
   afterwards. It is asked for a share of channels, so the share that leaves half of the encoder's parameters is searched
   for. ``hidden``: the residual stream is pruned too, as in that example; otherwise heads and neurons alone.
 * Twins: the same kind of criterion in both, l1, l2 and first-order Taylor. Beside them, lmcompress's other criteria.
-* Extra rows, not compared: lmcompress pruning gradually within the same steps, without and with the dense model as
-  teacher.
+* Extra rows, one seed, not compared: lmcompress pruning gradually within the same steps, without and with the dense
+  model as teacher.
 
 A last row says what both do to a GPT-2, whose matrices are ``Conv1D``.
 
@@ -349,6 +349,9 @@ def runs(bench: Bench, folder: Path) -> list[dict[str, Any]]:
     rows, quick = [], bench.options.quick
     for seed in range(1 if quick else bench.options.seeds):
         for entry in ENTRIES:
+            # what is not compared needs no spread
+            if entry.library not in bench.options.libraries or (seed and entry.extra):
+                continue
             if not quick or entry.twin == "l2" or entry.extra:
                 place = folder / f"{entry.folder}-{seed}"
                 about = {"name": entry.name, **vars(entry), "seed": seed}
@@ -440,6 +443,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/mrpc/*.parquet")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="where the dense model lies and models go")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--libraries", nargs="+", choices=(OURS, PEER), default=(OURS, PEER), help="with --train-only")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
     parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, four rows, to see that it runs")
     options = parser.parse_args()
     # of torch-pruning, about parameters that it finds by itself
@@ -449,6 +454,8 @@ def main() -> None:
         # a quick run is not to be mistaken for a real one later
         folder = Path(temporary) if options.quick else options.work / "pruning_peers"
         done = runs(bench, folder)
+        if options.train_only:
+            return
         timed = latencies(bench, folder, options.quick)
     dense = bench.dense()
     teacher = {

@@ -182,8 +182,13 @@ class SparsityConfig(_Part):
         given = [q for q in (self.quality, *(rule.quality for rule in self.rules)) if q is not None]
         if kind != "surgery" and any(not q > 0 for q in given):
             raise ValueError(f"quality must be > 0 but with the schedule surgery, got {min(given)}")
-        if kind in ("surgery", "iht") and self.criterion != "magnitude":
-            raise ValueError(f"the schedule {kind} goes by magnitude, got criterion {self.criterion!r}")
+        if kind == "surgery" and self.criterion != "magnitude":
+            raise ValueError(f"the schedule surgery goes by magnitude, got criterion {self.criterion!r}")
+        if kind == "iht" and self.criterion == "movement":
+            raise ValueError(
+                "iht scores the weights as they are when a cycle begins, movement is a sum over all steps before: use "
+                "magnitude, wanda, fisher or taylor"
+            )
         if kind == "surgery" and (not isinstance(self.pattern, Unstructured) or self.scope == "row"):
             raise ValueError("surgery looks at single weights of a matrix or of all: use no pattern, nor scope row")
         if kind == "surgery" and self.train_removed is False:
@@ -212,7 +217,7 @@ class SparsityConfig(_Part):
     def removed_is_trained(self) -> bool:
         """Whether weights that are gone are trained behind the mask, with the default filled in."""
         if self.train_removed is None:
-            return self.schedule.kind == "surgery" or (self.criterion == "movement" and self.schedule.kind != "iht")
+            return self.schedule.kind == "surgery" or self.criterion == "movement"
         return self.train_removed
 
     @property

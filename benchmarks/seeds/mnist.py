@@ -45,12 +45,15 @@ class Images(Dataset[dict[str, Tensor]]):
         labels: ``(rows,)`` int64.
         jitter: greatest shift, in pixels, by which each image is moved along both axes whenever it is taken.
         columns: what else belongs to each row, such as ``teacher_logits``, which methods see and networks do not.
+        mean: that is taken from the pixels: one number, or ``(1, 28, 28)``.
     """
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, *, jitter: int = 0, columns: Mapping[str, Tensor] | None = None
-    ) -> None:
+        self, pixels: Tensor, labels: Tensor, *, jitter: int = 0, columns: Mapping[str, Tensor] | None = None,
+        mean: float | Tensor = MEAN,
+    ) -> None:  # fmt: skip
         self.pixels, self.labels, self.jitter, self.columns = pixels, labels, jitter, dict(columns or {})
+        self.mean = mean
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,16 +66,16 @@ class Images(Dataset[dict[str, Tensor]]):
         pixels = self.pixels[rows]
         if self.jitter:
             pixels = _shifted(pixels, self.jitter)
-        found = {"pixel_values": (pixels.float() / 255 - MEAN) / DEVIATION, "labels": self.labels[rows]}
+        found = {"pixel_values": (pixels.float() / 255 - self.mean) / DEVIATION, "labels": self.labels[rows]}
         return found | {name: values[rows] for name, values in self.columns.items()}
 
     def jittered(self, jitter: int) -> Images:
         """The same images, shifted by up to so many pixels."""
-        return Images(self.pixels, self.labels, jitter=jitter, columns=self.columns)
+        return Images(self.pixels, self.labels, jitter=jitter, columns=self.columns, mean=self.mean)
 
     def with_columns(self, **columns: Tensor) -> Images:
         """The same images with more columns."""
-        return Images(self.pixels, self.labels, jitter=self.jitter, columns=self.columns | columns)
+        return Images(self.pixels, self.labels, jitter=self.jitter, columns=self.columns | columns, mean=self.mean)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class Data:
 
     train: Images
     test: Images
+
+    def centred(self) -> Data:
+        """The same rows, each pixel with its own mean over the training rows (LeCun et al. 1998, §4.3)."""
+        mean = self.train.pixels.float().mean(0) / 255
+        splits = (Images(rows.pixels, rows.labels, mean=mean) for rows in (self.train, self.test))
+        return Data(*splits)
 
 
 def load(folder: Path, *, quick: bool = False) -> Data:

@@ -34,7 +34,7 @@ from lmcompress.evaluation import tensor_table as tensors_of
 from lmcompress.evaluation import verdict as verdicts
 from lmcompress.lowbit.kernels import ladder
 from lmcompress.model import REPORT_FILE, CompressedModel, library_version, push_folder
-from lmcompress.pruning.config import PruningConfig
+from lmcompress.pruning.config import DEFAULT_CRITERION, PruningConfig
 from lmcompress.pruning.ranking import Shape, Target
 from lmcompress.recipes import Recipe, builtin_recipes, load_recipe, plan, recipe_schema
 from lmcompress.recipes import run as run_recipe
@@ -435,7 +435,7 @@ CriterionName = Annotated[
     str,
     typer.Option(
         "--criterion",
-        help="What makes a unit important. taylor_gates, fisher, taylor_weights: gradients; wanda, apoz, "
+        help="What makes a unit important. fisher, taylor_gates, taylor_weights: gradients; wanda, apoz, "
         "activation_entropy, …: activations; l1, l2: weights alone; random: a control.",
     ),
 ]
@@ -474,7 +474,7 @@ def prune(
         ),
     ] = None,
     parts: PartNames = "heads,neurons",
-    criterion: CriterionName = "taylor_gates",
+    criterion: CriterionName = DEFAULT_CRITERION,
     labels: LabelSource = "given",
     rows: CalibrationRows = 256,
     iterations: Annotated[
@@ -673,7 +673,7 @@ def show_sensitivity(
         typer.Option("--share", help="Of a block's units; several times. Default: 0.25, 0.5, 0.75 and 1."),
     ] = None,
     parts: PartNames = "heads,neurons",
-    criterion: CriterionName = "taylor_gates",
+    criterion: CriterionName = DEFAULT_CRITERION,
     labels: LabelSource = "given",
     rows: CalibrationRows = 256,
     max_length: MaxLength = 128,
@@ -750,7 +750,7 @@ def frontier(
     ] = 0,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the recovery.")] = 5e-5,
     parts: PartNames = "heads,neurons",
-    criterion: CriterionName = "taylor_gates",
+    criterion: CriterionName = DEFAULT_CRITERION,
     labels: LabelSource = "given",
     rows: CalibrationRows = 256,
     iterations: Annotated[int, typer.Option("--iterations", help="Rounds of each pruning.")] = 1,

@@ -12,6 +12,8 @@ from lmcompress.pruning.units import Part
 from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
 
 Repair = Literal["none", "bias", "least_squares", "least_squares_in_order"]
+DEFAULT_CRITERION = "fisher"
+"""What scores units where nothing is said: it kept most at every sparsity in ``benchmarks/pruning.py``."""
 RUNNING_CRITERIA = ("taylor_gates", "fisher", "movement")
 """Criteria that training can collect on its way, from the gradients of gates."""
 
@@ -80,8 +82,8 @@ class PruningConfig(_Part):
     criterion: Annotated[
         str | None,
         Field(
-            description="What scores units: taylor_gates (the default), l1, random, …; not with schedules that learn "
-            "their scores or have their own (iht)."
+            description="What scores units: fisher (the default), taylor_gates, l1, random, …; not with schedules that "
+            "learn their scores or have their own (iht)."
         ),
     ] = None
     scores: Annotated[
@@ -183,7 +185,7 @@ class PruningConfig(_Part):
     @property
     def criterion_name(self) -> str:
         """The criterion, with the default filled in."""
-        return self.criterion or "taylor_gates"
+        return self.criterion or DEFAULT_CRITERION
 
     @property
     def trains(self) -> bool:

@@ -158,7 +158,7 @@ def pruning_in_words(config: Any) -> str:
     Example:
         >>> from lmcompress.pruning.config import PruningConfig
         >>> pruning_in_words(PruningConfig(target={"sparsity": 0.5}))
-        'heads and neurons to sparsity 0.5, one_shot by taylor_gates, ranking global'
+        'heads and neurons to sparsity 0.5, one_shot by fisher, ranking global'
     """
     target = config.target.model_dump(exclude_none=True)[config.target.kind]
     amount = ", ".join(f"{key} {value}" for key, value in target.items()) if isinstance(target, dict) else target

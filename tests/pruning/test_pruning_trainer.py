@@ -489,17 +489,17 @@ def test_given_calibration_batches_are_used(tmp_path):
     assert torch.equal(*masks)
 
 
-def test_running_scores_are_those_of_the_gradients_at_a_standstill(tmp_path):
-    # with a learning rate of 0 the running mean of |gradient| is the calibration's, over the same rows
+@pytest.mark.parametrize("criterion", ["taylor_gates", "fisher"])
+def test_running_scores_are_those_of_the_gradients_at_a_standstill(tmp_path, criterion):
+    # with a learning rate of 0 the running mean of |gradient|, or of its square, is the calibration's on the same rows
     rows = ragged_rows(rows=16)
-    config = PruningConfig(
-        target=HALF, schedule=Iterative(begin=0.5, end=0.9, rounds=1), scores="training", score_memory=1.0
-    )
+    schedule = Iterative(begin=0.5, end=0.9, rounds=1)
+    config = PruningConfig(target=HALF, criterion=criterion, schedule=schedule, scores="training", score_memory=1.0)
     trainer = trainer_of(tmp_path, config, changes=dict(learning_rate=1e-12, max_steps=4, weight_decay=0.0))
     trainer.train()
     running = trainer.pruning.modules()["state"].scores
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    scores = method_module.score(make("bert", seed=1), "taylor_gates", ["heads", "neurons"], [batch])
+    scores = method_module.score(make("bert", seed=1), criterion, ["heads", "neurons"], [batch])
     expected = trainer.pruning._layout.join(scores)
     ratio = running / expected
     torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.median())), rtol=1e-3, atol=0)
@@ -537,7 +537,7 @@ def test_repair_after_running_scores_takes_batches_of_another_size(tmp_path, rep
 def test_rows_without_labels_are_refused_before_training(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in ragged_rows()]
     config = PruningConfig(target=HALF, schedule=OneShot(begin=0.5))
-    with pytest.raises(LmcompressError, match="taylor_gates must have labels, the calibration rows have none"):
+    with pytest.raises(LmcompressError, match="fisher must have labels, the calibration rows have none"):
         PruningTrainer(make("bert"), arguments(tmp_path), config, train_dataset=rows)
     own = config.model_copy(update={"labels": "self"})
     PruningTrainer(make("bert"), arguments(tmp_path), own, train_dataset=rows)

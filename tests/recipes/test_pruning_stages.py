@@ -170,7 +170,7 @@ def test_a_criterion_with_gradients_needs_labels(pruning):
     without = Materials(recipe, replace(data, train=data.train.remove_columns("label")), planned.materials.tokenizer)
     model = make("bert")
     spec = recipe.stages[1].pruning
-    with pytest.raises(LmcompressError, match="taylor_gates needs labels, and the training rows of .* have none"):
+    with pytest.raises(LmcompressError, match="fisher needs labels, and the training rows of .* have none"):
         plan_pruning(spec, model, without, 0, folder=Path(), measure=False)
     own = spec.model_copy(update={"labels": "self"})
     assert plan_pruning(own, model, without, 0, folder=Path(), measure=False).expected is not None

@@ -643,7 +643,7 @@ SEEDS = {
         "criterion",
         "magnitude",
         "obd",
-        shown=f"errors with {100 * OBD_SHARE:.0f} % removed, MNIST",
+        shown=f"errors with {100 * OBD_SHARE:.0f} % removed, MNIST (asked is the loss)",
     ),
     "hinton": Seed("Hinton, Vinyals & Dean 2015", "name", "labels", "soft targets"),
     "deep_compression": Seed("Han, Mao & Dally 2016", "stage", "dense", "coded", "ratio"),

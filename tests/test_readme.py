@@ -325,7 +325,7 @@ def test_published_and_measured_numbers_stand_side_by_side(tables, seeds):
     table = tables.seeds(seeds)
     assert len(table.splitlines()) == 2 + len(tables.SEEDS)
     for cells in (
-        "| magnitude → obd: errors with 80 % removed, MNIST | – | lenet-5: 1.20 → 0.93 % |",
+        "| magnitude → obd: errors with 80 % removed, MNIST (asked is the loss) | – | lenet-5: 1.20 → 0.93 % |",
         "| labels → soft targets: errors, MNIST | 1.46 → 0.74 % | 1.50 → 0.75 % | **no**, 1 of 2 |",
         "lenet-5: 0.80 → 0.74 %, 39 × | lenet-5: 0.80 → 0.75 %, 40 × |",
         "| – | MRPC: 80.00 → 81.00 % |",

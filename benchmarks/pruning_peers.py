@@ -106,7 +106,6 @@ ENTRIES = (
     Entry(OURS, "taylor_weights", "taylor"),
     Entry(OURS, "l2", "l2, hidden", hidden=True),
     Entry(OURS, "taylor_gates", "taylor, hidden", hidden=True, ranking="global"),
-    Entry(OURS, "fisher", hidden=True, ranking="global"),
     Entry(OURS, "taylor_gates", ranking="global"),
     Entry(OURS, "fisher", ranking="global"),
     Entry(OURS, "fisher", ranking="global", extra="gradual"),

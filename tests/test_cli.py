@@ -229,7 +229,7 @@ def test_a_dry_run_of_prune_says_the_shape_to_expect(prunable, tmp_path, capsys)
     model, task = prunable
     assert cli.run_app(["prune", model, *task, "-o", str(tmp_path / "x"), "--sparsity", "0.5", "--dry-run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "prunes heads and neurons to sparsity 0.5, one_shot by taylor_gates" in shown
+    assert "prunes heads and neurons to sparsity 0.5, one_shot by fisher" in shown
     assert "pruned attention has no stock config" in shown and not (tmp_path / "x").exists()
 
 

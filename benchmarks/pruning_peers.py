@@ -17,13 +17,14 @@ A last row says what both do to a GPT-2, whose matrices are ``Conv1D``.
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers --tasks mrpc
     python benchmarks/pruning_peers.py --data ../shared/data --work runs
 
-Runs that are done are kept in ``--work`` and not repeated.
+Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import tempfile
 import time
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import asked, once, write
+from common import asked, once, train_and_report, training_parser, write
 from distillation import arguments, load_rows
 from pruning_speed import LENGTH, EncoderOnly
 from teachers import GroupedTrainer, train_teacher
@@ -343,21 +344,6 @@ def gpt2_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def runs(bench: Bench, folder: Path) -> list[dict[str, Any]]:
-    """Everything that is not there yet, and what is; the first seeds of all before the second of any."""
-    rows, quick = [], bench.options.quick
-    for seed in range(1 if quick else bench.options.seeds):
-        for entry in ENTRIES:
-            # what is not compared needs no spread
-            if entry.library not in bench.options.libraries or (seed and entry.extra):
-                continue
-            if not quick or entry.twin == "l2" or entry.extra:
-                place = folder / f"{entry.folder}-{seed}"
-                about = {"name": entry.name, **vars(entry), "seed": seed}
-                rows.append(once(place, about, partial(bench.run, entry, seed, place)))
-    return rows
-
-
 def latencies(bench: Bench, folder: Path, quick: bool) -> list[dict[str, Any]]:
     """Encoders of all first seeds and of the dense model, call by call in turn."""
     encoders = {"dense": EncoderOnly(bench.dense())}
@@ -436,26 +422,27 @@ def verdicts(rows: list[dict[str, Any]], gpt2: list[dict[str, Any]]) -> list[dic
     return wanted
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/mrpc/*.parquet")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where the dense model lies and models go")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--libraries", nargs="+", choices=(OURS, PEER), default=(OURS, PEER), help="with --train-only")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing, write no results")
-    parser.add_argument("--quick", action="store_true", help="20 steps on 200 rows, four rows, to see that it runs")
-    options = parser.parse_args()
-    # of torch-pruning, about parameters that it finds by itself
-    warnings.filterwarnings("ignore", module="torch_pruning")
+def run(options: argparse.Namespace, work: Path) -> None:
+    """Everything that was asked for and is not there yet; the first seeds of all before the second of any."""
+    bench, quick = Bench(options), options.quick
+    for seed in range(1 if quick else options.seeds):
+        for entry in ENTRIES:
+            # what is not compared needs no spread
+            if entry.library not in options.libraries or (seed and entry.extra):
+                continue
+            if not quick or entry.twin == "l2" or entry.extra:
+                place = work / f"{entry.folder}-{seed}"
+                about = {"name": entry.name, **vars(entry), "seed": seed}
+                once(place, about, partial(bench.run, entry, seed, place))
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Results of all runs that are there, of both libraries, and the times of their encoders."""
+    done = [json.loads(file.read_text()) for file in sorted(work.glob("*/row.json"))]
+    if not done:
+        raise SystemExit(f"there are no runs in {work} yet: leave out --report")
     bench = Bench(options)
-    with tempfile.TemporaryDirectory() as temporary:
-        # a quick run is not to be mistaken for a real one later
-        folder = Path(temporary) if options.quick else options.work / "pruning_peers"
-        done = runs(bench, folder)
-        if options.train_only:
-            return
-        timed = latencies(bench, folder, options.quick)
+    timed = latencies(bench, work, options.quick)
     dense = bench.dense()
     teacher = {
         "question": "dense", "name": "dense", **bench.quality(dense), "encoder_parameters": encoder_parameters(dense),
@@ -472,6 +459,16 @@ def main() -> None:
         "distillation": DISTILLATION.model_dump(mode="json"),
     }  # fmt: skip
     print(write("pruning_peers", [teacher, *rows, *gpt2], wanted, quick=options.quick, setting=setting))
+
+
+def main() -> None:
+    """Command line."""
+    parser = training_parser(__doc__, "glue/mrpc/*.parquet")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--libraries", nargs="+", choices=(OURS, PEER), default=(OURS, PEER), help="to train with")
+    # of torch-pruning, about parameters that it finds by itself
+    warnings.filterwarnings("ignore", module="torch_pruning")
+    train_and_report("pruning_peers", parser, run, report)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ QUICK_STEPS = 20
 
 
 def dense(
-    options: argparse.Namespace, data: mnist.Data, name: str, make: Callable[[], mnist.Network], seed: int
-) -> Path:
+    options: argparse.Namespace, data: mnist.Data, name: str, make: Callable[[], mnist.Network], seed: int,
+    *, kind: str = "dense", epochs: float = EPOCHS,
+) -> Path:  # fmt: skip
     """A dense network that all these benchmarks start from.
 
     Args:
@@ -30,15 +31,17 @@ def dense(
         name: of the network.
         make: a fresh one.
         seed: of its start and of the order of the rows.
+        kind: where it lies, apart from those of other rows or epochs.
+        epochs: passes over the training rows.
 
     Returns:
         The folder that holds it, its errors in ``row.json``.
     """
-    folder: Path = options.work / "seeds" / "dense" / name / str(seed)
+    folder: Path = options.work / "seeds" / kind / name / str(seed)
 
     def run() -> dict[str, Any]:
         set_seed(seed)
-        return trained(options, data, make(), folder, epochs=EPOCHS, seed=seed)
+        return trained(options, data, make(), folder, epochs=epochs, seed=seed)
 
     once(folder, {"network": name, "seed": seed, "stage": "dense"}, run)
     return folder

@@ -184,8 +184,9 @@ def test_surgery_follows_the_equations_of_the_paper(tmp_path):
         torch.testing.assert_close(w.detach(), d * m, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["iht", "iht-wanda"])
-def test_hard_thresholding_restarts_from_zero_and_trains_all(tmp_path, name):
+# by wanda some units end without any weight, and do not fire again
+@pytest.mark.parametrize("name, back", [("iht", 0.4), ("iht-wanda", 0.3)])
+def test_hard_thresholding_restarts_from_zero_and_trains_all(tmp_path, name, back):
     config = CONFIGS[name]
     seen = []
     trainer = trainer_of(tmp_path, config)
@@ -198,10 +199,10 @@ def test_hard_thresholding_restarts_from_zero_and_trains_all(tmp_path, name):
 
     method.advance = watching
     trainer.train()
-    # dense, then pruned, dense again after a step, but for units that never fire, pruned
+    # dense, then pruned, dense again after a step, pruned
     assert seen[0] == 0 and max(seen) == pytest.approx(0.6, abs=0.01)
     drops = [b - a for a, b in zip(seen, seen[1:], strict=False)]
-    assert min(drops) < -0.3 and seen[-1] == pytest.approx(0.6, abs=0.01)
+    assert min(drops) < -back and seen[-1] == pytest.approx(0.6, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["gradual", "surgery"])

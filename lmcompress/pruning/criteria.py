@@ -88,6 +88,9 @@ def l2_norm(group: Tensor) -> Tensor:
 def taylor_gates(gradient: Tensor) -> Tensor:
     r"""First-order change of the loss when a gate closes, :math:`|\partial L / \partial \xi|` for each example.
 
+    The gate of a hidden dimension is one factor on what all matrices read of it, see
+    :meth:`~lmcompress.pruning.gates.Gates.read_with`.
+
     Args:
         gradient: ``(batch, units)``; of each example's own loss, by gates that are 1.
 

@@ -30,6 +30,10 @@ class Gates:
       the stream, norms, and the dense layers of that width in the task's head. A norm averages over the dimensions
       whose value is not 0 only, as CoFi's ``CoFiLayerNorm`` does.
 
+    So one hidden value multiplies the same dimension again and again on its way through the blocks, and the slope at 1
+    is that of a high power: many times what its removal changes. Scores take another value, of
+    :meth:`read_with`, which multiplies what each matrix reads, once.
+
     At first every value is 1, and the model computes what it did, to the bit. Gates go by block number and hold hooks
     on modules: take them away before the model is cut.
 
@@ -61,6 +65,7 @@ class Gates:
         # a part is left alone, to the bit and at no cost, until somebody sets it
         self._active: set[Part] = set()
         self._some_hidden_gone = False
+        self._reads: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         # which sub-layer's last projection a module is
         self._sub_layers: dict[nn.Module, tuple[Part, int]] = {}
@@ -88,10 +93,31 @@ class Gates:
                 )
         check_units(values, self._shapes, "values", batched=True)
         moved = values.map(lambda tensor: tensor.to(self._model.device))
+        self._reads = None
         self._values = self._values.updated(**{part: getattr(moved, part) for part in moved.parts()})
         self._active |= set(moved.parts())
         if moved.hidden is not None:
             self._some_hidden_gone = bool((moved.hidden.detach() == 0).any())
+
+    def read_with(self, values: Tensor) -> None:
+        """Multiply what matrices read from the residual stream, until :meth:`set` is called.
+
+        Where all values are 1 the gradient by one of them is, to first order, what the loss would gain if nobody read
+        the dimension, which is all that its removal changes but for the means of norms.
+
+        Args:
+            values: ``(n,)`` or ``(batch, n)``, as for :meth:`set`.
+
+        Raises:
+            LmcompressError: these gates are not of ``hidden``, or another shape.
+        """
+        if "hidden" not in self._parts:
+            raise LmcompressError(
+                f"values that are read must be of gates of hidden, got gates of {', '.join(self._parts)}; "
+                "name it when the gates are made"
+            )
+        check_units(Units(hidden=values), self._shapes, "values", batched=True)
+        self._reads = values.to(self._model.device)
 
     def values(self) -> Units:
         """The values now, on the model's device."""
@@ -101,7 +127,7 @@ class Gates:
         """Set every value to 1, apart for each example, as leaves that take gradients.
 
         After ``loss.backward()`` with a loss that is a sum over examples, the gradient of row ``i`` is what example
-        ``i`` alone would give.
+        ``i`` alone would give. Those of ``hidden`` multiply what is read from the stream, see :meth:`read_with`.
 
         Args:
             batch_size: examples in the next batch.
@@ -112,8 +138,29 @@ class Gates:
         ones = self._values.map(
             lambda tensor: torch.ones(batch_size, tensor.shape[-1], device=self._model.device, requires_grad=True)
         )
-        self.set(ones)
+        self.set_for_scores(ones)
         return ones
+
+    def set_for_scores(self, values: Units) -> None:
+        """Give the units these values, such that gradients by them are fit for scores.
+
+        As :meth:`set`, but for ``hidden``: its values are held fixed, and their gradient is that of a factor of 1 on
+        what is read from the stream.
+
+        Args:
+            values: as for :meth:`set`; those of ``hidden`` with gradient.
+
+        Raises:
+            LmcompressError: as :meth:`set`.
+        """
+        if values.hidden is None:
+            self.set(values)
+            return
+        held = values.hidden.detach()
+        self.set(values.updated(hidden=held))
+        # also where scores are set up without gradients; 1 to the bit, whatever the value
+        with torch.enable_grad():
+            self.read_with(1 + (values.hidden - held))
 
     def remove(self) -> None:
         """Take all hooks away; the model is as it was. Safe to call twice."""
@@ -184,8 +231,13 @@ class Gates:
                 output = _norm(args[0], module, value)
             return _times(output, value)
 
+        def read(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            return None if self._reads is None else (_times(args[0], self._reads), *args[1:])
+
         for module in gated_hidden(model):
             self._handles.append(module.register_forward_hook(scale))
+        for module in reading_hidden(model):
+            self._handles.append(module.register_forward_pre_hook(read))
 
     def _one(self, part: Part, index: int) -> Tensor:
         return self._values.tensors(part)[0][..., index, None]
@@ -216,6 +268,27 @@ def gated_hidden(model: PreTrainedModel) -> list[nn.Module]:
         else:
             writes = (1 if is_conv1d(module) else 0) in axes
         if writes and not any(module is other for other in found):
+            found.append(module)
+    return found
+
+
+def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules with a matrix that reads the residual stream, each once.
+
+    Args:
+        model: of a known family.
+
+    Returns:
+        Projections of blocks and of the task's head whose inputs are of the stream's width.
+    """
+    owners = dict(model.named_modules())
+    found: list[nn.Module] = []
+    for name, (_, axes) in hidden_axes(model).items():
+        path, _, kind = name.rpartition(".")
+        module = owners[path]
+        if kind != "weight" or isinstance(module, (nn.Embedding, nn.LayerNorm)):
+            continue
+        if (0 if is_conv1d(module) else 1) in axes and not any(module is other for other in found):
             found.append(module)
     return found
 

@@ -524,7 +524,8 @@ class StructuredPruning(SteppedMethod):
                 self._fresh = new if self._fresh is None else self._fresh + new
 
         leaf.register_hook(collect)
-        self._put(self._layout.split(leaf), "other")
+        self.gates.set_for_scores(self._layout.split(leaf))
+        self._set = "other"
 
     def _expected_elsewhere(self, opened: Units) -> Tensor | float:
         """Expected cost outside the blocks."""

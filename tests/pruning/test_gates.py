@@ -11,6 +11,7 @@ from transformers import BertForMultipleChoice
 from lmcompress.anatomy import anatomy_of
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning import PARTS, Gates, Units, full
+from lmcompress.pruning.gates import gated_hidden, reading_hidden
 from lmcompress.structure import drop_heads, drop_neurons
 
 
@@ -102,33 +103,119 @@ def test_a_norm_averages_over_what_is_left():
             assert not got[..., ~keep].any()
 
 
-def test_hidden_gates_are_on_every_write_once(family):
+WRITES_OUTSIDE = {
+    ("bert", "base"): 2,  # norm of the embeddings, pooler
+    ("bert", "classification"): 2,
+    ("bert", "language"): 3,  # norm of the embeddings, transform with its norm
+    ("roberta", "base"): 2,
+    ("roberta", "classification"): 2,  # norm of the embeddings, head
+    ("roberta", "language"): 3,
+    ("distilbert", "base"): 1,
+    ("distilbert", "classification"): 2,
+    ("distilbert", "language"): 3,
+    ("electra", "base"): 1,
+    ("electra", "classification"): 2,
+    ("electra", "language"): 3,
+    ("electra-projected", "base"): 1,  # the projection of the embeddings
+    ("electra-projected", "classification"): 2,
+    ("electra-projected", "language"): 1,  # the generator's transform is as wide as the embeddings
+    ("gpt2", "base"): 3,  # words, positions, the last norm
+    ("gpt2", "classification"): 3,
+    ("gpt2", "language"): 3,
+}
+READS_OUTSIDE = {
+    ("bert", "base"): 1,  # pooler
+    ("bert", "classification"): 2,  # pooler, classifier
+    ("bert", "language"): 2,  # transform, decoder
+    ("roberta", "base"): 1,
+    ("roberta", "classification"): 2,
+    ("roberta", "language"): 2,
+    ("distilbert", "base"): 0,
+    ("distilbert", "classification"): 2,
+    ("distilbert", "language"): 2,
+    ("electra", "base"): 0,
+    ("electra", "classification"): 2,
+    ("electra", "language"): 2,
+    ("electra-projected", "base"): 0,
+    ("electra-projected", "classification"): 2,
+    ("electra-projected", "language"): 1,  # the generator's transform alone
+    ("gpt2", "base"): 0,
+    ("gpt2", "classification"): 1,
+    ("gpt2", "language"): 1,
+}
+
+
+def test_hidden_gates_are_on_every_write_and_every_read_once(family):
     for head in ("base", "classification", "language"):
         model = make(family, head)
-        gates = Gates(model, ["hidden"])
-        per_block = 4
-        extra = {
-            ("bert", "base"): 2,  # norm of the embeddings, pooler
-            ("bert", "classification"): 2,
-            ("bert", "language"): 3,  # norm of the embeddings, transform with its norm
-            ("roberta", "base"): 2,
-            ("roberta", "classification"): 2,  # norm of the embeddings, head
-            ("roberta", "language"): 3,
-            ("distilbert", "base"): 1,
-            ("distilbert", "classification"): 2,
-            ("distilbert", "language"): 3,
-            ("electra", "base"): 1,
-            ("electra", "classification"): 2,
-            ("electra", "language"): 3,
-            ("electra-projected", "base"): 1,  # the projection of the embeddings
-            ("electra-projected", "classification"): 2,
-            ("electra-projected", "language"): 1,  # the generator's transform is as wide as the embeddings
-            ("gpt2", "base"): 3,  # words, positions, the last norm
-            ("gpt2", "classification"): 3,
-            ("gpt2", "language"): 3,
-        }[family.name, head]
-        assert len(gates._handles) == per_block * LAYERS + extra
-        gates.remove()
+        assert len(gated_hidden(model)) == 4 * LAYERS + WRITES_OUTSIDE[family.name, head]
+        # query, key and value (one matrix in GPT-2), and the first of the feed-forward network
+        in_block = 2 if family.name == "gpt2" else 4
+        assert len(reading_hidden(model)) == in_block * LAYERS + READS_OUTSIDE[family.name, head]
+
+
+def test_what_is_read_of_a_dimension_can_be_turned_off_alone(family):
+    model = make(family, "language")
+    values = torch.ones(HIDDEN)
+    values[::3] = 0
+    before = outputs(model)
+    with Gates(model, ["hidden"]) as gates:
+        gates.read_with(values)
+        off = outputs(model)
+        gates.set(full(model, ["hidden"]))
+        assert torch.equal(outputs(model), before)
+    silent = copy.deepcopy(model)
+    tied = {id(module.weight) for module in silent.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for module in reading_hidden(silent):
+            if id(module.weight) in tied:
+                module.weight = nn.Parameter(module.weight.clone())
+            module.weight[
+                (slice(None), slice(None, None, 3)) if isinstance(module, nn.Linear) else slice(None, None, 3)
+            ] = 0
+    assert not torch.allclose(off, before)
+    torch.testing.assert_close(off, outputs(silent), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_for_scores_of_the_stream_are_of_single_reads(family):
+    model = make(family)
+    batch, width = inputs(model), HIDDEN
+    expected = torch.zeros(3, width)
+    for row in range(3):
+        model.zero_grad()
+        model(**{name: value[row : row + 1] for name, value in batch.items()}).logits.square().sum().backward()
+        for module in reading_hidden(model):
+            product = (module.weight * module.weight.grad).detach()
+            expected[row] += product.sum(0 if isinstance(module, nn.Linear) else 1)
+    with Gates(model, PARTS) as gates:
+        for leaves in (gates.ones_per_example(3), full(model, PARTS, 1.0, torch.float32)):
+            leaves = leaves.map(lambda leaf: leaf.detach().expand(3, -1).clone().requires_grad_())
+            gates.set_for_scores(leaves)
+            model(**batch).logits.square().sum().backward()
+            torch.testing.assert_close(leaves.hidden.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_closed_dimension_stays_closed_where_scores_are_taken():
+    model = make("bert")
+    mask = torch.ones(HIDDEN)
+    mask[:5] = 0
+    with Gates(model, ["hidden"]) as gates:
+        gates.set(Units(hidden=mask))
+        closed = outputs(model)
+        leaf = mask.expand(3, -1).clone().requires_grad_()
+        gates.set_for_scores(Units(hidden=leaf))
+        answer = model(**inputs(model)).logits
+        answer.sum().backward()
+        assert not leaf.grad[:, :5].any() and leaf.grad[:, 5:].any()
+        torch.testing.assert_close(outputs(model), closed)
+        gates.set(Units(hidden=mask))
+        assert torch.equal(outputs(model), closed)
+
+
+def test_reads_need_gates_of_the_stream():
+    with Gates(make("bert"), ["heads"]) as gates:
+        with pytest.raises(LmcompressError, match="gates of hidden, got gates of heads"):
+            gates.read_with(torch.ones(HIDDEN))
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -489,17 +489,20 @@ def test_given_calibration_batches_are_used(tmp_path):
     assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("parts", [("heads", "neurons"), ("heads", "neurons", "hidden")], ids=len)
 @pytest.mark.parametrize("criterion", ["taylor_gates", "fisher"])
-def test_running_scores_are_those_of_the_gradients_at_a_standstill(tmp_path, criterion):
+def test_running_scores_are_those_of_the_gradients_at_a_standstill(tmp_path, criterion, parts):
     # with a learning rate of 0 the running mean of |gradient|, or of its square, is the calibration's on the same rows
     rows = ragged_rows(rows=16)
     schedule = Iterative(begin=0.5, end=0.9, rounds=1)
-    config = PruningConfig(target=HALF, criterion=criterion, schedule=schedule, scores="training", score_memory=1.0)
+    config = PruningConfig(
+        target=HALF, parts=parts, criterion=criterion, schedule=schedule, scores="training", score_memory=1.0
+    )
     trainer = trainer_of(tmp_path, config, changes=dict(learning_rate=1e-12, max_steps=4, weight_decay=0.0))
     trainer.train()
     running = trainer.pruning.modules()["state"].scores
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    scores = method_module.score(make("bert", seed=1), criterion, ["heads", "neurons"], [batch])
+    scores = method_module.score(make("bert", seed=1), criterion, parts, [batch])
     expected = trainer.pruning._layout.join(scores)
     ratio = running / expected
     torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.median())), rtol=1e-3, atol=0)

@@ -123,6 +123,36 @@ def test_gate_gradients_are_those_of_each_example_alone(family, head):
     assert_same(scores, expected)
 
 
+OUTSIDE = ("dense", "classifier", "out_proj", "pre_classifier", "score")
+"""Last names of the matrices outside the blocks that read the stream, in classifiers."""
+
+
+def test_gates_of_the_stream_count_what_each_matrix_reads_once(family):
+    model = make(family)
+    batch = batch_for(model)
+    slopes = []
+    for row in one_by_one(batch):
+        model.zero_grad()
+        model(**row).loss.backward()
+        readers = [
+            block.get(name)
+            for block in anatomy_of(model).blocks
+            for name in ("qkv", "query", "key", "value", "ffn_in")
+            if getattr(block.family, name)
+        ]
+        readers += [
+            module
+            for name, module in model.named_modules()
+            if name.split(".")[-1] in OUTSIDE and ".layer." not in name and isinstance(module, torch.nn.Linear)
+        ]
+        products = [(m.weight * m.weight.grad).detach().sum(1 if is_conv1d(m) else 0) for m in readers]
+        slopes.append(torch.stack(products).sum(0))
+    model.zero_grad()
+    together = torch.stack(slopes)
+    assert_same(score(model, "taylor_gates", ["hidden"], [batch]), Units(hidden=together.abs().mean(0)))
+    assert_same(score(model, "fisher", ["hidden"], [batch]), Units(hidden=together.square().mean(0) / 2), rtol=1e-3)
+
+
 def test_weight_taylor_is_the_product_of_weights_and_their_gradients(family):
     model = make(family)
     batch = batch_for(model)

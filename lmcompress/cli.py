@@ -482,7 +482,8 @@ def prune(
         typer.Option("--iterations", help="Rounds, each scored anew; 8 lose less than 1, and take 8 times as long."),
     ] = 1,
     ranking: Annotated[
-        str, typer.Option("--ranking", help="global: uneven blocks, the best; per_layer: even ones; isomorphic.")
+        str,
+        typer.Option("--ranking", help="global: uneven blocks, the best; per_layer: even ones; isomorphic; relative."),
     ] = "global",
     multiple_of: Annotated[
         int, typer.Option("--multiple-of", help="Neurons and hidden dimensions go in groups, for the hardware.")

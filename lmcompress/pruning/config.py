@@ -108,7 +108,11 @@ class PruningConfig(_Part):
     ] = 256
     calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
     ranking: Annotated[
-        Ranking, Field(description="What is compared with what: all units, those of one block, or those of one kind.")
+        Ranking,
+        Field(
+            description="What is compared with what: all units (global), those of one block (per_layer), those of one "
+            "kind (isomorphic), or all by their share of the mean of their like in their block (relative)."
+        ),
     ] = "global"
     order: Annotated[Order, Field(description="By score alone, or sub-layer by sub-layer, the costliest first.")] = (
         "score"
@@ -153,6 +157,11 @@ class PruningConfig(_Part):
                 raise ValueError(
                     f"the criterion {self.criterion_name} needs the labels that are given, got labels: self; use "
                     "taylor_gates or fisher"
+                )
+            if CRITERIA[self.criterion_name].signed and self.ranking == "relative":
+                raise ValueError(
+                    f"ranking: relative compares scores with their mean, and those of {self.criterion_name} have both "
+                    "signs: use another ranking, or taylor_gates or fisher"
                 )
         if self.repair != "none" and not {"heads", "neurons"} & set(self.parts):
             raise ValueError(

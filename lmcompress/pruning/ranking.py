@@ -19,7 +19,7 @@ from lmcompress.pruning.costs import CostModel, FlopCost, LatencyTable, ModelSiz
 from lmcompress.pruning.units import PARTS, Part, Units, check_units, masked_structure, unit_shapes
 from lmcompress.structure import why_not_vanilla
 
-Ranking = Literal["global", "per_layer", "isomorphic"]
+Ranking = Literal["global", "per_layer", "isomorphic", "relative"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 Order = Literal["score", "cost"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -131,6 +131,10 @@ def select(
     - ``"per_layer"``: the same share of every block, for widths that stay even.
     - ``"isomorphic"``: units are compared with their like only, heads with heads and neurons with neurons, in all
       blocks; each part loses the same share. Fang et al. 2024, https://arxiv.org/abs/2407.04616.
+    - ``"relative"``: all units in one list, by score over the mean of its like in its block (over all, of parts that
+      have one number per block), so that neither a scale nor a cost counts and no block loses nearly everything. For
+      scores that do not add up to a change of the loss; it is how torch-pruning (Fang et al. 2023,
+      https://arxiv.org/abs/2301.12900) ranks globally.
 
     With ``order="cost"`` the sub-layers are gone through in ten rounds, the most costly first, each losing a tenth of
     its units a round until the target is met, so that costly ones lose more: the order of Yang et al. 2017, section 3.
@@ -226,6 +230,13 @@ def _check(
             raise LmcompressError(f"scores of {part} in block {block} must be finite, got {tensor[~tensor.isfinite()]}")
     if ranking not in RANKINGS:
         raise LmcompressError(f"unknown ranking {ranking!r}{nearest(ranking, RANKINGS)}")
+    if ranking == "relative":
+        for part, block, tensor in scores.items():
+            if bool((tensor < 0).any()):
+                raise LmcompressError(
+                    f"scores must be >= 0 to be compared with their mean, got {float(tensor.min()):.4g} for {part} in "
+                    f"block {block}: take another ranking than relative"
+                )
     if order not in ORDERS:
         raise LmcompressError(f"unknown order {order!r}{nearest(order, ORDERS)}")
     if multiple_of < 1:
@@ -344,6 +355,7 @@ class _Groups:
         part: of each group, as a number in PARTS.
         source: number of the tensor that each group is of.
         value: score per cost of each group.
+        mean: for each tensor, the mean score per cost of what is not gone.
         share: position of each group in its tensor's list, those that are gone already before it, in (0, 1].
         totals: groups of each part, by its number in PARTS, those that always stay and those that are gone too.
         gone: groups of each part that are gone already.
@@ -354,6 +366,7 @@ class _Groups:
     part: Tensor
     source: Tensor
     value: Tensor
+    mean: Tensor
     share: Tensor
     totals: Tensor
     gone: Tensor
@@ -368,6 +381,7 @@ def _groups(
     sources: list[Tensor] = []
     values: list[Tensor] = []
     shares: list[Tensor] = []
+    overall: list[Tensor] = []
     costs: list[float] = []
     totals, behind = torch.zeros(len(PARTS)), torch.zeros(len(PARTS))
     start = 0
@@ -396,13 +410,14 @@ def _groups(
         parts.append(torch.full((free,), PARTS.index(part)))
         sources.append(torch.full((free,), number))
         values.append(means[:free])
+        overall.append(per_cost.mean() if len(per_cost) else per_cost.sum())
         shares.append(torch.arange(1 + every - count, 1 + every - count + free, dtype=torch.float64) / max(every, 1))
         totals[PARTS.index(part)] += every
         behind[PARTS.index(part)] += every - count
         start += free
     lists = {"part": parts, "source": sources, "value": values, "share": shares}
     joined = {name: torch.cat(tensors) for name, tensors in lists.items()}
-    return _Groups(members=members, totals=totals, gone=behind, costs=costs, **joined)
+    return _Groups(members=members, totals=totals, gone=behind, costs=costs, mean=torch.stack(overall), **joined)
 
 
 def _steps(groups: _Groups, ranking: Ranking, order: Order) -> Tensor:
@@ -416,6 +431,8 @@ def _steps(groups: _Groups, ranking: Ranking, order: Order) -> Tensor:
         return _positions(rounds * len(costs) + rank[groups.source] + groups.share / 2)
     if ranking == "global":
         return _positions(groups.value)
+    if ranking == "relative":
+        return _positions(groups.value / groups.mean.clamp_min(torch.finfo(torch.float64).tiny)[groups.source])
     if ranking == "per_layer":
         # what has the same place in its list goes at the same time, or the first blocks would lose more
         return torch.unique(groups.share.round(decimals=12), return_inverse=True)[1]

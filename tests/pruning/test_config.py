@@ -47,6 +47,7 @@ def test_a_configuration_survives_json(schedule):
         (dict(scores="training"), "must see some steps before the first pruning, got begin: 0"),
         (dict(criterion="apoz"), "apoz says nothing of heads; criteria for all of heads, neurons are .*l1"),
         (dict(criterion="movement", labels="self"), "movement needs the labels that are given"),
+        (dict(criterion="movement", ranking="relative"), "those of movement have both signs: use another ranking"),
         (dict(repair="bias", parts=("layers",)), "repair re-fits what reads heads and neurons"),
         (dict(repair="bias", schedule=HardConcrete()), "hard_concrete has soft gates"),
         (dict(multiple_of=0), "greater than or equal to 1"),

@@ -35,7 +35,7 @@ from lmcompress.pruning.goals import (
 from lmcompress.pruning.groups import shrink_, silence_, unit_norms, unit_views
 from lmcompress.pruning.learned import expected_cost
 from lmcompress.pruning.method import StructuredPruning, _without_dead, plan, prune
-from lmcompress.pruning.ranking import Shape, Target, secant_costs
+from lmcompress.pruning.ranking import RANKINGS, Shape, Target, secant_costs
 from lmcompress.pruning.surgery import cut
 from lmcompress.pruning.units import Units, full, masked_structure
 from lmcompress.structure import structure_of
@@ -112,7 +112,7 @@ def test_what_went_in_an_early_round_does_not_come_back():
     gone = full(model, ["heads", "neurons"]).map(lambda mask: torch.rand(len(mask)) > 0.3)
     config = PruningConfig(target=Target(sparsity=0.6))
     scores = gone.map(lambda mask: torch.where(mask, torch.rand(len(mask)), torch.rand(len(mask)) + 5))
-    for ranking in ("global", "per_layer", "isomorphic"):
+    for ranking in RANKINGS:
         mask = choose(config.model_copy(update={"ranking": ranking}), scores, sizes, config.target, gone=gone)
         for (_, _, new), (_, _, old) in zip(mask.items(), gone.items(), strict=True):
             # keep_at_least may hold one of a block that had lost everything

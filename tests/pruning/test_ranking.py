@@ -98,6 +98,30 @@ def test_isomorphic_ranking_takes_the_same_share_of_each_part_whatever_their_sca
     assert sum(counts(select(scores, SIZES, Target(sparsity=0.3)), "heads")) == HEADS * LAYERS
 
 
+def test_relative_ranking_takes_the_same_whatever_the_scale_of_each_group():
+    scores = random_scores((*BOTH, "hidden"))
+    factors = iter(10.0 ** torch.randn(100, generator=torch.Generator().manual_seed(1)))
+    scaled = scores.map(lambda t: t * next(factors))
+    target = Target(sparsity=0.4)
+    masks = [select(s, SIZES, target, ranking="relative") for s in (scores, scaled)]
+    for (_, _, one), (_, _, other) in zip(masks[0].items(), masks[1].items(), strict=True):
+        assert torch.equal(one, other)
+    # by hand: one threshold for all scores over the mean of their group, but for the last piece
+    shares = scores.map(lambda t: t / t.mean())
+    gone = torch.cat([s[~m] for (_, _, s), (_, _, m) in zip(shares.items(), masks[0].items(), strict=True)])
+    stays = torch.cat([s[m] for (_, _, s), (_, _, m) in zip(shares.items(), masks[0].items(), strict=True)])
+    assert (stays < gone.max()).sum() <= 1
+
+
+def test_relative_ranking_takes_a_block_of_zeros_first_and_refuses_negative_scores():
+    scores = random_scores(("neurons",))
+    scores.neurons[1].zero_()
+    assert counts(select(scores, SIZES, Target(sparsity=0.15), ranking="relative"))[1] < FFN
+    scores.neurons[2][3] = -0.5
+    with pytest.raises(LmcompressError, match=r">= 0 to be compared with their mean, got -0\.5 for neurons in block 2"):
+        select(scores, SIZES, Target(sparsity=0.15), ranking="relative")
+
+
 def test_order_by_cost_takes_most_from_the_most_costly():
     scores = random_scores()
     mask = select(scores, SIZES, Target(sparsity=0.13), order="cost", cost=EnergyCost(SIZES, 32, 64))

@@ -253,7 +253,7 @@ def pruning_lm(results: Path) -> str | None:
 
     dense = next(row for row in rows if row["role"] == "dense")
     table = [["dense", *[f"{dense['token_perplexity']:.1f}"] * len(words), _millions(dense)]]
-    for sparsity in dict.fromkeys(row["sparsity"] for row in rows if row["role"] != "dense"):
+    for sparsity in sorted({row["sparsity"] for row in rows if row["role"] != "dense"}):
         pruned = next((r for r in rows if r["role"] == "pruned" and r["sparsity"] == sparsity), dense)
         table.append([f"{100 * sparsity:.0f} %", *(cell(role, sparsity) for role in words), _millions(pruned)])
     columns = ["blocks' parameters cut", *words.values(), "parameters"]
@@ -269,39 +269,46 @@ def pruning_peers(results: Path) -> str | None:
     result = _read(results / "pruning_peers.json")
     if result is None:
         return None
-    dense = next(row for row in result["rows"] if row["question"] == "dense")
-    table = [
-        [
-            "dense", f"{dense['score']:.1f}", "", f"{dense['ms_32']:.0f} ms", f"{dense['ms_1']:.1f} ms",
-            f"{dense['encoder_gflops']:.2f}", f"{dense['encoder_parameters'] / 1e6:.2f} M", _millions(dense), "",
-        ]
-    ]  # fmt: skip
-    rows = [row for row in result["rows"] if row["question"] == "mrpc"]
-    for row in rows:
-        spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
-        before = row["before_recovery"]
-        reloads = "no" if row["reload_error"] is None else "yes" if row["reload_error"] < 1e-4 else "as another model"
-        table.append(
+    parts = []
+    for dense in (row for row in result["rows"] if row["question"] == "dense"):
+        table = [
             [
-                row["name"] + (" (extra)" if row["extra"] else ""), f"{row['score']:.1f}{spread}",
-                "–" if before is None else f"{before:.1f}", f"{row['ms_32']:.0f} ms", f"{row['ms_1']:.1f} ms",
-                f"{row['encoder_gflops']:.2f}", f"{row['encoder_parameters'] / 1e6:.2f} M", _millions(row), reloads,
+                "dense", f"{dense['score']:.1f}", "", f"{dense['ms_32']:.0f} ms", f"{dense['ms_1']:.1f} ms",
+                f"{dense['encoder_gflops']:.2f}", f"{dense['encoder_parameters'] / 1e6:.2f} M", _millions(dense), "",
             ]
-        )  # fmt: skip
-    columns = [
-        "MRPC, half of the encoder cut", "score", "before recovery", "encoder, 32 × 128", "encoder, 1 × 128", "GFLOPs",
-        "encoder", "parameters", "reloads",
-    ]  # fmt: skip
+        ]  # fmt: skip
+        setting = dense["task"], dense["target"]
+        rows = [r for r in result["rows"] if r["question"] == "cut" and (r["task"], r["target"]) == setting]
+        for row in rows:
+            spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+            before = row["before_recovery"]
+            error = row["reload_error"]
+            reloads = "no" if error is None else "yes" if error < 1e-4 else "as another model"
+            table.append(
+                [
+                    row["name"] + (" (extra)" if row["extra"] else ""), f"{row['score']:.1f}{spread}",
+                    "–" if before is None else f"{before:.1f}", f"{row['ms_32']:.0f} ms", f"{row['ms_1']:.1f} ms",
+                    f"{row['encoder_gflops']:.2f}", f"{row['encoder_parameters'] / 1e6:.2f} M", _millions(row), reloads,
+                ]
+            )  # fmt: skip
+        seeds = max(row["seeds"] for row in rows)
+        columns = [
+            f"{_TASKS.get(dense['task'], dense['task'])}, {100 * dense['target']:.0f} % of the encoder cut, "
+            + ("one seed" if seeds == 1 else f"{seeds} seeds"),
+            "score", "before recovery", "encoder, 32 × 128", "encoder, 1 × 128", "GFLOPs", "encoder", "parameters",
+            "reloads",
+        ]  # fmt: skip
+        parts.append(markdown(columns, table))
     gpt2 = [
         f"{row['library']} removes {100 * row['removed']:.0f} % of a GPT-2's blocks"
         + (f" ({row['failure']})" if row["failure"] else "")
         for row in result["rows"]
         if row["question"] == "gpt2"
     ]
-    seeds = max((row["seeds"] for row in rows), default=0)
+    tables = "\n\n".join(parts)
     return (
-        f"{markdown(columns, table)}\n\n{'One seed' if seeds == 1 else f'Mean ± standard deviation of {seeds} seeds'}; "
-        f"torch-pruning {result['setting']['torch-pruning']}. Asked for half, {' and '.join(gpt2)}. {origin(result)}"
+        f"{tables}\n\nMean ± standard deviation where there are several seeds; torch-pruning "
+        f"{result['setting']['torch-pruning']}. Asked for half, {' and '.join(gpt2)}. {origin(result)}"
     )
 
 

@@ -102,8 +102,8 @@ class Gates:
     def read_with(self, values: Tensor) -> None:
         """Multiply what matrices read from the residual stream, until :meth:`set` is called.
 
-        Where all values are 1 the gradient by one of them is, to first order, what the loss would gain if nobody read
-        the dimension, which is all that its removal changes but for the means of norms.
+        Where all values are 1 the gradient by one of them is, to first order and with the other sign, the change of the
+        loss if nobody reads the dimension, which is all that its removal does but for the means of norms.
 
         Args:
             values: ``(n,)`` or ``(batch, n)``, as for :meth:`set`.

@@ -132,9 +132,9 @@ def select(
     - ``"isomorphic"``: units are compared with their like only, heads with heads and neurons with neurons, in all
       blocks; each part loses the same share. Fang et al. 2024, https://arxiv.org/abs/2407.04616.
     - ``"relative"``: all units in one list, by score over the mean of its like in its block (over all, of parts that
-      have one number per block), so that neither a scale nor a cost counts and no block loses nearly everything. For
-      scores that do not add up to a change of the loss; it is how torch-pruning (Fang et al. 2023,
-      https://arxiv.org/abs/2301.12900) ranks globally.
+      have one number per block), so that neither scales nor costs of blocks and parts count. For scores that do not
+      add up to a change of the loss; it is how torch-pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900)
+      ranks globally.
 
     With ``order="cost"`` the sub-layers are gone through in ten rounds, the most costly first, each losing a tenth of
     its units a round until the target is met, so that costly ones lose more: the order of Yang et al. 2017, section 3.

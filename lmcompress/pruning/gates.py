@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
@@ -252,24 +252,17 @@ def gated_hidden(model: PreTrainedModel) -> list[nn.Module]:
     Returns:
         Norms, and projections that write, of the stream's width; embeddings where no norm follows them.
     """
-    owners = dict(model.named_modules())
     embeddings = bool(anatomy_of(model).family.final_norm)
-    found: list[nn.Module] = []
-    for name, (_, axes) in hidden_axes(model).items():
-        path, _, kind = name.rpartition(".")
-        module = owners[path]
+
+    def writes(module: nn.Module, kind: str, axes: tuple[int, ...]) -> bool:
         if isinstance(module, nn.Embedding):
-            writes = embeddings and 1 in axes
-        elif isinstance(module, nn.LayerNorm):
-            writes = 0 in axes
-        elif kind == "bias":
-            # enough for one without a matrix, too
-            writes = 0 in axes
-        else:
-            writes = (1 if is_conv1d(module) else 0) in axes
-        if writes and not any(module is other for other in found):
-            found.append(module)
-    return found
+            return embeddings and 1 in axes
+        # a bias is enough for a module without a matrix, too
+        if isinstance(module, nn.LayerNorm) or kind == "bias":
+            return 0 in axes
+        return (1 if is_conv1d(module) else 0) in axes
+
+    return _along_the_stream(model, writes)
 
 
 def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
@@ -281,14 +274,25 @@ def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
     Returns:
         Projections of blocks and of the task's head whose inputs are of the stream's width.
     """
+
+    def reads(module: nn.Module, kind: str, axes: tuple[int, ...]) -> bool:
+        if kind == "bias" or isinstance(module, (nn.Embedding, nn.LayerNorm)):
+            return False
+        return (0 if is_conv1d(module) else 1) in axes
+
+    return _along_the_stream(model, reads)
+
+
+def _along_the_stream(
+    model: PreTrainedModel, wanted: Callable[[nn.Module, str, tuple[int, ...]], bool]
+) -> list[nn.Module]:
+    """The modules of which a parameter is wanted, by its module, name and axes of the stream's width, each once."""
     owners = dict(model.named_modules())
     found: list[nn.Module] = []
     for name, (_, axes) in hidden_axes(model).items():
         path, _, kind = name.rpartition(".")
         module = owners[path]
-        if kind != "weight" or isinstance(module, (nn.Embedding, nn.LayerNorm)):
-            continue
-        if (0 if is_conv1d(module) else 1) in axes and not any(module is other for other in found):
+        if wanted(module, kind, axes) and not any(module is other for other in found):
             found.append(module)
     return found
 

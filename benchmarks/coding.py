@@ -34,11 +34,11 @@ from transformers import AutoModel, BertConfig, BertModel, set_seed
 from transformers.utils import logging
 
 from lmcompress import CompressedModel
-from lmcompress.coding import decode, describe, encode
-from lmcompress.encoding import packed_modules
+from lmcompress.checkpoint.encoding import packed_modules
+from lmcompress.entropy_coding import decode, describe, encode
 from lmcompress.evaluation import size_on_disk
-from lmcompress.lowbit.modules import Packed
-from lmcompress.lowbit.packing import unpack
+from lmcompress.nn.packed import Packed
+from lmcompress.numerics.packing import unpack
 from lmcompress.quantization import QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.post_training import quantize
 

@@ -37,12 +37,12 @@ from distillation import arguments
 from qat_glue import distillation
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from lmcompress.clustering import SharingConfig, SharingRule
 from lmcompress.distillation import StoredTeacher
 from lmcompress.evaluation import size_on_disk
 from lmcompress.evaluation.size import stream_table
 from lmcompress.model import CompressedModel
-from lmcompress.sharing import SharingConfig, SharingRule
-from lmcompress.sparsity import Gradual, SparsityConfig, SparsityRule
+from lmcompress.pruning.unstructured import Gradual, SparsityConfig, SparsityRule
 from lmcompress.trainers.sharing import SharingTrainer
 from lmcompress.trainers.sparsity import SparsityTrainer
 

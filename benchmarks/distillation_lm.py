@@ -21,11 +21,11 @@ import torch
 from common import asked, once, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments, set_seed
 
-from lmcompress.compact.students import by_layers
 from lmcompress.data import pack_blocks
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher
 from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
+from lmcompress.students.depth import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 200, 1e-3

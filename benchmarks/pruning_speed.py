@@ -36,9 +36,9 @@ from transformers.utils import logging
 
 from lmcompress.evaluation import compare_latency
 from lmcompress.pruning import Part, Units, cut, full, masked_structure
-from lmcompress.pruning.config import Gradual, GroupLasso, HardConcrete, Movement, PruningConfig
-from lmcompress.pruning.costs import FlopCost, ModelSizes, measure_latency
-from lmcompress.pruning.ranking import Target, select
+from lmcompress.pruning.structured.config import Gradual, GroupLasso, HardConcrete, Movement, PruningConfig
+from lmcompress.pruning.structured.costs import FlopCost, ModelSizes, measure_latency
+from lmcompress.pruning.structured.ranking import Target, select
 from lmcompress.trainers import PruningTrainer
 
 SHAPES = {

@@ -39,11 +39,11 @@ from qat_lm import SCALE_RATE, scale_rate
 from teachers import START
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from lmcompress.checkpoint.encoding import unpacked
 from lmcompress.distillation import DistillationConfig, LiveTeacher, Match, StoredTeacher
-from lmcompress.encoding import unpacked
 from lmcompress.evaluation import size_on_disk
-from lmcompress.lowbit import QUANTIZERS
 from lmcompress.model import CompressedModel
+from lmcompress.numerics import QUANTIZERS
 from lmcompress.quantization import ActivationScheme, QuantizationConfig, WeightScheme
 from lmcompress.quantization.post_training import Method, quantize
 from lmcompress.quantization.report import QuantizationReport

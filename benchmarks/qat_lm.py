@@ -45,8 +45,8 @@ from lmcompress.data import pack_blocks
 from lmcompress.distillation.config import Contrast, DistillationConfig
 from lmcompress.distillation.presets import quantgpt
 from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
-from lmcompress.lowbit import QUANTIZERS
 from lmcompress.model import CompressedModel
+from lmcompress.numerics import QUANTIZERS
 from lmcompress.quantization import FakeQuantized, QuantizationConfig, WeightScheme, plan
 from lmcompress.quantization.post_training import Method, quantize
 from lmcompress.quantization.report import QuantizationReport

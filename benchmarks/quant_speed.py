@@ -49,7 +49,7 @@ from transformers.utils import logging as transformers_logging
 
 from lmcompress import CompressedModel
 from lmcompress.evaluation import compare_latency, size_on_disk, verdict
-from lmcompress.lowbit import kernels
+from lmcompress.kernels import dispatch as kernels
 from lmcompress.quantization import ActivationScheme, FakeQuantized, QuantizationConfig, WeightScheme, plan
 
 BERTS = {

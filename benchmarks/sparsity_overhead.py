@@ -20,9 +20,9 @@ from trainer_overhead import arguments, make_batch, make_teacher
 from transformers import Trainer
 from transformers.utils import logging
 
+from lmcompress.clustering import SharingConfig
+from lmcompress.pruning.unstructured import SparsityConfig, Surgery
 from lmcompress.schedules import Gradual, HardThresholding, OneShot
-from lmcompress.sharing import SharingConfig
-from lmcompress.sparsity import SparsityConfig, Surgery
 from lmcompress.trainers.sharing import SharingTrainer
 from lmcompress.trainers.sparsity import SparsityTrainer
 

@@ -35,9 +35,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lmcompress.compact.students import by_layers
 from lmcompress.distillation import DistillationConfig, Match
 from lmcompress.distillation.losses import kl_divergence
+from lmcompress.students.depth import by_layers
 from lmcompress.trainers import DistillationTrainer
 
 # GPT-2 small's width and vocabulary; fewer layers, so that it fits the hour of a small machine

@@ -4,10 +4,10 @@ Importing this package tells Transformers how to load what it writes: afterwards
 rebuilds compressed checkpoints like any others.
 """
 
-from lmcompress.anatomy import anatomy_of
-from lmcompress.config import CompressionConfig
+from lmcompress.checkpoint.config import CompressionConfig
+from lmcompress.checkpoint.loader import register
 from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError, UnknownFamilyError
-from lmcompress.loading import register
+from lmcompress.families import anatomy_of
 from lmcompress.model import CompressedModel
 
 register()

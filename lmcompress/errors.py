@@ -19,7 +19,7 @@ class EquivalenceError(LmcompressError):
 
 
 class UnknownFamilyError(LmcompressError):
-    """A model family that :mod:`lmcompress.anatomy` does not describe."""
+    """A model family that :mod:`lmcompress.families` does not describe."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -17,17 +17,24 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from lmcompress.anatomy import Anatomy, anatomy_of
-from lmcompress.card import model_card
-from lmcompress.coding import CODERS, Coder
-from lmcompress.config import MAX_BLOCKS, CompressionConfig, Provenance, Storage, Structure, recorded_compression
-from lmcompress.encoding import encoding_of, weight_count
+from lmcompress.checkpoint.card import model_card
+from lmcompress.checkpoint.config import (
+    MAX_BLOCKS,
+    CompressionConfig,
+    Provenance,
+    Storage,
+    Structure,
+    recorded_compression,
+)
+from lmcompress.checkpoint.encoding import encoding_of, weight_count
+from lmcompress.checkpoint.layers import layers_of
+from lmcompress.checkpoint.self_loader import write_self_loader
+from lmcompress.checkpoint.streams import store_as_streams
+from lmcompress.checkpoint.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
+from lmcompress.entropy_coding import CODERS, Coder
 from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
-from lmcompress.lowbit.attention import ATTENTION
-from lmcompress.replacement import layers_of
-from lmcompress.selfloading import write_self_loader
-from lmcompress.storage import store_as_streams
-from lmcompress.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
+from lmcompress.families import Anatomy, anatomy_of
+from lmcompress.nn.quantized_attention import ATTENTION
 
 SaveFormat = Literal["native", "vanilla", "self_loading"]
 Batch = Mapping[str, Tensor]
@@ -59,7 +66,7 @@ class CompressedModel:
     which is an ordinary ``PreTrainedModel``, so that tensors keep their names in every checkpoint.
 
     Args:
-        model: of a family that :mod:`lmcompress.anatomy` knows.
+        model: of a family that :mod:`lmcompress.families` knows.
         provenance: where the model comes from; default: what it says itself.
 
     Raises:
@@ -152,7 +159,7 @@ class CompressedModel:
         if encoding_of(self.model) is not None:
             return (
                 "a stock checkpoint has no codes in place of weights and quantizes no activations. A dense one of the "
-                "same weights is what lmcompress.encoding.unpacked(model) gives"
+                "same weights is what lmcompress.checkpoint.encoding.unpacked(model) gives"
             )
         if layers_of(self.model):
             return "a stock checkpoint has full matrices, and every block its own"
@@ -203,9 +210,9 @@ class CompressedModel:
             reference: outputs of the model as it was trained, before anything was cut, for the same ``batches``
                 (see :func:`outputs_of`); default: those of the model now.
             tolerance: greatest difference allowed, relative to the greatest output.
-            storage: a coder of :data:`lmcompress.coding.CODERS` makes tensors entropy-coded streams, which changes no
-                bit of any weight: pruned, shared and packed ones become smaller files; ``plain`` makes none; the
-                default does what was done to the checkpoint that the model came from.
+            storage: a coder of :data:`lmcompress.entropy_coding.CODERS` makes tensors entropy-coded streams, which
+                changes no bit of any weight: pruned, shared and packed ones become smaller files; ``plain`` makes none;
+                the default does what was done to the checkpoint that the model came from.
             report: goes into ``lmcompress.json`` and the model card.
             write_more: called with the temporary folder, to add files.
 

@@ -6,9 +6,9 @@ import torch
 from families import inputs
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of
-from lmcompress.compact import factorize, factorize_embeddings, group, separate, share_layers
-from lmcompress.structure import keep_heads
+from lmcompress.checkpoint.structure import keep_heads
+from lmcompress.families import anatomy_of
+from lmcompress.students import factorize, factorize_embeddings, group, separate, share_layers
 
 
 def batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:

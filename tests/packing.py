@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of, weight_view
-from lmcompress.config import ActivationEncoding, AttentionEncoding
-from lmcompress.encoding import Packable, matrices, pack_model, tied_head
-from lmcompress.lowbit import PerRow, PerTensor, quantizer_for
-from lmcompress.lowbit.attention import quantize_attention
-from lmcompress.lowbit.inputs import static_range
+from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
+from lmcompress.checkpoint.encoding import Packable, matrices, pack_model, tied_head
+from lmcompress.families import anatomy_of, weight_view
+from lmcompress.nn.quantized_attention import quantize_attention
+from lmcompress.numerics import PerRow, PerTensor, quantizer_for
+from lmcompress.numerics.inputs import static_range
 
 INPUTS = {
     "none": None,

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from lmcompress import CompressedModel, CompressionConfig, EquivalenceError, LmcompressError, UnknownFamilyError
-from lmcompress.anatomy import anatomy_of
-from lmcompress.config import Provenance
+from lmcompress.checkpoint.config import Provenance
+from lmcompress.checkpoint.structure import keep_heads, keep_layers, keep_neurons, structure_of
+from lmcompress.families import anatomy_of
 from lmcompress.model import outputs_of, push_folder, random_batches, replaced_folder
-from lmcompress.structure import keep_heads, keep_layers, keep_neurons, structure_of
 
 
 def everything_in(folder):

@@ -31,8 +31,8 @@ from common import asked, glue_parser, once, train_and_report, write
 from distillation import BUDGET, LAYERS, MATCHED, arguments
 from transformers import set_seed
 
-from lmcompress.compact.students import by_layers
 from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
+from lmcompress.students.depth import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 TASKS = ("mrpc", "rte")

@@ -33,9 +33,9 @@ import stages
 from common import asked, once, write
 from torch import nn
 
-from lmcompress import coding
-from lmcompress.sharing import SharingConfig, WeightSharing
-from lmcompress.sparsity import Gradual, Sparsity, SparsityConfig, SparsityRule
+from lmcompress import entropy_coding as coding
+from lmcompress.clustering import SharingConfig, WeightSharing
+from lmcompress.pruning.unstructured import Gradual, Sparsity, SparsityConfig, SparsityRule
 
 # error in per cent and ratio of the paper, before and after
 PUBLISHED = {"lenet-300-100": (1.64, 1.58, 40), "lenet-5": (0.80, 0.74, 39)}

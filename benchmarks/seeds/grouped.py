@@ -34,11 +34,11 @@ from common import asked, glue_parser, once, train_and_report, write
 from distillation import arguments
 from transformers import set_seed
 
-from lmcompress.anatomy import anatomy_of
-from lmcompress.compact import group, model_flops
-from lmcompress.compact.costs import projection_macs
+from lmcompress.checkpoint.layers import PARTS
 from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
-from lmcompress.replacement import PARTS
+from lmcompress.families import anatomy_of
+from lmcompress.students import group, model_flops
+from lmcompress.students.costs import projection_macs
 from lmcompress.trainers import CompressionTrainer
 
 GROUPS = 4

@@ -36,7 +36,7 @@ from transformers import set_seed
 
 from lmcompress.distillation import Distillation, StoredTeacher
 from lmcompress.method import Method
-from lmcompress.sparsity import HardThresholding, OneShot, Sparsity, SparsityConfig, SparsityRule
+from lmcompress.pruning.unstructured import HardThresholding, OneShot, Sparsity, SparsityConfig, SparsityRule
 from lmcompress.trainers import CompressionTrainer
 
 TASK = "mrpc"

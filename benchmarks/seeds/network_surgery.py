@@ -27,7 +27,7 @@ import mnist
 import stages
 from common import asked, once, write
 
-from lmcompress.sparsity import Gradual, Sparsity, SparsityConfig, SparsityRule, Surgery, cut_zero_units
+from lmcompress.pruning.unstructured import Gradual, Sparsity, SparsityConfig, SparsityRule, Surgery, cut_zero_units
 
 # errors in per cent of the paper, before and after, and how many times fewer parameters
 PUBLISHED = {"lenet-300-100": (2.28, 1.99, 56), "lenet-5": (0.91, 0.91, 108)}

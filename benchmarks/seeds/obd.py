@@ -33,9 +33,9 @@ from common import RESULTS, asked, once, write
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from lmcompress.sparsity import SparsityConfig
-from lmcompress.sparsity.planning import choose, plan
-from lmcompress.sparsity.scoring import score
+from lmcompress.pruning.unstructured import SparsityConfig
+from lmcompress.pruning.unstructured.planning import choose, plan
+from lmcompress.pruning.unstructured.scoring import score
 
 CRITERIA = ("obd", "fisher", "magnitude", "random")
 SHARES = tuple(round(0.05 * step, 2) for step in range(20))

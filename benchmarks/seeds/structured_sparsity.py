@@ -31,7 +31,7 @@ import torch
 from common import asked, once, write
 from transformers import set_seed
 
-from lmcompress.sparsity import GroupLassoConfig, GroupRule, GroupSparsity, cut_zero_units
+from lmcompress.pruning.unstructured import GroupLassoConfig, GroupRule, GroupSparsity, cut_zero_units
 
 NETWORKS: dict[str, Callable[[], mnist.Network]] = {
     "mlp-500-300": lambda: mnist.mlp((500, 300)),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import Block, anatomy_of
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import Block, anatomy_of
 
 FEATURES = ("hidden", "scores", "probabilities", "queries", "keys", "values", "output")
 Feature = tuple[str, int]

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of
 from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.config import DistillationConfig, Match
 from lmcompress.distillation.contrastive import Contrasting, homogeneity, token_scaling
@@ -24,6 +23,7 @@ from lmcompress.distillation.teachers import Answers, LiveTeacher, StoredTeacher
 from lmcompress.distillation.textbrewer import read_textbrewer
 from lmcompress.distillation.vocabulary import VocabularyLoss, vocabulary_loss
 from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
 from lmcompress.method import Step, Term
 from lmcompress.model import CompressedModel
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of
 from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.store import TeacherStore, expand_top_k
 from lmcompress.distillation.vocabulary import TeacherChunk
 from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
 
 TEACHER_PREFIX = "teacher_"
 Autocast = Callable[[], AbstractContextManager[Any]]

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.coding import StreamInfo, describe
-from lmcompress.encoding import encoded_names
+from lmcompress.checkpoint.encoding import encoded_names
+from lmcompress.entropy_coding import StreamInfo, describe
 from lmcompress.errors import CheckpointError
-from lmcompress.lowbit.modules import Packed, PackedEmbedding
+from lmcompress.nn.packed import Packed, PackedEmbedding
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -1,7 +1,7 @@
 """Structured pruning: what can be cut out of a model whole, how to choose it, and how to cut it."""
 
-from lmcompress.pruning.config import GroupLasso, HardConcrete, Movement, PruningConfig
-from lmcompress.pruning.costs import (
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
+from lmcompress.pruning.structured.costs import (
     CostModel,
     EnergyCost,
     FlopCost,
@@ -10,16 +10,16 @@ from lmcompress.pruning.costs import (
     ParameterCost,
     measure_latency,
 )
-from lmcompress.pruning.gates import Gates
-from lmcompress.pruning.method import StructuredPruning, prune
-from lmcompress.pruning.ranking import Shape, StockVerdict, Target, select, stock_verdict
-from lmcompress.pruning.repair import compensate_bias, least_squares, least_squares_in_order
-from lmcompress.pruning.report import PruningReport
-from lmcompress.pruning.scoring import CRITERIA, Criterion, normalized, score
-from lmcompress.pruning.sensitivity import SensitivityRow, mean_loss, sensitivity
-from lmcompress.pruning.surgery import census, coverage, cut, fold
-from lmcompress.pruning.units import PARTS, Part, Units, check_units, full, masked_structure, unit_shapes
-from lmcompress.pruning.vocabulary import VocabularyReport, count_tokens, prune_vocabulary
+from lmcompress.pruning.structured.gates import Gates
+from lmcompress.pruning.structured.method import StructuredPruning, prune
+from lmcompress.pruning.structured.ranking import Shape, StockVerdict, Target, select, stock_verdict
+from lmcompress.pruning.structured.repair import compensate_bias, least_squares, least_squares_in_order
+from lmcompress.pruning.structured.report import PruningReport
+from lmcompress.pruning.structured.scoring import CRITERIA, Criterion, normalized, score
+from lmcompress.pruning.structured.sensitivity import SensitivityRow, mean_loss, sensitivity
+from lmcompress.pruning.structured.surgery import census, coverage, cut, fold
+from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, full, masked_structure, unit_shapes
+from lmcompress.pruning.vocabulary.embeddings import VocabularyReport, count_tokens, prune_vocabulary
 from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 
 __all__ = [

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lmcompress.anatomy import Block, is_conv1d, out_features
-from lmcompress.calibration.hessian import output_error
+from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
+from lmcompress.families import Block, is_conv1d, out_features
 from lmcompress.quantization.gptq import Rounding
 
 _LEAST_SHARE = 1e-4
@@ -55,7 +55,7 @@ def awq_scales(
         Compression and Acceleration*, MLSys 2024, https://arxiv.org/abs/2306.00978, section 3.2, equations 4 and 5.
 
     Example:
-        >>> from lmcompress.lowbit.quantizers import symmetric
+        >>> from lmcompress.numerics.quantizers import symmetric
         >>> weight, x = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.1, 10.0]])
         >>> s = awq_scales([weight], x.abs()[0], x.T @ x, [lambda w: symmetric(w, bits=3)])
         >>> (symmetric(weight * s, bits=3).values / s * x).sum() - (weight * x).sum() < 0.01

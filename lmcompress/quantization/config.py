@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lmcompress.config import ActivationEncoding
-from lmcompress.lowbit.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
-from lmcompress.lowbit.quantizers import WeightQuantizer, check_percentile, quantizer_for
+from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.numerics.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
+from lmcompress.numerics.quantizers import WeightQuantizer, check_percentile, quantizer_for
 
 Default = Literal["default"]
 
@@ -36,7 +36,7 @@ class _Part(BaseModel):
 class WeightScheme(_Part):
     """How weights are quantized."""
 
-    quantizer: Annotated[str, Field(description="A key of lmcompress.lowbit.QUANTIZERS.")] = "dynamic_scaling"
+    quantizer: Annotated[str, Field(description="A key of lmcompress.numerics.QUANTIZERS.")] = "dynamic_scaling"
     bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8
     granularity: Annotated[
         Literal["tensor", "row"] | Annotated[int, Field(ge=1, strict=True)],
@@ -65,7 +65,7 @@ class WeightScheme(_Part):
         return quantizer_for(self.quantizer, self.bits)
 
     def grouping(self) -> Granularity:
-        """The granularity as lowbit has it."""
+        """The granularity as lmcompress.numerics has it."""
         if isinstance(self.granularity, int):
             return PerGroup(self.granularity)
         return PER_TENSOR if self.granularity == "tensor" else PerRow()

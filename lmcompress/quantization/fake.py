@@ -6,7 +6,7 @@ stays where it was under its own name. So tied matrices stay tied and are quanti
 are ordinary ones of the full-precision weights. (``torch.nn.utils.parametrize`` would rename every tensor.)
 
 **Activations.** Inputs of the products by forward pre-hooks; within attention by
-:mod:`lmcompress.lowbit.attention`.
+:mod:`lmcompress.nn.quantized_attention`.
 
 What is learned on top, γ, clips and steps, belongs to no module of the model: it is in :attr:`FakeQuantized.state`, for
 a learning rate of its own.
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of, is_conv1d
-from lmcompress.config import ActivationEncoding, AttentionEncoding
-from lmcompress.encoding import Packable, pack_model
+from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
+from lmcompress.checkpoint.encoding import Packable, pack_model
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.lowbit.activations import Histogram, MinMax, initial_range, initial_step, learned
-from lmcompress.lowbit.attention import (
+from lmcompress.families import anatomy_of, is_conv1d
+from lmcompress.nn.packed import InputRange
+from lmcompress.nn.quantized_attention import (
     ROLES,
     Role,
     attach,
@@ -39,10 +39,10 @@ from lmcompress.lowbit.attention import (
     quantize_attention,
     release_attention,
 )
-from lmcompress.lowbit.grids import Bits
-from lmcompress.lowbit.inputs import quantize_input, static_range
-from lmcompress.lowbit.modules import InputRange
-from lmcompress.lowbit.quantizers import Quantized, check_finite, quantizer_for
+from lmcompress.numerics.activations import Histogram, MinMax, initial_range, initial_step, learned
+from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.inputs import quantize_input, static_range
+from lmcompress.numerics.quantizers import Quantized, check_finite, quantizer_for
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.planning import Plan, Planned, reads_alike, relative_path, stored_weight
 

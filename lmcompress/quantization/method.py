@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of, weight_view
-from lmcompress.anatomy.narrow import accompany, companion_of
-from lmcompress.config import ActivationEncoding, AttentionEncoding
-from lmcompress.encoding import Packable, matrices, pack_model
+from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
+from lmcompress.checkpoint.encoding import Packable, matrices, pack_model
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import weight_bytes
-from lmcompress.lowbit.attention import ROLES, Role, attention_quantizers, quantize_attention
-from lmcompress.lowbit.grids import Bits, Granularity, Grid, PerGroup, PerRow
-from lmcompress.lowbit.modules import InputRange
-from lmcompress.lowbit.packing import dequantize
-from lmcompress.lowbit.quantizers import Quantized, quantizer_for
+from lmcompress.families import anatomy_of, weight_view
+from lmcompress.families.narrow import accompany, companion_of
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import outputs_of, random_batches
+from lmcompress.nn.packed import InputRange
+from lmcompress.nn.quantized_attention import ROLES, Role, attention_quantizers, quantize_attention
+from lmcompress.numerics.grids import Bits, Granularity, Grid, PerGroup, PerRow
+from lmcompress.numerics.packing import dequantize
+from lmcompress.numerics.quantizers import Quantized, quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme, width
 from lmcompress.quantization.fake import FakeQuantized
 from lmcompress.quantization.planning import Plan, Planned, plan, relative_path

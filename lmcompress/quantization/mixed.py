@@ -12,12 +12,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import weight_view
-from lmcompress.calibration.walking import Batch, calibration_batches, valid_tokens
+from lmcompress.activations.walking import Batch, calibration_batches, valid_tokens
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation._running import evaluating, with_progress
-from lmcompress.lowbit.grids import Bits
-from lmcompress.lowbit.quantizers import quantizer_for
+from lmcompress.families import weight_view
+from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.quantizers import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
 from lmcompress.quantization.planning import EMBEDDINGS, Planned, plan, relative_path

@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import Anatomy, Hollow, anatomy_of, is_conv1d
+from lmcompress.checkpoint.layers import refuse_compact
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import Anatomy, Hollow, anatomy_of, is_conv1d
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
-from lmcompress.replacement import refuse_compact
 
 BLOCK_PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
 EMBEDDINGS, HEAD = "embeddings", "head"

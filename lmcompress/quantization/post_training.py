@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import Block, anatomy_of, weight_view
-from lmcompress.calibration.hessian import exact, output_error
-from lmcompress.calibration.walking import Batch, Take, Walk, calibration_batches, without_padding
-from lmcompress.config import recorded_compression
+from lmcompress.activations.hessian import exact, output_error
+from lmcompress.activations.walking import Batch, Take, Walk, calibration_batches, without_padding
+from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.evaluation import weight_bytes
 from lmcompress.evaluation._running import evaluating, with_progress
-from lmcompress.lowbit.attention import ROLES
-from lmcompress.lowbit.modules import Packed
-from lmcompress.lowbit.packing import container_for, packed_bytes
-from lmcompress.lowbit.quantizers import Quantized
+from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.model import CompressedModel
+from lmcompress.nn.packed import Packed
+from lmcompress.nn.quantized_attention import ROLES
+from lmcompress.numerics.packing import container_for, packed_bytes
+from lmcompress.numerics.quantizers import Quantized
 from lmcompress.quantization.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, WeightScheme
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized
@@ -405,7 +405,7 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
     if any(isinstance(module, Packed) for module in model.modules()):
         raise LmcompressError(
             "the model must be dense to be quantized, it is packed already: quantize the model that "
-            "lmcompress.encoding.unpacked(model) gives, or better the one that was packed"
+            "lmcompress.checkpoint.encoding.unpacked(model) gives, or better the one that was packed"
         )
     if getattr(model.config, "quantization_config", None) is not None and recorded_compression(model.config) is None:
         raise LmcompressError(

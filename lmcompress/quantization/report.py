@@ -18,7 +18,7 @@ class QuantizedMatrix:
     Attributes:
         path: of its module, relative to the base model.
         part: what the family calls it; empty for others.
-        quantizer: key of :data:`~lmcompress.lowbit.QUANTIZERS`.
+        quantizer: key of :data:`~lmcompress.numerics.QUANTIZERS`.
         bits: of a weight, or ``ternary``.
         granularity: ``tensor``, ``row``, or the size of a group.
         method: how it was rounded: ``rtn``, ``gptq``, or ``awq`` where its inputs were scaled.

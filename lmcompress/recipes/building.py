@@ -22,9 +22,9 @@ from transformers import (
     set_seed,
 )
 
-from lmcompress.anatomy import FAMILIES, family_of
-from lmcompress.compact.students import by_layers, by_shape, by_width, named
-from lmcompress.config import CompressionConfig
+from lmcompress.checkpoint.config import CompressionConfig
+from lmcompress.checkpoint.layers import finish_replaced, refuse_compact, replace_skeleton
+from lmcompress.checkpoint.structure import shape_skeleton, stock_structure
 from lmcompress.data import (
     Collator,
     Operation,
@@ -45,9 +45,9 @@ from lmcompress.data import (
     train_tokenizer,
 )
 from lmcompress.errors import LmcompressError
+from lmcompress.families import FAMILIES, family_of
 from lmcompress.recipes.schema import BASE_MODEL, Augmentation, FromScratch, Recipe, Stage, StudentSpec, TaskSpec
-from lmcompress.replacement import finish_replaced, refuse_compact, replace_skeleton
-from lmcompress.structure import shape_skeleton, stock_structure
+from lmcompress.students.depth import by_layers, by_shape, by_width, named
 
 _OPERATIONS: dict[str, Callable[..., list[str]]] = {
     "mask": mask_tokens,

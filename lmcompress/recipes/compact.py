@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.compact import CompactReport
-from lmcompress.compact.config import OnData, Replacement, ShareLayers
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.building import Materials, drawn_batches
+from lmcompress.students import CompactReport
+from lmcompress.students.config import OnData, Replacement, ShareLayers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def plan_compact(replacements: Sequence[Replacement], model: PreTrainedModel, *,
         The plan.
 
     Raises:
-        LmcompressError: what the functions of :mod:`lmcompress.compact` refuse, or blocks that are to share and will
+        LmcompressError: what the functions of :mod:`lmcompress.students` refuse, or blocks that are to share and will
             have different ranks.
     """
     reports: list[CompactReport] = []

@@ -7,7 +7,6 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,25 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def builtin_recipes() -> dict[str, str]:
     """The recipes that come with the package: name to YAML text, sorted."""
-    folder = resources.files("lmcompress.recipes") / "library"
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in sorted(files, key=lambda f: f.name)}
+    return {
+        file.stem: file.read_text("utf-8") for file in sorted(_library().rglob("*.yaml"), key=lambda file: file.stem)
+    }
+
+
+def _library() -> Path:
+    """The folder of built-in recipes: ``recipes/`` of a checkout, ``lmcompress/recipes/library/`` of a wheel.
+
+    Raises:
+        LmcompressError: If neither is there.
+    """
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "library", here.parents[2] / "recipes"):
+        if next(folder.rglob("*.yaml"), None):
+            return folder
+    raise LmcompressError(
+        f"the built-in recipes are missing from {here.parent / 'library'} and {here.parents[2] / 'recipes'}: "
+        "reinstall lmcompress"
+    )
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:

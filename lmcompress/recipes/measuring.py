@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of
-from lmcompress.card import model_card
+from lmcompress.checkpoint.card import model_card
+from lmcompress.checkpoint.encoding import weight_count
+from lmcompress.checkpoint.structure import recorded_structure
 from lmcompress.data import TaskKind
-from lmcompress.encoding import weight_count
 from lmcompress.evaluation import (
     LatencyRow,
     compare_latency,
@@ -26,11 +26,11 @@ from lmcompress.evaluation import (
     size_on_disk,
     verdict,
 )
+from lmcompress.families import anatomy_of
 from lmcompress.model import REPORT_FILE
 from lmcompress.recipes.building import Materials, auto_class, text_of
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.reporting import card_rows
-from lmcompress.structure import recorded_structure
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import anatomy_of
+from lmcompress.checkpoint.layers import layers_of
 from lmcompress.data.augmentation import whole_words
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match
 from lmcompress.distillation.layer_maps import given, last, skip, uniform
 from lmcompress.distillation.matches import match_for
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import parameter_count
+from lmcompress.families import anatomy_of
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.vocabulary import VocabularyReport
+from lmcompress.pruning.vocabulary.embeddings import VocabularyReport
 from lmcompress.recipes.building import (
     Materials,
     base_model,
@@ -35,7 +36,6 @@ from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning
 from lmcompress.recipes.quantization import NO_VANILLA, QuantizationPlan, plan_quantization
 from lmcompress.recipes.schema import LayerLoss, Recipe, Stage, StageDistillation, with_controls
 from lmcompress.recipes.weights import check_weights
-from lmcompress.replacement import layers_of
 
 Role = Literal["teacher", "student", "control", "pruned", "quantized", "shared", "compact", "model"]
 

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmcompress.anatomy import anatomy_of
-from lmcompress.config import Structure
+from lmcompress.checkpoint.config import Structure
+from lmcompress.checkpoint.structure import recorded_structure, shape_skeleton
 from lmcompress.data import TaskKind
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.config import PruningConfig
-from lmcompress.pruning.costs import FlopCost, LatencyTable, ModelSizes, measure_latency
-from lmcompress.pruning.goals import feasible
-from lmcompress.pruning.method import plan as schedule_events
-from lmcompress.pruning.ranking import Target, stock_verdict
-from lmcompress.pruning.scoring import CRITERIA
-from lmcompress.pruning.surgery import cut
-from lmcompress.pruning.units import Units
-from lmcompress.pruning.vocabulary import VocabularyReport, prune_vocabulary
+from lmcompress.families import anatomy_of
+from lmcompress.pruning.structured.config import PruningConfig
+from lmcompress.pruning.structured.costs import FlopCost, LatencyTable, ModelSizes, measure_latency
+from lmcompress.pruning.structured.goals import feasible
+from lmcompress.pruning.structured.method import plan as schedule_events
+from lmcompress.pruning.structured.ranking import Target, stock_verdict
+from lmcompress.pruning.structured.scoring import CRITERIA
+from lmcompress.pruning.structured.surgery import cut
+from lmcompress.pruning.structured.units import Units
+from lmcompress.pruning.vocabulary.embeddings import VocabularyReport, prune_vocabulary
 from lmcompress.recipes.building import Materials, drawn_batches
 from lmcompress.recipes.schema import LatencySpec, StagePruning, VocabularySpec
-from lmcompress.structure import recorded_structure, shape_skeleton
 
 TABLE_FILE = "latency.json"
 """Where a run keeps measured times, if its recipe does not say."""
@@ -157,7 +157,7 @@ def prune_stage_vocabulary(
 
     Raises:
         LmcompressError: a split that is not there, or what
-            :func:`~lmcompress.pruning.vocabulary.prune_vocabulary` refuses.
+            :func:`~lmcompress.pruning.vocabulary.embeddings.prune_vocabulary` refuses.
     """
     splits = materials.data.splits()
     for name in spec.splits:

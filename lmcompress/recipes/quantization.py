@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.anatomy import weight_view
-from lmcompress.lowbit.packing import container_for, packed_bytes
+from lmcompress.families import weight_view
+from lmcompress.numerics.packing import container_for, packed_bytes
 from lmcompress.quantization.config import QuantizationConfig
 from lmcompress.quantization.method import check_trainable
 from lmcompress.quantization.planning import Plan, plan, relative_path

@@ -25,8 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from lmcompress.compact import CompactReport
-from lmcompress.config import Provenance, recorded_compression
+from lmcompress.checkpoint.config import Provenance, recorded_compression
+from lmcompress.clustering import WeightSharing
 from lmcompress.data import TaskKind, nearest_words
 from lmcompress.distillation import (
     Distillation,
@@ -43,9 +43,10 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import compute_metrics, predictions_from_logits
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel, library_version, outputs_of
-from lmcompress.pruning.method import StructuredPruning, prune
-from lmcompress.pruning.report import PruningReport
-from lmcompress.pruning.vocabulary import VocabularyReport
+from lmcompress.pruning.structured.method import StructuredPruning, prune
+from lmcompress.pruning.structured.report import PruningReport
+from lmcompress.pruning.unstructured import Sparsity
+from lmcompress.pruning.vocabulary.embeddings import VocabularyReport
 from lmcompress.quantization.method import Quantization
 from lmcompress.quantization.post_training import quantize
 from lmcompress.quantization.report import QuantizationReport
@@ -71,8 +72,7 @@ from lmcompress.recipes.quantization import quantization_notes
 from lmcompress.recipes.schema import Recipe, Stage, StoreSpec
 from lmcompress.recipes.weights import change_weights, seeded, weights_notes
 from lmcompress.reporting import write_report
-from lmcompress.sharing import WeightSharing
-from lmcompress.sparsity import Sparsity
+from lmcompress.students import CompactReport
 from lmcompress.trainers import CompressionTrainer
 
 STAGE_FILE = "stage.json"

@@ -10,18 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
 
-from lmcompress.anatomy import FAMILIES
-from lmcompress.compact.config import Replacement
-from lmcompress.compact.students import NAMED_SHAPES
+from lmcompress.clustering.config import SharingConfig
 from lmcompress.data import TaskKind
 from lmcompress.distillation.config import DistillationConfig, Match, WeightSchedule
 from lmcompress.errors import nearest
-from lmcompress.pruning.config import PruningConfig
+from lmcompress.families import FAMILIES
+from lmcompress.pruning.structured.config import PruningConfig
+from lmcompress.pruning.unstructured.config import SparsityConfig
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
 from lmcompress.quantization.post_training import POST_TRAINING
 from lmcompress.quantization.post_training import Method as PostTraining
-from lmcompress.sharing.config import SharingConfig
-from lmcompress.sparsity.config import SparsityConfig
+from lmcompress.students.config import Replacement
+from lmcompress.students.depth import NAMED_SHAPES
 
 BASE_MODEL = "model"
 """What a stage's ``start`` is called when it is the recipe's own model."""

@@ -16,10 +16,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.config import PruningConfig
-from lmcompress.pruning.ranking import Target
-from lmcompress.pruning.scoring import score
-from lmcompress.pruning.sensitivity import sensitivity
+from lmcompress.pruning.structured.config import PruningConfig
+from lmcompress.pruning.structured.ranking import Target
+from lmcompress.pruning.structured.scoring import score
+from lmcompress.pruning.structured.sensitivity import sensitivity
 from lmcompress.recipes.building import Materials, auto_class, load_tokenizer, read_task
 from lmcompress.recipes.measuring import Entry, measure, quality, update_cards
 from lmcompress.recipes.planning import Plan, plan
@@ -273,7 +273,7 @@ def measure_sensitivity(
 
     Returns:
         JSON types: ``model``, ``task``, ``split``, ``metric``, ``lower_is_better``, ``criterion``, ``scores`` (by part,
-        of each block) and ``rows`` (see :class:`~lmcompress.pruning.sensitivity.SensitivityRow`).
+        of each block) and ``rows`` (see :class:`~lmcompress.pruning.structured.sensitivity.SensitivityRow`).
 
     Raises:
         LmcompressError: no such split, a model of another task, or what the criterion refuses.

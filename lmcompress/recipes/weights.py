@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from lmcompress.calibration.gradients import MAX_CLASSES
+from lmcompress.activations.gradients import MAX_CLASSES
+from lmcompress.clustering import SharingConfig, share_weights
+from lmcompress.clustering.planning import plan as plan_sharing
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
+from lmcompress.pruning.unstructured import SparsityConfig, prune_weights
+from lmcompress.pruning.unstructured.method import sparsity_events
+from lmcompress.pruning.unstructured.planning import plan as plan_sparsity
 from lmcompress.recipes.building import Materials, drawn_batches
 from lmcompress.recipes.schema import Stage
-from lmcompress.sharing import SharingConfig, share_weights
-from lmcompress.sharing.planning import plan as plan_sharing
-from lmcompress.sparsity import SparsityConfig, prune_weights
-from lmcompress.sparsity.method import sparsity_events
-from lmcompress.sparsity.planning import plan as plan_sparsity
 
 AnyConfig = TypeVar("AnyConfig", SparsityConfig, SharingConfig)
 

@@ -60,7 +60,8 @@ def kept_map(pruning: Mapping[str, Any], file: Path, *, title: str = "") -> Path
     """What pruning has left of each block: which heads, and how much of the feed-forward network.
 
     Args:
-        pruning: :meth:`~lmcompress.pruning.report.PruningReport.to_dict`: ``before``, ``after`` and ``kept_heads``.
+        pruning: :meth:`~lmcompress.pruning.structured.report.PruningReport.to_dict`: ``before``, ``after`` and
+            ``kept_heads``.
         file: a PNG.
         title: above it.
 
@@ -129,7 +130,7 @@ def sensitivity_curves(
     """Quality against the share removed, one curve for each block, heads and neurons apart.
 
     Args:
-        rows: :meth:`~lmcompress.pruning.sensitivity.SensitivityRow.as_dict` of each measurement.
+        rows: :meth:`~lmcompress.pruning.structured.sensitivity.SensitivityRow.as_dict` of each measurement.
         file: a PNG.
         quality: what the numbers are called.
         lower_is_better: of that number.

@@ -153,10 +153,10 @@ def pruning_in_words(config: Any) -> str:
     """What a pruning is asked to do, in a line.
 
     Args:
-        config: :class:`~lmcompress.pruning.config.PruningConfig`.
+        config: :class:`~lmcompress.pruning.structured.config.PruningConfig`.
 
     Example:
-        >>> from lmcompress.pruning.config import PruningConfig
+        >>> from lmcompress.pruning.structured.config import PruningConfig
         >>> pruning_in_words(PruningConfig(target={"sparsity": 0.5}))
         'heads and neurons to sparsity 0.5, one_shot by fisher, ranking global'
     """
@@ -218,7 +218,7 @@ def shape_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Heads and neurons of each block, of models beside one another.
 
     Args:
-        rows: of a report: ``name`` and ``blocks``, as a :class:`~lmcompress.config.BlockShape` is written.
+        rows: of a report: ``name`` and ``blocks``, as a :class:`~lmcompress.checkpoint.config.BlockShape` is written.
     """
     table = Table(caption="heads + neurons of each block; –: the block is gone")
     table.add_column("block", justify="right")

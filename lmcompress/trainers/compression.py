@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from lmcompress.anatomy import anatomy_of
+from lmcompress.checkpoint.structure import stock_structure, structure_of
 from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.families import anatomy_of
 from lmcompress.method import UNITS, Method, Step, Term, Unit
 from lmcompress.model import CompressedModel
-from lmcompress.structure import stock_structure, structure_of
 from lmcompress.trainers.sampling import LengthGroupedSampler
 
 STATE_FILE = "lmcompress_training_state.safetensors"

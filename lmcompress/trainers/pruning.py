@@ -14,10 +14,10 @@ from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.config import PruningConfig
-from lmcompress.pruning.costs import CostModel
-from lmcompress.pruning.method import StructuredPruning
-from lmcompress.pruning.report import PruningReport
+from lmcompress.pruning.structured.config import PruningConfig
+from lmcompress.pruning.structured.costs import CostModel
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.trainers.compression import CompressionTrainer
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmcompress.anatomy import anatomy_of
 from lmcompress.distillation.config import DistillationConfig
 from lmcompress.distillation.method import Distillation
 from lmcompress.distillation.presets import quantgpt, ternarybert
 from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
 from lmcompress.quantization.config import QuantizationConfig

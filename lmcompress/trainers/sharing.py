@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from lmcompress.clustering.config import SharingConfig
+from lmcompress.clustering.method import WeightSharing
+from lmcompress.clustering.report import SharingReport
 from lmcompress.distillation.config import DistillationConfig
 from lmcompress.distillation.method import Distillation
 from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
-from lmcompress.sharing.config import SharingConfig
-from lmcompress.sharing.method import WeightSharing
-from lmcompress.sharing.report import SharingReport
 from lmcompress.trainers.compression import CompressionTrainer
 
 
@@ -39,7 +39,7 @@ class SharingTrainer(CompressionTrainer):
 
     Raises:
         LmcompressError: a distillation without a teacher, or what
-            :class:`~lmcompress.sharing.method.WeightSharing` refuses.
+            :class:`~lmcompress.clustering.method.WeightSharing` refuses.
     """
 
     def __init__(

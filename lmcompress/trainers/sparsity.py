@@ -14,9 +14,9 @@ from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
-from lmcompress.sparsity.config import SparsityConfig
-from lmcompress.sparsity.method import Sparsity
-from lmcompress.sparsity.report import SparsityReport
+from lmcompress.pruning.unstructured.config import SparsityConfig
+from lmcompress.pruning.unstructured.method import Sparsity
+from lmcompress.pruning.unstructured.report import SparsityReport
 from lmcompress.trainers.compression import CompressionTrainer
 
 
@@ -37,7 +37,7 @@ class SparsityTrainer(CompressionTrainer):
 
     Raises:
         LmcompressError: no configuration, a distillation without a teacher, or what
-            :class:`~lmcompress.sparsity.method.Sparsity` refuses.
+            :class:`~lmcompress.pruning.unstructured.method.Sparsity` refuses.
     """
 
     def __init__(

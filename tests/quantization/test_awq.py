@@ -6,11 +6,11 @@ from families import cut_to_nothing, cut_unevenly, make, outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.anatomy import anatomy_of, in_features, weight_view
-from lmcompress.calibration.hessian import output_error
+from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
-from lmcompress.lowbit.grids import PER_TENSOR, PerGroup, PerRow
-from lmcompress.lowbit.quantizers import asymmetric, symmetric
+from lmcompress.families import anatomy_of, in_features, weight_view
+from lmcompress.numerics.grids import PER_TENSOR, PerGroup, PerRow
+from lmcompress.numerics.quantizers import asymmetric, symmetric
 from lmcompress.quantization.awq import awq_scales, multiply_columns, scalings, why_unscaled
 
 

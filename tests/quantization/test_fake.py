@@ -9,13 +9,13 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from lmcompress import CompressedModel
-from lmcompress.anatomy import anatomy_of, is_conv1d
 from lmcompress.errors import LmcompressError
-from lmcompress.lowbit.activations import MinMax, initial_step, learned
-from lmcompress.lowbit.inputs import static_range
-from lmcompress.lowbit.packing import dequantize
-from lmcompress.lowbit.quantizers import QUANTIZERS, dynamic_scaling
-from lmcompress.pruning.gates import Gates
+from lmcompress.families import anatomy_of, is_conv1d
+from lmcompress.numerics.activations import MinMax, initial_step, learned
+from lmcompress.numerics.inputs import static_range
+from lmcompress.numerics.packing import dequantize
+from lmcompress.numerics.quantizers import QUANTIZERS, dynamic_scaling
+from lmcompress.pruning.structured.gates import Gates
 from lmcompress.quantization import ActivationScheme, FakeQuantized, QuantizationConfig, Rule, WeightScheme, plan
 from lmcompress.quantization.planning import relative_path
 

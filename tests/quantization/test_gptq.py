@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.calibration.hessian import output_error
+from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
-from lmcompress.lowbit.grids import PER_TENSOR, PerGroup, PerRow
-from lmcompress.lowbit.packing import dequantize, pack, unpack
-from lmcompress.lowbit.quantizers import asymmetric, laq, lsq, mse_clip, nearest_codes, symmetric, tbt
-from lmcompress.lowbit.quantizers import initial_step as first_step
+from lmcompress.numerics.grids import PER_TENSOR, PerGroup, PerRow
+from lmcompress.numerics.packing import dequantize, pack, unpack
+from lmcompress.numerics.quantizers import asymmetric, laq, lsq, mse_clip, nearest_codes, symmetric, tbt
+from lmcompress.numerics.quantizers import initial_step as first_step
 from lmcompress.quantization.gptq import gptq
 
 GRANULARITIES = [PER_TENSOR, PerRow(), PerGroup(4)]

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from lmcompress import LmcompressError, anatomy_of
-from lmcompress.anatomy import weight_view
-from lmcompress.anatomy.narrow import accompany, companion_of
-from lmcompress.encoding import unpacked
+from lmcompress.checkpoint.encoding import unpacked
+from lmcompress.checkpoint.structure import drop_heads, keep_heads, keep_hidden, keep_neurons
+from lmcompress.families import weight_view
+from lmcompress.families.narrow import accompany, companion_of
 from lmcompress.quantization import ActivationScheme, Quantization, QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.config import width
-from lmcompress.structure import drop_heads, keep_heads, keep_hidden, keep_neurons
 
 FALLING = ((0.0, 8), (0.3, 4), (0.6, 2))
 

@@ -1,8 +1,8 @@
 import pytest
 from families import cut_to_nothing, make
 
-from lmcompress.anatomy import Hollow, anatomy_of
 from lmcompress.errors import LmcompressError
+from lmcompress.families import Hollow, anatomy_of
 from lmcompress.quantization import ActivationScheme, QuantizationConfig, Rule, WeightScheme, plan
 from lmcompress.quantization.planning import relative_path
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from families import LAYERS, cut_to_nothing, cut_unevenly, inputs, make, outputs
 
-from lmcompress.anatomy import anatomy_of, weight_view
-from lmcompress.calibration.hessian import output_error
-from lmcompress.encoding import packed_modules, unpacked
+from lmcompress.activations.hessian import output_error
+from lmcompress.checkpoint.encoding import packed_modules, unpacked
 from lmcompress.errors import LmcompressError
-from lmcompress.lowbit.inputs import quantize_input
+from lmcompress.families import anatomy_of, weight_view
 from lmcompress.model import CompressedModel
+from lmcompress.numerics.inputs import quantize_input
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.post_training import POST_TRAINING, quantize, rounding_of
 
@@ -323,7 +323,7 @@ class TestRefusals:
         model = make("bert")
         quantize(model)
         with pytest.raises(
-            LmcompressError, match=r"packed already: quantize the model that lmcompress.encoding.unpacked"
+            LmcompressError, match=r"packed already: quantize the model that lmcompress.checkpoint.encoding.unpacked"
         ):
             quantize(model)
         again = unpacked(model)

@@ -11,14 +11,14 @@ from rich.console import Console
 from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
-from lmcompress.compact import model_flops
-from lmcompress.encoding import weight_count
+from lmcompress.checkpoint.encoding import weight_count
+from lmcompress.checkpoint.layers import layers_of
 from lmcompress.errors import LmcompressError
 from lmcompress.model import outputs_of, random_batches
 from lmcompress.recipes import load_recipe, parse_recipe, plan, run
 from lmcompress.recipes.building import skeleton
-from lmcompress.replacement import layers_of
 from lmcompress.reporting import print_plan
+from lmcompress.students import model_flops
 from lmcompress.trainers import CompressionTrainer
 
 TRAINING = "{max_steps: 3, save_strategy: steps, save_steps: 1, per_device_train_batch_size: 8, learning_rate: 1e-3}"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lmcompress.config import recorded_compression
+from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import machine
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.costs import LatencyTable
+from lmcompress.pruning.structured.costs import LatencyTable
 from lmcompress.recipes import parse_recipe, plan, run
 from lmcompress.recipes.building import Materials
 from lmcompress.recipes.pruning import plan_pruning

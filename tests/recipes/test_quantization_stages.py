@@ -10,8 +10,8 @@ from rich.console import Console
 from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
+from lmcompress.checkpoint.encoding import encoding_of
 from lmcompress.cli import run_app
-from lmcompress.encoding import encoding_of
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import stream_table
 from lmcompress.model import outputs_of, random_batches

@@ -11,8 +11,8 @@ from rich.console import Console
 from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
+from lmcompress.checkpoint.encoding import matrices
 from lmcompress.data import Task
-from lmcompress.encoding import matrices
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import size_on_disk, stream_table
 from lmcompress.recipes import parse_recipe, plan, run

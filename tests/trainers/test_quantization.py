@@ -12,11 +12,11 @@ from training import tiny_arguments
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lmcompress import CheckpointError, CompressedModel, LmcompressError
+from lmcompress.checkpoint.encoding import encoding_of, unpacked
 from lmcompress.distillation import Distillation, DistillationConfig
-from lmcompress.encoding import encoding_of, unpacked
-from lmcompress.pruning.config import Gradual, HardConcrete, Iterative, Movement, OneShot, PruningConfig
-from lmcompress.pruning.method import StructuredPruning
-from lmcompress.pruning.ranking import Target
+from lmcompress.pruning.structured.config import Gradual, HardConcrete, Iterative, Movement, OneShot, PruningConfig
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.ranking import Target
 from lmcompress.quantization import ActivationScheme, Quantization, QuantizationConfig, Rule, WeightScheme
 from lmcompress.trainers import CompressionTrainer, PruningTrainer, QuantizationTrainer
 from lmcompress.trainers.quantization import default_distillation

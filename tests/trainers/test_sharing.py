@@ -9,9 +9,9 @@ from torch import Tensor
 from training import tiny_arguments
 
 from lmcompress import CheckpointError, LmcompressError
-from lmcompress.anatomy.weights import weighted_modules
+from lmcompress.clustering import SharingConfig
 from lmcompress.distillation import DistillationConfig
-from lmcompress.sharing import SharingConfig
+from lmcompress.families.weights import weighted_modules
 from lmcompress.trainers import SharingTrainer
 
 STEPS = 6

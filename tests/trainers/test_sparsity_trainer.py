@@ -14,8 +14,7 @@ from training import tiny_arguments
 from lmcompress import CheckpointError, LmcompressError
 from lmcompress.distillation import DistillationConfig
 from lmcompress.pruning import OneShot, PruningConfig, StructuredPruning, Target
-from lmcompress.quantization import Quantization, QuantizationConfig
-from lmcompress.sparsity import (
+from lmcompress.pruning.unstructured import (
     Gradual,
     HardThresholding,
     Iterative,
@@ -25,6 +24,7 @@ from lmcompress.sparsity import (
     SparsityRule,
     Surgery,
 )
+from lmcompress.quantization import Quantization, QuantizationConfig
 from lmcompress.trainers import CompressionTrainer, SparsityTrainer
 
 STEPS = 16

@@ -1,0 +1,103 @@
+"""What weights do to a module's output, told by the second moments of its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmcompress.errors import LmcompressError
+from lmcompress.numerics.quantizers import check_finite
+
+
+def output_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    r"""Squared error of each output over the inputs: :math:`\mathrm{diag}((W - Q) H (W - Q)^T)`.
+
+    Args:
+        weight: ``(out, in)``, floating.
+        values: the same shape: what stands in for it.
+        hessian: ``(in, in)``, Σ x xᵀ.
+
+    Returns:
+        ``(out,)`` float64, >= 0.
+
+    Example:
+        >>> output_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 2.0]]), 3 * torch.eye(2))
+        tensor([3.], dtype=torch.float64)
+    """
+    difference = exact(weight) - exact(values)
+    # rounding can leave a hair less than nothing
+    return ((difference @ exact(hessian)) * difference).sum(dim=1).clamp(min=0)
+
+
+def check_hessian(weight: Tensor, hessian: Tensor, damping: float, block_size: int) -> None:
+    """Refuse what no error can be compensated with.
+
+    Args:
+        weight: ``(out, in)``.
+        hessian: ``(in, in)``, Σ x xᵀ over the module's inputs.
+        damping: share of the mean of the diagonal that is added to it.
+        block_size: columns that are settled at once.
+
+    Raises:
+        LmcompressError: a Hessian of another shape, not finite, or without any input; weights that are NaN or infinite;
+            damping or a block size that is not > 0.
+    """
+    check_finite(weight)
+    if weight.dim() != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise LmcompressError(
+            "the Hessian must have shape (in, in) for a weight (out, in), got "
+            f"{tuple(hessian.shape)} for {tuple(weight.shape)}"
+        )
+    if not damping > 0:
+        raise LmcompressError(f"damping must be > 0, got {damping}; 0.01 is usual")
+    if block_size < 1:
+        raise LmcompressError(f"the block size must be at least 1, got {block_size}; 128 is usual")
+    if not bool(torch.isfinite(hessian).all()):
+        raise LmcompressError(
+            "the Hessian must be finite, got NaN or infinity; are the model's activations sound in this dtype?"
+        )
+    if weight.numel() and not bool((hessian.diagonal() > 0).any()):
+        raise LmcompressError("the Hessian must come from inputs that are not all 0, got nothing but zeros")
+
+
+def inverse_factor(h: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with H⁻¹ = UᵀU.
+
+    Args:
+        h: ``(in, in)`` float64, Σ x xᵀ.
+        damping: share of the mean of the diagonal that is added to it, > 0; ten times as much is tried, and again,
+            where H is singular all the same.
+
+    Returns:
+        ``(in, in)`` float64.
+
+    Raises:
+        LmcompressError: H is not symmetric and positive.
+    """
+    mean = h.diagonal().mean()
+    dead = h.diagonal() <= 0
+    # an input that is always 0 has nothing to do with the others: any positive number does
+    h = h + torch.diag(torch.where(dead, mean, 0.0))
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    for power in range(8):
+        # H = R Rᵀ with R upper triangular is Cholesky's of H turned round, and U = R⁻¹: one factorization, where the
+        # paper inverts H and factors the inverse
+        lower, failed = torch.linalg.cholesky_ex((h + damping * 10**power * mean * eye).flip(0, 1))
+        if not int(failed):
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    raise LmcompressError(
+        f"the Hessian must be symmetric and positive, it is not, even with damping {damping * 1e7}; is it Σ x xᵀ?"
+    )
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In float64 and without gradient, on the CPU where the device has none.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        A new tensor, unless it is so already.
+    """
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

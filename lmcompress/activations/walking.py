@@ -1,0 +1,239 @@
+"""A model's blocks one after another, on calibration data, each on what those before it give."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
+
+Batch = Mapping[str, Any]
+
+
+class _Arrived(Exception):
+    """What was looked for has been seen: the rest of the forward pass is not needed."""
+
+
+def calibration_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+    """Batches as the model takes them, on its device, without labels and without rows of padding alone.
+
+    Args:
+        model: that will be called with them.
+        batches: ``input_ids`` or ``inputs_embeds``, mostly with ``attention_mask``; gone through once.
+
+    Returns:
+        The batches; those without any token are left out.
+
+    Raises:
+        LmcompressError: no batch, none with a token that is not padding, or one without input.
+    """
+    names = set(inspect.signature(model.forward).parameters) - {"labels", "use_cache"}
+    kept, given = [], 0
+    for batch in batches:
+        given += 1
+        tensors = {k: v.to(model.device) for k, v in batch.items() if k in names and isinstance(v, Tensor)}
+        if not {"input_ids", "inputs_embeds"} & tensors.keys():
+            raise LmcompressError(f"a batch must have input_ids or inputs_embeds, got {', '.join(batch) or 'nothing'}")
+        mask = tensors.get("attention_mask")
+        if mask is not None:
+            real = mask.bool().any(dim=-1)
+            tensors = {k: v[real] if v.dim() and len(v) == len(real) else v for k, v in tensors.items()}
+        if next(iter(tensors.values())).numel():
+            kept.append(tensors)
+    if not given:
+        raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
+    if not kept:
+        raise LmcompressError(
+            f"calibration data must have tokens, got {given} batches of padding alone; is attention_mask 1 for real "
+            "tokens?"
+        )
+    return kept
+
+
+def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """``(rows, length)`` bool, true for what is no padding.
+
+    Args:
+        batch: of :func:`calibration_batches`.
+    """
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    given = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+    return torch.ones(given.shape, dtype=torch.bool, device=given.device)
+
+
+def without_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """Vectors of tokens that are no padding; of a tensor that is not ``(rows, length, width)``, all of them.
+
+    Args:
+        x: ``(rows, length, width)``, or such as a pooler reads ``(rows, width)``.
+        mask: ``(rows, length)``.
+
+    Returns:
+        ``(tokens, width)``.
+    """
+    return x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
+
+
+@dataclass
+class _Call:
+    """How the model calls its blocks for one batch, and what the next block is to read."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor
+
+
+Take = Callable[[Tensor, Tensor], None]
+"""``(input of a module, mask (rows, length))``."""
+
+
+class Walk:
+    """Runs a model's blocks by themselves, on calibration data.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        batches: of :func:`calibration_batches`.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.model, self.batches = model, batches
+        self._blocks = [block.module for block in anatomy_of(model).blocks]
+        self._cacheless = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._calls: list[_Call] = []
+
+    def last_hidden(self) -> list[Tensor]:
+        """What the last block gives for each batch in a forward pass of the whole model: ``(tokens, width)``."""
+        found: list[Tensor] = []
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(without_padding(_hidden(output), mask))
+
+        handle = self._blocks[-1].register_forward_hook(hook)
+        try:
+            for batch in self.batches:
+                mask = valid_tokens(batch)
+                self.model(**batch, **self._cacheless)
+        finally:
+            handle.remove()
+        return found
+
+    def start(self) -> None:
+        """Go before the first block: what it reads is what the embeddings give now."""
+        self._calls = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, rest, named = _split(args, kwargs)
+            self._calls.append(_Call(hidden, rest, named, mask))
+            raise _Arrived
+
+        handle = self._blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for batch in self.batches:
+                mask = valid_tokens(batch)
+                try:
+                    self.model(**batch, **self._cacheless)
+                except _Arrived:
+                    pass
+        finally:
+            handle.remove()
+
+    def look(self, index: int, takes: Mapping[nn.Module, Take], masked: Callable[[Tensor], None] | None = None) -> None:
+        """Run one block over all data, and hand over what modules in it read, until all have.
+
+        Args:
+            index: of the block; the walk stays before it.
+            takes: by module.
+            masked: called with the mask of each batch beforehand.
+        """
+        for call in self._calls:
+            if masked is not None:
+                masked(call.mask)
+            with _listening(takes, call.mask):
+                self._run(index, call)
+
+    def step(self, index: int) -> None:
+        """Go past a block: what it gives now is what the next one reads.
+
+        Args:
+            index: of the block.
+        """
+        for call in self._calls:
+            call.hidden = self._run(index, call)
+
+    def hidden(self) -> list[Tensor]:
+        """What the next block would read, ``(tokens, width)`` for each batch."""
+        return [without_padding(call.hidden, call.mask) for call in self._calls]
+
+    def look_outside(self, takes: Mapping[nn.Module, Take], masked: Callable[[Tensor], None] | None = None) -> None:
+        """Run the whole model over all data, and hand over what modules read, until all have.
+
+        Args:
+            takes: by module, outside of the blocks or in them.
+            masked: called with the mask of each batch beforehand.
+        """
+        for batch in self.batches:
+            mask = valid_tokens(batch)
+            if masked is not None:
+                masked(mask)
+            with _listening(takes, mask):
+                self.model(**batch, **self._cacheless)
+
+    def _run(self, index: int, call: _Call) -> Tensor:
+        block = self._blocks[index]
+        with _unchunked(block):
+            return _hidden(block(call.hidden, *call.args, **call.kwargs))
+
+
+@contextmanager
+def _listening(takes: Mapping[nn.Module, Take], mask: Tensor) -> Iterator[None]:
+    left = set(takes)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        takes[module](args[0].detach(), mask)
+        left.discard(module)
+        if not left:
+            raise _Arrived
+
+    handles = [module.register_forward_pre_hook(hook) for module in takes]
+    try:
+        yield
+    except _Arrived:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unchunked(block: nn.Module) -> Iterator[None]:
+    """BERT can run its feed-forward network piece by piece, of which masks know nothing; the answer is the same."""
+    chunked = cast(Any, block)
+    size = getattr(chunked, "chunk_size_feed_forward", 0)
+    if not size:
+        yield
+        return
+    chunked.chunk_size_feed_forward = 0
+    try:
+        yield
+    finally:
+        chunked.chunk_size_feed_forward = size
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

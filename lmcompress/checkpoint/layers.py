@@ -1,0 +1,352 @@
+"""Compact layers in a model: reading off which there are, and giving a skeleton those that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import (
+    CompactLayer,
+    CompressionConfig,
+    FactorizedEmbeddings,
+    GroupedLayers,
+    LowRankLayers,
+    SeparableLayers,
+    SharedBlocks,
+    recorded_compression,
+)
+from lmcompress.checkpoint.structure import stated_structure
+from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.families import Hollow, anatomy_of, in_features, is_conv1d, new_projection, out_features
+from lmcompress.families.mixing import mix_locally, mixing_of
+from lmcompress.families.narrow import READ_STREAM, WRITE_STREAM
+from lmcompress.families.tied_blocks import empty_shared, fill_shared, shared_sources
+from lmcompress.nn import (
+    Compact,
+    FactorizedEmbedding,
+    FactorizedHead,
+    GroupedLinear,
+    LowRankLinear,
+    SeparableMixing,
+)
+from lmcompress.nn.packed import Packed
+
+PARTS = (*READ_STREAM, *WRITE_STREAM)
+"""What the family calls the matrices of a block."""
+
+
+def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
+    """The compact layers that a model has now, as its config is to name them.
+
+    Args:
+        model: of a known family, on any device.
+
+    Returns:
+        One entry for each kind and size; that of shared blocks is the last.
+
+    Raises:
+        LmcompressError: two blocks have some parameters in common, and not all.
+    """
+    anatomy = anatomy_of(model)
+    prefix = model.base_model_prefix + "."
+    kinds: dict[CompactLayer, list[str]] = {}
+    for name, module in model.named_modules():
+        path = name.removeprefix(prefix)
+        kind: CompactLayer | None = None
+        if isinstance(module, LowRankLinear):
+            kind = LowRankLayers(kind="low_rank", rank=module.rank, modules=("x",))
+        elif isinstance(module, FactorizedEmbedding):
+            kind = FactorizedEmbeddings(kind="factorized_embedding", rank=module.rank, modules=("x",))
+        elif isinstance(module, GroupedLinear):
+            kind = GroupedLayers(
+                kind="grouped",
+                groups=module.groups,
+                input_order=module.input_order is not None,
+                output_order=module.output_order is not None,
+                modules=("x",),
+            )
+        if kind is not None:
+            kinds.setdefault(kind, []).append(path)
+    entries = [kind.model_copy(update={"modules": tuple(paths)}) for kind, paths in kinds.items()]
+    kernels: dict[int, list[int]] = {}
+    for index, block in enumerate(anatomy.blocks):
+        mixing = mixing_of(block)
+        if mixing is not None:
+            kernels.setdefault(mixing.kernel, []).append(index)
+    mixings = [SeparableLayers(kind="separable", kernel=k, blocks=tuple(b)) for k, b in kernels.items()]
+    sources = shared_sources(list(anatomy.block_list))
+    shared = [SharedBlocks(kind="shared", sources=sources)] if sources != tuple(range(len(sources))) else []
+    return (*mixings, *entries, *shared)
+
+
+def record_layers(model: PreTrainedModel) -> None:
+    """Let a model's config say which compact layers it has; its shapes and history stay.
+
+    Args:
+        model: dense but for its compact layers; its config is changed in place.
+    """
+    old = recorded_compression(model.config)
+    model.config.quantization_config = CompressionConfig(
+        stated_structure(model), old and old.provenance, layers=layers_of(model), storage=old and old.storage
+    )
+
+
+def compact_modules(model: nn.Module) -> dict[str, Compact]:
+    """The compact modules of a model, by name.
+
+    Args:
+        model: any.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, Compact)}
+
+
+def refuse_compact(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model that has compact layers or shared blocks, before anything long is done with it.
+
+    Args:
+        model: of a known family.
+        what: would be done, such as ``"cut"``.
+
+    Raises:
+        LmcompressError: it has some.
+    """
+    found = layers_of(model)
+    if found:
+        kinds = ", ".join(sorted({entry.kind for entry in found}))
+        raise LmcompressError(
+            f"cannot {what} a model that has compact layers, this one has: {kinds}. Do that with the dense model "
+            "first, and make what is left compact (lmcompress.students)"
+        )
+
+
+def replace_skeleton(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> None:
+    """Give a freshly built model the compact layers that a config names; they have no values yet.
+
+    Blocks that share are left without parameters until :func:`finish_replaced`.
+
+    Args:
+        model: in its final shapes; changed in place; usually on ``meta``.
+        layers: as a checkpoint's config names them.
+
+    Raises:
+        CheckpointError: it names what the model has not, or sizes that do not fit.
+    """
+    try:
+        for entry in layers:
+            _build(model, entry)
+    except CheckpointError:
+        raise
+    except LmcompressError as error:
+        raise CheckpointError(
+            f"quantization_config.layers does not fit the model: {error}. The config is damaged; load the checkpoint "
+            "as it was written"
+        ) from error
+
+
+def finish_replaced(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> None:
+    """Check what was loaded into compact layers, and let blocks share.
+
+    Args:
+        model: with its values; what is on ``meta`` is left out.
+        layers: as for :func:`replace_skeleton`.
+
+    Raises:
+        CheckpointError: orders that are none, sizes that are not the modules', or other blocks that share.
+    """
+    for name, module in compact_modules(model).items():
+        if not any(tensor.is_meta for tensor in module.buffers()):
+            module.check(name)
+    for entry in layers:
+        if isinstance(entry, SharedBlocks):
+            fill_shared(list(anatomy_of(model).block_list), entry.sources)
+
+
+def low_rank_place(old: nn.Module, rank: int) -> LowRankLinear:
+    """An empty low-rank layer of the widths of a dense one, like it in dtype, device, mode and bias.
+
+    Args:
+        old: a ``Linear`` or ``Conv1D``.
+        rank: of the new one.
+    """
+    like = _likeness(old)
+    return LowRankLinear(in_features(old), out_features(old), rank, old.bias is not None, **like).train(old.training)
+
+
+def grouped_place(old: nn.Module, groups: int, *, input_order: bool, output_order: bool) -> GroupedLinear:
+    """An empty grouped layer of the widths of a dense one, like it in dtype, device, mode and bias.
+
+    Args:
+        old: a ``Linear`` or ``Conv1D``.
+        groups: of the new one.
+        input_order: whether it has an order of its input.
+        output_order: whether it has an order of its output.
+    """
+    new = GroupedLinear(
+        in_features(old),
+        out_features(old),
+        groups,
+        old.bias is not None,
+        input_order=input_order,
+        output_order=output_order,
+        **_likeness(old),
+    )
+    return new.train(old.training)
+
+
+def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMixing:
+    """An empty local mixing for a block: the values are still to be given.
+
+    Args:
+        model: of a known family.
+        index: of the block.
+        kernel: how many positions it looks at.
+
+    Raises:
+        LmcompressError: the block has no heads, or its values are compact already.
+    """
+    family, block = anatomy_of(model).family, anatomy_of(model).blocks[index]
+    if mixing_of(block) is not None:
+        raise LmcompressError(f"block {index} must attend to be replaced, it mixes neighbours already")
+    if block.num_heads == 0:
+        raise LmcompressError(f"block {index} must have heads to be replaced, pruning has left it none")
+    old = block.get("qkv" if family.qkv else "value")
+    check_replaceable(old, f"the values of block {index}")
+    channels = block.num_heads * block.head_size
+    inner = new_projection(old, in_width=in_features(old), out_width=channels)
+    new = SeparableMixing(inner, in_features(old), channels, kernel, family.causal, **_likeness(old))
+    return new.train(old.training)
+
+
+def factorized_place(old: nn.Embedding, rank: int) -> FactorizedEmbedding:
+    """Empty factorised embeddings of the sizes of a table.
+
+    Args:
+        old: the table.
+        rank: of the new one.
+    """
+    new = FactorizedEmbedding(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **_likeness(old))
+    return new.train(old.training)
+
+
+def put(model: PreTrainedModel, path: str, new: nn.Module) -> None:
+    """Put a module where another is; a head that is tied to embeddings which are replaced is tied to the new ones.
+
+    Args:
+        model: changed in place.
+        path: of the module, relative to the base model.
+        new: in its place.
+    """
+    parent, _, name = path.rpartition(".")
+    setattr(model.base_model.get_submodule(parent), name, new)
+    head = model.get_output_embeddings()
+    if not isinstance(new, FactorizedEmbedding) or head is None:
+        return
+    tied = next(f"{n}.weight" for n, module in model.named_modules() if module is head)
+    if tied in model.all_tied_weights_keys:
+        # Transformers would tie the weight again that is no longer there
+        model.all_tied_weights_keys.pop(tied)
+        model._tied_weights_keys = {t: source for t, source in model._tied_weights_keys.items() if t != tied}
+        bias = head.bias if isinstance(head.bias, nn.Parameter) else None
+        owner, _, name = tied.removesuffix(".weight").rpartition(".")
+        setattr(model.get_submodule(owner), name, FactorizedHead(new, bias).train(head.training))
+
+
+def check_replaceable(module: nn.Module, path: str) -> None:
+    """Refuse a module that is no dense matrix.
+
+    Args:
+        module: that would be replaced.
+        path: for the error.
+
+    Raises:
+        LmcompressError: it is packed, compact, pruned to nothing, parametrized, or something else.
+    """
+    reason = None
+    if isinstance(module, Packed):
+        reason = "it is packed; make the dense model that lmcompress.checkpoint.encoding.unpacked(model) gives compact"
+    elif isinstance(module, Compact):
+        reason = f"it is a {type(module).__name__} already"
+    elif isinstance(module, Hollow):
+        reason = "pruning has left nothing of it"
+    elif is_parametrized(module):
+        reason = "something else has parametrized it; take that away first"
+    elif not (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
+        reason = f"it is a {type(module).__name__}"
+    if reason:
+        raise LmcompressError(f"{path} must be a dense matrix to be replaced: {reason}")
+
+
+def _build(model: PreTrainedModel, entry: CompactLayer) -> None:
+    anatomy = anatomy_of(model)
+    count = len(anatomy.block_list)
+    if isinstance(entry, SharedBlocks):
+        if len(entry.sources) != count:
+            raise LmcompressError(f"the sources of shared blocks must be {count} numbers, got {len(entry.sources)}")
+        blocks = list(anatomy.block_list)
+        for index, source in enumerate(entry.sources):
+            if not alike(blocks[index], blocks[source]):
+                raise LmcompressError(f"block {index} cannot have the parameters of block {source}: other shapes")
+        empty_shared(blocks, entry.sources)
+        return
+    if isinstance(entry, SeparableLayers):
+        for index in entry.blocks:
+            if index >= count:
+                raise LmcompressError(f"there is no block {index}, the model has {count}")
+            mix_locally(anatomy.blocks[index], mixing_place(model, index, entry.kernel))
+        return
+    for path in entry.modules:
+        old = _dense_at(model, path, embedding=isinstance(entry, FactorizedEmbeddings))
+        check_replaceable(old, path)
+        new: nn.Module
+        if isinstance(entry, FactorizedEmbeddings):
+            assert isinstance(old, nn.Embedding)
+            new = factorized_place(old, entry.rank)
+        elif isinstance(entry, LowRankLayers):
+            new = low_rank_place(old, entry.rank)
+        else:
+            new = grouped_place(old, entry.groups, input_order=entry.input_order, output_order=entry.output_order)
+        put(model, path, new)
+
+
+def _dense_at(model: PreTrainedModel, path: str, *, embedding: bool) -> nn.Module:
+    """The module at a path that may be replaced: a block's projection, or the word embeddings."""
+    family = anatomy_of(model).family
+    if embedding:
+        known = path == family.word_embeddings
+    else:
+        start, _, rest = path.removeprefix(f"{family.blocks}.").partition(".")
+        places = {getattr(family, part) for part in PARTS}
+        known = path.startswith(f"{family.blocks}.") and start.isdecimal() and rest in places - {""}
+    try:
+        if known:
+            return model.base_model.get_submodule(path)
+    except AttributeError:
+        pass
+    raise LmcompressError(f"there is no module {path} that could be compact")
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two blocks have the same modules with tensors of the same shapes.
+
+    Args:
+        one: a block.
+        other: another.
+    """
+
+    def form(block: nn.Module) -> list[tuple[str, type, list[tuple[str, torch.Size]]]]:
+        return [
+            (name, type(m), [(n, p.shape) for n, p in m.named_parameters(recurse=False)])
+            for name, m in block.named_modules()
+        ]
+
+    return form(one) == form(other)
+
+
+def _likeness(old: nn.Module) -> dict[str, Any]:
+    parameter = next(old.parameters())
+    return {"device": parameter.device, "dtype": parameter.dtype}

@@ -1,0 +1,250 @@
+"""The loader: an ``HfQuantizer`` called "lmcompress", by which ``AutoModel*.from_pretrained`` rebuilds what was cut.
+
+Transformers builds the stock skeleton on ``meta``, calls the first hook below, which gives the skeleton its shapes,
+and then fills it from the files. Only the hooks that are the same in every supported version are used: before and after
+weight loading, ``is_serializable``, ``is_trainable``, ``is_qat_trainable``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from lmcompress.checkpoint.config import QUANT_METHOD, CompressionConfig
+from lmcompress.checkpoint.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
+from lmcompress.checkpoint.layers import finish_replaced, replace_skeleton
+from lmcompress.checkpoint.streams import Place, decode_streams, open_streams, stream_places
+from lmcompress.checkpoint.structure import shape_skeleton
+from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.families import anatomy_of
+
+MAX_HEADER_BYTES = 100_000_000
+_STORED_AS = {torch.uint8: "U8", torch.float32: "F32"}
+
+
+class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Rebuilds the structure that a :class:`CompressionConfig` describes, and checks the files against it."""
+
+    requires_calibration = False
+    quantization_config: CompressionConfig
+
+    def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._expected: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._streams: list[Place] = []
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        structure = self.quantization_config.structure
+        if structure is not None:
+            shape_skeleton(model, structure)
+        replace_skeleton(model, self.quantization_config.layers)
+        if self.quantization_config.encoding is not None:
+            encode_skeleton(model, self.quantization_config.encoding)
+        encoded = encoded_names(model)
+        self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        files = [Path(file) for file in checkpoint_files or ()]
+        if self.quantization_config.storage is not None and self.quantization_config.storage.streams:
+            _refuse_offloading(kwargs.get("device_map"))
+            fixed = encoded.union(_backbone_names(model))
+            self._streams = open_streams(model, self.quantization_config.storage, files, fixed)
+        if checkpoint_files is not None:
+            check_files(model, files, encoded | stream_places(self._streams))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        decode_streams(model, self._streams)
+        # transformers 5.17 replaces a parameter by whatever shape the file has as soon as any quantizer is present
+        for name, tensor in model.state_dict().items():
+            if name in self._expected and tuple(tensor.shape) != self._expected[name]:
+                # other tensors were compared before loading: this one is of a head
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint, {self._expected[name]} here: "
+                    f"transformers {transformers.__version__} cannot replace the head of a compressed checkpoint by "
+                    "one of another width. Use a newer one, or load with AutoModel, save that and load it for the task"
+                )
+        # and leaves its numbers in the type that the file has
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            wanted = self._dtypes.get(name, tensor.dtype)
+            if tensor.is_floating_point() and wanted.is_floating_point and tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
+        # on the way through the stock loader the config is given back as it was read, source numbers included
+        config = self.quantization_config
+        model.config.quantization_config = config
+        if config.storage is not None:
+            # what is written from memory by others than lmcompress has no streams
+            config.storage = config.storage.model_copy(update={"streams": {}})
+        finish_replaced(model, config.layers)
+        if config.encoding is not None:
+            check_encoded(model)
+            # what is of a head that this model has not got is not of this model
+            config.encoding = encoding_of(model)
+        return model
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """Re-saving with ``save_pretrained`` works.
+
+        Args:
+            safe_serialization: asked by older versions; there is no other way here.
+        """
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A pruned model is an ordinary model: any Trainer may train it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The name under which ``Trainer`` asks whether it may train all weights."""
+        return True
+
+
+def register() -> None:
+    """Tell Transformers of the method "lmcompress"; safe to call twice."""
+    # a second registration raises; and what a self-loading checkpoint registered earlier checks less than this
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    register_quantization_config(QUANT_METHOD)(CompressionConfig)
+    register_quantizer(QUANT_METHOD)(LmcompressQuantizer)
+
+
+class Stored(NamedTuple):
+    """What a file says of a tensor: its shape, and its type as safetensors calls it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _refuse_offloading(device_map: Any) -> None:
+    """Accelerate reads what is on disk when it is needed, and would read streams."""
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise LmcompressError(
+            "device_map must leave nothing on disk, the tensors of this checkpoint are streams that are decoded in "
+            "memory; load it without, save that with storage='plain', and load this one"
+        )
+
+
+def safetensors_header(file: Path) -> dict[str, Stored]:
+    """Names, shapes and types of the tensors in a safetensors file, with the file's length checked against them.
+
+    Args:
+        file: path of the file; only its header is read.
+
+    Returns:
+        Shape and type by name.
+
+    Raises:
+        CheckpointError: it is not a whole safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{file} is not a safetensors file, or is cut off ({size} bytes); fetch or copy it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            stored = {
+                name: Stored(tuple(int(n) for n in entry["shape"]), str(entry.get("dtype")))
+                for name, entry in entries.items()
+            }
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{file} has a damaged header ({error}); fetch or copy it again") from error
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{file} should have {end} bytes of tensors and has {size - 8 - length}: it is cut off or was changed; "
+            "fetch or copy it again"
+        )
+    return stored
+
+
+def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable[str]) -> None:
+    """Refuse files whose tensors are not those of the model, before anything is allocated for them.
+
+    Without this, a tensor that is missing would be filled with random values and a warning. What may be missing is a
+    head that the checkpoint never had: a base model's checkpoint loaded for a task.
+
+    Args:
+        model: the skeleton in its final shapes.
+        files: the safetensors files of the checkpoint; files of other kinds are left to Transformers.
+        encoded: names of the tensors that are codes, scales or streams, which nothing may cast.
+
+    Raises:
+        CheckpointError: a file is damaged, a tensor is missing or has another shape, or one of a block is too many.
+    """
+    paths = list(files)
+    if any(path.suffix != ".safetensors" for path in paths):
+        return
+    found: dict[str, Stored] = {}
+    for path in paths:
+        found |= safetensors_header(path)
+    prefix = model.base_model_prefix + "."
+    # a block that is described without heads, whose file has some
+    blocks = anatomy_of(model).family.blocks + "."
+    expected = {name.removeprefix(prefix) for name in model.state_dict()}
+    found = {name.removeprefix(prefix): stored for name, stored in found.items()}
+    for name in found:
+        if name.startswith(blocks) and name not in expected:
+            raise CheckpointError(
+                f"the checkpoint has a tensor {name}, by its config there is none: config.json and the weights do not "
+                "belong together; fetch or copy both again"
+            )
+    same_class = (model.config.architectures or [""])[0] == type(model).__name__
+    tied = set(model.all_tied_weights_keys)
+    must = {name.removeprefix(prefix) for name in _backbone_names(model)}
+    encoded = {name.removeprefix(prefix) for name in encoded}
+    for full_name, tensor in model.state_dict().items():
+        name = full_name.removeprefix(prefix)
+        if full_name in tied:
+            continue
+        if name not in found:
+            if same_class or name in must | encoded:
+                raise CheckpointError(
+                    f"tensor {full_name} is missing from the checkpoint: it is cut off or was changed; "
+                    "fetch or copy it again"
+                )
+        # a head of another width is the user's to replace (ignore_mismatched_sizes), but for one in codes
+        elif found[name].shape != tuple(tensor.shape) and name in must | encoded:
+            raise CheckpointError(_shape_message(full_name, found[name].shape, tuple(tensor.shape)))
+        # a cast would make other codes, or scales, of the same shape
+        elif name in encoded and found[name].dtype != (kind := _STORED_AS[tensor.dtype]):
+            raise CheckpointError(
+                f"tensor {full_name} is stored as {found[name].dtype}, its config says {kind}: config.json and the "
+                "weights do not belong together; fetch or copy both again"
+            )
+
+
+def _backbone_names(model: PreTrainedModel) -> list[str]:
+    """Names in the state dict of what every checkpoint of the family has: blocks and embeddings, not pooler or head."""
+    anatomy = anatomy_of(model)
+    parts: list[nn.Module] = [anatomy.block_list]
+    parts += [m for p in ("word_embeddings", "position_embeddings") if (m := anatomy.embedding(p)) is not None]
+    # kept, so that a tensor that is made for this question only does not lend its id to another
+    wanted = [tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()]
+    ids = {id(tensor) for tensor in wanted}
+    return [name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ids]
+
+
+def _shape_message(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return (
+        f"tensor {name} has shape {found} in the checkpoint, its config says {expected}: config.json and the "
+        "weights do not belong together; fetch or copy both again"
+    )

@@ -1,0 +1,204 @@
+"""Checkpoints whose tensors are entropy-coded streams: writing them, and decoding them as a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import Storage
+from lmcompress.entropy_coding import Coder, decode, stream_shape, stream_tensor
+from lmcompress.errors import CheckpointError, LmcompressError
+
+
+def store_as_streams(folder: Path, coder: Coder) -> Storage:
+    """Rewrite the weights of a checkpoint as streams, where that makes them smaller, and say so in its config.
+
+    One tensor after the other is read and coded, and each file is replaced once its new form is whole. Vectors stay as
+    they are: norms and biases are small, and what reads a file without lmcompress must not find a stream of the very
+    shape that it expects.
+
+    Args:
+        folder: a checkpoint with safetensors weights that nobody else uses yet.
+        coder: one of :data:`lmcompress.entropy_coding.CODERS`.
+
+    Returns:
+        What the config says now.
+
+    Raises:
+        LmcompressError: no such coder, or a checkpoint that is not of lmcompress.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    described = config.get("quantization_config")
+    if not isinstance(described, dict):
+        raise LmcompressError(f"{folder} must be a checkpoint of lmcompress to hold streams, its config says of none")
+    streams: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        with safe_open(str(file), framework="pt") as source:
+            metadata = source.metadata()
+            for name in source.keys():
+                tensor = source.get_tensor(name)
+                if tensor.dim() > 1 or tensor.dtype is torch.uint8:
+                    stream = stream_tensor(tensor, coder)
+                    if len(stream) < tensor.nbytes:
+                        streams[name], tensor = len(stream), stream
+                tensors[name] = tensor
+        temporary = file.with_suffix(".streams")
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(file)
+    _restate_size(folder)
+    storage = Storage(coder=coder, streams=streams)
+    described["storage"] = storage.model_dump(mode="json", exclude_defaults=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    return storage
+
+
+class Place(NamedTuple):
+    """Where a tensor of a skeleton goes once its stream was decoded.
+
+    Attributes:
+        name: in the model.
+        shape: of the tensor.
+        dtype: that the model wants it in.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def open_streams(
+    model: PreTrainedModel, storage: Storage, files: Iterable[Path] = (), fixed: Collection[str] = ()
+) -> list[Place]:
+    """Give a skeleton places for streams, which the ordinary loader fills.
+
+    A stream of a head that has another shape than the skeleton's gets no place, so that Transformers finds a shape that
+    does not fit and does what it does with such heads: raise, or start anew with ``ignore_mismatched_sizes``.
+
+    Args:
+        model: in its final shapes, on ``meta``; changed in place.
+        storage: as a checkpoint's config names it.
+        files: the safetensors files of the checkpoint.
+        fixed: names of the tensors that no user may replace: all but those of a head.
+
+    Returns:
+        For :func:`decode_streams`.
+
+    Raises:
+        CheckpointError: a stream of a head is damaged.
+    """
+    # Transformers makes the bias of a tied head as long as the tied matrix, which is a stream for now
+    model._adjust_bias = lambda *_: None
+    prefix = model.base_model_prefix + "."
+    # a checkpoint of a task's model has its base under a prefix, one of the base model has none
+    lengths = {name.removeprefix(prefix): length for name, length in storage.streams.items()}
+    heads = lengths.keys() - {name.removeprefix(prefix) for name in fixed}
+    shapes = _stream_shapes(files, {name for name in storage.streams if name.removeprefix(prefix) in heads}, prefix)
+    tied = set(model.all_tied_weights_keys)
+    places = []
+    for name, owner, own, tensor in list(_tensors(model)):
+        key = name.removeprefix(prefix)
+        length = lengths.get(key)
+        if length is None or name in tied or shapes.get(key, tensor.shape) != tensor.shape:
+            continue
+        places.append(Place(name, tuple(tensor.shape), tensor.dtype))
+        _put(owner, own, torch.empty(length, dtype=torch.uint8, device=tensor.device))
+    return places
+
+
+def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
+    """Put tensors in the place of their streams, one after the other, each stream given up as soon as it was read.
+
+    So memory holds what is decoded, the streams that are not, and one tensor: less than the decoded model and one.
+
+    Args:
+        model: filled; changed in place.
+        places: from :func:`open_streams`.
+
+    Raises:
+        CheckpointError: a stream is damaged, or of a tensor of another shape or kind.
+    """
+    model.__dict__.pop("_adjust_bias", None)
+    # a head that is tied to the embeddings got their stream as well
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, owner, own, tensor in _tensors(model):
+        holders.setdefault(id(tensor), []).append((owner, own))
+    for name, shape, dtype in places:
+        module, _, own = name.rpartition(".")
+        stream = getattr(model.get_submodule(module), own)
+        tensor = decode(stream.data, name, shape=shape)
+        if tensor.is_floating_point() != dtype.is_floating_point or not (
+            tensor.is_floating_point() or tensor.dtype == dtype
+        ):
+            raise CheckpointError(
+                f"tensor {name} is stored as {tensor.dtype}, its config says {dtype}: config.json and the weights do "
+                "not belong together; fetch or copy both again"
+            )
+        tensor = tensor.to(device=stream.device, dtype=dtype)
+        kept: Tensor | None = None
+        for owner, slot in holders[id(stream)]:
+            kept = _put(owner, slot, tensor if kept is None else kept)
+        del stream
+
+
+def stream_places(places: list[Place]) -> set[str]:
+    """Names of the tensors that are streams until they are decoded.
+
+    Args:
+        places: from :func:`open_streams`.
+    """
+    return {place.name for place in places}
+
+
+def _stream_shapes(files: Iterable[Path], names: Collection[str], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Of which shapes the streams in files are, by their names without the prefix of the base model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files if names else ():
+        # what is wrong with a file, the loader says, which reads all of them
+        with suppress(SafetensorError), safe_open(str(file), framework="pt") as source:
+            for name in set(source.keys()).intersection(names):
+                stream = source.get_tensor(name)
+                if stream.dtype is torch.uint8 and stream.dim() == 1:
+                    shapes[name.removeprefix(prefix)] = stream_shape(stream, name)
+    return shapes
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every slot of a model's state dict: full name, owner, name there, tensor; what is tied as often as it is held."""
+    for path, module in model.named_modules():
+        held = [*module._parameters.items(), *module._buffers.items()]
+        for own, tensor in held:
+            if tensor is not None and own not in module._non_persistent_buffers_set:
+                yield (f"{path}.{own}" if path else own), module, own, tensor
+
+
+def _put(owner: nn.Module, own: str, tensor: Tensor) -> Tensor:
+    """Replace a tensor of a module by another of any shape; parameters stay parameters."""
+    if own in owner._parameters:
+        old = owner._parameters[own]
+        if not isinstance(tensor, nn.Parameter):
+            wants = bool(old is not None and old.requires_grad) or tensor.is_floating_point()
+            tensor = nn.Parameter(tensor, requires_grad=wants and tensor.is_floating_point())
+        owner._parameters[own] = tensor
+    else:
+        owner._buffers[own] = tensor
+    return tensor
+
+
+def _restate_size(folder: Path) -> None:
+    """Let the index of a sharded checkpoint say how many bytes its files have now."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text("utf-8"))
+        files = {folder / name for name in content["weight_map"].values()}
+        content.setdefault("metadata", {})["total_size"] = sum(file.stat().st_size for file in files)
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,104 @@
+"""Attention whose place a local mixing has taken."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.families.base import Block
+from lmcompress.nn.separable import SeparableMixing
+
+
+class _Mixing:
+    """What attention does once it mixes neighbours; put before the family's own class by :func:`mix_locally`."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        module = cast(Any, self)
+        given = dict(zip(_argument_names(type(self).__mro__[2]), args, strict=False)) | kwargs
+        mixing: SeparableMixing = module.get_submodule(module.mixing_path)
+        values, length = mixing.values(hidden_states), hidden_states.shape[1]
+        past, cache = 0, given.get("past_key_values")
+        if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
+            past = cache.get_seq_length(module.layer_idx)
+            split = values.unflatten(-1, (-1, module.mixing_head_size)).transpose(1, 2)
+            # a cache wants keys: one number for each token
+            split = cache.update(split.new_zeros(len(split), 1, length, 1), split, module.layer_idx)[1]
+            values = split[:, :, : past + length].transpose(1, 2).flatten(2)
+        valid = _visible(given.get("attention_mask"), past + length)
+        answer = mixing.mix(values, valid, length)
+        for name in module.mixing_tail:
+            answer = module.get_submodule(name)(answer)
+        weights = None
+        if module.config._attn_implementation == "eager":
+            weights = hidden_states.new_zeros(len(hidden_states), 0, length, past + length)
+        return answer, weights
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time: copies and pickles name the class that it was made of
+        return _rebuilt, (type(self).__mro__[2],), self.__dict__.copy()
+
+
+def mix_locally(block: Block, mixing: SeparableMixing) -> None:
+    """Let a block's attention mix neighbours: its value projection becomes ``mixing``, queries and keys are gone.
+
+    Args:
+        block: changed in place; the class of its attention becomes one that is derived from its own.
+        mixing: holds the product that gives the values.
+    """
+    family, attention = block.family, cast(Any, block.get("attention"))
+    size = block.head_size
+    place = "qkv" if family.qkv else "value"
+    block.replace(place, mixing)
+    for part in ("query", "key"):
+        if path := getattr(family, part):
+            parent, _, name = path.rpartition(".")
+            delattr(block.module.get_submodule(parent), name)
+    attention.__class__ = cast(Any, _mixing_class)(type(attention))
+    attention.mixing_path = getattr(family, place).removeprefix(f"{family.attention}.")
+    attention.mixing_tail, attention.mixing_head_size = family.attention_tail, size
+
+
+def mixing_of(block: Block) -> SeparableMixing | None:
+    """What a block has in the place of attention, or None where it attends.
+
+    Args:
+        block: of any model.
+    """
+    if not isinstance(block.get("attention"), _Mixing):
+        return None
+    module = block.get("qkv" if block.family.qkv else "value")
+    assert isinstance(module, SeparableMixing)
+    return module
+
+
+def _visible(mask: Tensor | None, seen: int) -> Tensor | None:
+    """Which positions are no padding, ``(batch, seen)``, out of whatever mask an attention gets."""
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        # the last query sees all that is not padding, whether or not the model is causal
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+    return mask[:, :seen].bool()
+
+
+@cache
+def _mixing_class(stock: type) -> type:
+    # a subclass of the stock class: transformers finds attention by its class where it collects what attention returns
+    return type(f"Mixing{stock.__name__}", (_Mixing, stock), {"__module__": stock.__module__})
+
+
+@cache
+def _argument_names(stock: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(stock.forward).parameters)[2:]  # type: ignore[attr-defined]
+
+
+def _rebuilt(stock: type) -> nn.Module:
+    made = cast(Any, _mixing_class(stock))
+    module: nn.Module = made.__new__(made)
+    return module

@@ -1,0 +1,95 @@
+"""A linear layer as a product of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.errors import LmcompressError
+from lmcompress.nn.base import Compact, check_sizes, sizes
+
+
+class LowRankLinear(Compact):
+    r"""``y = U (V x) + b``: a matrix of a rank that is fixed by its two factors.
+
+    .. math:: W \approx U V, \quad U \in R^{out \times r}, \; V \in R^{r \times in}
+
+    It costs ``r (in + out)`` multiply-accumulates for each token instead of ``in · out``. A bottleneck, that is,
+    without a non-linearity within. The factors are ordinary ``nn.Linear``: whatever works on these works on them.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: from 1 to the lesser width.
+        bias: whether there is one.
+        device: of the tensors.
+        dtype: of the parameters.
+
+    Raises:
+        LmcompressError: the rank is out of range.
+
+    Reference:
+        Denil et al., *Predicting Parameters in Deep Learning*, 2013, https://arxiv.org/abs/1306.0543, section 2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        most = min(in_features, out_features)
+        if not 1 <= rank <= most:
+            raise LmcompressError(
+                f"the rank of a {out_features}×{in_features} matrix must be 1 to {most}, got {rank}; a matrix has no "
+                "higher one"
+            )
+        self.rank = rank
+        self.reduce = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.expand = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", sizes(in_features, rank, out_features, device=device))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the second factor."""
+        return self.expand.bias
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one token."""
+        return self.rank * (self.in_features + self.out_features)
+
+    def matrix(self) -> Tensor:
+        """``U V``, ``(out, in)``, with gradient."""
+        return self.expand.weight @ self.reduce.weight
+
+    def check(self, name: str) -> None:
+        """Refuse sizes that are not the factors'.
+
+        Args:
+            name: of the module, for the error.
+
+        Raises:
+            CheckpointError: the checkpoint says others.
+        """
+        check_sizes(self.weight, (self.in_features, self.rank, self.out_features), f"{name}.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product.
+
+        Args:
+            x: ``(..., in)``.
+
+        Returns:
+            ``(..., out)``.
+        """
+        y: Tensor = self.expand(self.reduce(x))
+        return y
+
+    def extra_repr(self) -> str:
+        """Widths and rank."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

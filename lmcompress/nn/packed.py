@@ -1,0 +1,386 @@
+"""Modules whose weights are codes: what a linear layer, GPT-2's ``Conv1D``, an embedding and a tied head become.
+
+Tensors lie under the names that the dense module had. ``weight`` is one row of bytes, never a matrix, so that a loader
+that knows nothing of this refuses it instead of taking codes for weights. Scales stay float32 whatever the model is
+cast to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.kernels.dispatch import Product
+from lmcompress.numerics.grids import Granularity, Grid
+from lmcompress.numerics.inputs import InputEncoding, check_input_range
+from lmcompress.numerics.matrix import Inputs, Matrix
+from lmcompress.numerics.packing import Container, check_scales, pack, packed_bytes, packed_shape, unpack
+from lmcompress.numerics.quantizers import Quantized
+
+InputRange = tuple[Tensor, Tensor | None]
+"""Scale and zero point of a static range, one number each."""
+
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix lies in its bytes.
+
+    Attributes:
+        grid: what codes may be.
+        container: how they lie in bytes.
+        granularity: which weights share a scale.
+        zero_points: whether there are zero points beside the scales.
+    """
+
+    grid: Grid
+    container: Container
+    granularity: Granularity
+    zero_points: bool = False
+
+
+class Packed(nn.Module):
+    """A matrix of codes, and what it takes to read them; the modules below say what is done with it.
+
+    Args:
+        rows: outputs, or words.
+        columns: inputs, or the width of a word's vector.
+        layout: how the matrix lies in its bytes.
+        inputs: what happens to the input of the product; None leaves it as it is.
+        device: of the tensors, whose values are unset.
+
+    Raises:
+        LmcompressError: a group size that does not divide.
+    """
+
+    weight: Tensor
+    weight_scales: Tensor
+    weight_zero_points: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self, rows: int, columns: int, layout: Layout, inputs: InputEncoding | None, device: Any = None
+    ) -> None:
+        super().__init__()
+        self.shape, self.layout, self.inputs = (rows, columns), layout, inputs
+        scales = layout.granularity.scale_shape(self.shape)
+        static = inputs is not None and inputs.range == "static"
+        shapes: dict[str, tuple[tuple[int, ...] | None, torch.dtype]] = {
+            "weight": ((packed_bytes(self.shape, layout.container),), torch.uint8),
+            "weight_scales": (scales, torch.float32),
+            "weight_zero_points": (scales if layout.zero_points else None, torch.uint8),
+            "input_scale": ((1,) if static else None, torch.float32),
+            "input_zero_point": ((1,) if static and inputs and not inputs.symmetric else None, torch.uint8),
+        }
+        for name, (shape, dtype) in shapes.items():
+            self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
+
+    def fill(self, quantized: Quantized, input_range: InputRange | None = None) -> None:
+        """Take over codes and scales.
+
+        Args:
+            quantized: of this shape and layout.
+            input_range: scale and zero point of a static range.
+
+        Raises:
+            LmcompressError: weights or scales that are NaN or infinite, another shape or layout, or a static range
+                that is not given.
+        """
+        static = self.inputs is not None and self.inputs.range == "static"
+        if static != (input_range is not None):
+            raise LmcompressError(
+                f"a static range must come with its scale, and no other range with one; got {self.inputs} and "
+                f"{input_range}"
+            )
+        if tuple(quantized.values.shape) != self.shape:
+            raise LmcompressError(
+                f"the quantized weight must have shape {self.shape}, as (out, in), got {tuple(quantized.values.shape)}"
+            )
+        layout = self.layout
+        came = Layout(quantized.grid, layout.container, quantized.granularity, quantized.zero_points is not None)
+        if came != layout:
+            raise LmcompressError(f"the quantized weight must be made as the layout says, {layout}, got {came}")
+        scale, zero_point = input_range if input_range is not None else (None, None)
+        if (zero_point is None) != (self.input_zero_point is None):
+            raise LmcompressError(
+                "a static range must come with a zero point where it is not symmetric, and only there; got "
+                f"{zero_point} for {self.inputs}"
+            )
+        values = {
+            "weight": pack(quantized.codes, layout.grid, layout.container).flatten(),
+            "weight_scales": quantized.scales,
+            "weight_zero_points": quantized.zero_points,
+            "input_scale": scale,
+            "input_zero_point": zero_point,
+        }
+        with torch.no_grad():
+            for name, value in values.items():
+                if value is not None:
+                    buffer: Tensor = getattr(self, name)
+                    buffer.copy_(value.reshape(buffer.shape))
+        self.check(type(self).__name__)
+
+    def matrix(self) -> Matrix:
+        """What the kernels take: the codes, and how to read them."""
+        layout = self.layout
+        return Matrix(
+            self.weight,
+            self.weight_scales,
+            self.weight_zero_points,
+            self.shape,
+            layout.grid,
+            layout.container,
+            layout.granularity,
+        )
+
+    def product_inputs(self) -> Inputs | None:
+        """What the kernels take: what happens to the input, with its range where that is static."""
+        return None if self.inputs is None else Inputs(self.inputs, self.input_scale, self.input_zero_point)
+
+    def dequantized(self) -> Tensor:
+        """The weights that the codes stand for, ``(out, in)`` float32: to the bit what they were quantized to."""
+        return self.matrix().values()
+
+    def check(self, name: str) -> None:
+        """Refuse tensors that no packing writes.
+
+        Args:
+            name: of the module, for the error.
+
+        Raises:
+            CheckpointError: codes beyond the grid, scales that are negative or not finite, zero points that are no
+                codes, or input ranges that none calibrates.
+        """
+        try:
+            check_scales(self.weight_scales, self.shape, self.layout.granularity)
+            high = self.layout.grid.high
+            if self.weight_zero_points is not None and bool((self.weight_zero_points > high).any()):
+                raise CheckpointError(
+                    f"zero points must be codes, at most {high}, got {int(self.weight_zero_points.max())}; the "
+                    "checkpoint is damaged"
+                )
+            rows = self.weight.view(packed_shape(self.shape, self.layout.container))
+            for part in rows.split(_ROWS_AT_ONCE):
+                unpack(part, (len(part), self.shape[1]), self.layout.grid, self.layout.container)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.weight: {error}") from error
+        if self.inputs is not None and self.input_scale is not None:
+            check_input_range(self.input_scale, self.input_zero_point, self.inputs, f"{name}'s input")
+
+    def forget(self) -> None:
+        """Give back the memory of what was made ready for products, for the tensors are others now."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        scales = {name: getattr(self, name) for name in ("weight_scales", "input_scale")}
+        super()._apply(fn, recurse)
+        for name, kept in scales.items():
+            now = getattr(self, name)
+            # a cast to half precision is for what is computed with, not for what codes are multiplied by
+            if now is not None and now.dtype != torch.float32:
+                setattr(self, name, kept.to(now.device))
+        self.forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
+
+    def extra_repr(self) -> str:
+        """Shape and layout, for people."""
+        layout = self.layout
+        return (
+            f"{self.shape[0]}×{self.shape[1]}, {layout.grid}, container={layout.container}, {layout.granularity}, "
+            f"inputs={self.inputs}"
+        )
+
+
+class _PackedMatrix(Packed):
+    """What :class:`PackedLinear` and :class:`PackedConv1D` share: a product, and a bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        layout: Layout,
+        inputs: InputEncoding | None = None,
+        bias: nn.Parameter | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__(out_features, in_features, layout, inputs, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
+        self._product = Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x Wᵀ + b``, of the input quantized as the description says.
+
+        Args:
+            x: ``(..., in_features)``, floating.
+
+        Returns:
+            ``(..., out_features)`` of the dtype of ``x``.
+
+        Raises:
+            LmcompressError: in training.
+        """
+        _refuse_training(self)
+        return self._product(x, self.matrix(), self.bias, self.product_inputs())
+
+    def forget(self) -> None:
+        """Give back the memory of what was made ready for products, for the tensors are others now."""
+        self._product.reset()
+
+
+class PackedLinear(_PackedMatrix):
+    """A packed ``nn.Linear``.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        layout: how the matrix lies in its bytes.
+        inputs: what happens to the input.
+        bias: the parameter that the dense module had.
+        device: of the codes, whose values are unset.
+
+    Raises:
+        LmcompressError: a group size that does not divide.
+    """
+
+
+class PackedConv1D(_PackedMatrix):
+    """A packed ``Conv1D``: its codes are of the ``(out, in)`` view, so it computes as :class:`PackedLinear` does.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        layout: how the matrix lies in its bytes.
+        inputs: what happens to the input.
+        bias: the parameter that the dense module had.
+        device: of the codes, whose values are unset.
+
+    Raises:
+        LmcompressError: a group size that does not divide.
+    """
+
+    @property
+    def nf(self) -> int:
+        """Width of the output, by the name that ``Conv1D`` has for it."""
+        return self.out_features
+
+    @property
+    def nx(self) -> int:
+        """Width of the input."""
+        return self.in_features
+
+
+class PackedEmbedding(Packed):
+    """A packed ``nn.Embedding``: only the rows that are looked up are unpacked.
+
+    Args:
+        num_embeddings: words.
+        embedding_dim: width of a word's vector.
+        layout: how the matrix lies in its bytes.
+        inputs: what happens to the input of a head that is tied to it.
+        padding_idx: kept for those who ask; it has no meaning without training.
+        device: of the codes, whose values are unset.
+        dtype: of what is looked up; follows the casts of the model.
+
+    Raises:
+        LmcompressError: a group size that does not divide.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        layout: Layout,
+        inputs: InputEncoding | None = None,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, layout, inputs, device)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The vectors of words.
+
+        Args:
+            ids: any shape, integers.
+
+        Returns:
+            ``(*ids.shape, embedding_dim)`` of the dtype of the model.
+
+        Raises:
+            LmcompressError: in training.
+        """
+        _refuse_training(self)
+        return self.matrix().rows(ids).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEmbedding:
+        # no tensor here has the dtype of the model: ask what becomes of one that had
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        super()._apply(fn, recurse)
+        return self
+
+
+class TiedHead(nn.Module):
+    """A head over the vocabulary that reads the codes of the word embeddings and has none of its own.
+
+    Args:
+        embedding: whose codes they are; it stays a part of the model where it was, not of the head.
+        bias: the parameter that the dense head had.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.register_parameter("bias", bias)
+        # past nn.Module's own way, which would make it a submodule and save its tensors twice
+        self.__dict__["embedding"] = embedding
+        self._product = Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x Eᵀ + b``, of the input quantized as the description says.
+
+        Args:
+            x: ``(..., width)``, floating.
+
+        Returns:
+            ``(..., words)`` of the dtype of ``x``.
+
+        Raises:
+            LmcompressError: in training.
+        """
+        embedding: PackedEmbedding = self.__dict__["embedding"]
+        _refuse_training(embedding)
+        return self._product(x, embedding.matrix(), self.bias, embedding.product_inputs())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedHead:
+        super()._apply(fn, recurse)
+        self._product.reset()
+        return self
+
+    def extra_repr(self) -> str:
+        """Widths, for people."""
+        return f"{self.in_features} -> {self.out_features}, tied"
+
+
+def _refuse_training(packed: Packed) -> None:
+    if packed.training and torch.is_grad_enabled():
+        raise LmcompressError(
+            "a packed model cannot be trained, its codes have no gradient: train the model that "
+            "lmcompress.checkpoint.encoding.unpacked(model) gives and quantize that again, or call model.eval()"
+        )

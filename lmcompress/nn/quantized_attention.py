@@ -1,0 +1,283 @@
+"""Attention whose two products read quantized numbers: queries and keys, then probabilities and values.
+
+The function is registered with transformers' ``AttentionInterface`` under :data:`ATTENTION`. A model uses it because
+its config names it, and each module of attention carries what quantizes for it; where nothing does, it is ``sdpa``.
+
+A cache of keys and values holds them as they are. They are quantized when they are read, so that with ranges of the
+whole tensor a step of ``generate`` has those of what has been seen so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lmcompress.errors import LmcompressError
+from lmcompress.numerics.inputs import InputEncoding, quantize_input
+
+ATTENTION = "lmcompress_quantized"
+"""Name of the implementation, as ``attn_implementation`` has it."""
+
+Role = Literal["queries", "keys", "values", "probabilities"]
+ROLES: tuple[Role, ...] = ("queries", "keys", "values", "probabilities")
+"""What enters a product within attention."""
+
+_QUANTIZERS, _BEFORE, _GUARD = "attention_quantizers", "_attention_before", "_attention_guard"
+
+
+class AttentionEncodings(Protocol):
+    """What is told of the activations within attention; :class:`lmcompress.checkpoint.config.AttentionEncoding` is
+    one."""
+
+    @property
+    def queries(self) -> InputEncoding | None:
+        """Of the product before the softmax."""
+
+    @property
+    def keys(self) -> InputEncoding | None:
+        """Of the product before the softmax."""
+
+    @property
+    def values(self) -> InputEncoding | None:
+        """Of the product after it."""
+
+    @property
+    def probabilities(self) -> InputEncoding | None:
+        """Of the product after it."""
+
+
+class RoleQuantizers(Protocol):
+    """What a module of attention carries."""
+
+    def active(self) -> bool:
+        """Whether anything is quantized now."""
+
+    def __call__(self, role: Role, x: Tensor) -> Tensor:
+        """Quantize one of the four.
+
+        Args:
+            role: which.
+            x: ``(batch, heads, length, head size)``; probabilities ``(batch, heads, length, length)``.
+
+        Returns:
+            The same shape and dtype.
+        """
+
+
+class AttentionQuantizers(nn.Module):
+    """Quantizes within one module of attention as a description says; scales of static ranges are its buffers.
+
+    Args:
+        encodings: the description.
+        device: of the buffers.
+    """
+
+    def __init__(self, encodings: AttentionEncodings, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.encodings: dict[str, InputEncoding] = {
+            role: encoding for role in ROLES if (encoding := getattr(encodings, role)) is not None
+        }
+        for role, encoding in self.encodings.items():
+            if encoding.range == "static":
+                self.register_buffer(f"{role}_scale", torch.ones(1, dtype=torch.float32, device=device))
+                if not encoding.symmetric:
+                    self.register_buffer(f"{role}_zero_point", torch.zeros(1, dtype=torch.uint8, device=device))
+
+    def active(self) -> bool:
+        """Whether anything is quantized."""
+        return bool(self.encodings)
+
+    def forward(self, role: Role, x: Tensor) -> Tensor:
+        """One of the four, quantized where the description says so.
+
+        Args:
+            role: which.
+            x: ``(batch, heads, length, ...)``.
+
+        Returns:
+            The same shape and dtype.
+        """
+        encoding = self.encodings.get(role)
+        if encoding is None:
+            return x
+        scale, zero_point = getattr(self, f"{role}_scale", None), getattr(self, f"{role}_zero_point", None)
+        return quantize_input(x, encoding, scale, zero_point).values.to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AttentionQuantizers:
+        # a scale in bfloat16 is another scale
+        scales = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, old in scales.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+def quantize_attention(model: PreTrainedModel, attentions: Iterable[nn.Module], encodings: AttentionEncodings) -> None:
+    """Let a model quantize within attention; in place.
+
+    With static ranges each module of ``attentions`` gets buffers, ``attention_quantizers.queries_scale`` and the like,
+    which belong to its state: call this before weights are loaded.
+
+    Args:
+        model: whose config will name :data:`ATTENTION`.
+        attentions: its modules of attention that have heads, such as ``block.get("attention")`` of each block.
+        encodings: what happens, the same in all of them.
+
+    Raises:
+        LmcompressError: attention is quantized already, or there is none.
+    """
+    modules = list(attentions)
+    device = next(model.parameters()).device
+    attach(model, {module: AttentionQuantizers(encodings, device) for module in modules}, register=True)
+
+
+def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers], *, register: bool = False) -> None:
+    """Let modules of attention quantize by something of one's own; in place.
+
+    Args:
+        model: whose config will name :data:`ATTENTION`.
+        quantizers: by module of attention.
+        register: whether what quantizes becomes a submodule, whose state is the model's.
+
+    Raises:
+        LmcompressError: attention is quantized already, or there is none.
+    """
+    if not quantizers:
+        raise LmcompressError(
+            f"{type(model).__name__} has no attention to quantize: no block has heads; leave attention out"
+        )
+    if any(hasattr(module, _QUANTIZERS) for module in quantizers):
+        raise LmcompressError(
+            f"attention of this {type(model).__name__} is quantized already; release_attention takes that away first"
+        )
+    before = model.config._attn_implementation
+    for module, own in quantizers.items():
+        if register:
+            module.add_module(_QUANTIZERS, cast(nn.Module, own))
+        else:
+            # not a submodule: what is trained of it is no parameter of the model
+            module.__dict__[_QUANTIZERS] = own
+        module.__dict__[_BEFORE] = before
+        module.__dict__[_GUARD] = module.register_forward_pre_hook(_refuse_another)
+    model.config._attn_implementation = ATTENTION
+
+
+def release_attention(model: PreTrainedModel) -> None:
+    """Take away what :func:`quantize_attention` or :func:`attach` put there; safe to call twice.
+
+    Args:
+        model: as it was given to these; its attention is then what it was.
+    """
+    for module in model.modules():
+        if _BEFORE not in module.__dict__:
+            continue
+        model.config._attn_implementation = module.__dict__.pop(_BEFORE)
+        module.__dict__.pop(_GUARD).remove()
+        module.__dict__.pop(_QUANTIZERS, None)
+        module._modules.pop(_QUANTIZERS, None)
+
+
+def attention_quantizers(module: nn.Module) -> RoleQuantizers | None:
+    """What a module of attention quantizes with.
+
+    Args:
+        module: any.
+
+    Returns:
+        What :func:`quantize_attention` or :func:`attach` gave it, or ``None``.
+    """
+    return cast("RoleQuantizers | None", getattr(module, _QUANTIZERS, None))
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Attention of quantized queries, keys, values and probabilities.
+
+    .. math:: P = \mathrm{softmax}(s\, Q(q) Q(k)^T + m), \quad o = \mathrm{dropout}(Q(P))\, Q(v)
+
+    The softmax is float32. A query that may see nothing gets zeros.
+
+    Args:
+        module: of attention; without quantizers this is ``sdpa``.
+        query: ``(batch, heads, queries, head size)``.
+        key: ``(batch, heads, keys, head size)``.
+        value: the same.
+        attention_mask: ``(batch, 1 or heads, queries, keys)``: bool, true where a key is seen, or added to the scores.
+        dropout: share of the probabilities that is set to zero.
+        scaling: of the scores; default: one over the square root of the head size.
+        is_causal: whether, without a mask, later keys are hidden; default: as the module says.
+        **kwargs: for ``sdpa``.
+
+    Returns:
+        ``(batch, queries, heads, head size)``, and the probabilities after dropout; of ``sdpa``, ``None``.
+
+    Note:
+        TernaryBERT's code drops out before it quantizes. Here dropout comes after, so that ranges are those of
+        inference: what is kept is scaled up, which a calibrated range would cut.
+
+    Reference:
+        Zhang et al. 2020 (TernaryBERT), https://arxiv.org/abs/2009.12812, section 3.1.
+    """
+    quantize = attention_quantizers(module)
+    if quantize is None or not quantize.active():
+        answer: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return answer
+    queries = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal and queries > 1:
+        # as sdpa: the mask begins at the upper left, and keys beyond it are an empty part of a cache
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        attention_mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(quantize("queries", query), quantize("keys", key).transpose(-1, -2)).float() * scale
+    probabilities = quantize("probabilities", _softmax(scores, attention_mask)).to(value.dtype)
+    probabilities = nn.functional.dropout(probabilities, dropout)
+    answers = torch.matmul(probabilities, quantize("values", value))
+    return answers.transpose(1, 2).contiguous(), probabilities
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores.softmax(dim=-1)
+    if mask.dtype != torch.bool:
+        return (scores + mask.float()).softmax(dim=-1)
+    # not infinity, which makes NaN of a row that sees nothing, in its gradient too
+    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return hidden.softmax(dim=-1).masked_fill(~mask, 0.0)
+
+
+def _refuse_another(module: nn.Module, args: Any) -> None:
+    """The hook on each module of attention that quantizes."""
+    named = cast(Any, module).config._attn_implementation
+    if named != ATTENTION:
+        raise LmcompressError(
+            f"attention of this model is quantized, so its attn_implementation must be {ATTENTION!r}, got {named!r}: "
+            "leave it as it was loaded, or take the quantization of attention away with "
+            "lmcompress.nn.quantized_attention.release_attention(model)"
+        )
+
+
+Mask = Callable[..., "Tensor | None"]
+
+AttentionInterface.register(ATTENTION, quantized_attention)
+# without a mask function of that name, masks are not made at all
+AttentionMaskInterface.register(ATTENTION, cast(Mask, sdpa_mask))

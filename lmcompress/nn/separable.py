@@ -1,0 +1,149 @@
+"""A convolution along the sequence for each channel, after a product for each position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.errors import LmcompressError
+from lmcompress.nn.base import Compact
+
+
+def separable_macs(positions: int, in_channels: int, out_channels: int) -> int:
+    """Multiply-accumulates of a depthwise-separable convolution for one place of its output.
+
+    A full convolution has ``positions · in · out``; the share of it is ``1/out + 1/positions``.
+
+    Args:
+        positions: that a kernel covers: its width along a sequence, its square on an image.
+        in_channels: M.
+        out_channels: N.
+
+    Returns:
+        ``positions · M + M · N``.
+
+    Reference:
+        Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.1, eq. 5.
+
+    Example:
+        >>> separable_macs(9, 64, 128) / (9 * 64 * 128) == 1 / 128 + 1 / 9
+        True
+    """
+    return positions * in_channels + in_channels * out_channels
+
+
+class SeparableMixing(Compact):
+    r"""Mixes neighbours in the place of attention: what attention does if it looks at fixed distances.
+
+    .. math:: y_{t,c} = b_c + \sum_j w_{c,j} \, v_{t + j - j_0, c}, \quad v = P x
+
+    :math:`P` is the value projection that attention had; :math:`j_0` is the middle of the kernel, or its end in a
+    causal model. Values of padding count as zero, and so does what lies outside of the row. With the output projection
+    that follows in the block, the sum is the depthwise half and the projection the pointwise half of MobileNets'
+    separable convolution; the value projection before it makes it MobileNetV2's inverted bottleneck where it widens.
+
+    Args:
+        pointwise: the product for each position, ``(..., in) -> (..., channels)``.
+        in_features: width of its input.
+        channels: width of its output.
+        kernel: how many positions are looked at; odd where both sides are.
+        causal: whether only a position itself and earlier ones are.
+        device: of the tensors.
+        dtype: of the parameters.
+
+    Raises:
+        LmcompressError: a kernel below 1, or an even one that looks at both sides.
+
+    Reference:
+        Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.1; Wu et al., *Pay Less Attention
+        with Lightweight and Dynamic Convolutions*, 2019, https://arxiv.org/abs/1901.10430, section 2.
+    """
+
+    def __init__(
+        self,
+        pointwise: nn.Module,
+        in_features: int,
+        channels: int,
+        kernel: int,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, channels)
+        check_kernel(kernel, causal)
+        self.kernel, self.causal = kernel, causal
+        self.pointwise = pointwise
+        self.weight = nn.Parameter(torch.zeros(channels, 1, kernel, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one token."""
+        return (self.in_features + self.kernel) * self.out_features
+
+    def values(self, x: Tensor) -> Tensor:
+        """What is mixed.
+
+        Args:
+            x: ``(batch, length, in)``.
+
+        Returns:
+            ``(batch, length, channels)``.
+        """
+        y: Tensor = self.pointwise(x)
+        return y
+
+    def mix(self, values: Tensor, valid: Tensor | None = None, length: int | None = None) -> Tensor:
+        """The convolution.
+
+        Args:
+            values: ``(batch, seen, channels)``.
+            valid: ``(batch, seen)``, false for padding; None: all are real.
+            length: how many of the last positions are asked for; default: all.
+
+        Returns:
+            ``(batch, length, channels)``.
+        """
+        length = values.shape[1] if length is None else length
+        if valid is not None:
+            values = values * valid.to(values.dtype).unsqueeze(-1)
+        left = self.kernel - 1 if self.causal else self.kernel // 2
+        if self.causal:
+            # of a cache, what none of the kernels reaches is not looked at
+            values = values[:, -(length + left) :]
+        padded = nn.functional.pad(values.transpose(1, 2), (left, 0 if self.causal else left))
+        mixed = nn.functional.conv1d(padded, self.weight, self.bias, groups=self.out_features)
+        return mixed[..., -length:].transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Values of all positions, mixed.
+
+        Args:
+            x: ``(batch, length, in)``.
+            valid: ``(batch, length)``, false for padding; None: all are real.
+
+        Returns:
+            ``(batch, length, channels)``.
+        """
+        return self.mix(self.values(x), valid)
+
+    def extra_repr(self) -> str:
+        """Kernel and direction."""
+        return f"channels={self.out_features}, kernel={self.kernel}, causal={self.causal}"
+
+
+def check_kernel(kernel: int, causal: bool) -> None:
+    """Refuse a kernel that cannot be laid on a position.
+
+    Args:
+        kernel: how many positions it covers.
+        causal: whether it ends at its own position.
+
+    Raises:
+        LmcompressError: below 1, or even where it looks at both sides.
+    """
+    if kernel < 1 or (not causal and kernel % 2 == 0):
+        raise LmcompressError(
+            f"kernel must be {'at least 1' if causal else 'an odd number, to look equally far at both sides'}, got "
+            f"{kernel}"
+        )

@@ -1,0 +1,1 @@
+"""Structured pruning: heads, neurons, layers and hidden dimensions are removed whole."""

@@ -1,0 +1,202 @@
+"""What pruning is asked to do, as validated data: used by recipes and by the Python API alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lmcompress.pruning.structured.ranking import Order, Ranking, Target
+from lmcompress.pruning.structured.scoring import CRITERIA
+from lmcompress.pruning.structured.units import Part
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
+
+Repair = Literal["none", "bias", "least_squares", "least_squares_in_order"]
+DEFAULT_CRITERION = "fisher"
+"""What scores units where nothing is said: it kept most at every sparsity in ``benchmarks/pruning.py``."""
+RUNNING_CRITERIA = ("taylor_gates", "fisher", "movement")
+"""Criteria that training can collect on its way, from the gradients of gates."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Learned(Phase):
+    end: Annotated[
+        float, Field(gt=0, le=1, description="Share of training after which the mask is final; the rest is recovery.")
+    ] = 0.7
+    warmup: Annotated[
+        float, Field(ge=0, le=1, description="Share of the phase over which the target rises from 0, in a line.")
+    ] = 0.5
+
+
+class HardConcrete(_Learned):
+    """Hard-concrete L0 gates, driven to the target by a Lagrangian (CoFi)."""
+
+    kind: Literal["hard_concrete"] = "hard_concrete"
+    learning_rate: Annotated[float, Field(gt=0, description="Of the gates; constant.")] = 0.05
+    multiplier_learning_rate: Annotated[
+        float, Field(gt=0, description="Of the Lagrange multipliers, which ascend; constant.")
+    ] = 0.05
+    drop: Annotated[float, Field(ge=0, lt=1, description="Share of gates that begin closed.")] = 0.05
+
+
+class Movement(_Learned):
+    """Scores learnt by movement, with a sigmoid threshold and straight-through gradients (nn_pruning)."""
+
+    kind: Literal["movement"] = "movement"
+    learning_rate: Annotated[float, Field(gt=0, description="Of the scores; constant.")] = 0.02
+    threshold: Annotated[
+        float, Field(gt=0, lt=0.5, description="What the sigmoid of a score must exceed at the end; rises from 0.")
+    ] = 0.1
+    penalty: Annotated[float, Field(gt=0, description="Weight of the mean sigmoid of the scores, at first.")] = 1.0
+    steer: Annotated[bool, Field(description="Raise and lower the penalty so that the mask follows the target.")] = True
+
+
+class GroupLasso(_Learned):
+    """A penalty on the norms of heads and neurons, with a proximal step after each optimizer step (SSL)."""
+
+    kind: Literal["group_lasso"] = "group_lasso"
+    penalty: Annotated[float, Field(gt=0, description="Strength, in units of the learning rate, at first.")] = 1.0
+    steer: Annotated[bool, Field(description="Raise and lower the strength so that exact zeros follow the target.")] = (
+        True
+    )
+
+
+Schedule = Annotated[
+    OneShot | Iterative | Gradual | HardThresholding | HardConcrete | Movement | GroupLasso,
+    Field(discriminator="kind"),
+]
+
+
+class PruningConfig(_Part):
+    """What is pruned, how much, by what criterion and when."""
+
+    target: Target
+    parts: Annotated[
+        tuple[Part, ...],
+        Field(min_length=1, description="What may go: heads, neurons, attention, ffn, layers, hidden."),
+    ] = ("heads", "neurons")
+    schedule: Schedule = OneShot()
+    criterion: Annotated[
+        str | None,
+        Field(
+            description="What scores units: fisher (the default), taylor_gates, l1, random, …; not with schedules that "
+            "learn their scores or have their own (iht)."
+        ),
+    ] = None
+    scores: Annotated[
+        Literal["calibration", "training"],
+        Field(
+            description="calibration: from extra forward passes over some rows at each pruning; training: from the "
+            "gradients of training itself, at nearly no cost (taylor_gates, fisher, movement)."
+        ),
+    ] = "calibration"
+    score_memory: Annotated[
+        float,
+        Field(gt=0, le=1, description="scores: training only: what is kept of the running scores at each step."),
+    ] = 0.98
+    labels: Annotated[
+        Literal["given", "self"],
+        Field(
+            description="Gradients for calibration scores: of the labels' loss, or of labels the model draws itself."
+        ),
+    ] = "given"
+    calibration_rows: Annotated[
+        int, Field(ge=1, description="Rows of the training data for scores and repair, where no batches are given.")
+    ] = 256
+    calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
+    ranking: Annotated[
+        Ranking,
+        Field(
+            description="What is compared with what: all units (global), those of one block (per_layer), those of one "
+            "kind (isomorphic), or all by their share of the mean of their like in their block (relative)."
+        ),
+    ] = "global"
+    order: Annotated[Order, Field(description="By score alone, or sub-layer by sub-layer, the costliest first.")] = (
+        "score"
+    )
+    multiple_of: Annotated[
+        int,
+        Field(ge=1, description="Neurons and hidden dimensions go in groups, so that counts are multiples of this."),
+    ] = 1
+    keep_at_least: Annotated[
+        dict[Part, Annotated[int, Field(ge=0)]],
+        Field(description="Units that always stay: heads and neurons of each block, others of the model."),
+    ] = {}
+    repair: Annotated[
+        Repair,
+        Field(
+            description="After the last pruning, re-fit output projections in closed form (least_squares; or one "
+            "after the other on the inputs that they will have, least_squares_in_order), or add to their biases what "
+            "removed units gave on the mean (bias)."
+        ),
+    ] = "none"
+    seed: Annotated[int, Field(ge=0, description="Of calibration rows, drawn labels and gate noise.")] = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PruningConfig:
+        kind = self.schedule.kind
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"parts must be named once each, got {', '.join(self.parts)}")
+        own_scores = kind in ("iht", "hard_concrete", "movement", "group_lasso")
+        if own_scores and self.criterion is not None:
+            raise ValueError(f"the schedule {kind} has its own scores: leave criterion out, got {self.criterion!r}")
+        if self.criterion is not None and self.criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {self.criterion!r}; known are {', '.join(sorted(CRITERIA))}")
+        if not own_scores:
+            wrong = set(self.parts) - set(CRITERIA[self.criterion_name].parts)
+            if wrong:
+                fitting = sorted(name for name, known in CRITERIA.items() if set(self.parts) <= set(known.parts))
+                raise ValueError(
+                    f"the criterion {self.criterion_name} says nothing of {', '.join(sorted(wrong))}; criteria for all "
+                    f"of {', '.join(self.parts)} are {', '.join(fitting)}"
+                )
+            if CRITERIA[self.criterion_name].signed and self.labels == "self":
+                raise ValueError(
+                    f"the criterion {self.criterion_name} needs the labels that are given, got labels: self; use "
+                    "taylor_gates or fisher"
+                )
+            if CRITERIA[self.criterion_name].signed and self.ranking == "relative":
+                raise ValueError(
+                    f"ranking: relative compares scores with their mean, and those of {self.criterion_name} have both "
+                    "signs: use another ranking, or taylor_gates or fisher"
+                )
+        if self.repair != "none" and not {"heads", "neurons"} & set(self.parts):
+            raise ValueError(
+                f"repair re-fits what reads heads and neurons, got parts {', '.join(self.parts)}: leave repair out"
+            )
+        if self.repair != "none" and kind == "hard_concrete":
+            raise ValueError(
+                f"repair re-fits hard masks, the schedule hard_concrete has soft gates, got repair: {self.repair}; "
+                "leave it out and let the phase end earlier for recovery"
+            )
+        if kind in ("iht", "group_lasso") and set(self.parts) - {"heads", "neurons"}:
+            raise ValueError(
+                f"the schedule {kind} knows groups of weights of heads and neurons only, got parts "
+                f"{', '.join(self.parts)}: choose hard_concrete or a criterion for the others"
+            )
+        if self.scores == "training":
+            if own_scores:
+                raise ValueError(f"the schedule {kind} has its own scores: leave scores out, got 'training'")
+            if self.criterion_name not in RUNNING_CRITERIA:
+                raise ValueError(
+                    f"scores: training needs one of {', '.join(RUNNING_CRITERIA)}, got {self.criterion_name!r}; use "
+                    "scores: calibration"
+                )
+            if self.schedule.begin == 0 and kind != "gradual":
+                raise ValueError(
+                    "scores: training must see some steps before the first pruning, got begin: 0; set begin to 0.1"
+                )
+        return self
+
+    @property
+    def criterion_name(self) -> str:
+        """The criterion, with the default filled in."""
+        return self.criterion or DEFAULT_CRITERION
+
+    @property
+    def trains(self) -> bool:
+        """Whether the schedule needs a training run; one_shot and iterative do not."""
+        return self.schedule.kind not in ("one_shot", "iterative")

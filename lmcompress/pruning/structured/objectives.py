@@ -1,0 +1,247 @@
+"""One loss for each example, on given labels or on labels that the model draws from its own answer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
+
+Labels = Literal["given", "self"]
+IGNORED = -100
+"""The label of a token that does not count."""
+
+# up to so many classes every label's loss is taken, weighted by its probability, rather than one drawn
+_FEW_CLASSES = 8
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of each example, and how much it counts in a mean over examples.
+
+    Attributes:
+        loss: ``(batch,)`` float32, with gradient.
+        weight: ``(batch,)`` float32, without; the weights of an example's objectives sum to 1, or to 0 where it has no
+            label.
+    """
+
+    loss: Tensor
+    weight: Tensor
+
+
+def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch on a device, without the rows that are padding all through.
+
+    Args:
+        batch: ``input_ids`` or another input, perhaps ``attention_mask`` and ``labels``; what is not a tensor is left.
+        device: where they go.
+
+    Returns:
+        The batch, perhaps of no rows.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    mask = tensors.get("attention_mask")
+    if mask is not None:
+        real = mask.bool().flatten(1).any(dim=1)
+        if not bool(real.all()):
+            tensors = {k: v[real.to(v.device)] if v.dim() and len(v) == len(real) else v for k, v in tensors.items()}
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> int:
+    """Examples in a batch, by its first tensor that has rows."""
+    return next((len(value) for value in batch.values() if value.dim()), 0)
+
+
+def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model's ``forward`` names of a batch, labels not.
+
+    Args:
+        model: that is to be called.
+        batch: tensors by name.
+    """
+    names = set(inspect.signature(model.forward).parameters) - {"labels"}
+    return {name: value for name, value in batch.items() if name in names}
+
+
+def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """``(rows, length)`` bool, True for what is not padding; several rows per example one after another.
+
+    Args:
+        batch: with ``attention_mask``, or else all tokens are valid.
+
+    Raises:
+        LmcompressError: there is neither a mask nor ``input_ids``.
+    """
+    tokens = batch.get("attention_mask", batch.get("input_ids"))
+    if tokens is None:
+        raise LmcompressError(f"a batch must have input_ids or attention_mask, got {', '.join(batch) or 'nothing'}")
+    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
+    return mask.reshape(-1, mask.shape[-1])
+
+
+def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Tensor]) -> Objective:
+    """The loss on the labels, for each example as if it were a batch by itself.
+
+    Cross-entropy for classes, the mean over an example's labels where tokens have them; mean squared error for one
+    output (or ``problem_type="regression"``); the mean of binary cross-entropies for float labels in several columns.
+    Causal language models predict the next token: without ``labels`` the text is its own.
+
+    Args:
+        model: whose outputs these are.
+        outputs: with ``logits``.
+        batch: with ``labels``.
+
+    Raises:
+        LmcompressError: there are no labels, or no logits.
+    """
+    causal = anatomy_of(model).head is not None
+    labels = batch.get("labels")
+    if labels is None and causal:
+        labels = batch["input_ids"].masked_fill(~valid_tokens(batch), IGNORED)
+    if labels is None:
+        raise LmcompressError(
+            f"this criterion must have labels in every batch, got {', '.join(batch)}; add a column 'labels', or let "
+            'the model answer for itself with labels="self"'
+        )
+    logits = _logits(outputs)
+    if logits is None:
+        raise LmcompressError(
+            f"{type(model).__name__} must give logits to have a loss on labels, it gives {', '.join(outputs)}; use "
+            'labels="self", or a model with a head'
+        )
+    if logits.dim() == 3:
+        return _token_objective(*_next_token(logits, labels) if causal else (logits, labels))
+    if _is_regression(model, logits):
+        errors = (logits.float() - labels.float().reshape(logits.shape)).square()
+        return _evenly(errors.mean(dim=-1))
+    if _is_multi_label(model, labels):
+        return _evenly(F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1))
+    counted = labels != IGNORED
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    return Objective(loss, counted.float())
+
+
+def own_objectives(
+    model: PreTrainedModel, outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator
+) -> list[Objective]:
+    r"""Losses on labels drawn from the model's own answer, for calibration without labels.
+
+    The loss against the model's own probabilities is of no use: at the model itself its gradient is zero. But the loss
+    on a label y that is *drawn* from them, :math:`-\log p(y)`, has a gradient whose mean is zero and whose second
+    moment is the Fisher information, that is, the curvature of the divergence between the model and what it becomes
+    when a gate moves (Kwon et al. 2022 take the same quantity on given labels). So:
+
+    - up to 8 classes: every label, weighted by its probability, which is the expectation itself; more: one is drawn;
+    - tokens: one label is drawn for each valid token, of causal models for each that is predicted; mean over them;
+    - several labels at once: each is drawn to be there or not;
+    - regression: the answer is the mean of a Gaussian of variance 1, and the draw is one standard deviation off, up or
+      down. For one output the gradient is then that of the output itself, and nothing is random;
+    - a model without head: the same, for each number of its last hidden state; mean over valid tokens.
+
+    Args:
+        model: whose outputs these are.
+        outputs: with ``logits`` or ``last_hidden_state``.
+        batch: labels are not looked at, except to tell several labels at once by their dtype.
+        generator: on the CPU; it is asked for numbers example by example, and as many as that example has valid tokens,
+            so that draws do not depend on batches or padding.
+
+    Raises:
+        LmcompressError: the outputs have neither logits nor hidden states.
+    """
+    logits, mask = _logits(outputs), valid_tokens(batch)
+    if logits is None:
+        hidden = outputs.get("last_hidden_state")
+        if hidden is None:
+            raise LmcompressError(
+                f"{type(model).__name__} must give logits or last_hidden_state, it gives {', '.join(outputs)}: there "
+                "is nothing to draw labels from; use a criterion without gradients"
+            )
+        return [_evenly(_signed_sum(hidden, mask, generator))]
+    if logits.dim() == 3:
+        if anatomy_of(model).head is not None:
+            logits, mask = logits[:, :-1], mask[:, :-1] & mask[:, 1:]
+        uniform = _uniform_per_token(mask, generator)
+        drawn = _draw(logits.detach(), uniform.to(logits.device)).masked_fill(~mask, IGNORED)
+        return [_token_objective(logits, drawn)]
+    if _is_regression(model, logits):
+        return [_evenly(_signs(logits, generator).mul(logits.float()).sum(dim=-1))]
+    if _is_multi_label(model, batch.get("labels")):
+        draws = torch.stack([torch.rand(logits.shape[-1], generator=generator) for _ in logits]).to(logits.device)
+        there = (draws < torch.sigmoid(logits.detach().float())).float()
+        return [_evenly(F.binary_cross_entropy_with_logits(logits.float(), there, reduction="none").mean(dim=-1))]
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    classes = logits.shape[-1]
+    if classes <= _FEW_CLASSES:
+        return [Objective(-log_p[:, label], log_p[:, label].detach().exp()) for label in range(classes)]
+    uniform = torch.stack([torch.rand(1, generator=generator)[0] for _ in logits]).to(logits.device)
+    return [_evenly(-log_p.gather(-1, _draw(logits.detach(), uniform)[:, None])[:, 0])]
+
+
+def _logits(outputs: Any) -> Tensor | None:
+    logits = outputs.get("logits")
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _evenly(loss: Tensor) -> Objective:
+    return Objective(loss, torch.ones_like(loss.detach()))
+
+
+def _is_regression(model: PreTrainedModel, logits: Tensor) -> bool:
+    kind = getattr(model.config, "problem_type", None)
+    return kind == "regression" or (kind is None and logits.shape[-1] == 1)
+
+
+def _is_multi_label(model: PreTrainedModel, labels: Tensor | None) -> bool:
+    kind = getattr(model.config, "problem_type", None)
+    by_labels = labels is not None and labels.is_floating_point() and labels.dim() == 2
+    return kind == "multi_label_classification" or (kind is None and by_labels)
+
+
+def _next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, :-1], labels[:, 1:]
+
+
+def _token_objective(logits: Tensor, labels: Tensor) -> Objective:
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
+    count = (labels != IGNORED).sum(dim=-1)
+    return Objective(losses.sum(dim=-1) / count.clamp_min(1), (count > 0).float())
+
+
+def _uniform_per_token(mask: Tensor, generator: torch.Generator) -> Tensor:
+    uniform = torch.zeros(mask.shape)
+    for row, valid in zip(uniform, mask.cpu(), strict=True):
+        row[valid] = torch.rand(int(valid.sum()), generator=generator)
+    return uniform
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """By the inverse of the cumulative distribution."""
+    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
+    return drawn.clamp_max(logits.shape[-1] - 1)
+
+
+def _signs(values: Tensor, generator: torch.Generator) -> Tensor:
+    if values.shape[-1] == 1:
+        return torch.ones(values.shape, device=values.device)
+    rows = [(torch.rand(values.shape[1:], generator=generator) < 0.5).float() * 2 - 1 for _ in values]
+    return torch.stack(rows).to(values.device)
+
+
+def _signed_sum(hidden: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.zeros(hidden.shape)
+    for row, valid in zip(signs, mask.cpu(), strict=True):
+        row[valid] = (torch.rand(int(valid.sum()), hidden.shape[-1], generator=generator) < 0.5).float() * 2 - 1
+    total = (signs.to(hidden.device) * hidden.float()).sum(dim=(1, 2))
+    return total / mask.sum(dim=-1).clamp_min(1)

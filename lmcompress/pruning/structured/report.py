@@ -1,0 +1,76 @@
+"""What pruning did, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from lmcompress.checkpoint.config import Structure
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What was cut, of how much, and whether the cut model is the masked one.
+
+    Attributes:
+        before: shapes before.
+        after: shapes after.
+        coverage: counts of every part and of parameters before and after (see
+            :func:`~lmcompress.pruning.structured.surgery.coverage`).
+        target: what was asked for, as JSON types.
+        unit: what the target is counted in.
+        removed: share of that which is gone.
+        asked: share of it that was asked for.
+        method: schedule, criterion, ranking and repair, as JSON types.
+        masked_error: greatest difference between the outputs of the masked and the cut model, relative to the greatest
+            output.
+        repaired: of each sub-layer that was re-fitted, its error before and after.
+        stock: whether the result loads without lmcompress, why not, and the nearest shape that would.
+        seconds: wall time of scoring, choosing and cutting, training not counted.
+        kept_heads: of each block before, the numbers of the heads that are left.
+    """
+
+    before: Structure
+    after: Structure
+    coverage: dict[str, Any]
+    target: dict[str, Any]
+    unit: str
+    removed: float
+    asked: float
+    method: dict[str, Any]
+    masked_error: float
+    repaired: list[dict[str, Any]] = field(default_factory=list)
+    stock: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    kept_heads: list[list[int]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        values = dict(vars(self))
+        for name in ("before", "after"):
+            values[name] = getattr(self, name).model_dump(mode="json", exclude_none=True)
+        return values
+
+    def __rich__(self) -> Table:
+        """A table for the terminal: one row for each part and one for each block."""
+        table = Table(
+            title=f"pruned: {self.removed:.1%} of {self.unit} gone ({self.asked:.1%} asked for)",
+            caption=f"masked against cut: {self.masked_error:.1e} · "
+            + ("loads with stock transformers" if self.stock.get("loads") else "needs lmcompress to load"),
+        )
+        for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("gone", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for name, row in self.coverage.items():
+            if isinstance(row, dict) and "before" in row:
+                table.add_row(name.replace("_", " "), f"{row['before']:,}", f"{row['after']:,}", f"{row['cut']:.1%}")
+        table.add_section()
+        sources = [index if block.source is None else block.source for index, block in enumerate(self.after.blocks)]
+        left = dict(zip(sources, self.after.blocks, strict=True))
+        offset = [index if block.source is None else block.source for index, block in enumerate(self.before.blocks)]
+        for number, old in zip(offset, self.before.blocks, strict=True):
+            new = left.get(number)
+            shape = "–" if new is None else f"{new.heads} heads + {new.ffn}"
+            table.add_row(f"block {number}", f"{old.heads} heads + {old.ffn}", shape, "whole" if new is None else "")
+        return table

@@ -1,0 +1,262 @@
+"""Surgery: making a mask or gate values permanent in a model, and saying what that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import BlockShape, CompressionConfig, recorded_compression
+from lmcompress.checkpoint.layers import refuse_compact
+from lmcompress.checkpoint.structure import (
+    drop_heads,
+    drop_neurons,
+    keep_heads,
+    keep_hidden,
+    keep_layers,
+    keep_neurons,
+    recorded_structure,
+    same_shapes,
+    set_stock_shapes,
+    structure_of,
+    why_not_vanilla,
+)
+from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of, weight_view
+from lmcompress.pruning.structured.gates import gated_hidden
+from lmcompress.pruning.structured.units import Units, check_units, masked_structure, unit_shapes
+
+
+def cut(model: PreTrainedModel, mask: Units) -> None:
+    """Take out of a model what a mask says, so that it computes what it would with the mask as gates.
+
+    The model's config says the new shapes afterwards, so that any ``save_pretrained`` writes a checkpoint that reloads;
+    where blocks were dropped, it says which ones are left. Tied weights stay tied. Hooks on projections that are cut
+    are lost with them: remove gates first.
+
+    Args:
+        model: changed in place, once everything has been checked.
+        mask: bool, True stays, of the shapes that the model has now. What it means: see
+            :class:`~lmcompress.pruning.structured.units.Units`.
+
+    Raises:
+        LmcompressError: the mask keeps everything, or no block, or no hidden dimension; or it has other shapes; or the
+            model is quantized by another library.
+    """
+    anatomy = anatomy_of(model)
+    refuse_quantized(model)
+    before = recorded_structure(model)
+    check_units(mask, unit_shapes(before, anatomy.hidden_size), "a mask")
+    after = masked_structure(before, mask)
+    silenced = _silenced(model, mask)
+    if all(bool(tensor.all()) for _, _, tensor in mask.items()) or (same_shapes(before, after) and not silenced):
+        raise LmcompressError(
+            "a mask must take something out, got one that keeps every unit that is there; nothing would be cut"
+        )
+    layers = _kept(mask.layers) if mask.layers is not None else list(range(len(anatomy.blocks)))
+    if mask.hidden is not None and not bool(mask.hidden.all()):
+        # first: it is what can be refused
+        keep_hidden(model, _kept(mask.hidden))
+    with torch.no_grad():
+        for index in layers:
+            block = anatomy.blocks[index]
+            heads = None if mask.heads is None else mask.heads[index]
+            neurons = None if mask.neurons is None else mask.neurons[index]
+            if mask.attention is not None and not mask.attention[index]:
+                _silence(block.get("attention_out"))
+                heads = torch.zeros(block.num_heads, dtype=torch.bool)
+            if mask.ffn is not None and not mask.ffn[index]:
+                _silence(block.get("ffn_out"))
+                neurons = torch.zeros(block.ffn_width, dtype=torch.bool)
+            if heads is not None and not bool(heads.all()):
+                keep_heads(block, _kept(heads)) if bool(heads.any()) else drop_heads(block)
+            if neurons is not None and not bool(neurons.all()):
+                keep_neurons(block, _kept(neurons)) if bool(neurons.any()) else drop_neurons(block)
+    if len(layers) < len(anatomy.blocks):
+        keep_layers(model, layers)
+    _record(model, after.blocks)
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be cut, before anything long is done with it.
+
+    Args:
+        model: of a known family.
+
+    Raises:
+        LmcompressError: it is quantized by another library, or packed, or has compact layers.
+    """
+    refuse_compact(model, "cut")
+    recorded = recorded_compression(model.config)
+    if recorded is not None and recorded.encoding is not None:
+        raise LmcompressError(
+            "cannot cut a model whose weights are packed: prune first, then quantize what is left, or cut the dense "
+            "model that lmcompress.checkpoint.encoding.unpacked(model) gives"
+        )
+    if getattr(model.config, "quantization_config", None) is not None and recorded is None:
+        raise LmcompressError(
+            "cannot cut a model that is quantized by another library: its packed weights have no units. Prune the "
+            "model first, then quantize what is left"
+        )
+
+
+def fold(model: PreTrainedModel, values: Units) -> None:
+    """Multiply gate values into the weights, so that the model computes without gates what it did with them.
+
+    A value of 0 for a block, or for a hidden dimension, cannot be a weight: the model computes the same once these are
+    :func:`cut`, which ``cut(model, values.map(torch.Tensor.bool))`` does afterwards, together with all others that are
+    0.
+
+    Args:
+        model: changed in place.
+        values: floats or bools, one of each unit, of the shapes that the model has now. Those of ``layers`` are 0 or 1.
+
+    Raises:
+        LmcompressError: other shapes, values that are not finite, or a block that is only partly there.
+
+    Note:
+        Where the output matrix of a causal language model is tied to its embeddings, folded hidden values are in that
+        matrix and not in the norm before it: logits are the same, hidden states after that norm are not.
+    """
+    anatomy = anatomy_of(model)
+    check_units(values, unit_shapes(structure_of(model), anatomy.hidden_size), "values")
+    for part, _, tensor in values.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise LmcompressError(f"values of {part} must be finite, got {_first_infinite(tensor)}; the gates diverged")
+    if values.layers is not None and bool(((values.layers != 0) & (values.layers != 1)).any()):
+        raise LmcompressError(
+            f"values of layers must be 0 or 1 to be folded, got {values.layers.tolist()}: half a block has no weights. "
+            "Round them, or gate attention and ffn instead"
+        )
+    with torch.no_grad():
+        for index, block in enumerate(anatomy.blocks):
+            attention_out, ffn_out = block.get("attention_out"), block.get("ffn_out")
+            if values.heads is not None:
+                columns = values.heads[index].repeat_interleave(block.head_size)
+                weight_view(attention_out).mul_(_like(columns, attention_out))
+            if values.neurons is not None:
+                weight_view(ffn_out).mul_(_like(values.neurons[index], ffn_out))
+            for factors, module in ((values.attention, attention_out), (values.ffn, ffn_out)):
+                if factors is not None:
+                    for parameter in module.parameters():
+                        parameter.mul_(_like(factors[index], module))
+        if values.hidden is not None:
+            _fold_hidden(model, values.hidden)
+
+
+def census(model: PreTrainedModel) -> dict[str, Any]:
+    """How many of everything a model has, to be compared by :func:`coverage`.
+
+    Args:
+        model: of a known family.
+
+    Returns:
+        JSON types: ``layers``, ``heads``, ``neurons`` (of all blocks), ``attention`` and ``ffn`` (blocks that have any
+        of them), ``hidden``; ``parameters`` (tied ones once) and ``block_parameters``; ``blocks``, a list of the shape
+        of each.
+    """
+    anatomy, structure = anatomy_of(model), recorded_structure(model)
+    return {
+        "layers": len(structure.blocks),
+        "heads": sum(block.heads for block in structure.blocks),
+        "neurons": sum(block.ffn for block in structure.blocks),
+        "attention": sum(block.heads > 0 for block in structure.blocks),
+        "ffn": sum(block.ffn > 0 for block in structure.blocks),
+        "hidden": anatomy.hidden_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "block_parameters": sum(parameter.numel() for parameter in anatomy.block_list.parameters()),
+        "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
+    }
+
+
+def coverage(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What was cut, of how much.
+
+    Args:
+        before: the :func:`census` of the model as it was.
+        after: the same of the model as it is.
+
+    Returns:
+        JSON types: for each number of the census ``{"before": ..., "after": ..., "cut": ...}``, the last as a share in
+        [0, 1]; ``sparsity``, the share of the parameters of blocks that is gone; ``blocks``, the shapes that are left;
+        and ``unchanged``, whether nothing was cut.
+    """
+    counts = [name for name in before if name != "blocks"]
+    report: dict[str, Any] = {
+        name: {
+            "before": before[name],
+            "after": after[name],
+            "cut": 1 - after[name] / before[name] if before[name] else 0.0,
+        }
+        for name in counts
+    }
+    return report | {
+        "sparsity": report["block_parameters"]["cut"],
+        "blocks": list(after["blocks"]),
+        "unchanged": all(before[name] == after[name] for name in counts),
+    }
+
+
+def _record(model: PreTrainedModel, blocks: tuple[BlockShape, ...]) -> None:
+    set_stock_shapes(model.config, structure_of(model))
+    # read again: what the stock config says now, the structure need not
+    structure = structure_of(model)
+    structure = structure.model_copy(update={"blocks": blocks})
+    old = recorded_compression(model.config)
+    stock = why_not_vanilla(structure, model.config) is None and all(block.source is None for block in blocks)
+    if old is not None or not stock:
+        model.config.quantization_config = CompressionConfig(None if stock else structure, old and old.provenance)
+
+
+def _silenced(model: PreTrainedModel, mask: Units) -> bool:
+    """Whether the mask takes a bias out of a block that has no heads or neurons left anyway."""
+    blocks = anatomy_of(model).blocks
+    for part, name in ((mask.attention, "attention_out"), (mask.ffn, "ffn_out")):
+        for block, stays in zip(blocks, part if part is not None else (), strict=False):
+            bias = block.get(name).bias
+            if not stays and isinstance(bias, Tensor) and bool(bias.any()):
+                return True
+    return False
+
+
+def _silence(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
+
+
+def _fold_hidden(model: PreTrainedModel, values: Tensor) -> None:
+    family = anatomy_of(model).family
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    norm = anatomy_of(model).base.get_submodule(family.final_norm) if family.final_norm and tied else None
+    for module in gated_hidden(model):
+        # the tied matrix has the values already, by which what the norm says is multiplied
+        if module is norm:
+            continue
+        value = _like(values, module)
+        if isinstance(module, nn.Embedding):
+            module.weight.mul_(value)
+            continue
+        if isinstance(module, nn.LayerNorm):
+            module.weight.mul_(value)
+        else:
+            weight_view(module).mul_(value[:, None])
+        if isinstance(module.bias, Tensor):
+            module.bias.mul_(value)
+
+
+def _like(value: Tensor, module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return value.to(weight)
+
+
+def _kept(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()
+
+
+def _first_infinite(tensor: Tensor) -> float:
+    return float(tensor[~torch.isfinite(tensor)][0])

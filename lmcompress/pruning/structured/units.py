@@ -1,0 +1,287 @@
+"""Units: one number for each part of a model that can be cut, such as a mask, a score, a gate value or a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.structure import structure_of
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import anatomy_of
+
+Part = Literal["heads", "neurons", "attention", "ffn", "layers", "hidden"]
+PARTS: tuple[Part, ...] = ("heads", "neurons", "attention", "ffn", "layers", "hidden")
+
+_PER_BLOCK = ("heads", "neurons")
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """One number for each unit of a model that can be cut: a mask (bool, True stays), a score, a gate value, a cost.
+
+    A part that nobody looks at is None; in a mask, all of it stays. What False means in a mask:
+
+    - ``heads[b][h]``: the head's output, the columns of the attention's output projection that read it, is zero;
+    - ``neurons[b][j]``: the activation that enters the second matrix of the feed-forward network is zero;
+    - ``attention[b]``, ``ffn[b]``: the output of the sub-layer's last projection, bias included, is zero; what comes
+      after it (dropout, residual connection, LayerNorm) stays;
+    - ``layers[b]``: the output of the block is its input;
+    - ``hidden[d]``: dimension d of the residual stream is gone from embeddings, matrices, norms and the inside of the
+      task's head; norms average over the dimensions that are left.
+
+    Attributes:
+        heads: one tensor for each block, ``(heads of the block,)``.
+        neurons: one tensor for each block, ``(neurons of the block,)``.
+        attention: ``(blocks,)``.
+        ffn: ``(blocks,)``.
+        layers: ``(blocks,)``.
+        hidden: ``(hidden size,)``.
+
+    Gate values for each example have one axis more, the batch, in front.
+    """
+
+    heads: tuple[Tensor, ...] | None = None
+    neurons: tuple[Tensor, ...] | None = None
+    attention: Tensor | None = None
+    ffn: Tensor | None = None
+    layers: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are not None, in the order of :data:`PARTS`."""
+        return tuple(part for part in PARTS if getattr(self, part) is not None)
+
+    def tensors(self, part: Part) -> tuple[Tensor, ...]:
+        """The tensors of one part: one for each block of heads and neurons, one tensor otherwise; none if it is None.
+
+        Args:
+            part: one of :data:`PARTS`.
+        """
+        value = getattr(self, part)
+        if value is None:
+            return ()
+        return tuple(value) if part in _PER_BLOCK else (value,)
+
+    def items(self) -> Iterator[tuple[Part, int, Tensor]]:
+        """Every tensor with its part and its block.
+
+        Yields:
+            ``(part, block, tensor)``; the block is 0 for the parts that have one tensor for the whole model.
+        """
+        for part in self.parts():
+            for index, tensor in enumerate(self.tensors(part)):
+                yield part, index, tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Units:
+        """Every tensor through a function.
+
+        Args:
+            f: from tensor to tensor.
+
+        Returns:
+            The results, in the same parts.
+        """
+        return _build({part: [f(tensor) for tensor in self.tensors(part)] for part in self.parts()})
+
+    def zip(self, other: Units, f: Callable[[Tensor, Tensor], Tensor]) -> Units:
+        """Every tensor with that of other units, through a function.
+
+        Args:
+            other: of the same model; parts that only one of the two has are left out.
+            f: from two tensors to one.
+
+        Returns:
+            The results, in the parts that both have.
+
+        Raises:
+            LmcompressError: the two have other numbers of blocks.
+        """
+        both = [part for part in self.parts() if getattr(other, part) is not None]
+        for part in both:
+            if len(self.tensors(part)) != len(other.tensors(part)):
+                raise LmcompressError(
+                    f"{part} must have the same number of blocks on both sides, got {len(self.tensors(part))} and "
+                    f"{len(other.tensors(part))}: these units are of two different models, or of one before and after "
+                    "a cut"
+                )
+        return _build(
+            {part: [f(a, b) for a, b in zip(self.tensors(part), other.tensors(part), strict=True)] for part in both}
+        )
+
+    def updated(self, **parts: Tensor | tuple[Tensor, ...] | None) -> Units:
+        """The same units with some parts replaced.
+
+        Args:
+            **parts: new values by part.
+
+        Raises:
+            LmcompressError: no such part.
+        """
+        for name in parts:
+            _known(name)
+        return replace(self, **parts)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by name: ``"heads.0"``, ``"heads.1"``, ``"attention"``…"""
+        return {f"{part}.{i}" if part in _PER_BLOCK else part: tensor for part, i, tensor in self.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Units:
+        """The units that :meth:`state_dict` was made of.
+
+        Args:
+            state: tensors by name.
+
+        Raises:
+            LmcompressError: a name is not one of them, or a block is missing.
+        """
+        found: dict[str, dict[int, Tensor]] = {}
+        for name, tensor in state.items():
+            part, _, number = name.partition(".")
+            _known(part)
+            if (part in _PER_BLOCK) != number.isdecimal():
+                raise LmcompressError(f"units are named like heads.0 or attention, got {name!r}: not a state of units")
+            found.setdefault(part, {})[int(number or 0)] = tensor
+        for part, tensors in found.items():
+            if sorted(tensors) != list(range(len(tensors))):
+                raise LmcompressError(
+                    f"{part} must be there for every block from 0, got blocks {sorted(tensors)}: the state is not whole"
+                )
+        return _build({part: [tensors[i] for i in range(len(tensors))] for part, tensors in found.items()})
+
+
+def full(
+    model: PreTrainedModel,
+    parts: Collection[Part],
+    value: float | bool = True,
+    dtype: torch.dtype = torch.bool,
+) -> Units:
+    """Units of a model's shapes as they are now, all of one value.
+
+    Args:
+        model: of a known family.
+        parts: which parts; the others are None.
+        value: of every unit.
+        dtype: of the tensors.
+
+    Returns:
+        Tensors on the CPU.
+
+    Raises:
+        LmcompressError: no such part.
+    """
+    shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
+    for part in parts:
+        _known(part)
+    wanted = [part for part in PARTS if part in parts]
+    return _build({part: [torch.full((n,), value, dtype=dtype) for n in shapes[part]] for part in wanted})
+
+
+def unit_shapes(structure: Structure, hidden: int) -> dict[Part, tuple[int, ...]]:
+    """How many units each tensor of each part has.
+
+    Args:
+        structure: shapes of the model.
+        hidden: width of its residual stream.
+    """
+    count = len(structure.blocks)
+    return {
+        "heads": tuple(block.heads for block in structure.blocks),
+        "neurons": tuple(block.ffn for block in structure.blocks),
+        "attention": (count,),
+        "ffn": (count,),
+        "layers": (count,),
+        "hidden": (hidden,),
+    }
+
+
+def check_units(units: Units, shapes: Mapping[Part, tuple[int, ...]], what: str, *, batched: bool = False) -> None:
+    """Refuse units that are not of a model's shapes.
+
+    Args:
+        units: to look at.
+        shapes: as :func:`unit_shapes` gives them.
+        what: what to call the units in the message.
+        batched: whether tensors may have a batch axis in front.
+
+    Raises:
+        LmcompressError: a part has tensors of other numbers or shapes than the model.
+    """
+    for part in units.parts():
+        tensors, wanted = units.tensors(part), shapes[part]
+        found = tuple(tuple(tensor.shape) for tensor in tensors)
+        fits = [
+            (tensor.dim() == 1 or (batched and tensor.dim() == 2)) and tensor.shape[-1] == n
+            for tensor, n in zip(tensors, wanted, strict=False)
+        ]
+        if len(tensors) != len(wanted) or not all(fits):
+            expected = tuple((n,) for n in wanted)
+            raise LmcompressError(
+                f"{what} of {part} must have the model's shapes {_shapes(expected, part)}, got {_shapes(found, part)}; "
+                "take them from the model as it is now, for instance with full(model, parts)"
+            )
+
+
+def masked_structure(structure: Structure, mask: Units) -> Structure:
+    """The shapes that a model has once it is cut by a mask; looks at no model.
+
+    Args:
+        structure: the shapes before.
+        mask: bool, True stays.
+
+    Returns:
+        The shapes after. A block whose attention or feed-forward network is masked as a whole has 0 heads or neurons.
+        Where blocks are dropped, those that stay carry the number of the block they were.
+
+    Raises:
+        LmcompressError: the mask is not bool, has other shapes, or keeps no block or no hidden dimension.
+    """
+    for part, _, tensor in mask.items():
+        if tensor.dtype != torch.bool:
+            raise LmcompressError(f"a mask must be bool, got {tensor.dtype} for {part}; compare with a threshold")
+    width = len(mask.hidden) if mask.hidden is not None and structure.hidden is None else structure.hidden or 0
+    check_units(mask, unit_shapes(structure, width), "a mask")
+    if mask.layers is not None and not mask.layers.any():
+        raise LmcompressError("a mask must keep at least one of the layers, got none; a model without blocks is none")
+    if mask.hidden is not None and not mask.hidden.any():
+        raise LmcompressError("a mask must keep at least one hidden dimension, got none")
+    dropped = mask.layers is not None and not bool(mask.layers.all())
+    blocks = []
+    for index, block in enumerate(structure.blocks):
+        if mask.layers is not None and not mask.layers[index]:
+            continue
+        heads = block.heads if mask.heads is None else int(mask.heads[index].sum())
+        ffn = block.ffn if mask.neurons is None else int(mask.neurons[index].sum())
+        blocks.append(
+            BlockShape(
+                heads=0 if mask.attention is not None and not mask.attention[index] else heads,
+                ffn=0 if mask.ffn is not None and not mask.ffn[index] else ffn,
+                source=index if dropped and block.source is None else block.source,
+            )
+        )
+    hidden = structure.hidden
+    if mask.hidden is not None and not bool(mask.hidden.all()):
+        hidden = int(mask.hidden.sum())
+    return Structure(head_size=structure.head_size, blocks=tuple(blocks), hidden=hidden)
+
+
+def _known(part: str) -> None:
+    if part not in PARTS:
+        raise LmcompressError(f"unknown part {part!r}{nearest(part, PARTS)}")
+
+
+def _build(values: Mapping[str, list[Tensor]]) -> Units:
+    given: dict[str, Any] = {
+        part: tuple(tensors) if part in _PER_BLOCK else tensors[0] for part, tensors in values.items()
+    }
+    return Units(**given)
+
+
+def _shapes(shapes: tuple[tuple[int, ...], ...], part: str) -> str:
+    return str(list(shapes)) if part in _PER_BLOCK else str(shapes[0])

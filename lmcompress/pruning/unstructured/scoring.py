@@ -1,0 +1,150 @@
+"""Scores of the weights of a model, from weights, gradients or inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmcompress.activations.gradients import class_gradients, example_gradients
+from lmcompress.activations.walking import without_padding
+from lmcompress.errors import LmcompressError
+from lmcompress.pruning.unstructured.criteria import CRITERIA, magnitude, movement, obd, random_scores, taylor, wanda
+from lmcompress.pruning.unstructured.planning import Planned
+
+Batch = Mapping[str, Tensor]
+Take = Callable[[Tensor], None]
+"""Called with what a module reads: vectors ``(count, in)``, without padding; of an embedding ids ``(count,)``."""
+
+
+def score(
+    model: nn.Module, planned: Sequence[Planned], criterion: str, batches: Iterable[Batch] | None, *, seed: int = 0
+) -> list[Tensor]:
+    """Score the weights of some matrices.
+
+    Args:
+        model: that has them.
+        planned: the matrices.
+        criterion: key of :data:`~lmcompress.pruning.unstructured.criteria.CRITERIA`, but for ``sparsegpt``.
+        batches: what the model is called with; with labels for ``taylor``, ``fisher`` and ``movement``.
+        seed: of random scores.
+
+    Returns:
+        For each matrix ``(out, in)`` float32, on its device.
+
+    Raises:
+        LmcompressError: data that the criterion needs are missing, or the criterion is ``sparsegpt``, which has no
+            scores before it begins.
+    """
+    weights = [one.weight for one in planned]
+    needs = CRITERIA[criterion].needs
+    if needs in ("weights", "nothing"):
+        generator = torch.Generator().manual_seed(seed)
+        plain = [magnitude(w.detach()) if needs == "weights" else random_scores(w, generator) for w in weights]
+        return [one.matrix(scores) for one, scores in zip(planned, plain, strict=True)]
+    if needs == "moments":
+        raise LmcompressError(f"the criterion {criterion} chooses while it compensates, it has no scores of its own")
+    if batches is None:
+        raise LmcompressError(f"the criterion {criterion} must have data, got none; pass batches")
+    if needs == "inputs":
+        return _by_inputs(model, planned, batches)
+    with_gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    if criterion == "obd":
+        for factor, gradients in class_gradients(model, weights, batches):
+            for total, gradient in zip(with_gradients, gradients, strict=True):
+                total.addcmul_(gradient.float(), gradient.float(), value=factor)
+    else:
+        for gradients in example_gradients(model, weights, batches):
+            for total, weight, gradient in zip(with_gradients, weights, gradients, strict=True):
+                if criterion == "fisher":
+                    total.addcmul_(gradient.float(), gradient.float())
+                else:
+                    total += (taylor if criterion == "taylor" else movement)(weight.detach(), gradient)
+    if criterion in ("obd", "fisher"):
+        with_gradients = [obd(w.detach(), h) for w, h in zip(weights, with_gradients, strict=True)]
+    return [one.matrix(scores) for one, scores in zip(planned, with_gradients, strict=True)]
+
+
+def _by_inputs(model: nn.Module, planned: Sequence[Planned], batches: Iterable[Batch]) -> list[Tensor]:
+    squares = [_Squares(one) for one in planned]
+    look(model, {one.at.module: own.take for one, own in zip(planned, squares, strict=True)}, batches)
+    return [wanda(one.matrix(one.weight.detach()), own.total.sqrt()) for one, own in zip(planned, squares, strict=True)]
+
+
+class _Squares:
+    """Sums of squares over what a module reads; of an embedding, how often each word occurs."""
+
+    def __init__(self, planned: Planned) -> None:
+        matrix = planned.matrix(planned.weight.detach())
+        self._embedding = isinstance(planned.at.module, nn.Embedding)
+        shape = (len(matrix), 1) if self._embedding else (matrix.shape[1],)
+        self.total = torch.zeros(shape, device=matrix.device)
+
+    def take(self, x: Tensor) -> None:
+        if self._embedding:
+            self.total += torch.bincount(x, minlength=len(self.total))[:, None]
+        else:
+            self.total += x.float().square().sum(dim=0)
+
+
+@torch.no_grad()
+def look(model: nn.Module, takes: Mapping[nn.Module, Take], batches: Iterable[Batch]) -> None:
+    """Run a model in evaluation mode, and hand over what modules read.
+
+    Args:
+        model: of any kind.
+        takes: by module.
+        batches: what the model is called with; labels are left out, and padding counts for nothing where there is an
+            ``attention_mask``.
+
+    Raises:
+        LmcompressError: there are no batches.
+    """
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
+    mask: list[Tensor | None] = [None]
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        takes[module](vectors(module, args[0].detach(), mask[0]))
+
+    handles = [module.register_forward_pre_hook(hook) for module in takes]
+    model.eval()
+    seen = 0
+    try:
+        for batch in batches:
+            tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+            given = tensors.get("attention_mask")
+            mask[0] = None if given is None else given.bool()
+            model(**tensors)
+            seen += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    if not seen:
+        raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
+
+
+def vectors(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """What a module reads, as the vectors that its matrix is multiplied with.
+
+    Args:
+        module: a ``Linear``, ``Conv1D``, ``Embedding`` or ``Conv2d`` of one group.
+        x: its input.
+        mask: ``(rows, length)``, or None.
+
+    Returns:
+        ``(count, in)``; of a convolution its patches; of an embedding ids ``(count,)``.
+    """
+    if isinstance(module, nn.Embedding):
+        return x[mask] if mask is not None and x.shape == mask.shape else x.reshape(-1)
+    if isinstance(module, nn.Conv2d):
+        if isinstance(module.padding, str):
+            raise LmcompressError(f"the padding of a convolution must be numbers here, got {module.padding!r}")
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return x.reshape(-1, x.shape[-1]) if mask is None else without_padding(x, mask)

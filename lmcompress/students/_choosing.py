@@ -1,0 +1,212 @@
+"""Which matrices of a model are to be made compact, and what they read on data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
+
+from lmcompress.activations.walking import calibration_batches, valid_tokens, without_padding
+from lmcompress.checkpoint.config import recorded_compression
+from lmcompress.checkpoint.layers import PARTS, check_replaceable
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import Hollow, anatomy_of, in_features
+from lmcompress.families.mixing import mixing_of
+from lmcompress.families.tied_blocks import shared_sources
+
+Batch = Mapping[str, Any]
+
+
+class Projection(NamedTuple):
+    """A matrix of a block.
+
+    Attributes:
+        path: relative to the base model.
+        block: number of its block.
+        part: what the family calls it.
+        module: that has it.
+    """
+
+    path: str
+    block: int
+    part: str
+    module: nn.Module
+
+
+def check_ready(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be made compact as a whole, before anything long is done.
+
+    Args:
+        model: of a known family.
+
+    Raises:
+        LmcompressError: it is packed or quantized by another library, parametrized, or its blocks share parameters.
+    """
+    recorded = recorded_compression(model.config)
+    if recorded is not None and recorded.encoding is not None:
+        raise LmcompressError(
+            "cannot make a model compact whose weights are packed: make it compact first, or take the dense model that "
+            "lmcompress.checkpoint.encoding.unpacked(model) gives"
+        )
+    if recorded is None and getattr(model.config, "quantization_config", None) is not None:
+        raise LmcompressError(
+            "cannot make a model compact that is quantized by another library: take the dense model it was made of"
+        )
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            raise LmcompressError(
+                f"cannot make a model compact while {name} is parametrized: finish what does that (fake quantization, "
+                "masks, shared weights) first"
+            )
+    blocks = list(anatomy_of(model).block_list)
+    if len(set(shared_sources(blocks))) < len(blocks):
+        raise LmcompressError(
+            "cannot replace matrices in a model whose blocks share their parameters: replace them first, and let the "
+            "blocks share afterwards (share_layers)"
+        )
+
+
+def projections(
+    model: PreTrainedModel, parts: Sequence[str] | None, blocks: Sequence[int] | None
+) -> tuple[list[Projection], dict[str, str]]:
+    """Matrices of the blocks that can be replaced.
+
+    Args:
+        model: of a known family.
+        parts: what the family calls them, or patterns: ``*`` and ``?`` stand for any; default: all that it has.
+        blocks: numbers of blocks, counted from 0; default: all.
+
+    Returns:
+        The matrices; and by path, why others that were asked for have to stay.
+
+    Raises:
+        LmcompressError: no such part or block, or nothing to replace; or a matrix that is compact already and was asked
+            for by name.
+    """
+    anatomy = anatomy_of(model)
+    has = [part for part in PARTS if getattr(anatomy.family, part)]
+    patterns = ["*"] if parts is None else list(parts)
+    for pattern in patterns:
+        if not any(fnmatchcase(part, pattern) for part in has):
+            raise LmcompressError(f"{anatomy.family.model_type} has no part {pattern!r}{nearest(pattern, has)}")
+    wanted = [part for part in has if any(fnmatchcase(part, pattern) for pattern in patterns)]
+    found: list[Projection] = []
+    left: dict[str, str] = {}
+    for index in block_numbers(model, blocks):
+        block = anatomy.blocks[index]
+        for part in wanted:
+            path = f"{anatomy.family.blocks}.{index}.{getattr(anatomy.family, part)}"
+            if mixing_of(block) is not None and part in ("query", "key", "value", "qkv"):
+                left[path] = "its block mixes neighbours and does not attend"
+                continue
+            module = block.get(part)
+            if isinstance(module, Hollow):
+                left[path] = "pruned to nothing"
+                continue
+            check_replaceable(module, path)
+            found.append(Projection(path, index, part, module))
+    if not found:
+        raise LmcompressError(f"there must be something to replace, got nothing: {_first(left)}")
+    return found, left
+
+
+def block_numbers(model: PreTrainedModel, blocks: Sequence[int] | None) -> list[int]:
+    """Numbers of blocks, checked.
+
+    Args:
+        model: that has them.
+        blocks: counted from 0; default: all.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        LmcompressError: none, one twice, or one that is not there.
+    """
+    count = len(anatomy_of(model).block_list)
+    numbers = list(range(count)) if blocks is None else list(blocks)
+    if not numbers or len(set(numbers)) != len(numbers) or not all(0 <= number < count for number in numbers):
+        raise LmcompressError(f"blocks must be numbers from 0 to {count - 1}, none twice, got {numbers}")
+    return numbers
+
+
+def second_moments(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], batches: Iterable[Batch] | None
+) -> dict[str, Tensor | None]:
+    """What modules read, as the mean of ``x xᵀ`` over real tokens.
+
+    Args:
+        model: put to evaluation mode for the time.
+        modules: by name.
+        batches: model inputs; None: nothing is known of what is read.
+
+    Returns:
+        By name ``(in, in)`` float64 on the CPU, or None for all.
+
+    Raises:
+        LmcompressError: no batch, or none with a real token.
+    """
+    if batches is None:
+        return {name: None for name in modules}
+    sums = {name: torch.zeros(in_features(m), in_features(m), dtype=torch.float64) for name, m in modules.items()}
+    tokens = dict.fromkeys(modules, 0)
+
+    def take(name: str) -> Callable[[Tensor, Tensor], None]:
+        def add(x: Tensor, mask: Tensor) -> None:
+            # DistilBERT and GPT-2 may flatten rows and positions
+            rows = without_padding(x.reshape(*mask.shape, -1), mask).double().cpu()
+            sums[name] += rows.t() @ rows
+            tokens[name] += len(rows)
+
+        return add
+
+    run(model, batches, {module: take(name) for name, module in modules.items()})
+    return {name: total / max(tokens[name], 1) for name, total in sums.items()}
+
+
+def run(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    reads: Mapping[nn.Module, Callable[[Tensor, Tensor], None]],
+    writes: Mapping[nn.Module, Callable[[Tensor, Tensor], None]] | None = None,
+) -> None:
+    """Run a model over data and hand over what modules read and write.
+
+    Args:
+        model: put to evaluation mode for the time and back.
+        batches: model inputs; what the model does not take is left out.
+        reads: called with a module's input and the mask ``(rows, length)``, by module.
+        writes: called with a module's output likewise.
+
+    Raises:
+        LmcompressError: no batch, or none with a real token.
+    """
+    mask = torch.ones(0)
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, take=take: take(args[0].detach(), mask))
+        for module, take in reads.items()
+    ]
+    handles += [
+        module.register_forward_hook(lambda module, args, output, take=take: take(output.detach(), mask))
+        for module, take in (writes or {}).items()
+    ]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in calibration_batches(model, batches):
+                mask = valid_tokens(batch)
+                model(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def _first(left: Mapping[str, str]) -> str:
+    return "; ".join(f"{path}: {why}" for path, why in list(left.items())[:3])

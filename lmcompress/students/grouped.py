@@ -1,0 +1,377 @@
+"""Diagonal blocks in the place of matrices, with channels shuffled between them; and folding the shuffles away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.layers import PARTS, grouped_place, put, record_layers
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import Block, anatomy_of, is_conv1d, weight_view
+from lmcompress.families.mixing import mixing_of
+from lmcompress.families.tied_blocks import shared_sources
+from lmcompress.nn import GroupedLinear, LowRankLinear, channel_shuffle
+from lmcompress.nn.grouped import check_groups
+from lmcompress.students._choosing import Batch, Projection, check_ready, projections, second_moments
+from lmcompress.students.report import Before, CompactReport
+
+Shuffle = Literal["none", "channel", "fitted"]
+SHUFFLES: tuple[Shuffle, ...] = ("none", "channel", "fitted")
+_SHUFFLED = ("attention_out", "ffn_out")
+
+
+def group(
+    model: PreTrainedModel,
+    groups: int,
+    *,
+    shuffle: Shuffle = "fitted",
+    activations: Iterable[Batch] | None = None,
+    parts: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> CompactReport:
+    """Put diagonal blocks in the place of matrices of the blocks: ``1 / groups`` of their numbers and operations.
+
+    ========= =============================================================================================
+    shuffle   what each group reads and writes
+    ========= =============================================================================================
+    none      neighbours. Groups never exchange anything but through attention's probabilities and norms
+    channel   neighbours; but ``attention_out`` and ``ffn_out`` read the channels in ShuffleNet's order, so
+              that each of their groups reads every group before them
+    fitted    the channels whose weights hold the most energy together, found by turns over rows and columns
+    ========= =============================================================================================
+
+    Within its place each block is the least squares fit to the matrix: its own entries, or on data the weights that
+    give the outputs best from the inputs that are left, ``W C[:, J] C[J, J]^-1`` with ``C`` the second
+    moment of the input.
+
+    Args:
+        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
+            are; fitted channels are taken to have an order of their own, and ``activations`` are not looked at.
+        groups: a divisor of all widths concerned, at least 2.
+        shuffle: see above.
+        activations: batches of model inputs to fit on.
+        parts: what the family calls the matrices, or patterns such as ``ffn_*``; default: all of the blocks.
+        blocks: numbers of the blocks; default: all.
+
+    Returns:
+        What was changed and what it costs.
+
+    Raises:
+        LmcompressError: groups that do not divide, an unknown shuffle, no such part or block, or a model that is
+            packed, parametrized or shares its blocks.
+
+    Reference:
+        Zhang et al., *ShuffleNet*, CVPR 2018, https://arxiv.org/abs/1707.01083, section 3.1; Iandola et al.,
+        *SqueezeBERT*, 2020, https://arxiv.org/abs/2006.11316, section 3, which groups without shuffling.
+
+    Note:
+        Both train from scratch. Query, key and value of GPT-2 lie in one matrix: each is grouped by itself.
+    """
+    if shuffle not in SHUFFLES:
+        raise LmcompressError(f"unknown shuffle {shuffle!r}{nearest(str(shuffle), SHUFFLES)}")
+    if groups < 2:
+        raise LmcompressError(f"groups must be at least 2, got {groups}; one group is the matrix that is there")
+    check_ready(model)
+    found, left = projections(model, parts, blocks)
+    for one in found:
+        rows, columns = weight_view(one.module).shape
+        try:
+            # each of three matrices side by side has a third of the rows
+            check_groups(groups, columns, rows // 3 if one.part == "qkv" else rows)
+        except LmcompressError as error:
+            raise LmcompressError(f"{one.path}: {error}") from error
+    before = Before.of(model)
+    on_meta = model.device.type == "meta"
+    moments = second_moments(model, {one.path: one.module for one in found}, None if on_meta else activations)
+    made, errors = {}, {}
+    for one in found:
+        if on_meta:
+            made[one.path] = _grouped_shape(one, groups, shuffle)
+        else:
+            made[one.path], errors[one.path] = _grouped(one, groups, shuffle, moments[one.path])
+    # all at once: one that is refused leaves the model as it was
+    for path, new in made.items():
+        put(model, path, new)
+    record_layers(model)
+    changed = dict.fromkeys(made, f"{groups} groups, shuffle {shuffle}")
+    return before.report(model, changed, left, errors)
+
+
+def fold_shuffles(model: PreTrainedModel) -> CompactReport:
+    """Take orders of channels away that neighbouring matrices can have in themselves; outputs stay what they were.
+
+    Neurons of a feed-forward network have no order of their own: one in which ``ffn_in`` gives them, or ``ffn_out``
+    reads them, goes into the other matrix, be it full or grouped. Between the values and ``attention_out`` the same
+    holds as long as channels stay in their head. Orders of the residual stream stay, as every block
+    reads it, and so do those between two grouped matrices that need one of them.
+
+    Args:
+        model: changed in place; its config says it afterwards. On ``meta`` orders are taken to be no special ones.
+
+    Returns:
+        What was folded.
+
+    Raises:
+        LmcompressError: there is no order to fold, or the model is packed or shares its blocks.
+    """
+    report = fold_where_possible(model)
+    if not report.changed:
+        raise LmcompressError(
+            "there must be an order of channels that can be folded, got none"
+            + next((f": {path}: {why}" for path, why in report.left.items()), "; no matrix is shuffled")
+        )
+    return report
+
+
+def fold_where_possible(model: PreTrainedModel) -> CompactReport:
+    """What :func:`fold_shuffles` does, for a model that perhaps has no order to fold.
+
+    Args:
+        model: as there.
+
+    Returns:
+        What was folded, if anything.
+
+    Raises:
+        LmcompressError: the model is packed or shares its blocks.
+    """
+    blocks = list(anatomy_of(model).block_list)
+    if len(set(shared_sources(blocks))) < len(blocks):
+        raise LmcompressError("cannot fold orders in a model whose blocks share their parameters: fold before sharing")
+    before = Before.of(model)
+    changed, left = {}, {}
+    anatomy = anatomy_of(model)
+    family = anatomy.family
+    for index, block in enumerate(anatomy.blocks):
+        pairs = [("ffn_in", "ffn_out")]
+        if not family.qkv and mixing_of(block) is None:
+            pairs.append(("value", "attention_out"))
+        for writer, reader in pairs:
+            for part, side, reason in _fold(block, writer, reader):
+                path = f"{family.blocks}.{index}.{getattr(family, part)}.{side}"
+                if reason:
+                    left[path] = reason
+                else:
+                    changed[path] = "folded"
+        for part in PARTS:
+            module = block.get(part) if block.has(part) else None
+            for side in ("input_order", "output_order"):
+                path = f"{family.blocks}.{index}.{getattr(family, part)}.{side}"
+                if isinstance(module, GroupedLinear) and getattr(module, side) is not None and path not in left:
+                    left[path] = "no matrix beside it can take it"
+    record_layers(model)
+    return before.report(model, changed, left)
+
+
+def assign_channels(energy: Tensor, groups: int, *, rounds: int = 20) -> tuple[Tensor, Tensor]:
+    """Put rows and columns of a matrix into groups of one size each, so that much of it lies where both are the same.
+
+    Rows are assigned by what they hold in each group of columns, then columns by rows, until nothing is gained. Each
+    half takes those first that would lose the most by going elsewhere. The start is the order that there is, so the
+    answer is never worse than leaving it.
+
+    Args:
+        energy: ``(rows, columns)``, at least 0.
+        groups: a divisor of both.
+        rounds: at most.
+
+    Returns:
+        Orders ``(rows,)`` and ``(columns,)`` int64: members of group 0 first, rising within a group.
+    """
+    rows, columns = energy.shape
+    of_rows = torch.arange(rows) // (rows // groups)
+    of_columns = torch.arange(columns) // (columns // groups)
+    best = _held(energy, of_rows, of_columns)
+    for _ in range(rounds):
+        new_rows = _balanced(_by_group(energy, of_columns, groups), rows // groups)
+        new_columns = _balanced(_by_group(energy.t(), new_rows, groups), columns // groups)
+        held = _held(energy, new_rows, new_columns)
+        if not held > best * (1 + 1e-9):
+            break
+        best, of_rows, of_columns = held, new_rows, new_columns
+    return of_rows.argsort(stable=True), of_columns.argsort(stable=True)
+
+
+def fit_groups(weight: Tensor, row_order: Tensor, column_order: Tensor, groups: int, moment: Tensor | None) -> Tensor:
+    """Diagonal blocks that fit a matrix best for given groups.
+
+    Args:
+        weight: ``(out, in)`` float64.
+        row_order: which rows, members of group 0 first.
+        column_order: which columns, likewise.
+        groups: how many.
+        moment: ``(in, in)`` second moment of the input, or None.
+
+    Returns:
+        ``(groups, out / groups, in / groups)`` float64.
+    """
+    blocks = []
+    for rows, columns in zip(row_order.chunk(groups), column_order.chunk(groups), strict=True):
+        if moment is None:
+            blocks.append(weight[rows][:, columns])
+            continue
+        inner = moment[columns][:, columns]
+        damping = 1e-8 * inner.diagonal().mean().clamp(min=1e-30)
+        inner = inner + damping * torch.eye(len(columns), dtype=inner.dtype)
+        blocks.append(torch.linalg.solve(inner, (weight[rows] @ moment[:, columns]).t()).t())
+    return torch.stack(blocks)
+
+
+def _grouped_shape(one: Projection, groups: int, shuffle: Shuffle) -> GroupedLinear:
+    """What :func:`_grouped` gives, where there are no values."""
+    fitted = shuffle == "fitted"
+    reads = fitted or (shuffle == "channel" and one.part in _SHUFFLED)
+    new = grouped_place(one.module, groups, input_order=reads, output_order=fitted or one.part == "qkv")
+    return new.requires_grad_(weight_view(one.module).requires_grad)
+
+
+def _grouped(one: Projection, groups: int, shuffle: Shuffle, moment: Tensor | None) -> tuple[GroupedLinear, float]:
+    old, weight = one.module, weight_view(one.module).detach().double().cpu()
+    if not bool(torch.isfinite(weight).all()):
+        raise LmcompressError(f"{one.path} must be finite to be grouped, got NaN or infinite weights")
+    rows, columns = weight.shape
+    row_order, column_order = torch.arange(rows), torch.arange(columns)
+    if one.part == "qkv":
+        # group j has the j-th part of the queries, of the keys and of the values
+        row_order = row_order.view(3, groups, -1).transpose(0, 1).flatten()
+    if shuffle == "fitted":
+        scale = torch.ones(columns, dtype=torch.float64) if moment is None else moment.diagonal()
+        energy = weight.square() * scale
+        given_rows = row_order
+        row_order, column_order = assign_channels(energy[given_rows], groups)
+        row_order = given_rows[row_order]
+    elif shuffle == "channel" and one.part in _SHUFFLED:
+        column_order = channel_shuffle(columns, groups)
+    blocks = fit_groups(weight, row_order, column_order, groups, moment)
+    reads = not torch.equal(column_order, torch.arange(columns))
+    writes = not torch.equal(row_order, torch.arange(rows))
+    new = grouped_place(old, groups, input_order=reads, output_order=writes)
+    with torch.no_grad():
+        new.weight.copy_(blocks)
+        if new.input_order is not None:
+            new.input_order.copy_(column_order)
+        if new.output_order is not None:
+            new.output_order.copy_(row_order.argsort())
+        if new.bias is not None and isinstance(old.bias, Tensor):
+            new.bias.copy_(old.bias)
+    new.requires_grad_(weight_view(old).requires_grad)
+    missed = weight - new.matrix().detach().double().cpu()
+    metric = torch.eye(columns, dtype=torch.float64) if moment is None else moment
+    whole = float(((weight @ metric) * weight).sum())
+    return new, float(((missed @ metric) * missed).sum()) / whole if whole > 0 else 0.0
+
+
+def _by_group(energy: Tensor, of_columns: Tensor, groups: int) -> Tensor:
+    """``(rows, groups)``: what each row holds in each group of columns."""
+    return energy @ nn.functional.one_hot(of_columns, groups).to(energy.dtype)
+
+
+def _balanced(gains: Tensor, size: int) -> Tensor:
+    """A group for each row, ``size`` rows in each: those first that lose the most by their second choice."""
+    ranked = gains.argsort(dim=1, descending=True, stable=True)
+    top = gains.gather(1, ranked[:, :2])
+    hurry = (top[:, 0] - top[:, 1]).argsort(descending=True, stable=True)
+    room = [size] * gains.shape[1]
+    chosen = torch.empty(len(gains), dtype=torch.long)
+    choices = ranked.tolist()
+    for row in hurry.tolist():
+        where = next(j for j in choices[row] if room[j])
+        room[where] -= 1
+        chosen[row] = where
+    return chosen
+
+
+def _held(energy: Tensor, of_rows: Tensor, of_columns: Tensor) -> float:
+    return float(energy[of_rows[:, None] == of_columns[None, :]].sum())
+
+
+def _fold(block: Block, writer: str, reader: str) -> list[tuple[str, str, str]]:
+    """Fold the order between two matrices: (part, side, why not) for each order that there is."""
+    first, second = block.get(writer), block.get(reader)
+    gives = first.output_order if isinstance(first, GroupedLinear) else None
+    takes = second.input_order if isinstance(second, GroupedLinear) else None
+    there = [(writer, "output_order")] * (gives is not None) + [(reader, "input_order")] * (takes is not None)
+    if not there:
+        return []
+    within = block.head_size if writer == "value" else None
+
+    def told(reason: str = "") -> list[tuple[str, str, str]]:
+        return [(part, side, reason) for part, side in there]
+
+    # channel i in between becomes channel order[i] of the writer's own
+    if gives is not None and isinstance(first, GroupedLinear):
+        if not _stays(gives, within):
+            return told("it takes channels out of their heads")
+        if isinstance(second, GroupedLinear):
+            # what the writer gives without its order, read through both
+            both = second.order("input")
+            both = gives[both]
+            if takes is None and not _same(both, torch.arange(len(both), device=both.device)):
+                return told("both matrices are grouped, one of them needs it")
+            _set_order(second, "input_order", both)
+        elif not _move_columns(second, gives.argsort()):
+            return told(f"a {type(second).__name__} cannot take it")
+        _set_bias(first, gives.argsort())
+        _set_order(first, "output_order", None)
+        return told()
+    assert takes is not None and isinstance(second, GroupedLinear)
+    if not _stays(takes, within):
+        return told("it takes channels out of their heads")
+    if not _move_rows(first, takes):
+        return told("both matrices are grouped, one of them needs it")
+    _set_order(second, "input_order", None)
+    return told()
+
+
+def _stays(order: Tensor, within: int | None) -> bool:
+    """Whether an order leaves all channels in their heads."""
+    if within is None:
+        return True
+    return _same(order // within, torch.arange(len(order), device=order.device) // within)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two orders are one; what has no values is not."""
+    return not one.is_meta and torch.equal(one, other)
+
+
+def _set_order(module: GroupedLinear, side: str, order: Tensor | None) -> None:
+    if order is not None and _same(order, torch.arange(len(order), device=order.device)):
+        order = None
+    setattr(module, side, order)
+
+
+def _set_bias(module: GroupedLinear, order: Tensor) -> None:
+    if module.bias is not None:
+        with torch.no_grad():
+            module.bias.copy_(module.bias[order].clone())
+
+
+def _move_columns(module: nn.Module, order: Tensor) -> bool:
+    """Let a full matrix read channels that come in another order, if it is one."""
+    if isinstance(module, LowRankLinear):
+        module = module.reduce
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return False
+    with torch.no_grad():
+        weight = weight_view(module)
+        weight.copy_(weight[:, order].clone())
+    return True
+
+
+def _move_rows(module: nn.Module, order: Tensor) -> bool:
+    """Let a full matrix give its channels in another order, if it is one."""
+    if isinstance(module, LowRankLinear):
+        module = module.expand
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return False
+    with torch.no_grad():
+        weight = weight_view(module)
+        weight.copy_(weight[order].clone())
+        if isinstance(module.bias, Tensor):
+            module.bias.copy_(module.bias[order].clone())
+    return True

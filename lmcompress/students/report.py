@@ -1,0 +1,106 @@
+"""What making a model compact changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.encoding import weight_count
+from lmcompress.students.costs import model_flops
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What was made compact, what was not and why, and what the model costs now.
+
+    Attributes:
+        changed: what each module has become, by its path relative to the base model.
+        left: why a module was left as it is, by path.
+        errors: share of what the module gave that its replacement misses, squared: of its matrix, or of its output
+            where there was data; 0 is exact.
+        parameters: of the model, tied and shared ones once: before and after.
+        flops: of one row of ``length`` tokens, before and after; see :func:`model_flops`.
+        length: tokens that ``flops`` are told for.
+    """
+
+    changed: Mapping[str, str]
+    left: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] = (0, 0)
+    length: int = 128
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return {
+            "changed": dict(self.changed),
+            "left": dict(self.left),
+            "errors": dict(self.errors),
+            "parameters": list(self.parameters),
+            "flops": list(self.flops),
+            "length": self.length,
+        }
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[str]] = {}
+        for path, what in self.changed.items():
+            kinds.setdefault(what, []).append(path)
+        for path, why in self.left.items():
+            kinds.setdefault(f"left: {why}", []).append(path)
+        lines = [f"{what}: {_some(paths)}" for what, paths in kinds.items()]
+        for what, (before, after) in (
+            ("parameters", self.parameters),
+            (f"FLOPs of {self.length} tokens", self.flops),
+        ):
+            lines.append(f"{what}: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a model cost before it was changed."""
+
+    parameters: int
+    flops: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Before:
+        """Measure a model.
+
+        Args:
+            model: of a known family.
+        """
+        return cls(weight_count(model), model_flops(model))
+
+    def report(
+        self,
+        model: PreTrainedModel,
+        changed: Mapping[str, str],
+        left: Mapping[str, str] | None = None,
+        errors: Mapping[str, float] | None = None,
+    ) -> CompactReport:
+        """Compare with the same model, changed.
+
+        Args:
+            model: after the change.
+            changed: see :class:`CompactReport`.
+            left: likewise.
+            errors: likewise.
+
+        Returns:
+            The report.
+        """
+        return CompactReport(
+            changed,
+            left or {},
+            errors or {},
+            (self.parameters, weight_count(model)),
+            (self.flops, model_flops(model)),
+        )
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

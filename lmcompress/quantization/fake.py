@@ -39,9 +39,10 @@ from lmcompress.nn.quantized_attention import (
     quantize_attention,
     release_attention,
 )
-from lmcompress.numerics.activations import Histogram, MinMax, initial_range, initial_step, learned
+from lmcompress.numerics.activations import initial_range, initial_step, learned
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.inputs import quantize_input, static_range
+from lmcompress.numerics.observers import Histogram, MinMax
 from lmcompress.numerics.quantizers import Quantized, check_finite, quantizer_for
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.planning import Plan, Planned, reads_alike, relative_path, stored_weight

@@ -11,8 +11,9 @@ from transformers import TrainingArguments
 from lmcompress import CompressedModel
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, is_conv1d
-from lmcompress.numerics.activations import MinMax, initial_step, learned
+from lmcompress.numerics.activations import initial_step, learned
 from lmcompress.numerics.inputs import static_range
+from lmcompress.numerics.observers import MinMax
 from lmcompress.numerics.packing import dequantize
 from lmcompress.numerics.quantizers import QUANTIZERS, dynamic_scaling
 from lmcompress.pruning.structured.gates import Gates

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 from lmcompress.numerics import packing
 from lmcompress.numerics.grids import Granularity, Grid, PerGroup, PerRow, PerTensor
-from lmcompress.numerics.matrix import Inputs, Matrix, Ready
 
 _GROUPS = (256, 128, 64, 32)
 # tiles of a row that lie together, each of 16: the widest loads
@@ -142,7 +142,7 @@ class Tinygemm:
             return f"a matrix of {matrix.shape} is too large for it"
         return None
 
-    def prepare(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Ready:
+    def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
         """The codes in the operation's layout: half a byte for each weight of up to 4 bits, a byte for others."""
         said, (out, width) = nibbles(matrix), matrix.shape
         packed, scales = _pack(said.codes), said.row_scales
@@ -187,7 +187,7 @@ class Tinygemm:
         """Whether every weight comes out where it belongs, from one token to more than a tile has."""
         device, (out, width) = matrix.packed.device, matrix.shape
         bias = torch.arange(out, device=device) % 4.0
-        multiply, values = self.prepare(matrix, bias, None, torch.bfloat16), matrix.values().double().cpu()
+        multiply, values = self.prepack(matrix, bias, None, torch.bfloat16), matrix.values().double().cpu()
         largest = values.abs().amax(dim=1) + bias.cpu().double()
         several = torch.arange(5 * width).reshape(5, width) % 5 - 2.0
         for x in (several[:1], several, *torch.eye(width).split(64)):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.kernels.dispatch import Product
+from lmcompress.kernels.matmul import Matmul
+from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.numerics.grids import Granularity, Grid
 from lmcompress.numerics.inputs import InputEncoding, check_input_range
-from lmcompress.numerics.matrix import Inputs, Matrix
 from lmcompress.numerics.packing import Container, check_scales, pack, packed_bytes, packed_shape, unpack
 from lmcompress.numerics.quantizers import Quantized
 
@@ -140,7 +140,7 @@ class Packed(nn.Module):
             layout.granularity,
         )
 
-    def product_inputs(self) -> Inputs | None:
+    def matmul_inputs(self) -> Inputs | None:
         """What the kernels take: what happens to the input, with its range where that is static."""
         return None if self.inputs is None else Inputs(self.inputs, self.input_scale, self.input_zero_point)
 
@@ -218,7 +218,7 @@ class _PackedMatrix(Packed):
         super().__init__(out_features, in_features, layout, inputs, device)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", bias)
-        self._product = Product()
+        self._matmul = Matmul()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x Wᵀ + b``, of the input quantized as the description says.
@@ -233,11 +233,11 @@ class _PackedMatrix(Packed):
             LmcompressError: in training.
         """
         _refuse_training(self)
-        return self._product(x, self.matrix(), self.bias, self.product_inputs())
+        return self._matmul(x, self.matrix(), self.bias, self.matmul_inputs())
 
     def forget(self) -> None:
         """Give back the memory of what was made ready for products, for the tensors are others now."""
-        self._product.reset()
+        self._matmul.reset()
 
 
 class PackedLinear(_PackedMatrix):
@@ -350,7 +350,7 @@ class TiedHead(nn.Module):
         self.register_parameter("bias", bias)
         # past nn.Module's own way, which would make it a submodule and save its tensors twice
         self.__dict__["embedding"] = embedding
-        self._product = Product()
+        self._matmul = Matmul()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x Eᵀ + b``, of the input quantized as the description says.
@@ -366,11 +366,11 @@ class TiedHead(nn.Module):
         """
         embedding: PackedEmbedding = self.__dict__["embedding"]
         _refuse_training(embedding)
-        return self._product(x, embedding.matrix(), self.bias, embedding.product_inputs())
+        return self._matmul(x, embedding.matrix(), self.bias, embedding.matmul_inputs())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedHead:
         super()._apply(fn, recurse)
-        self._product.reset()
+        self._matmul.reset()
         return self
 
     def extra_repr(self) -> str:

@@ -115,5 +115,5 @@ class Inputs:
         return quantize_input(x, self.encoding, self.scale, self.zero_point)
 
 
-Ready = Callable[[Tensor], Tensor]
+Prepacked = Callable[[Tensor], Tensor]
 """A matrix made ready: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""

@@ -1,0 +1,50 @@
+"""torch's own int8 matmul, ``torch._int_mm`` (CPU and CUDA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmcompress.kernels.integers import Int8Matmul, by_row, row_sums, signed_codes, why_no_integers
+from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
+
+
+@dataclass(frozen=True)
+class IntMM:
+    """torch's own product of bytes, on CPU and CUDA; the input is quantized before it.
+
+    Attributes:
+        greatest: the greatest magnitude of codes that is safe.
+        name: its name.
+    """
+
+    greatest: int = 128
+    name: str = "int_mm"
+
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+        """As for all integer products."""
+        return why_no_integers(matrix, inputs, self.greatest)
+
+    def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
+        """The codes as int8, filled up with zeros where the operation needs it."""
+        codes, zeros = signed_codes(matrix)
+        sums, scales = row_sums(codes, zeros), by_row(matrix.scales, matrix)
+        out, width = matrix.shape
+        if codes.device.type == "cuda":
+            # asked are more than 16 rows on the left and multiples of 8 else, which some versions of cuBLAS multiply
+            # wrongly where there are few (pytorch/pytorch#107671, #169956): zeros up to what its fast products use
+            least, columns, rows = 32, -width % 16, -out % 16
+        else:
+            # of an axis of 1 the stride may be anything, and oneDNN gives nonsense then (pytorch/pytorch#195066)
+            least, columns, rows = 2, int(width == 1), 0
+        right = torch.nn.functional.pad(codes, (0, columns, 0, rows)).t()
+
+        def product(x: Tensor) -> Tensor:
+            tokens = x.shape[0]
+            if columns or tokens < least:
+                x = torch.nn.functional.pad(x, (0, columns, 0, max(0, least - tokens)))
+            return torch._int_mm(x, right)[:tokens, :out]
+
+        return Int8Matmul(product, out, zeros, sums, scales, bias, inputs, scaled=False)

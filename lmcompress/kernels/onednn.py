@@ -1,0 +1,41 @@
+"""oneDNN's int8 matmul (CPU)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmcompress.kernels.integers import Int8Matmul, by_row, row_sums, signed_codes, why_no_integers
+from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
+
+
+@dataclass(frozen=True)
+class Onednn:
+    """oneDNN's product of bytes, in its own layout; the input is quantized before it.
+
+    Attributes:
+        greatest: the greatest magnitude of codes that is safe.
+        name: its name.
+    """
+
+    greatest: int = 128
+    name: str = "onednn"
+
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+        """As for all integer products."""
+        return why_no_integers(matrix, inputs, self.greatest)
+
+    def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
+        """oneDNN's own layout, a byte for each weight."""
+        codes, zeros = signed_codes(matrix)
+        scales = by_row(matrix.scales, matrix)
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        multiply = torch.ops.onednn.qlinear_pointwise.default
+        none = torch.zeros(codes.shape[0], dtype=torch.int64)
+
+        def product(x: Tensor) -> Tensor:
+            return multiply(x, 1.0, 0, packed, scales, none, None, 1.0, 0, torch.float32, "none", [], "")
+
+        return Int8Matmul(product, matrix.shape[0], zeros, row_sums(codes, zeros), scales, bias, inputs, scaled=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,23 +12,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
-from lmcompress.checkpoint.encoding import Packable, matrices, pack_model
+from lmcompress.checkpoint.encoding import pack_model
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import weight_bytes
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.families.narrow import accompany, companion_of
+from lmcompress.families.narrow import accompany
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import outputs_of, random_batches
 from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import ROLES, Role, attention_quantizers, quantize_attention
-from lmcompress.numerics.grids import Bits, Granularity, Grid, PerGroup, PerRow
-from lmcompress.numerics.packing import dequantize
-from lmcompress.numerics.quantizers import Quantized, quantizer_for
-from lmcompress.quantization.config import QuantizationConfig, WeightScheme, width
+from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.quantizers import Quantized
+from lmcompress.quantization.carried import CarriedCodes, CarriedParts, FrozenCodes
+from lmcompress.quantization.checks import check_trainable
+from lmcompress.quantization.config import QuantizationConfig, width
 from lmcompress.quantization.fake import FakeQuantized
-from lmcompress.quantization.planning import Plan, Planned, plan, relative_path
-from lmcompress.quantization.post_training import rounding_of, stored_bytes
+from lmcompress.quantization.planning import Planned, plan, relative_path
+from lmcompress.quantization.ptq.round_to_nearest import stored_bytes
 from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
+from lmcompress.quantization.state import ScheduleState
 
 Batch = Mapping[str, Tensor]
 
@@ -63,7 +65,7 @@ class Quantization(SteppedMethod):
         self._trainer: Any = None
         self._optimizer: Any = None
         self._cut_later = False
-        self._settled: _Settled | None = None
+        self._settled: FrozenCodes | None = None
         self._codes: dict[str, Tensor] | None = None
         self._max_steps = 0
         self._seconds = 0.0
@@ -115,7 +117,7 @@ class Quantization(SteppedMethod):
         self._curved = self._curved if self.config.curvature_every else []
         self._set_bits(0)
         curvatures = {path: self.faked.parameter(path) for path in self._curved}
-        self._state = _State(self.faked.scales(), curvatures).to(student.device)
+        self._state = ScheduleState(self.faked.scales(), curvatures).to(student.device)
         self.faked.set_enabled(False, "activations")
         self._started = False
 
@@ -157,13 +159,13 @@ class Quantization(SteppedMethod):
         ranges = {name: fake.final() for name, fake in self.faked.activations.items()}
         attention = self._attention_ranges(ranges)
         modules = _modules(self._student)
-        carried: dict[str, _Carried] = {}
+        carried: dict[str, CarriedCodes] = {}
         for path, planned in self._matrices.items():
             quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
             _ = quantized.codes  # refuses what is not finite
             inputs, fixed = ranges[self.faked.inputs[path].name] if path in self.faked.inputs else (None, None)
             error = _relative_error(weight.detach().float(), quantized.values)
-            carried[path] = _Carried(
+            carried[path] = CarriedCodes(
                 planned,
                 quantized.scales,
                 quantized.zero_points,
@@ -178,7 +180,7 @@ class Quantization(SteppedMethod):
         self.faked.remove()
         for path, companion in carried.items():
             accompany(modules[path], companion)
-        self._settled = _Settled(reference, before, attention)
+        self._settled = FrozenCodes(reference, before, attention)
         self._seconds += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -418,16 +420,16 @@ class Quantization(SteppedMethod):
                 found[module] = {role: ranges[f"{paths[id(module)]}.{role}"] for role in ROLES}
         return found
 
-    def _pack_carried(self, settled: _Settled, rows: list[QuantizedMatrix]) -> None:
+    def _pack_carried(self, settled: FrozenCodes, rows: list[QuantizedMatrix]) -> None:
         student = self._student
-        parts = _CarriedParts(student)
+        parts = CarriedParts(student)
         # blocks that are gone, or have no heads left, have nothing to quantize
         attentions = [block.get("attention") for block in anatomy_of(student).blocks if block.num_heads]
         attentions = [module for module in attentions if module in settled.attention]
         roles = settled.attention[attentions[0]] if attentions else {}
         attention = AttentionEncoding(**{role: entry[0] for role, entry in roles.items()}) if roles else None
         for path in parts:
-            companion: _Carried = parts.companion(path)
+            companion: CarriedCodes = parts.companion(path)
             rows.append(replace(_row(companion.planned, parts[path].quantized, companion.error), path=path))
         pack_model(student, parts, attention)
         if attention is None:
@@ -439,184 +441,6 @@ class Quantization(SteppedMethod):
                 for place, value in zip((f"{role}_scale", f"{role}_zero_point"), given or (), strict=False):
                     if value is not None:
                         places[place].copy_(value)
-
-
-@dataclass(frozen=True, eq=False)
-class _Settled:
-    """What is known of the model before it is cut."""
-
-    reference: list[Tensor]
-    bytes_before: int
-    attention: dict[nn.Module, dict[Role, tuple[ActivationEncoding, InputRange | None]]]
-
-
-@dataclass(frozen=True, eq=False)
-class _Carried:
-    """What makes codes of plain weights again, wherever a cut has taken them."""
-
-    planned: Planned
-    scales: Tensor
-    zero_points: Tensor | None
-    grid: Grid
-    granularity: Granularity
-    inputs: ActivationEncoding | None
-    input_range: InputRange | None
-    error: float
-
-    def rows(self, keep: Tensor) -> _Carried:
-        """What belongs to some of the rows.
-
-        Args:
-            keep: their numbers.
-
-        Returns:
-            A new one.
-        """
-        if not isinstance(self.granularity, PerRow):
-            return self
-        keep = keep.to(self.scales.device)
-        zeros = None if self.zero_points is None else self.zero_points[keep]
-        return replace(self, scales=self.scales[keep], zero_points=zeros)
-
-    def packable(self, weight: Tensor, path: str) -> Packable:
-        """Codes of weights that are on the grid.
-
-        Args:
-            weight: ``(out, in)``.
-            path: of the module, for the error.
-
-        Returns:
-            The codes, and what happens to the input.
-
-        Raises:
-            LmcompressError: some are not on the grid.
-        """
-        values = weight.detach().float()
-        steps = values / torch.where(self.scales > 0, self.scales, torch.inf)
-        levels = self.grid.nearest(steps if self.zero_points is None else steps.round() + self.zero_points.float())
-        again = dequantize(levels, self.scales, granularity=self.granularity, zero_points=self.zero_points)
-        if not torch.equal(again.to(weight.dtype), weight.detach()):
-            raise LmcompressError(
-                f"{path} must be what its codes stand for when it is packed, something has changed it since settle(); "
-                "finish pruning and quantization by CompressionTrainer.finish()"
-            )
-        quantized = Quantized(
-            again, self.scales, self.zero_points, self.grid, self.granularity, self.granularity.split(levels), values
-        )
-        return Packable(quantized, self.inputs, self.input_range)
-
-
-class _CarriedParts(Mapping[str, Packable]):
-    """What is packed after a cut, made one after another when it is asked for."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        found = {path: (module, companion_of(module)) for path, module in matrices(model).items()}
-        self._modules = {path: entry for path, entry in found.items() if entry[1] is not None}
-
-    def companion(self, path: str) -> _Carried:
-        """What came with a module.
-
-        Args:
-            path: of the module.
-
-        Returns:
-            The companion.
-        """
-        companion: _Carried = self._modules[path][1]
-        return companion
-
-    def __getitem__(self, path: str) -> Packable:
-        module, companion = self._modules[path]
-        packable: Packable = companion.packable(weight_view(module), path)
-        return packable
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-
-class _State(nn.Module):
-    """What a checkpoint needs to go on, beside the scales themselves."""
-
-    stage: Tensor
-    activations: Tensor
-    curved: Tensor
-
-    def __init__(self, scales: Mapping[str, nn.Parameter], curvatures: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name in ("stage", "activations", "curved"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.long))
-        self._names = {f"start/{name.replace('.', '/')}": name for name in scales}
-        self._paths = {f"curvature/{path.replace('.', '/')}": path for path in curvatures}
-        for key, name in self._names.items():
-            self.register_buffer(key, scales[name].detach().clone())
-        for key, path in self._paths.items():
-            self.register_buffer(key, torch.ones_like(curvatures[path], dtype=torch.float32))
-
-    def starts(self) -> dict[str, Tensor]:
-        """Of each scale what it was when it began, by its name."""
-        return {name: self.get_buffer(key) for key, name in self._names.items()}
-
-    def curvatures(self) -> dict[str, Tensor]:
-        """By path."""
-        return {path: self.get_buffer(key) for key, path in self._paths.items()}
-
-    @torch.no_grad()
-    def begin(self, scales: Mapping[str, Tensor]) -> None:
-        """Take some scales as they are for their start.
-
-        Args:
-            scales: by name.
-        """
-        starts = self.starts()
-        for name, scale in scales.items():
-            starts[name].copy_(scale)
-
-
-def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: bool = False) -> None:
-    """Refuse what cannot be trained, before anything is.
-
-    Args:
-        planned: what gets what.
-        config: with the schedule of bits.
-        cut_later: whether something else cuts the model in the same run.
-
-    Raises:
-        LmcompressError: bits of the schedule that a quantizer has not, or that end above those of a matrix; and where
-            the model is cut, groups, or a grid without a zero.
-    """
-    schedule = config.bits_schedule
-    for one in planned.matrices:
-        own, name = one.weights.bits, one.weights.quantizer
-        if schedule and width(schedule[-1][1]) > width(own):
-            raise LmcompressError(
-                f"bits_schedule must end with the bits of all matrices or fewer, got {schedule[-1][1]} at its end and "
-                f"{own} for {one.path}"
-            )
-        for _, bits in schedule:
-            if width(bits) > width(own):
-                try:
-                    quantizer_for(name, bits)
-                except LmcompressError as error:
-                    raise LmcompressError(f"bits_schedule does not fit {one.path}: {error}") from error
-        if cut_later and isinstance(one.weights.grouping(), PerGroup):
-            raise LmcompressError(
-                f"the granularity of {one.path} must be tensor or row in a run that prunes too, got groups of "
-                f"{one.weights.granularity}: what is left of a group is no group. Prune in a stage before"
-            )
-        if cut_later and _has_no_zero(one.weights):
-            raise LmcompressError(
-                f"the grid of {one.path} must have a zero in a run that prunes too, {name} at {own} bits has none: "
-                "what is masked would not be silent. Prune in a stage before"
-            )
-
-
-def _has_no_zero(scheme: WeightScheme) -> bool:
-    grid = scheme.model_copy(update={"granularity": "tensor"})
-    found = rounding_of(grid)(torch.tensor([[1.0, -1.0]]))
-    return found.zero_points is None and float(found.grid.nearest(torch.zeros(()))) != 0
 
 
 def _modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -21,7 +21,8 @@ from lmcompress.numerics.quantizers import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
 from lmcompress.quantization.planning import EMBEDDINGS, Planned, plan, relative_path
-from lmcompress.quantization.post_training import POST_TRAINING, rounding_of, stored_bytes
+from lmcompress.quantization.ptq.quantize import POST_TRAINING
+from lmcompress.quantization.ptq.round_to_nearest import rounding_of, stored_bytes
 
 Evaluate = Callable[[PreTrainedModel], float]
 """From a model to one number that is less for a better one, such as a loss."""
@@ -199,7 +200,7 @@ def mixed_precision(
         budget_bytes: the budget as bytes of the quantized matrices, scales included. One of the two.
 
     Returns:
-        A config for :func:`~lmcompress.quantization.post_training.quantize`, or for training.
+        A config for :func:`~lmcompress.quantization.quantize`, or for training.
 
     Raises:
         LmcompressError: no budget or two, rows of other matrices, or as :func:`choose_bits`.

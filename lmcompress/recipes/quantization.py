@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from lmcompress.families import weight_view
 from lmcompress.numerics.packing import container_for, packed_bytes
+from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig
-from lmcompress.quantization.method import check_trainable
 from lmcompress.quantization.planning import Plan, plan, relative_path
-from lmcompress.quantization.post_training import Method, check_post_training, rounding_of
+from lmcompress.quantization.ptq import Method, check_post_training, rounding_of
 from lmcompress.recipes.schema import StageQuantization
 
 NO_VANILLA = "its weights are packed codes, which stock Transformers has no modules for"

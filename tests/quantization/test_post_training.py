@@ -14,7 +14,7 @@ from lmcompress.families import anatomy_of, weight_view
 from lmcompress.model import CompressedModel
 from lmcompress.numerics.inputs import quantize_input
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
-from lmcompress.quantization.post_training import POST_TRAINING, quantize, rounding_of
+from lmcompress.quantization.ptq import POST_TRAINING, quantize, rounding_of
 
 # min-max and not the least squared error, for the sake of time
 BY_ROW = WeightScheme(quantizer="minmax", granularity="row")
@@ -264,7 +264,7 @@ def test_what_fails_on_the_way_leaves_the_model_as_it_was(method, monkeypatch):
     model = make("gpt2", "language")
     before, answer = state(model), outputs(model)
     batches = batches_for(model)
-    monkeypatch.setattr("lmcompress.quantization.fake.pack_model", lambda *args: 1 / 0)
+    monkeypatch.setattr("lmcompress.quantization.fake.model.pack_model", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize(model, STATIC, batches, method=method)
     after = state(model)

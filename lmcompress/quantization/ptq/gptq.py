@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,7 @@ from lmcompress.activations.hessian import check_hessian, exact, inverse_factor,
 from lmcompress.numerics.grids import Granularity, PerGroup
 from lmcompress.numerics.packing import dequantize
 from lmcompress.numerics.quantizers import Quantized
-
-Rounding = Callable[[Tensor], Quantized]
-"""``weight (out, in) -> Quantized``: a quantizer whose bits, granularity and state are settled."""
+from lmcompress.quantization.ptq.round_to_nearest import Rounding
 
 
 def gptq(

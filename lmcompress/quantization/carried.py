@@ -1,0 +1,118 @@
+"""Codes and scales that go with the rows of a matrix while the model is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.encoding import Packable, matrices
+from lmcompress.errors import LmcompressError
+from lmcompress.families import weight_view
+from lmcompress.families.narrow import companion_of
+from lmcompress.nn.packed import InputRange
+from lmcompress.nn.quantized_attention import Role
+from lmcompress.numerics.grids import Granularity, Grid, PerRow
+from lmcompress.numerics.packing import dequantize
+from lmcompress.numerics.quantizers import Quantized
+from lmcompress.quantization.planning import Planned
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenCodes:
+    """What is known of the model before it is cut."""
+
+    reference: list[Tensor]
+    bytes_before: int
+    attention: dict[nn.Module, dict[Role, tuple[ActivationEncoding, InputRange | None]]]
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedCodes:
+    """What makes codes of plain weights again, wherever a cut has taken them."""
+
+    planned: Planned
+    scales: Tensor
+    zero_points: Tensor | None
+    grid: Grid
+    granularity: Granularity
+    inputs: ActivationEncoding | None
+    input_range: InputRange | None
+    error: float
+
+    def rows(self, keep: Tensor) -> CarriedCodes:
+        """What belongs to some of the rows.
+
+        Args:
+            keep: their numbers.
+
+        Returns:
+            A new one.
+        """
+        if not isinstance(self.granularity, PerRow):
+            return self
+        keep = keep.to(self.scales.device)
+        zeros = None if self.zero_points is None else self.zero_points[keep]
+        return replace(self, scales=self.scales[keep], zero_points=zeros)
+
+    def packable(self, weight: Tensor, path: str) -> Packable:
+        """Codes of weights that are on the grid.
+
+        Args:
+            weight: ``(out, in)``.
+            path: of the module, for the error.
+
+        Returns:
+            The codes, and what happens to the input.
+
+        Raises:
+            LmcompressError: some are not on the grid.
+        """
+        values = weight.detach().float()
+        steps = values / torch.where(self.scales > 0, self.scales, torch.inf)
+        levels = self.grid.nearest(steps if self.zero_points is None else steps.round() + self.zero_points.float())
+        again = dequantize(levels, self.scales, granularity=self.granularity, zero_points=self.zero_points)
+        if not torch.equal(again.to(weight.dtype), weight.detach()):
+            raise LmcompressError(
+                f"{path} must be what its codes stand for when it is packed, something has changed it since settle(); "
+                "finish pruning and quantization by CompressionTrainer.finish()"
+            )
+        quantized = Quantized(
+            again, self.scales, self.zero_points, self.grid, self.granularity, self.granularity.split(levels), values
+        )
+        return Packable(quantized, self.inputs, self.input_range)
+
+
+class CarriedParts(Mapping[str, Packable]):
+    """What is packed after a cut, made one after another when it is asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = {path: (module, companion_of(module)) for path, module in matrices(model).items()}
+        self._modules = {path: entry for path, entry in found.items() if entry[1] is not None}
+
+    def companion(self, path: str) -> CarriedCodes:
+        """What came with a module.
+
+        Args:
+            path: of the module.
+
+        Returns:
+            The companion.
+        """
+        companion: CarriedCodes = self._modules[path][1]
+        return companion
+
+    def __getitem__(self, path: str) -> Packable:
+        module, companion = self._modules[path]
+        packable: Packable = companion.packable(weight_view(module), path)
+        return packable
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)

@@ -1,0 +1,56 @@
+"""What cannot be trained, refused before anything is."""
+
+from __future__ import annotations
+
+import torch
+
+from lmcompress.errors import LmcompressError
+from lmcompress.numerics.grids import PerGroup
+from lmcompress.numerics.quantizers import quantizer_for
+from lmcompress.quantization.config import QuantizationConfig, WeightScheme, width
+from lmcompress.quantization.planning import Plan
+from lmcompress.quantization.ptq.round_to_nearest import rounding_of
+
+
+def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: bool = False) -> None:
+    """Refuse what cannot be trained, before anything is.
+
+    Args:
+        planned: what gets what.
+        config: with the schedule of bits.
+        cut_later: whether something else cuts the model in the same run.
+
+    Raises:
+        LmcompressError: bits of the schedule that a quantizer has not, or that end above those of a matrix; and where
+            the model is cut, groups, or a grid without a zero.
+    """
+    schedule = config.bits_schedule
+    for one in planned.matrices:
+        own, name = one.weights.bits, one.weights.quantizer
+        if schedule and width(schedule[-1][1]) > width(own):
+            raise LmcompressError(
+                f"bits_schedule must end with the bits of all matrices or fewer, got {schedule[-1][1]} at its end and "
+                f"{own} for {one.path}"
+            )
+        for _, bits in schedule:
+            if width(bits) > width(own):
+                try:
+                    quantizer_for(name, bits)
+                except LmcompressError as error:
+                    raise LmcompressError(f"bits_schedule does not fit {one.path}: {error}") from error
+        if cut_later and isinstance(one.weights.grouping(), PerGroup):
+            raise LmcompressError(
+                f"the granularity of {one.path} must be tensor or row in a run that prunes too, got groups of "
+                f"{one.weights.granularity}: what is left of a group is no group. Prune in a stage before"
+            )
+        if cut_later and _has_no_zero(one.weights):
+            raise LmcompressError(
+                f"the grid of {one.path} must have a zero in a run that prunes too, {name} at {own} bits has none: "
+                "what is masked would not be silent. Prune in a stage before"
+            )
+
+
+def _has_no_zero(scheme: WeightScheme) -> bool:
+    grid = scheme.model_copy(update={"granularity": "tensor"})
+    found = rounding_of(grid)(torch.tensor([[1.0, -1.0]]))
+    return found.zero_points is None and float(found.grid.nearest(torch.zeros(()))) != 0

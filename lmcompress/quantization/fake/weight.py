@@ -1,0 +1,259 @@
+"""Fake-quantized weights: what quantizes one matrix, and the class of a module whose weight is read through it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmcompress.errors import LmcompressError
+from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.quantizers import Quantized, check_finite, quantizer_for
+from lmcompress.quantization.planning import Planned
+
+FAKE = "_fake_weight"
+
+
+_BY_ROWS = ("dynamic_scaling", "pact", "lsq", "elastic", "twn", "tbt", "binary", "minmax", "percentile", "mse")
+"""Quantizers by which a row comes out the same whatever rows are beside it; laq stops turning for all at once."""
+
+
+class FakeWeight(nn.Module):
+    """What quantizes one matrix, wherever the model has it.
+
+    Attributes:
+        path: of its module.
+        scheme: how, with the bits that are set now.
+        state: what its quantizer learned or chose, or ``None``; a parameter where it is learned.
+        enabled: whether readers get quantized values; else the parameter itself.
+
+    Args:
+        planned: what the plan says.
+        weight: the parameter.
+        transposed: whether it is stored as ``(in, out)``.
+
+    Raises:
+        LmcompressError: weights that are NaN or infinite.
+    """
+
+    state: Tensor | None
+
+    def __init__(self, planned: Planned, weight: Tensor, *, transposed: bool) -> None:
+        super().__init__()
+        self.path, self.scheme, self.enabled = planned.path, planned.weights, True
+        self._part, self._transposed, self._shared = planned.part, transposed, bool(planned.tied)
+        self._curvature: Tensor | None = None
+        self._settled: Quantized | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        check_finite(weight, f"weights of {self.path}")
+        state = self._initial(weight)
+        if state is not None and self.scheme.function().learned:
+            self.state = nn.Parameter(state)
+        else:
+            self.register_buffer("state", state)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob names this matrix, by its path or its part.
+
+        Args:
+            pattern: as in a :class:`~lmcompress.quantization.config.Rule`.
+
+        Returns:
+            Whether it does.
+        """
+        return any(fnmatchcase(name, pattern) for name in (self.path, self._part) if name)
+
+    def quantize(self, stored: Tensor) -> Quantized:
+        """Values and codes of the matrix as ``(out, in)``.
+
+        Args:
+            stored: the parameter, as it is stored.
+
+        Returns:
+            What the quantizer gives, with gradient.
+        """
+        if self._settled is not None:
+            return self._settled
+        self._follow(stored)
+        options = {} if self._curvature is None else {"curvature": self._curvature.to(stored.device)}
+        return self.scheme.function().function(
+            self._view(stored), self.state, bits=self.scheme.bits, granularity=self.scheme.grouping(), **options
+        )
+
+    def values(self, stored: Tensor) -> Tensor:
+        """What who reads the weight gets: quantized once for each forward pass, and without gradient once for all.
+
+        Without gradient the values are kept until a weight or scale changes, or until the next pass with gradient, so
+        that ``generate`` does not quantize for every token; meanwhile the model takes its size once more.
+
+        Args:
+            stored: the parameter.
+
+        Returns:
+            Its shape and dtype.
+        """
+        if not self.enabled:
+            return stored
+        keep = not torch.compiler.is_compiling() and (self._shared or not torch.is_grad_enabled())
+        key = self._key(stored) if keep else ()
+        if keep and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        values = self._view(self.quantize(stored).values).to(stored.dtype)
+        if keep:
+            self._kept = key, values
+        return values
+
+    def rows(self, stored: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor | None:
+        """The vectors of words, where it is enough to quantize these alone.
+
+        Args:
+            stored: the table ``(words, width)``.
+            ids: any shape.
+            padding_idx: of the embedding: a row without gradient.
+
+        Returns:
+            ``(*ids.shape, width)``, or ``None`` where the whole table is wanted, or at hand.
+        """
+        alone = self.scheme.granularity != "tensor" and self.scheme.quantizer in _BY_ROWS
+        if not (
+            alone and self._settled is None and self.enabled and not self._shared and torch.is_grad_enabled()
+        ) or ids.numel() >= len(stored):
+            return None
+        self._follow(stored)
+        wanted = ids.reshape(-1)
+        state = None if self.state is None else F.embedding(wanted, self.state)
+        quantized = self.scheme.function().function(
+            F.embedding(wanted, stored, padding_idx),
+            state,
+            bits=self.scheme.bits,
+            granularity=self.scheme.grouping(),
+        )
+        return quantized.values.to(stored.dtype).reshape(*ids.shape, -1)
+
+    def set_bits(self, bits: Bits, stored: Tensor) -> None:
+        """Go on with other bits; what belongs to bits begins anew, from the weights as they are.
+
+        Args:
+            bits: that the quantizer has.
+            stored: the parameter.
+
+        Raises:
+            LmcompressError: the quantizer has no such bits.
+        """
+        quantizer_for(self.scheme.quantizer, bits)
+        if bits == self.scheme.bits:
+            return
+        self.scheme = self.scheme.model_copy(update={"bits": bits})
+        state = self._initial(stored)
+        if state is not None and self.state is not None:
+            with torch.no_grad():
+                self.state.copy_(state)
+        self.forget()
+
+    def set_curvature(self, curvature: Tensor | None, stored: Tensor) -> None:
+        """Weigh the squared errors that ``laq`` makes small.
+
+        Args:
+            curvature: of the parameter's shape as it is stored, >= 0; ``None`` weighs all alike.
+            stored: the parameter.
+
+        Raises:
+            LmcompressError: another quantizer, or another shape.
+        """
+        if self.scheme.quantizer != "laq":
+            raise LmcompressError(
+                f"a curvature must go to matrices of the quantizer 'laq', got one for {self.path}, which has "
+                f"{self.scheme.quantizer!r}"
+            )
+        if curvature is not None and curvature.shape != stored.shape:
+            raise LmcompressError(
+                f"the curvature of {self.path} must have the shape of the parameter, {tuple(stored.shape)}, got "
+                f"{tuple(curvature.shape)}"
+            )
+        self._curvature = None if curvature is None else self._view(curvature.detach())
+        self.forget()
+
+    def settle(self, quantized: Quantized | None) -> None:
+        """Stand for codes that were found otherwise, such as without training.
+
+        Args:
+            quantized: of the matrix as ``(out, in)``; ``None``: quantize again.
+        """
+        self._settled = quantized
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the values that were kept."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # values with a graph cannot be copied
+        return {**self.__dict__, "_kept": None}
+
+    def _view(self, stored: Tensor) -> Tensor:
+        return stored.t() if self._transposed else stored
+
+    def _initial(self, stored: Tensor) -> Tensor | None:
+        initial = self.scheme.function().initial
+        if initial is None:
+            return None
+        options = {"percentile": self.scheme.percentile} if self.scheme.quantizer.endswith("percentile") else {}
+        weight = self._view(stored.detach())
+        return initial(weight, bits=self.scheme.bits, granularity=self.scheme.grouping(), **options)
+
+    def _follow(self, stored: Tensor) -> None:
+        if self.state is not None and self.state.device != stored.device:
+            self.to(stored.device)
+
+    def _key(self, stored: Tensor) -> tuple[Any, ...]:
+        state = (0, 0) if self.state is None else (self.state._version, self.state.data_ptr())
+        return stored._version, stored.data_ptr(), *state, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+class Faked:
+    """Mixed into the class of a module whose weight is quantized when it is read."""
+
+    @property
+    def weight(self) -> Tensor:
+        module = cast(nn.Module, self)
+        stored = module._parameters["weight"]
+        assert stored is not None
+        try:
+            return cast(FakeWeight, module.__dict__[FAKE]).values(stored)
+        except AttributeError as error:
+            # nn.Module takes an AttributeError for "no property" and would give the parameter itself
+            raise RuntimeError(f"the weight could not be quantized: {error}") from error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time: copies and pickles name the class that it was made of
+        return _rebuilt, (stock_class(type(self)),), self.__dict__.copy()
+
+
+class FakedEmbedding(Faked):
+    """The same for embeddings, which need few of their rows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embedding = cast(nn.Embedding, self)
+        plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+        stored, fake = embedding._parameters["weight"], embedding.__dict__[FAKE]
+        rows = fake.rows(stored, ids, embedding.padding_idx) if plain else None
+        return cast(Tensor, super().forward(ids) if rows is None else rows)  # type: ignore[misc]
+
+
+@cache
+def faked_class(stock: type) -> type:
+    mixin = FakedEmbedding if issubclass(stock, nn.Embedding) else Faked
+    return type(f"FakeQuantized{stock.__name__}", (mixin, stock), {"__module__": stock.__module__})
+
+
+def stock_class(faked: type) -> type:
+    return next(cls for cls in faked.__mro__ if not issubclass(cls, Faked))
+
+
+def _rebuilt(stock: type) -> Any:
+    made = cast(Any, faked_class)(stock)
+    return made.__new__(made)

@@ -116,7 +116,9 @@ def test_the_error_of_the_hidden_states_is_that_of_the_whole_model(family):
     def last(m):
         return recorded_outputs(m, batches, anatomy_of(m).blocks[-1].module)
 
-    assert report.hidden_error == pytest.approx(relative(last(model), last(dense)), rel=1e-3)
+    # the walk sums in another order than the whole model: on some processors an input on the edge of a code falls on
+    # its other side
+    assert report.hidden_error == pytest.approx(relative(last(model), last(dense)), rel=1e-2)
     assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 

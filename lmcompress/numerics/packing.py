@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.numerics.grids import Granularity, Grid
+from lmcompress.numerics.quantizers.base import Quantized
 
 Container = Literal[1, 2, 3, 4, 8, "base3"]
 """How codes lie in bytes: bits for each, or five ternary digits a byte."""
@@ -75,6 +76,17 @@ def packed_shape(shape: Sequence[int], container: Container) -> tuple[int, ...]:
         return (*leading, -(-row // 5))
     _levels(container)
     return (*leading, -(-row * container // 8))
+
+
+def stored_bytes(quantized: Quantized) -> int:
+    """Bytes of codes, scales and zero points once they are packed.
+
+    Args:
+        quantized: any.
+    """
+    zero_points = 0 if quantized.zero_points is None else quantized.zero_points.numel()
+    codes = packed_bytes(tuple(quantized.values.shape), container_for(quantized.grid))
+    return codes + 4 * quantized.scales.numel() + zero_points
 
 
 def packed_bytes(shape: Sequence[int], container: Container) -> int:

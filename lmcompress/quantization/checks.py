@@ -9,7 +9,6 @@ from lmcompress.numerics.grids import PerGroup
 from lmcompress.numerics.quantizers import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme, width
 from lmcompress.quantization.planning import Plan
-from lmcompress.quantization.ptq.round_to_nearest import rounding_of
 
 
 def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: bool = False) -> None:
@@ -26,7 +25,7 @@ def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: boo
     """
     schedule = config.bits_schedule
     for one in planned.matrices:
-        own, name = one.weights.bits, one.weights.quantizer
+        own = one.weights.bits
         if schedule and width(schedule[-1][1]) > width(own):
             raise LmcompressError(
                 f"bits_schedule must end with the bits of all matrices or fewer, got {schedule[-1][1]} at its end and "
@@ -35,7 +34,7 @@ def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: boo
         for _, bits in schedule:
             if width(bits) > width(own):
                 try:
-                    quantizer_for(name, bits)
+                    quantizer_for(one.weights.quantizer, bits)
                 except LmcompressError as error:
                     raise LmcompressError(f"bits_schedule does not fit {one.path}: {error}") from error
         if cut_later and isinstance(one.weights.grouping(), PerGroup):
@@ -45,12 +44,12 @@ def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: boo
             )
         if cut_later and _has_no_zero(one.weights):
             raise LmcompressError(
-                f"the grid of {one.path} must have a zero in a run that prunes too, {name} at {own} bits has none: "
-                "what is masked would not be silent. Prune in a stage before"
+                f"the grid of {one.path} must have a zero in a run that prunes too, {one.weights.name} at {own} bits "
+                "has none: what is masked would not be silent. Prune in a stage before"
             )
 
 
 def _has_no_zero(scheme: WeightScheme) -> bool:
     grid = scheme.model_copy(update={"granularity": "tensor"})
-    found = rounding_of(grid)(torch.tensor([[1.0, -1.0]]))
+    found = grid.rounded(torch.tensor([[1.0, -1.0]]))
     return found.zero_points is None and float(found.grid.nearest(torch.zeros(()))) != 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
+from torch import Tensor
 
 from lmcompress.checkpoint.config import ActivationEncoding
 from lmcompress.numerics.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
-from lmcompress.numerics.quantizers import WeightQuantizer, check_percentile, quantizer_for
+from lmcompress.numerics.quantizers import Quantized, WeightQuantizer, check_percentile, quantizer_for, quantizer_name
 
 Default = Literal["default"]
 
@@ -36,7 +38,11 @@ class _Part(BaseModel):
 class WeightScheme(_Part):
     """How weights are quantized."""
 
-    quantizer: Annotated[str, Field(description="A key of lmcompress.numerics.QUANTIZERS.")] = "dynamic_scaling"
+    quantizer: Annotated[
+        str | SkipJsonSchema[InstanceOf[WeightQuantizer]],
+        PlainSerializer(quantizer_name, when_used="json"),
+        Field(description="A key of lmcompress.numerics.QUANTIZERS, or module:attribute of a WeightQuantizer."),
+    ] = "dynamic_scaling"
     bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8
     granularity: Annotated[
         Literal["tensor", "row"] | Annotated[int, Field(ge=1, strict=True)],
@@ -60,9 +66,51 @@ class WeightScheme(_Part):
         quantizer_for(self.quantizer, self.bits)
         return self
 
+    @property
+    def name(self) -> str:
+        """What messages and reports call the quantizer."""
+        return quantizer_name(self.quantizer)
+
     def function(self) -> WeightQuantizer:
         """The quantizer and what it needs."""
         return quantizer_for(self.quantizer, self.bits)
+
+    def initial_state(self, weight: Tensor) -> Tensor | None:
+        """The quantizer's first state for a weight, or None if it has none.
+
+        Args:
+            weight: ``(out, in)``, floating.
+
+        Raises:
+            LmcompressError: If weights are NaN or infinite, or the group size does not divide the rows.
+        """
+        quantizer = self.function()
+        if quantizer.initial is None:
+            return None
+        options = {"percentile": self.percentile} if quantizer.takes_percentile else {}
+        return quantizer.initial(weight.detach(), bits=self.bits, granularity=self.grouping(), **options)
+
+    def quantize(self, weight: Tensor, state: Tensor | None, **options: Tensor) -> Quantized:
+        """Values and codes of a weight.
+
+        Args:
+            weight: ``(out, in)``, floating.
+            state: of the quantizer, or None if it has none.
+            **options: further arguments of the quantizer, such as a curvature.
+        """
+        return self.function().function(weight, state, bits=self.bits, granularity=self.grouping(), **options)
+
+    def rounded(self, weight: Tensor) -> Quantized:
+        """A weight rounded to nearest, with the quantizer's first state and no gradient.
+
+        Args:
+            weight: ``(out, in)``, floating.
+
+        Raises:
+            LmcompressError: If weights are NaN or infinite, or the group size does not divide the rows.
+        """
+        weight = weight.detach()
+        return self.quantize(weight, self.initial_state(weight))
 
     def grouping(self) -> Granularity:
         """The granularity as lmcompress.numerics has it."""

@@ -22,13 +22,13 @@ from lmcompress.model import outputs_of, random_batches
 from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import ROLES, Role, attention_quantizers, quantize_attention
 from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import Quantized
 from lmcompress.quantization.carried import CarriedCodes, CarriedParts, FrozenCodes
 from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig, width
 from lmcompress.quantization.fake import FakeQuantized
 from lmcompress.quantization.planning import Planned, plan, relative_path
-from lmcompress.quantization.ptq.round_to_nearest import stored_bytes
 from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
 from lmcompress.quantization.state import ScheduleState
 
@@ -113,7 +113,7 @@ class Quantization(SteppedMethod):
         check_trainable(self.plan, self.config, cut_later=cut_later)
         self.faked = FakeQuantized(student, self.plan)
         self._matrices = {planned.path: planned for planned in self.plan.matrices}
-        self._curved = [path for path, one in self._matrices.items() if one.weights.quantizer == "laq"]
+        self._curved = [path for path, one in self._matrices.items() if one.weights.function().takes_curvature]
         self._curved = self._curved if self.config.curvature_every else []
         self._set_bits(0)
         curvatures = {path: self.faked.parameter(path) for path in self._curved}
@@ -454,7 +454,7 @@ def _row(planned: Planned, quantized: Quantized, error: float) -> QuantizedMatri
     return QuantizedMatrix(
         path=planned.path,
         part=planned.part,
-        quantizer=scheme.quantizer,
+        quantizer=scheme.name,
         bits=scheme.bits,
         granularity=scheme.granularity,
         method="trained",

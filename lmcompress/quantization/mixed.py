@@ -17,12 +17,12 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.families import weight_view
 from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
 from lmcompress.quantization.planning import EMBEDDINGS, Planned, plan, relative_path
 from lmcompress.quantization.ptq.quantize import POST_TRAINING
-from lmcompress.quantization.ptq.round_to_nearest import rounding_of, stored_bytes
 
 Evaluate = Callable[[PreTrainedModel], float]
 """From a model to one number that is less for a better one, such as a loss."""
@@ -109,7 +109,7 @@ def bits_sensitivity(
             own = fake.weights[matrix.path]
             weight = weight_view(modules[matrix.path])
             for width in bits:
-                quantized = rounding_of(matrix.weights.model_copy(update={"bits": width}))(weight)
+                quantized = matrix.weights.model_copy(update={"bits": width}).rounded(weight)
                 own.settle(quantized)
                 own.enabled = True
                 harm = _divergence(model, own, data) if evaluate is None else float(evaluate(model)) - start

@@ -61,7 +61,7 @@ class Plan:
         kinds: dict[str, list[str]] = {}
         for planned in self.matrices:
             scheme, inputs = planned.weights, planned.inputs
-            what = f"{scheme.quantizer} {scheme.bits} by {scheme.granularity}"
+            what = f"{scheme.name} {scheme.bits} by {scheme.granularity}"
             if inputs is not None:
                 what += f", inputs {inputs.bits} bits {inputs.range} {'' if inputs.symmetric else 'a'}symmetric"
             kinds.setdefault(what, []).append(planned.path)

@@ -14,7 +14,7 @@ from lmcompress.numerics.packing import container_for, packed_bytes
 from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig
 from lmcompress.quantization.planning import Plan, plan, relative_path
-from lmcompress.quantization.ptq import Method, check_post_training, rounding_of
+from lmcompress.quantization.ptq import Method, check_post_training
 from lmcompress.recipes.schema import StageQuantization
 
 NO_VANILLA = "its weights are packed codes, which stock Transformers has no modules for"
@@ -87,7 +87,7 @@ def _bytes(model: PreTrainedModel, planned: Plan) -> int:
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     for one in planned.matrices:
         shape = tuple(weight_view(modules[one.path]).shape)
-        found = rounding_of(one.weights.model_copy(update={"granularity": "tensor"}))(torch.tensor([[1.0, -1.0]]))
+        found = one.weights.model_copy(update={"granularity": "tensor"}).rounded(torch.tensor([[1.0, -1.0]]))
         scales = torch.Size(one.weights.grouping().scale_shape(shape)).numel()
         per_scale = 4 if found.zero_points is None else 5
         total += packed_bytes(shape, container_for(found.grid)) + per_scale * scales - 4 * shape[0] * shape[1]

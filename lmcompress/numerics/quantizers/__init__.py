@@ -53,7 +53,7 @@ from lmcompress.numerics.quantizers.learned import (
     lsq,
     pact,
 )
-from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for
+from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for, quantizer_name
 from lmcompress.numerics.quantizers.uniform import (
     affine,
     asymmetric,
@@ -93,6 +93,7 @@ __all__ = [
     "percentile_clip",
     "percentile_limits",
     "quantizer_for",
+    "quantizer_name",
     "search_shares",
     "symmetric",
     "tbt",

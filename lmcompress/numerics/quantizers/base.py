@@ -64,19 +64,35 @@ InitialState = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """A quantizer and what it needs.
+    """A weight quantizer and what it needs: one of the built-in ones, or your own.
+
+    Checkpoints hold codes, scales and the grid, never the quantizer: a packed model loads, and computes the same, where
+    the code of a custom quantizer does not exist.
 
     Attributes:
         function: ``(weight, state, *, bits, granularity) -> Quantized``.
-        initial: makes the first state from a weight; ``None`` where there is no state.
-        learned: whether the state is a parameter; else it stays as it was made.
-        bits: the widths it has.
+        initial: ``(weight, *, bits, granularity) -> state``; ``None`` if there is no state.
+        learned: whether the state is a parameter that training changes; else it stays as it was made.
+        bits: the bit-widths it supports.
+        by_rows: whether a row is quantized to the same values whatever rows are beside it, with scales by row or group;
+            an embedding then quantizes only the rows that a batch looks up.
+        takes_percentile: whether ``initial`` takes ``percentile``, of a :class:`~lmcompress.quantization.WeightScheme`.
+        takes_curvature: whether ``function`` takes ``curvature``, by which squared errors are weighted.
+
+    Example:
+        >>> from lmcompress.numerics.quantizers import initial_clip, symmetric
+        >>> half = WeightQuantizer(symmetric, lambda w, **how: initial_clip(w, **how) / 2, bits=(4, 8))
+        >>> half.initial(torch.tensor([[1.0, -3.0]]), bits=4)
+        tensor([[1.5000]])
     """
 
     function: Quantizer
-    initial: InitialState | None
-    learned: bool
-    bits: tuple[Bits, ...]
+    initial: InitialState | None = None
+    learned: bool = False
+    bits: tuple[Bits, ...] = WITH_ZERO
+    by_rows: bool = False
+    takes_percentile: bool = False
+    takes_curvature: bool = False
 
 
 def check_finite(x: Tensor, name: str = "weights") -> None:

@@ -18,10 +18,6 @@ from lmcompress.quantization.planning import Planned
 FAKE = "_fake_weight"
 
 
-_BY_ROWS = ("dynamic_scaling", "pact", "lsq", "elastic", "twn", "tbt", "binary", "minmax", "percentile", "mse")
-"""Quantizers by which a row comes out the same whatever rows are beside it; laq stops turning for all at once."""
-
-
 class FakeWeight(nn.Module):
     """What quantizes one matrix, wherever the model has it.
 
@@ -50,7 +46,7 @@ class FakeWeight(nn.Module):
         self._settled: Quantized | None = None
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
         check_finite(weight, f"weights of {self.path}")
-        state = self._initial(weight)
+        state = self.scheme.initial_state(self._view(weight))
         if state is not None and self.scheme.function().learned:
             self.state = nn.Parameter(state)
         else:
@@ -80,9 +76,7 @@ class FakeWeight(nn.Module):
             return self._settled
         self._follow(stored)
         options = {} if self._curvature is None else {"curvature": self._curvature.to(stored.device)}
-        return self.scheme.function().function(
-            self._view(stored), self.state, bits=self.scheme.bits, granularity=self.scheme.grouping(), **options
-        )
+        return self.scheme.quantize(self._view(stored), self.state, **options)
 
     def values(self, stored: Tensor) -> Tensor:
         """What who reads the weight gets: quantized once for each forward pass, and without gradient once for all.
@@ -118,7 +112,7 @@ class FakeWeight(nn.Module):
         Returns:
             ``(*ids.shape, width)``, or ``None`` where the whole table is wanted, or at hand.
         """
-        alone = self.scheme.granularity != "tensor" and self.scheme.quantizer in _BY_ROWS
+        alone = self.scheme.granularity != "tensor" and self.scheme.function().by_rows
         if not (
             alone and self._settled is None and self.enabled and not self._shared and torch.is_grad_enabled()
         ) or ids.numel() >= len(stored):
@@ -126,12 +120,7 @@ class FakeWeight(nn.Module):
         self._follow(stored)
         wanted = ids.reshape(-1)
         state = None if self.state is None else F.embedding(wanted, self.state)
-        quantized = self.scheme.function().function(
-            F.embedding(wanted, stored, padding_idx),
-            state,
-            bits=self.scheme.bits,
-            granularity=self.scheme.grouping(),
-        )
+        quantized = self.scheme.quantize(F.embedding(wanted, stored, padding_idx), state)
         return quantized.values.to(stored.dtype).reshape(*ids.shape, -1)
 
     def set_bits(self, bits: Bits, stored: Tensor) -> None:
@@ -148,7 +137,7 @@ class FakeWeight(nn.Module):
         if bits == self.scheme.bits:
             return
         self.scheme = self.scheme.model_copy(update={"bits": bits})
-        state = self._initial(stored)
+        state = self.scheme.initial_state(self._view(stored))
         if state is not None and self.state is not None:
             with torch.no_grad():
                 self.state.copy_(state)
@@ -164,10 +153,10 @@ class FakeWeight(nn.Module):
         Raises:
             LmcompressError: another quantizer, or another shape.
         """
-        if self.scheme.quantizer != "laq":
+        if not self.scheme.function().takes_curvature:
             raise LmcompressError(
-                f"a curvature must go to matrices of the quantizer 'laq', got one for {self.path}, which has "
-                f"{self.scheme.quantizer!r}"
+                f"a curvature must go to matrices of a quantizer that takes one, such as 'laq', got one for "
+                f"{self.path}, which has {self.scheme.name!r}"
             )
         if curvature is not None and curvature.shape != stored.shape:
             raise LmcompressError(
@@ -196,14 +185,6 @@ class FakeWeight(nn.Module):
 
     def _view(self, stored: Tensor) -> Tensor:
         return stored.t() if self._transposed else stored
-
-    def _initial(self, stored: Tensor) -> Tensor | None:
-        initial = self.scheme.function().initial
-        if initial is None:
-            return None
-        options = {"percentile": self.scheme.percentile} if self.scheme.quantizer.endswith("percentile") else {}
-        weight = self._view(stored.detach())
-        return initial(weight, bits=self.scheme.bits, granularity=self.scheme.grouping(), **options)
 
     def _follow(self, stored: Tensor) -> None:
         if self.state is not None and self.state.device != stored.device:

@@ -2,6 +2,5 @@
 
 from lmcompress.quantization.ptq.checks import Method, check_post_training
 from lmcompress.quantization.ptq.quantize import POST_TRAINING, quantize
-from lmcompress.quantization.ptq.round_to_nearest import rounding_of, stored_bytes
 
-__all__ = ["POST_TRAINING", "Method", "check_post_training", "quantize", "rounding_of", "stored_bytes"]
+__all__ = ["POST_TRAINING", "Method", "check_post_training", "quantize"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, is_conv1d, out_features
-from lmcompress.quantization.ptq.round_to_nearest import Rounding
+from lmcompress.quantization.ptq.gptq import Rounding
 
 _LEAST_SHARE = 1e-4
 

@@ -11,15 +11,13 @@ from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.nn.packed import Packed
+from lmcompress.numerics.quantizers import QUANTIZERS
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.planning import EMBEDDINGS, Plan
 from lmcompress.quantization.ptq.awq import scalings
 
 Method = Literal["rtn", "gptq", "awq"]
 """Round to nearest; GPTQ's error compensation; AWQ's scaling of inputs, then rounding."""
-
-
-_WITHOUT_TRAINING = "mse, minmax, percentile, asymmetric_mse, asymmetric_minmax, laq, twn, tbt or binary"
 
 
 def check_post_training(model: PreTrainedModel, planned: Plan, method: Method) -> None:
@@ -51,11 +49,12 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _refuse_learned(planned: Plan) -> None:
+    fit = " or ".join(name for name, quantizer in QUANTIZERS.items() if not quantizer.learned)
     for matrix in planned.matrices:
         if matrix.weights.function().learned:
             raise LmcompressError(
-                f"the quantizer of {matrix.path} must not be one that learns, got {matrix.weights.quantizer!r}, whose "
-                f"scale is only good once it is trained: use {_WITHOUT_TRAINING}, or train with QuantizationTrainer"
+                f"the quantizer of {matrix.path} must not be one that learns, got {matrix.weights.name!r}, whose "
+                f"scale is only good once it is trained: use {fit}, or train with QuantizationTrainer"
             )
     schemes: list[tuple[str, ActivationScheme | None]] = [(m.path, m.inputs) for m in planned.matrices]
     for name, scheme in [*schemes, ("attention", planned.attention)]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from lmcompress.activations.hessian import check_hessian, exact, inverse_factor,
 from lmcompress.numerics.grids import Granularity, PerGroup
 from lmcompress.numerics.packing import dequantize
 from lmcompress.numerics.quantizers import Quantized
-from lmcompress.quantization.ptq.round_to_nearest import Rounding
+
+Rounding = Callable[[Tensor], Quantized]
+"""``weight (out, in) -> Quantized``: a quantizer with its bits, granularity and state fixed."""
 
 
 def gptq(

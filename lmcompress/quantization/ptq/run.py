@@ -15,13 +15,13 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation._running import with_progress
 from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.nn.quantized_attention import ROLES
+from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import Quantized
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized
 from lmcompress.quantization.planning import EMBEDDINGS, Planned, relative_path
 from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.ptq.checks import Method
 from lmcompress.quantization.ptq.gptq import gptq
-from lmcompress.quantization.ptq.round_to_nearest import rounding_of, stored_bytes
 from lmcompress.quantization.report import QuantizedMatrix
 
 _STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("ffn_out",))
@@ -174,7 +174,7 @@ class _Run:
                 [weight_view(self._modules[planned.path]) for planned in chosen],
                 (own.sizes / own.count).float(),
                 own.hessian,
-                [rounding_of(planned.weights) for planned in chosen],
+                [planned.weights.rounded for planned in chosen],
             )
             if bool((scales == 1).all()):
                 self._notes |= {planned.path: "no scale is better than none" for planned in chosen}
@@ -202,12 +202,12 @@ class _Run:
                 quantized = gptq(
                     weight,
                     moments.hessian.to(weight.device),
-                    rounding_of(planned.weights),
+                    planned.weights.rounded,
                     damping=self._damping,
                     order=self._order,
                 )
             else:
-                quantized = rounding_of(planned.weights)(weight)
+                quantized = planned.weights.rounded(weight)
         except LmcompressError as error:
             raise LmcompressError(f"{planned.path}: {error}") from error
         fake = self._fake.weights[planned.path]
@@ -228,7 +228,7 @@ class _Run:
         return QuantizedMatrix(
             path=planned.path,
             part=planned.part,
-            quantizer=scheme.quantizer,
+            quantizer=scheme.name,
             bits=scheme.bits,
             granularity=scheme.granularity,
             method=method,

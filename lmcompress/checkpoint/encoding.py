@@ -26,6 +26,7 @@ from lmcompress.checkpoint.layers import layers_of
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError, nearest
 from lmcompress.families import anatomy_of, is_conv1d, weight_view
+from lmcompress.families.weights import is_matrix, modules_by_path
 from lmcompress.nn.packed import InputRange, Layout, Packed, PackedConv1D, PackedEmbedding, PackedLinear, TiedHead
 from lmcompress.nn.quantized_attention import AttentionQuantizers, quantize_attention, release_attention
 from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
@@ -59,13 +60,11 @@ def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
     Args:
         model: of a known family.
     """
-    prefix = model.base_model_prefix + "."
     head = tied_head(model)
     return {
-        name.removeprefix(prefix): module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding, Packed)) or is_conv1d(module)
-        if module is not head
+        path: module
+        for path, module in modules_by_path(model).items()
+        if (is_matrix(module) or isinstance(module, Packed)) and module is not head
     }
 
 

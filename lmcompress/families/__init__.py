@@ -23,14 +23,14 @@ from lmcompress.families.base import (
 from lmcompress.families.bert import BERT, ELECTRA, ROBERTA
 from lmcompress.families.distilbert import DISTILBERT
 from lmcompress.families.gpt2 import GPT2
-from lmcompress.families.narrow import Hollow, narrow_stream, stream_axes
+from lmcompress.families.narrow import ZeroWidthLinear, narrow_stream, stream_axes
 
 __all__ = [
     "FAMILIES",
     "Anatomy",
     "Block",
     "Family",
-    "Hollow",
+    "ZeroWidthLinear",
     "anatomy_of",
     "config_value",
     "family_of",

@@ -17,6 +17,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import weight_bytes
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.families.narrow import accompany
+from lmcompress.families.weights import modules_by_path
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import outputs_of, random_batches
 from lmcompress.nn.packed import InputRange
@@ -28,7 +29,7 @@ from lmcompress.quantization.carried import CarriedCodes, CarriedParts, FrozenCo
 from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig, width
 from lmcompress.quantization.fake import FakeQuantized
-from lmcompress.quantization.planning import Planned, plan, relative_path
+from lmcompress.quantization.planning import Planned, plan
 from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
 from lmcompress.quantization.state import ScheduleState
 
@@ -158,7 +159,7 @@ class Quantization(SteppedMethod):
         before = weight_bytes(self._student).total
         ranges = {name: fake.final() for name, fake in self.faked.activations.items()}
         attention = self._attention_ranges(ranges)
-        modules = _modules(self._student)
+        modules = modules_by_path(self._student)
         carried: dict[str, CarriedCodes] = {}
         for path, planned in self._matrices.items():
             quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
@@ -202,7 +203,7 @@ class Quantization(SteppedMethod):
         if self._settled is None:
             self._arrive()
             reference, before = outputs_of(self._student, self._probes()), weight_bytes(self._student).total
-            modules = _modules(self._student)
+            modules = modules_by_path(self._student)
             for path, planned in self._matrices.items():
                 quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
                 rows.append(_row(planned, quantized, _relative_error(weight.detach().float(), quantized.values)))
@@ -411,7 +412,7 @@ class Quantization(SteppedMethod):
     ) -> dict[nn.Module, dict[Role, tuple[ActivationEncoding, InputRange | None]]]:
         if self.plan.attention is None:
             return {}
-        modules = _modules(self._student)
+        modules = modules_by_path(self._student)
         paths = {id(module): path for path, module in modules.items()}
         found = {}
         for block in anatomy_of(self._student).blocks:
@@ -441,10 +442,6 @@ class Quantization(SteppedMethod):
                 for place, value in zip((f"{role}_scale", f"{role}_zero_point"), given or (), strict=False):
                     if value is not None:
                         places[place].copy_(value)
-
-
-def _modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    return {relative_path(model, name): module for name, module in model.named_modules()}
 
 
 def _row(planned: Planned, quantized: Quantized, error: float) -> QuantizedMatrix:

@@ -16,12 +16,13 @@ from lmcompress.activations.walking import Batch, calibration_batches, valid_tok
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.families import weight_view
+from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
-from lmcompress.quantization.planning import EMBEDDINGS, Planned, plan, relative_path
+from lmcompress.quantization.planning import Planned, plan
 from lmcompress.quantization.ptq.quantize import POST_TRAINING
 
 Evaluate = Callable[[PreTrainedModel], float]
@@ -100,7 +101,7 @@ def bits_sensitivity(
     for matrix in planned.matrices:
         for width in bits:
             quantizer_for(matrix.weights.quantizer, width)
-    modules = {relative_path(model, name): module for name, module in model.named_modules()}
+    modules = modules_by_path(model)
     rows = []
     with FakeQuantized(model, planned) as fake, evaluating(model):
         fake.set_enabled(False)

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from lmcompress.families import weight_view
+from lmcompress.families.weights import modules_by_path
 from lmcompress.numerics.packing import container_for, packed_bytes
 from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig
-from lmcompress.quantization.planning import Plan, plan, relative_path
+from lmcompress.quantization.planning import Plan, plan
 from lmcompress.quantization.ptq import Method, check_post_training
 from lmcompress.recipes.schema import StageQuantization
 
@@ -83,7 +84,7 @@ def quantization_notes(name: str, report: Mapping[str, Any] | None) -> list[str]
 
 
 def _bytes(model: PreTrainedModel, planned: Plan) -> int:
-    modules = {relative_path(model, name): module for name, module in model.named_modules()}
+    modules = modules_by_path(model)
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     for one in planned.matrices:
         shape = tuple(weight_view(modules[one.path]).shape)

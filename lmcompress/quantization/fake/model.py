@@ -14,6 +14,7 @@ from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
 from lmcompress.checkpoint.encoding import Packable, pack_model
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of, is_conv1d
+from lmcompress.families.weights import modules_by_path
 from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import (
     ROLES,
@@ -27,8 +28,8 @@ from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.quantizers import Quantized, quantizer_for
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation
-from lmcompress.quantization.fake.weight import FAKE, Faked, FakeWeight, faked_class, stock_class
-from lmcompress.quantization.planning import Plan, Planned, reads_alike, relative_path, stored_weight
+from lmcompress.quantization.fake.weight import Faked, FakeWeight, fake_quantize_module, release_module
+from lmcompress.quantization.planning import Plan, Planned, reads_alike, stored_weight
 
 
 class FakeQuantized:
@@ -57,7 +58,7 @@ class FakeQuantized:
 
     def __init__(self, model: PreTrainedModel, plan: Plan, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
         self.model, self.plan = model, plan
-        self._modules = {relative_path(model, name): module for name, module in model.named_modules()}
+        self._modules = modules_by_path(model)
         self._handles: list[RemovableHandle] = []
         self._check()
         # all that can be refused is refused before the model is changed
@@ -239,9 +240,7 @@ class FakeQuantized:
         self._handles.clear()
         release_attention(self.model)
         for module in self.model.modules():
-            if isinstance(module, Faked):
-                module.__class__ = stock_class(type(module))
-                module.__dict__.pop(FAKE)
+            release_module(module)
         self._forget()
 
     def finish(self) -> None:
@@ -336,10 +335,7 @@ class FakeQuantized:
             attach(self.model, self._attention)
         for planned in self.plan.matrices:
             for path in (planned.path, *planned.tied):
-                module = self._modules[path]
-                # past nn.Module's own way: what is learned is no parameter of the model
-                module.__dict__[FAKE] = self.weights[planned.path]
-                module.__class__ = cast(Any, faked_class)(type(module))
+                fake_quantize_module(self._modules[path], self.weights[planned.path])
         for module, activation in self._readers:
             self._handles.append(module.register_forward_pre_hook(activation.before))
         for root in {id(m): m for m in (self.model, self.model.base_model)}.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -11,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcompress.errors import LmcompressError
+from lmcompress.families.narrow import Derived, derive
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.quantizers import Quantized, check_finite, quantizer_for
 from lmcompress.quantization.planning import Planned
 
-FAKE = "_fake_weight"
+_FAKE = "_fake_weight"
 
 
 class FakeWeight(nn.Module):
@@ -195,8 +195,10 @@ class FakeWeight(nn.Module):
         return stored._version, stored.data_ptr(), *state, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-class Faked:
+class Faked(Derived):
     """Mixed into the class of a module whose weight is quantized when it is read."""
+
+    prefix = "FakeQuantized"
 
     @property
     def weight(self) -> Tensor:
@@ -204,14 +206,10 @@ class Faked:
         stored = module._parameters["weight"]
         assert stored is not None
         try:
-            return cast(FakeWeight, module.__dict__[FAKE]).values(stored)
+            return cast(FakeWeight, module.__dict__[_FAKE]).values(stored)
         except AttributeError as error:
             # nn.Module takes an AttributeError for "no property" and would give the parameter itself
             raise RuntimeError(f"the weight could not be quantized: {error}") from error
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time: copies and pickles name the class that it was made of
-        return _rebuilt, (stock_class(type(self)),), self.__dict__.copy()
 
 
 class FakedEmbedding(Faked):
@@ -220,21 +218,29 @@ class FakedEmbedding(Faked):
     def forward(self, ids: Tensor) -> Tensor:
         embedding = cast(nn.Embedding, self)
         plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
-        stored, fake = embedding._parameters["weight"], embedding.__dict__[FAKE]
+        stored, fake = embedding._parameters["weight"], embedding.__dict__[_FAKE]
         rows = fake.rows(stored, ids, embedding.padding_idx) if plain else None
         return cast(Tensor, super().forward(ids) if rows is None else rows)  # type: ignore[misc]
 
 
-@cache
-def faked_class(stock: type) -> type:
-    mixin = FakedEmbedding if issubclass(stock, nn.Embedding) else Faked
-    return type(f"FakeQuantized{stock.__name__}", (mixin, stock), {"__module__": stock.__module__})
+def fake_quantize_module(module: nn.Module, fake: FakeWeight) -> None:
+    """Let a module's weight be read through a quantizer.
+
+    Args:
+        module: changed in place; its parameter stays where it is.
+        fake: what quantizes.
+    """
+    # past nn.Module's own way: what is learned is no parameter of the model
+    module.__dict__[_FAKE] = fake
+    derive(module, FakedEmbedding if isinstance(module, nn.Embedding) else Faked)
 
 
-def stock_class(faked: type) -> type:
-    return next(cls for cls in faked.__mro__ if not issubclass(cls, Faked))
+def release_module(module: nn.Module) -> None:
+    """Undo :func:`fake_quantize_module`.
 
-
-def _rebuilt(stock: type) -> Any:
-    made = cast(Any, faked_class)(stock)
-    return made.__new__(made)
+    Args:
+        module: any; one that is not fake-quantized stays as it is.
+    """
+    if isinstance(module, Faked):
+        module.__dict__.pop(_FAKE)
+        module.__class__ = module.stock

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
+from lmcompress.families.weights import EMBEDDINGS
 from lmcompress.nn.packed import Packed
 from lmcompress.numerics.quantizers import QUANTIZERS
 from lmcompress.quantization.config import ActivationScheme
-from lmcompress.quantization.planning import EMBEDDINGS, Plan
+from lmcompress.quantization.planning import Plan
 from lmcompress.quantization.ptq.awq import scalings
 
 Method = Literal["rtn", "gptq", "awq"]

@@ -14,11 +14,12 @@ from lmcompress.activations.walking import Take, Walk, without_padding
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation._running import with_progress
 from lmcompress.families import Block, anatomy_of, weight_view
+from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.nn.quantized_attention import ROLES
 from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import Quantized
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized
-from lmcompress.quantization.planning import EMBEDDINGS, Planned, relative_path
+from lmcompress.quantization.planning import Planned
 from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.ptq.checks import Method
 from lmcompress.quantization.ptq.gptq import gptq
@@ -65,7 +66,7 @@ class _Run:
         self._model, self._fake, self._method = model, fake, method
         self._damping, self._order = damping, order
         self._walk = None if data is None else Walk(model, data)
-        self._modules = {relative_path(model, name): module for name, module in model.named_modules()}
+        self._modules = modules_by_path(model)
         self._paths = {id(module): path for path, module in self._modules.items()}
         self._changed: list[tuple[nn.Parameter, Tensor]] = []
         self._scaled: set[str] = set()

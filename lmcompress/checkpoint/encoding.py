@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -82,7 +82,9 @@ def tied_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def pack_model(
-    model: PreTrainedModel, parts: Mapping[str, Packable], attention: AttentionEncoding | None = None
+    model: PreTrainedModel,
+    parts: Mapping[str, Packable] | Iterable[tuple[str, Packable]],
+    attention: AttentionEncoding | None = None,
 ) -> None:
     """Put codes in the place of weights, and say so in the model's config.
 
@@ -90,18 +92,17 @@ def pack_model(
 
     Args:
         model: changed in place, once everything has been checked; its parametrizations must be gone.
-        parts: what to pack, by path (:func:`matrices`).
+        parts: what to pack, by path (:func:`matrices`); pairs of path and part are gone through once, so that no more
+            than one matrix need be held quantized.
         attention: what happens within attention, to be said in the config.
 
     Raises:
         LmcompressError: there is nothing to pack, no such module, a weight of another shape, weights that are not
             finite, or a static range without its scale.
     """
-    if not parts:
-        raise LmcompressError("there must be at least one module to pack, got none; nothing would be quantized")
     known, head = matrices(model), tied_head(model)
     replaced: dict[str, Packed] = {}
-    for path, part in parts.items():
+    for path, part in parts.items() if isinstance(parts, Mapping) else parts:
         if path not in known:
             raise LmcompressError(f"there is no module {path} to pack{nearest(path, known)}")
         old = known[path]
@@ -114,6 +115,8 @@ def pack_model(
         new = _place_for(old, _described(path, part), path)
         new.fill(part.quantized, part.input_range)
         replaced[path] = new
+    if not replaced:
+        raise LmcompressError("there must be at least one module to pack, got none; nothing would be quantized")
     for path, module in replaced.items():
         _replace(model, known[path], module)
     _tie(model)

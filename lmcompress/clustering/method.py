@@ -15,6 +15,8 @@ from lmcompress.clustering.report import SharedMatrix, SharingReport
 from lmcompress.clustering.sensitivity import fisher_diagonal
 from lmcompress.errors import LmcompressError
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows
+from lmcompress.model import CompressedModel
+from lmcompress.numerics.errors import relative_error
 
 Batch = Mapping[str, Tensor]
 
@@ -152,7 +154,7 @@ class WeightSharing(SteppedMethod):
             shared = SharedWeight(clusters).to(weight.device)
             shared.write(weight)
             self._shared[path] = shared
-            self._errors[path] = _relative_error(before, weight.detach())
+            self._errors[path] = relative_error(before, weight)
 
     # what the trainer calls in every step
 
@@ -206,7 +208,7 @@ class WeightSharing(SteppedMethod):
 
 
 def share_weights(
-    model: nn.Module, config: SharingConfig | None = None, batches: Iterable[Batch] | None = None
+    model: nn.Module | CompressedModel, config: SharingConfig | None = None, batches: Iterable[Batch] | None = None
 ) -> SharingReport:
     """Let the weights of each matrix share few values, without training.
 
@@ -222,7 +224,7 @@ def share_weights(
         LmcompressError: what :class:`WeightSharing` refuses; the model is as it was then.
     """
     method = WeightSharing(config)
-    method.attach(model, batches)
+    method.attach(model.model if isinstance(model, CompressedModel) else model, batches)
     return method._reported(trained=False)
 
 
@@ -265,8 +267,3 @@ def _row(planned: Planned, error: float) -> SharedMatrix:
         bits=8 * weight.element_size(),
         error=error,
     )
-
-
-def _relative_error(before: Tensor, after: Tensor) -> float:
-    norm = float(before.float().square().sum())
-    return float((before.float() - after.float()).square().sum()) / norm if norm > 0 else 0.0

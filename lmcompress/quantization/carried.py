@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from lmcompress.checkpoint.config import ActivationEncoding
-from lmcompress.checkpoint.encoding import Packable, matrices
+from lmcompress.checkpoint.encoding import Packable
 from lmcompress.errors import LmcompressError
-from lmcompress.families import weight_view
-from lmcompress.families.narrow import companion_of
 from lmcompress.nn.packed import InputRange
-from lmcompress.nn.quantized_attention import Role
 from lmcompress.numerics.grids import Granularity, Grid, PerRow
 from lmcompress.numerics.packing import dequantize
 from lmcompress.numerics.quantizers import Quantized
+from lmcompress.quantization.packing import AttentionRanges
 from lmcompress.quantization.planning import Planned
 
 
@@ -28,7 +24,7 @@ class FrozenCodes:
 
     reference: list[Tensor]
     bytes_before: int
-    attention: dict[nn.Module, dict[Role, tuple[ActivationEncoding, InputRange | None]]]
+    attention: AttentionRanges
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,34 +81,3 @@ class CarriedCodes:
             again, self.scales, self.zero_points, self.grid, self.granularity, self.granularity.split(levels), values
         )
         return Packable(quantized, self.inputs, self.input_range)
-
-
-class CarriedParts(Mapping[str, Packable]):
-    """What is packed after a cut, made one after another when it is asked for."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        found = {path: (module, companion_of(module)) for path, module in matrices(model).items()}
-        self._modules = {path: entry for path, entry in found.items() if entry[1] is not None}
-
-    def companion(self, path: str) -> CarriedCodes:
-        """What came with a module.
-
-        Args:
-            path: of the module.
-
-        Returns:
-            The companion.
-        """
-        companion: CarriedCodes = self._modules[path][1]
-        return companion
-
-    def __getitem__(self, path: str) -> Packable:
-        module, companion = self._modules[path]
-        packable: Packable = companion.packable(weight_view(module), path)
-        return packable
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)

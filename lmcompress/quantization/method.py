@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
-from lmcompress.checkpoint.encoding import pack_model
+from lmcompress.checkpoint.encoding import Packable, matrices
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import weight_bytes
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.families.narrow import accompany
+from lmcompress.families.narrow import accompany, companion_of
 from lmcompress.families.weights import modules_by_path
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.model import outputs_of, random_batches
-from lmcompress.nn.packed import InputRange
-from lmcompress.nn.quantized_attention import ROLES, Role, attention_quantizers, quantize_attention
+from lmcompress.numerics.errors import relative_error
 from lmcompress.numerics.grids import Bits
-from lmcompress.numerics.packing import stored_bytes
-from lmcompress.numerics.quantizers import Quantized
-from lmcompress.quantization.carried import CarriedCodes, CarriedParts, FrozenCodes
+from lmcompress.quantization.carried import CarriedCodes, FrozenCodes
 from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig, width
 from lmcompress.quantization.fake import FakeQuantized
-from lmcompress.quantization.planning import Planned, plan
-from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
+from lmcompress.quantization.packing import pack
+from lmcompress.quantization.planning import plan
+from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix, matrix_row
 from lmcompress.quantization.state import ScheduleState
 
 Batch = Mapping[str, Tensor]
@@ -158,14 +155,14 @@ class Quantization(SteppedMethod):
         reference = outputs_of(self._student, self._probes())
         before = weight_bytes(self._student).total
         ranges = {name: fake.final() for name, fake in self.faked.activations.items()}
-        attention = self._attention_ranges(ranges)
+        attention = self.faked.attention_ranges()
         modules = modules_by_path(self._student)
         carried: dict[str, CarriedCodes] = {}
         for path, planned in self._matrices.items():
             quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
             _ = quantized.codes  # refuses what is not finite
             inputs, fixed = ranges[self.faked.inputs[path].name] if path in self.faked.inputs else (None, None)
-            error = _relative_error(weight.detach().float(), quantized.values)
+            error = relative_error(weight, quantized.values)
             carried[path] = CarriedCodes(
                 planned,
                 quantized.scales,
@@ -199,18 +196,19 @@ class Quantization(SteppedMethod):
                 "CompressionTrainer.finish() calls both in that order"
             )
         started = time.perf_counter()
-        rows: list[QuantizedMatrix] = []
         if self._settled is None:
             self._arrive()
+            rows = []
             reference, before = outputs_of(self._student, self._probes()), weight_bytes(self._student).total
             modules = modules_by_path(self._student)
             for path, planned in self._matrices.items():
                 quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
-                rows.append(_row(planned, quantized, _relative_error(weight.detach().float(), quantized.values)))
+                error = relative_error(weight, quantized.values)
+                rows.append(matrix_row(planned, quantized, method="trained", error=error))
             self.faked.finish()
         else:
             reference, before = self._settled.reference, self._settled.bytes_before
-            self._pack_carried(self._settled, rows)
+            rows = self._pack_carried(self._settled)
         # codes are not trained
         self._student.eval()
         after = outputs_of(self._student, self._probes())
@@ -223,7 +221,7 @@ class Quantization(SteppedMethod):
             bytes_after=weight_bytes(self._student).total,
             attention=None if self.plan.attention is None else self.plan.attention.bits,
             seconds=self._seconds + time.perf_counter() - started,
-            packed_error=_greatest_difference(reference, after),
+            packed_error=_max_difference(reference, after),
             drift=self._drift(),
         )
 
@@ -407,69 +405,25 @@ class Quantization(SteppedMethod):
         values = torch.stack(means).tolist() if means else []
         return {name: value for name, value in zip(names, values, strict=True) if value == value}
 
-    def _attention_ranges(
-        self, ranges: Mapping[str, tuple[ActivationEncoding, InputRange | None]]
-    ) -> dict[nn.Module, dict[Role, tuple[ActivationEncoding, InputRange | None]]]:
-        if self.plan.attention is None:
-            return {}
-        modules = modules_by_path(self._student)
-        paths = {id(module): path for path, module in modules.items()}
-        found = {}
-        for block in anatomy_of(self._student).blocks:
-            if block.num_heads:
-                module = block.get("attention")
-                found[module] = {role: ranges[f"{paths[id(module)]}.{role}"] for role in ROLES}
-        return found
+    def _pack_carried(self, settled: FrozenCodes) -> list[QuantizedMatrix]:
+        rows: list[QuantizedMatrix] = []
 
-    def _pack_carried(self, settled: FrozenCodes, rows: list[QuantizedMatrix]) -> None:
-        student = self._student
-        parts = CarriedParts(student)
-        # blocks that are gone, or have no heads left, have nothing to quantize
-        attentions = [block.get("attention") for block in anatomy_of(student).blocks if block.num_heads]
-        attentions = [module for module in attentions if module in settled.attention]
-        roles = settled.attention[attentions[0]] if attentions else {}
-        attention = AttentionEncoding(**{role: entry[0] for role, entry in roles.items()}) if roles else None
-        for path in parts:
-            companion: CarriedCodes = parts.companion(path)
-            rows.append(replace(_row(companion.planned, parts[path].quantized, companion.error), path=path))
-        pack_model(student, parts, attention)
-        if attention is None:
-            return
-        quantize_attention(student, attentions, attention)
-        for module in attentions:
-            places = dict(cast(nn.Module, attention_quantizers(module)).named_buffers())
-            for role, (_, given) in settled.attention[module].items():
-                for place, value in zip((f"{role}_scale", f"{role}_zero_point"), given or (), strict=False):
-                    if value is not None:
-                        places[place].copy_(value)
+        def parts() -> Iterator[tuple[str, Packable]]:
+            for path, module in matrices(self._student).items():
+                carried: CarriedCodes | None = companion_of(module)
+                if carried is not None:
+                    packable = carried.packable(weight_view(module), path)
+                    row = matrix_row(carried.planned, packable.quantized, method="trained", error=carried.error)
+                    rows.append(replace(row, path=path))
+                    yield path, packable
+
+        # blocks that were pruned, or have no heads left, have nothing to quantize
+        attentions = [block.get("attention") for block in anatomy_of(self._student).blocks if block.num_heads]
+        pack(self._student, parts(), {m: settled.attention[m] for m in attentions if m in settled.attention})
+        return rows
 
 
-def _row(planned: Planned, quantized: Quantized, error: float) -> QuantizedMatrix:
-    scheme, inputs = planned.weights, planned.inputs
-    fixed = 0 if inputs is None or inputs.range == "dynamic" else 4 if inputs.symmetric else 5
-    weights = quantized.values.numel()
-    return QuantizedMatrix(
-        path=planned.path,
-        part=planned.part,
-        quantizer=scheme.name,
-        bits=scheme.bits,
-        granularity=scheme.granularity,
-        method="trained",
-        error=error,
-        measured="weights",
-        weights=weights,
-        bytes_before=weights * quantized.source.element_size(),
-        bytes_after=stored_bytes(quantized) + fixed,
-        inputs=None if inputs is None else inputs.bits,
-    )
-
-
-def _relative_error(weight: Tensor, values: Tensor) -> float:
-    norm = float(weight.square().sum())
-    return float((weight - values).square().sum()) / norm if norm > 0 else 0.0
-
-
-def _greatest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
+def _max_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
     if [a.shape for a in after] != [b.shape for b in before]:
         # hidden states of a base model lose the dimensions that are gone
         return None

@@ -172,10 +172,7 @@ def choose_bits(
         (harm - harm.min()) / spread + 1e-9 * size / size.sum(),
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size[None] / budget_bytes, -np.inf, 1),
-        ],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / budget_bytes, -np.inf, 1)],
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:

@@ -10,25 +10,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
-from lmcompress.checkpoint.encoding import Packable, pack_model
+from lmcompress.checkpoint.encoding import Packable
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of, is_conv1d
 from lmcompress.families.weights import modules_by_path
-from lmcompress.nn.packed import InputRange
-from lmcompress.nn.quantized_attention import (
-    ROLES,
-    Role,
-    attach,
-    attention_quantizers,
-    quantize_attention,
-    release_attention,
-)
+from lmcompress.nn.quantized_attention import ROLES, Role, attach, release_attention
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.quantizers import Quantized, quantizer_for
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation
 from lmcompress.quantization.fake.weight import Faked, FakeWeight, fake_quantize_module, release_module
+from lmcompress.quantization.packing import AttentionRanges, FixedActivation, pack
 from lmcompress.quantization.planning import Plan, Planned, reads_alike, stored_weight
 
 
@@ -233,6 +225,14 @@ class FakeQuantized:
             raise LmcompressError(f"no quantized matrix has the path {path!r}{nearest(path, self.weights)}")
         return cast(nn.Parameter, self._stored(path))
 
+    def attention_ranges(self) -> AttentionRanges:
+        """How attention quantizes once it is packed, by module; empty where it does not.
+
+        Raises:
+            LmcompressError: If a range is not calibrated.
+        """
+        return {m: {role: fake.final() for role, fake in fakes.roles.items()} for m, fakes in self._attention.items()}
+
     def remove(self) -> None:
         """Take quantization away: the model is as it was, with the weights that it has now. Safe to call twice."""
         for handle in self._handles:
@@ -250,25 +250,14 @@ class FakeQuantized:
             LmcompressError: a range that was not calibrated, or weights or scales that are NaN or infinite; the model
                 is fake-quantized still.
         """
-        settled = {name: activation.final() for name, activation in self.activations.items()}
-        roles = next(iter(self._attention.values())).roles if self._attention else {}
-        attention = AttentionEncoding(**{role: fake.final()[0] for role, fake in roles.items()}) if roles else None
+        ranges = {name: activation.final() for name, activation in self.activations.items()}
+        attention = self.attention_ranges()
         self.remove()
         try:
-            pack_model(self.model, _Parts(self, settled), attention)
+            pack(self.model, self._parts(ranges), attention)
         except BaseException:
             self._put()
             raise
-        if attention is None:
-            return
-        quantize_attention(self.model, self._attention, attention)
-        for module, fakes in self._attention.items():
-            places = dict(cast(nn.Module, attention_quantizers(module)).named_buffers())
-            for role, fake in fakes.roles.items():
-                scale, zero_point = settled[fake.name][1] or (None, None)
-                for place, value in ((f"{role}_scale", scale), (f"{role}_zero_point", zero_point)):
-                    if value is not None:
-                        places[place].copy_(value)
 
     def __enter__(self) -> FakeQuantized:
         return self
@@ -346,6 +335,12 @@ class FakeQuantized:
         if torch.is_grad_enabled():
             self._forget()
 
+    def _parts(self, ranges: Mapping[str, FixedActivation]) -> Iterator[tuple[str, Packable]]:
+        """What is packed, one matrix after another: all at once would be the model three times."""
+        for path in self.weights:
+            fixed = ranges[self.inputs[path].name] if path in self.inputs else (None, None)
+            yield path, Packable(self.quantized_matrix(path), *fixed)
+
     def _forget(self) -> None:
         for weight in self.weights.values():
             weight.forget()
@@ -356,26 +351,6 @@ class FakeQuantized:
         weight = stored_weight(self._modules[path])
         assert weight is not None
         return weight
-
-
-class _Parts(Mapping[str, Packable]):
-    """What is packed, quantized one after another when it is asked for: all at once would be the model three times."""
-
-    def __init__(
-        self, faked: FakeQuantized, settled: Mapping[str, tuple[ActivationEncoding, InputRange | None]]
-    ) -> None:
-        self._faked = faked
-        self._inputs = {path: settled[activation.name] for path, activation in faked.inputs.items()}
-
-    def __getitem__(self, path: str) -> Packable:
-        inputs, input_range = self._inputs.get(path, (None, None))
-        return Packable(self._faked.quantized_matrix(path), inputs, input_range)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._faked.weights)
-
-    def __len__(self) -> int:
-        return len(self._faked.weights)
 
 
 def _key(path: str) -> str:

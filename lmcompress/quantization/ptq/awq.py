@@ -18,12 +18,7 @@ _LEAST_SHARE = 1e-4
 
 
 def awq_scales(
-    weights: Sequence[Tensor],
-    magnitudes: Tensor,
-    hessian: Tensor,
-    roundings: Sequence[Rounding],
-    *,
-    steps: int = 20,
+    weights: Sequence[Tensor], magnitudes: Tensor, hessian: Tensor, roundings: Sequence[Rounding], *, steps: int = 20
 ) -> Tensor:
     r"""A scale for each input, for matrices that read the same inputs.
 

@@ -16,14 +16,13 @@ from lmcompress.evaluation._running import with_progress
 from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.nn.quantized_attention import ROLES
-from lmcompress.numerics.packing import stored_bytes
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.errors import relative_error
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized
 from lmcompress.quantization.planning import Planned
 from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.ptq.checks import Method
 from lmcompress.quantization.ptq.gptq import gptq
-from lmcompress.quantization.report import QuantizedMatrix
+from lmcompress.quantization.report import QuantizedMatrix, matrix_row
 
 _STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("ffn_out",))
 
@@ -131,7 +130,7 @@ class _Run:
         # query, key and value read the same, unless rules quantize it differently
         moments = {activation: InputMoments() for activation in inputs.values()}
         first = {activation: path for path, activation in reversed(inputs.items())}
-        takes = {m: moments[inputs[p]].take if first[inputs[p]] == p else ignore_inputs for p, m in modules.items()}
+        takes = {m: moments[inputs[p]].take if first[inputs[p]] == p else _ignore for p, m in modules.items()}
         look(takes, None)
         for planned in matrices:
             self._settle(planned, moments[inputs[planned.path]])
@@ -147,7 +146,7 @@ class _Run:
                 for activation in waiting:
                     activation.look_through(mask)
 
-            look({module: ignore_inputs for module in readers}, masked)
+            look({module: _ignore for module in readers}, masked)
             for activation in waiting:
                 activation.settle()
         for activation in activations:
@@ -219,26 +218,12 @@ class _Run:
                 "each row is read by itself" if planned.part == EMBEDDINGS else "no calibration data reached it"
             )
         hessian = moments.hessian if moments is not None and known else None
-        self.rows[planned.path] = self._row(planned, quantized, weight, hessian, method)
-
-    def _row(
-        self, planned: Planned, quantized: Quantized, weight: Tensor, hessian: Tensor | None, method: str
-    ) -> QuantizedMatrix:
-        scheme = planned.weights
-        static = planned.inputs is not None and planned.inputs.range != "dynamic"
-        return QuantizedMatrix(
-            path=planned.path,
-            part=planned.part,
-            quantizer=scheme.name,
-            bits=scheme.bits,
-            granularity=scheme.granularity,
+        self.rows[planned.path] = matrix_row(
+            planned,
+            quantized,
             method=method,
-            error=relative_error(weight, quantized.values, hessian),
+            error=_error(weight, quantized.values, hessian),
             measured="weights" if hessian is None else "output",
-            weights=weight.numel(),
-            bytes_before=weight.numel() * weight.element_size(),
-            bytes_after=stored_bytes(quantized) + (0 if not static else 4 if planned.inputs.symmetric else 5),  # type: ignore[union-attr]
-            inputs=None if planned.inputs is None else planned.inputs.bits,
             note=self._notes.get(planned.path, ""),
         )
 
@@ -249,14 +234,12 @@ class _Run:
         self.hidden_error = error / norm if norm > 0 else 0.0
 
 
-def relative_error(weight: Tensor, values: Tensor, hessian: Tensor | None) -> float:
+def _error(weight: Tensor, values: Tensor, hessian: Tensor | None) -> float:
     if hessian is None:
-        error, norm = (weight.float() - values).square().sum(), weight.float().square().sum()
-    else:
-        error = output_error(weight, values, hessian).sum()
-        norm = output_error(weight, torch.zeros_like(values), hessian).sum()
-    return float(error / norm) if float(norm) > 0 else 0.0
+        return relative_error(weight, values)
+    norm = float(output_error(weight, torch.zeros_like(values), hessian).sum())
+    return float(output_error(weight, values, hessian).sum()) / norm if norm > 0 else 0.0
 
 
-def ignore_inputs(x: Tensor, mask: Tensor) -> None:
-    """For modules that are waited for, and no more."""
+def _ignore(x: Tensor, mask: Tensor) -> None:
+    """For modules whose inputs are waited for, and no more."""

@@ -51,6 +51,7 @@ from lmcompress.errors import LmcompressError, nearest
 from lmcompress.kernels.base import Kernel
 from lmcompress.kernels.fbgemm import Fbgemm
 from lmcompress.kernels.int_mm import IntMM
+from lmcompress.kernels.integers import IntegerKernel
 from lmcompress.kernels.onednn import Onednn
 from lmcompress.kernels.reference import Reference
 from lmcompress.kernels.self_test import self_test
@@ -176,7 +177,7 @@ def _tried(device: str) -> dict[str, tuple[Kernel | None, str]]:
         if reason is not None:
             working = None
             # without VNNI, sums of two products are kept in 16 bits, for which 7 bits are few enough
-            if isinstance(kernel, (Fbgemm, Onednn, IntMM)) and not self_test(kernel, torch.device(device), 64):
+            if isinstance(kernel, IntegerKernel) and not self_test(kernel, torch.device(device), 64):
                 working, reason = replace(kernel, greatest=64), "works up to codes of 64"
         tried[kernel.name] = working, reason or "works"
     those = [one for one, _ in tried.values() if one is not None]

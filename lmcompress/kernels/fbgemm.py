@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError
-from lmcompress.kernels.integers import by_row, finished, no_infinity, row_sums, signed_codes, why_no_integers
+from lmcompress.kernels.integers import IntegerKernel, by_row, finished, no_infinity, row_sums, signed_codes
 from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 from lmcompress.numerics.inputs import InputEncoding, input_grid
 
@@ -21,20 +21,14 @@ LEAST_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True)
-class Fbgemm:
+class Fbgemm(IntegerKernel):
     """FBGEMM's product: quantizes the input, multiplies and scales in one pass.
 
     Attributes:
-        greatest: the greatest magnitude of codes that is safe.
         name: its name.
     """
 
-    greatest: int = 128
     name: str = "fbgemm"
-
-    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """As for all integer products."""
-        return why_no_integers(matrix, inputs, self.greatest)
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
         """FBGEMM's own layout, a byte for each weight."""

@@ -14,6 +14,27 @@ from lmcompress.numerics.grids import PerGroup
 from lmcompress.numerics.quantizers import Quantized
 
 
+@dataclass(frozen=True)
+class IntegerKernel:
+    """What kernels of int8 operands share.
+
+    Attributes:
+        greatest: the greatest magnitude of codes that does not saturate on this processor.
+    """
+
+    greatest: int = 128
+
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+        """Why a matmul is not one of integers, or its codes are too great; ``None`` where the kernel takes it."""
+        if inputs is None:
+            return "only weights are quantized"
+        if isinstance(matrix.granularity, PerGroup):
+            return "scales belong to groups, and an integer sum runs over whole rows"
+        # as `signed_codes` has them
+        reach = 128 if matrix.grid.high > 127 else max(abs(matrix.grid.low), matrix.grid.high)
+        return f"codes up to {reach} may saturate on this processor" if reach > self.greatest else None
+
+
 @dataclass(frozen=True, eq=False)
 class Int8Matmul:
     """A product of bytes ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
@@ -57,17 +78,6 @@ class Int8Matmul:
         if zero_points is not None:
             product = product - zero_points * sums
         return finished(product * self.scales, None, scales, sums, self.bias)
-
-
-def why_no_integers(matrix: Matrix, inputs: Inputs | None, greatest: int) -> str | None:
-    """Why a product is none of integers, or none of these with codes up to ``greatest``."""
-    if inputs is None:
-        return "only weights are quantized"
-    if isinstance(matrix.granularity, PerGroup):
-        return "scales belong to groups, and an integer sum runs over whole rows"
-    # as `signed_codes` has them
-    reach = 128 if matrix.grid.high > 127 else max(abs(matrix.grid.low), matrix.grid.high)
-    return f"codes up to {reach} may saturate on this processor" if reach > greatest else None
 
 
 def by_row(numbers: Tensor, matrix: Matrix) -> Tensor:

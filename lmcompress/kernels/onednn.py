@@ -7,25 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmcompress.kernels.integers import Int8Matmul, by_row, row_sums, signed_codes, why_no_integers
+from lmcompress.kernels.integers import Int8Matmul, IntegerKernel, by_row, row_sums, signed_codes
 from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 
 
 @dataclass(frozen=True)
-class Onednn:
+class Onednn(IntegerKernel):
     """oneDNN's product of bytes, in its own layout; the input is quantized before it.
 
     Attributes:
-        greatest: the greatest magnitude of codes that is safe.
         name: its name.
     """
 
-    greatest: int = 128
     name: str = "onednn"
-
-    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """As for all integer products."""
-        return why_no_integers(matrix, inputs, self.greatest)
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
         """oneDNN's own layout, a byte for each weight."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from lmcompress.errors import LmcompressError
@@ -47,6 +50,32 @@ def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: boo
                 f"the grid of {one.path} must have a zero in a run that prunes too, {one.weights.name} at {own} bits "
                 "has none: what is masked would not be silent. Prune in a stage before"
             )
+
+
+def is_cut(methods: Sequence[Any], quantization: Any) -> bool:
+    """Whether another method of the run cuts the model.
+
+    Args:
+        methods: of the run, in their order.
+        quantization: the one of them that quantizes.
+
+    Raises:
+        LmcompressError: If a method that cuts comes later in the list, or leaves gates between 0 and 1.
+    """
+    cutting = [index for index, method in enumerate(methods) if getattr(method, "changes_shapes", False)]
+    for index in cutting:
+        if index > list(methods).index(quantization):
+            raise LmcompressError(
+                f"{methods[index].name} must come before quantization in the list of methods, got it after: what "
+                "quantization sees is what its gates have left"
+            )
+        if getattr(methods[index], "folds", False):
+            raise LmcompressError(
+                f"{methods[index].name} must end with gates of 0 and 1 in a run that quantizes too, got a schedule "
+                "whose gates end between: weights that are multiplied by those are no codes any more. Use another "
+                "schedule, or prune in a stage before"
+            )
+    return bool(cutting)
 
 
 def _has_no_zero(scheme: WeightScheme) -> bool:

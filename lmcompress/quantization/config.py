@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from lmcompress.numerics.grids import PER_TENSOR, Bits, Granularity, PerGroup, P
 from lmcompress.numerics.quantizers import Quantized, WeightQuantizer, check_percentile, quantizer_for, quantizer_name
 
 Default = Literal["default"]
+Percentile = Annotated[float, AfterValidator(check_percentile)]
 
 
 def width(bits: Bits) -> float:
@@ -52,14 +53,9 @@ class WeightScheme(_Part):
         ),
     ] = "tensor"
     percentile: Annotated[
-        float, Field(description="Of the quantizers percentile and asymmetric_percentile: per cent that are not cut.")
+        Percentile,
+        Field(description="For the quantizers percentile and asymmetric_percentile: per cent that are not clipped."),
     ] = 99.9
-
-    @field_validator("percentile")
-    @classmethod
-    def _per_cent(cls, value: float) -> float:
-        check_percentile(value)
-        return value
 
     @model_validator(mode="after")
     def _has_these_bits(self) -> WeightScheme:
@@ -147,13 +143,9 @@ class ActivationScheme(_Part):
         Literal["minmax", "percentile", "mse"],
         Field(description="Of static ranges: which range of what was seen: all, percentile % of it, or least error."),
     ] = "minmax"
-    percentile: Annotated[float, Field(description="Of the calibration percentile: per cent that are not cut.")] = 99.99
-
-    @field_validator("percentile")
-    @classmethod
-    def _per_cent(cls, value: float) -> float:
-        check_percentile(value)
-        return value
+    percentile: Annotated[
+        Percentile, Field(description="For the calibration percentile: per cent that are not clipped.")
+    ] = 99.99
 
     @model_validator(mode="after")
     def _belongs_together(self) -> ActivationScheme:

@@ -22,7 +22,7 @@ from lmcompress.model import outputs_of, random_batches
 from lmcompress.numerics.errors import relative_error
 from lmcompress.numerics.grids import Bits
 from lmcompress.quantization.carried import CarriedCodes, FrozenCodes
-from lmcompress.quantization.checks import check_trainable
+from lmcompress.quantization.checks import check_trainable, is_cut
 from lmcompress.quantization.config import QuantizationConfig, width
 from lmcompress.quantization.fake import FakeQuantized
 from lmcompress.quantization.packing import pack
@@ -90,7 +90,7 @@ class Quantization(SteppedMethod):
                 "quantize the models of several tasks one by one"
             )
         self._trainer = trainer
-        self.attach(trainer.student, cut_later=self._is_cut(trainer.methods))
+        self.attach(trainer.student, cut_later=is_cut(trainer.methods, self))
         if self.config.start_activations_at == 0:
             self._start_activations()
         trainer.add_callback(StepCallback(self))
@@ -222,7 +222,7 @@ class Quantization(SteppedMethod):
             attention=None if self.plan.attention is None else self.plan.attention.bits,
             seconds=self._seconds + time.perf_counter() - started,
             packed_error=_max_difference(reference, after),
-            drift=self._drift(),
+            drift=self._state.drift(self.faked),
         )
 
     # what the callback calls
@@ -271,11 +271,11 @@ class Quantization(SteppedMethod):
         if not self._started and progress >= self.config.start_activations_at:
             self._start_activations()
         if self._curved and step and step % self.config.curvature_every == 0:
-            self._look_at_curvature()
+            self._state.measure_curvature(self.faked, inner_optimizer(self._optimizer))
 
     def metrics(self) -> dict[str, float]:
         """For the log: drift of scales and ranges by kind of module, and share of codes that are others than before."""
-        values = self._drift()
+        values = self._state.drift(self.faked)
         if (codes := self._codes_now()) is not None:
             if self._codes is not None:
                 # one copy from the GPU
@@ -285,25 +285,6 @@ class Quantization(SteppedMethod):
         return values
 
     # below: nobody else's business
-
-    def _is_cut(self, methods: Sequence[Any]) -> bool:
-        later = False
-        for method in methods:
-            if method is self:
-                later = True
-            elif getattr(method, "changes_shapes", False):
-                if later:
-                    raise LmcompressError(
-                        f"{method.name} must come before quantization in the list of methods, got it after: what "
-                        "quantization sees is what its gates have left"
-                    )
-                if getattr(method, "folds", False):
-                    raise LmcompressError(
-                        f"{method.name} must end with gates of 0 and 1 in a run that quantizes too, got a schedule "
-                        "whose gates end between: weights that are multiplied by those are no codes any more. Use "
-                        "another schedule, or prune in a stage before"
-                    )
-        return any(getattr(method, "changes_shapes", False) for method in methods)
 
     def _bits_at(self, stage: int, own: Bits) -> Bits:
         schedule = self.config.bits_schedule
@@ -352,22 +333,6 @@ class Quantization(SteppedMethod):
         if not self._started:
             self._start_activations()
 
-    @torch.no_grad()
-    def _look_at_curvature(self) -> None:
-        inner = inner_optimizer(self._optimizer)
-        second, eps = inner.defaults["betas"][1], inner.defaults.get("eps", 1e-8)
-        for path, curvature in self._state.curvatures().items():
-            state = inner.state.get(self.faked.parameter(path), {})
-            moments = state.get("exp_avg_sq")
-            if moments is None:
-                # frozen, or no gradient yet
-                curvature.fill_(1.0)
-            else:
-                # more than 0, for words that no batch had
-                curvature.copy_((moments / (1 - second ** float(state["step"]))).sqrt() + eps)
-        self._state.curved.fill_(1)
-        self.faked.set_curvature(self._state.curvatures())
-
     def _calibration(self) -> list[Batch]:
         if self._given is None:
             config = self.config
@@ -386,24 +351,6 @@ class Quantization(SteppedMethod):
         if not self.config.monitor:
             return None
         return {path: self.faked.quantized_matrix(path).codes for path in self._matrices}
-
-    @torch.no_grad()
-    def _drift(self) -> dict[str, float]:
-        groups: dict[str, list[Tensor]] = {}
-        starts = self._state.starts()
-        readers = {fake.name: self._matrices[path].part or path for path, fake in reversed(self.faked.inputs.items())}
-        for name, scale in self.faked.scales().items():
-            if name in self._matrices:
-                group = f"scale_drift_{self._matrices[name].part or name}"
-            else:
-                activation = name.rpartition(".")[0]
-                group = f"range_drift_{readers.get(activation) or activation.rpartition('.')[2]}"
-            start = starts[name]
-            ratio = (scale - start).abs() / start.abs()
-            groups.setdefault(group, []).append(ratio[start != 0].float().mean())
-        names, means = list(groups), [torch.stack(values).nanmean() for values in groups.values()]
-        values = torch.stack(means).tolist() if means else []
-        return {name: value for name, value in zip(names, values, strict=True) if value == value}
 
     def _pack_carried(self, settled: FrozenCodes) -> list[QuantizedMatrix]:
         rows: list[QuantizedMatrix] = []

@@ -6,46 +6,30 @@ from functools import cache
 
 from lmcompress.errors import LmcompressError
 from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.quantizers import closed_form, learned, uniform
 from lmcompress.numerics.quantizers.base import TERNARY, WITH_ZERO, WeightQuantizer
-from lmcompress.numerics.quantizers.closed_form import binary, laq, tbt, twn
-from lmcompress.numerics.quantizers.learned import (
-    dynamic_scaling,
-    elastic,
-    initial_clip,
-    initial_elastic,
-    initial_gamma,
-    initial_step,
-    lsq,
-    pact,
-)
-from lmcompress.numerics.quantizers.uniform import (
-    asymmetric,
-    mse_clip,
-    mse_limits,
-    percentile_clip,
-    percentile_limits,
-    symmetric,
-)
 from lmcompress.registry import Registry
 
 QUANTIZERS: Registry[WeightQuantizer] = Registry(
     "weight quantizer",
     {
-        "dynamic_scaling": WeightQuantizer(dynamic_scaling, initial_gamma, learned=True, by_rows=True),
-        "pact": WeightQuantizer(pact, initial_clip, learned=True, by_rows=True),
-        "lsq": WeightQuantizer(lsq, initial_step, learned=True, by_rows=True),
-        "elastic": WeightQuantizer(elastic, initial_elastic, learned=True, bits=(1, "ternary", 2, 3, 4), by_rows=True),
+        "dynamic_scaling": WeightQuantizer(learned.dynamic_scaling, learned.initial_gamma, learned=True, by_rows=True),
+        "pact": WeightQuantizer(learned.pact, learned.initial_clip, learned=True, by_rows=True),
+        "lsq": WeightQuantizer(learned.lsq, learned.initial_step, learned=True, by_rows=True),
+        "elastic": WeightQuantizer(
+            learned.elastic, learned.initial_elastic, learned=True, bits=(1, "ternary", 2, 3, 4), by_rows=True
+        ),
         # not by rows: its iterations end for all rows at once
-        "laq": WeightQuantizer(laq, bits=(1, *WITH_ZERO), takes_curvature=True),
-        "twn": WeightQuantizer(twn, bits=TERNARY, by_rows=True),
-        "tbt": WeightQuantizer(tbt, bits=TERNARY, by_rows=True),
-        "binary": WeightQuantizer(binary, bits=(1,), by_rows=True),
-        "minmax": WeightQuantizer(symmetric, by_rows=True),
-        "percentile": WeightQuantizer(symmetric, percentile_clip, by_rows=True, takes_percentile=True),
-        "mse": WeightQuantizer(symmetric, mse_clip, by_rows=True),
-        "asymmetric_minmax": WeightQuantizer(asymmetric),
-        "asymmetric_percentile": WeightQuantizer(asymmetric, percentile_limits, takes_percentile=True),
-        "asymmetric_mse": WeightQuantizer(asymmetric, mse_limits),
+        "laq": WeightQuantizer(closed_form.laq, bits=(1, *WITH_ZERO), takes_curvature=True),
+        "twn": WeightQuantizer(closed_form.twn, bits=TERNARY, by_rows=True),
+        "tbt": WeightQuantizer(closed_form.tbt, bits=TERNARY, by_rows=True),
+        "binary": WeightQuantizer(closed_form.binary, bits=(1,), by_rows=True),
+        "minmax": WeightQuantizer(uniform.symmetric, by_rows=True),
+        "percentile": WeightQuantizer(uniform.symmetric, uniform.percentile_clip, by_rows=True, takes_percentile=True),
+        "mse": WeightQuantizer(uniform.symmetric, uniform.mse_clip, by_rows=True),
+        "asymmetric_minmax": WeightQuantizer(uniform.asymmetric),
+        "asymmetric_percentile": WeightQuantizer(uniform.asymmetric, uniform.percentile_limits, takes_percentile=True),
+        "asymmetric_mse": WeightQuantizer(uniform.asymmetric, uniform.mse_limits),
     },
     lambda part: isinstance(part, WeightQuantizer),
     "a lmcompress.numerics.WeightQuantizer",

@@ -325,19 +325,20 @@ def search_shares(error: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
     return best
 
 
-def check_percentile(percentile: float) -> None:
-    """Refuses what is not above 0 and at most 100.
+def check_percentile(percentile: float) -> float:
+    """A percentile as it came.
 
     Args:
         percentile: in per cent.
 
     Raises:
-        LmcompressError: it is not.
+        LmcompressError: If it is not above 0 and at most 100.
     """
     if not 0 < percentile <= 100:
         raise LmcompressError(
             f"percentile must be above 0 and at most 100, got {percentile}; it counts per cent, so 99.9, not 0.999"
         )
+    return percentile
 
 
 def _per_scale(weight: Tensor, granularity: Granularity, f: Callable[[Tensor], Tensor]) -> Tensor:

@@ -97,8 +97,8 @@ def pack_model(
         attention: what happens within attention, to be said in the config.
 
     Raises:
-        LmcompressError: there is nothing to pack, no such module, a weight of another shape, weights that are not
-            finite, or a static range without its scale.
+        LmcompressError: If there is nothing to pack, no such module, a weight of another shape, weights are not finite,
+            or a static range comes without its scale.
     """
     known, head = matrices(model), tied_head(model)
     replaced: dict[str, Packed] = {}
@@ -133,8 +133,8 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
         encoding: as a checkpoint's config names it.
 
     Raises:
-        CheckpointError: it names a module that the model has not, though the checkpoint was written by a model of this
-            class or the module is of the backbone; or one that cannot be packed as it says.
+        CheckpointError: If it names a module that the model does not have, though the checkpoint was written by a model
+            of this class or the module is of the backbone; or one that cannot be packed as it says.
     """
     known = matrices(model)
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
@@ -171,7 +171,7 @@ def check_encoded(model: PreTrainedModel) -> None:
         model: with its values; what is on ``meta`` is left out.
 
     Raises:
-        CheckpointError: some are.
+        CheckpointError: If some are.
     """
     for name, module in model.named_modules():
         if isinstance(module, Packed) and not module.weight.is_meta:

@@ -119,8 +119,8 @@ def kmeans(
         The clusters, none of which is empty.
 
     Raises:
-        LmcompressError: no values, values that are not finite, a number of clusters or iterations out of range, an
-            unknown start, or weights of another shape, below 0 or not finite.
+        LmcompressError: If there are no values, values are not finite, a number of clusters or iterations is out of
+            range, the start is unknown, or weights have another shape, are negative or not finite.
 
     Reference:
         Han, Mao & Dally, *Deep Compression*, ICLR 2016, https://arxiv.org/abs/1510.00149, section 3.1 and 3.2 (starts);

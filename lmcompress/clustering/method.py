@@ -113,9 +113,9 @@ class WeightSharing(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: what :func:`~lmcompress.clustering.planning.plan` and
-                :func:`~lmcompress.clustering.kmeans.kmeans` refuse, a sensitivity without data, another method in the
-                run that cuts the model or changes single weights, or a best checkpoint that is to be loaded at the end.
+            LmcompressError: If :func:`~lmcompress.clustering.planning.plan` or
+                :func:`~lmcompress.clustering.kmeans.kmeans` refuses, a sensitivity has no data, another method in the
+                run cuts the model or changes single weights, or a best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
@@ -143,7 +143,7 @@ class WeightSharing(SteppedMethod):
             batches: for the sensitivity.
 
         Raises:
-            LmcompressError: as :meth:`prepare`.
+            LmcompressError: If :meth:`prepare` would refuse it.
         """
         self._planned, self._untouched = plan(model, self.config)
         found = _clusters(model, self._planned, self.config, batches)
@@ -175,7 +175,7 @@ class WeightSharing(SteppedMethod):
         """Say what was done; the weights are what they shall be.
 
         Raises:
-            LmcompressError: something else has changed weights since the last step.
+            LmcompressError: If something else has changed weights since the last step.
         """
         if self.report is not None:
             return
@@ -221,7 +221,7 @@ def share_weights(
         What was done.
 
     Raises:
-        LmcompressError: what :class:`WeightSharing` refuses; the model is as it was then.
+        LmcompressError: If :class:`WeightSharing` refuses the config or the data; the model is then unchanged.
     """
     method = WeightSharing(config)
     method.attach(model.model if isinstance(model, CompressedModel) else model, batches)

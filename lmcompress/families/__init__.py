@@ -53,7 +53,7 @@ def family_of(config: PretrainedConfig) -> Family:
         config: any Transformers config.
 
     Raises:
-        UnknownFamilyError: nobody has described the family; the message names those that are there.
+        UnknownFamilyError: If the family is not described; the message names those that are.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -73,6 +73,6 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         model: a ``PreTrainedModel``, with or without a head.
 
     Raises:
-        UnknownFamilyError: as :func:`family_of`.
+        UnknownFamilyError: If the family is not described.
     """
     return Anatomy(model, family_of(model.config))

@@ -144,7 +144,7 @@ class Block:
             part: such as ``"ffn_in"``.
 
         Raises:
-            LmcompressError: the family has no such part.
+            LmcompressError: If the family has no such part.
         """
         path = getattr(self.family, part)
         if not path:

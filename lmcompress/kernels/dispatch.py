@@ -96,7 +96,7 @@ def using(*, memory: Memory | None = None, kernel: str | None = None) -> Iterato
         Nothing.
 
     Raises:
-        LmcompressError: an unknown setting.
+        LmcompressError: If a setting is unknown.
 
     Example:
         >>> with using(memory="low"):
@@ -143,7 +143,7 @@ def kernels(device: str | torch.device = "cpu") -> tuple[Kernel, ...]:
         At least the reference.
 
     Raises:
-        LmcompressError: settings name a kernel that does not work there.
+        LmcompressError: If settings name a kernel that does not work there.
     """
     _check_settings(settings)
     tried = _tried(str(torch.device(device)))

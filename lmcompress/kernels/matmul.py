@@ -63,8 +63,8 @@ class Matmul:
             ``(..., out)`` of ``x``'s dtype. NaN or infinity in ``x`` makes NaN of all that shares their range.
 
         Raises:
-            LmcompressError: the kernel that settings name does not work on the device.
-            CheckpointError: bytes or scales are not those of the matrix's shape and grid.
+            LmcompressError: If the kernel that settings name does not work on the device.
+            CheckpointError: If bytes or scales are not those of the matrix's shape and grid.
         """
         # ranges are numbers in Python to the kernels; a graph would hold those of its example for ever
         if _is_exporting() or torch._C._get_tracing_state() is not None:

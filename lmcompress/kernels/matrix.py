@@ -49,7 +49,7 @@ class Matrix:
         """The codes, ``(out, in)``, int8 where some are negative, else uint8.
 
         Raises:
-            CheckpointError: the bytes are not those of this shape and grid.
+            CheckpointError: If the bytes are not those of this shape and grid.
         """
         return unpack(self.packed, self.shape, self.grid, self.container, check=not self.trusted)
 
@@ -57,7 +57,7 @@ class Matrix:
         """The numbers, ``(out, in)`` float32.
 
         Raises:
-            CheckpointError: bytes or scales are not those of this shape and grid.
+            CheckpointError: If bytes or scales are not those of this shape and grid.
         """
         return dequantize(
             self.codes(),
@@ -81,7 +81,7 @@ class Matrix:
             ``(*ids.shape, in)`` float32.
 
         Raises:
-            IndexError: an id below 0 or beyond the rows.
+            IndexError: If an id is below 0 or beyond the rows.
         """
         flat = ids.reshape(-1)
         chosen = self._of_rows(lambda rows: rows.index_select(0, flat), flat.numel())

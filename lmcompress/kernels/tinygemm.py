@@ -80,7 +80,7 @@ def nibbles(matrix: Matrix, dtype: torch.dtype = torch.bfloat16) -> Nibbles:
         The matrix, on the same device.
 
     Raises:
-        CheckpointError: bytes are not those of the matrix's shape and grid.
+        CheckpointError: If bytes are not those of the matrix's shape and grid.
 
     Example:
         >>> codes = Matrix(torch.tensor([237, 81]).byte(), torch.ones(2, 1), None, (2, 5), Grid(-1, 3), "base3")

@@ -39,7 +39,7 @@ class Compact(nn.Module, ABC):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: there are some.
+            CheckpointError: If some are NaN or infinite.
         """
 
 
@@ -65,7 +65,7 @@ def check_sizes(found: Tensor, expected: tuple[int, ...], name: str) -> None:
         name: of the tensor, for the error.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: If they differ.
     """
     if found.is_floating_point() or found.tolist() != list(expected):
         raise CheckpointError(

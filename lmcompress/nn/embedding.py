@@ -21,7 +21,7 @@ class FactorizedEmbedding(Compact):
         dtype: of the parameters.
 
     Raises:
-        LmcompressError: the rank is out of range.
+        LmcompressError: If the rank is out of range.
 
     Reference:
         Lan et al., *ALBERT*, 2020, https://arxiv.org/abs/1909.11942, section 3.1, "Factorized embedding
@@ -66,7 +66,7 @@ class FactorizedEmbedding(Compact):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: the checkpoint says others.
+            CheckpointError: If the checkpoint says others.
         """
         check_sizes(self.weight, (self.num_embeddings, self.rank, self.embedding_dim), f"{name}.weight")
 

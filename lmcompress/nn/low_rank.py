@@ -26,7 +26,7 @@ class LowRankLinear(Compact):
         dtype: of the parameters.
 
     Raises:
-        LmcompressError: the rank is out of range.
+        LmcompressError: If the rank is out of range.
 
     Reference:
         Denil et al., *Predicting Parameters in Deep Learning*, 2013, https://arxiv.org/abs/1306.0543, section 2.
@@ -74,7 +74,7 @@ class LowRankLinear(Compact):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: the checkpoint says others.
+            CheckpointError: If the checkpoint says others.
         """
         check_sizes(self.weight, (self.in_features, self.rank, self.out_features), f"{name}.weight")
 

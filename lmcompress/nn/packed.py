@@ -56,7 +56,7 @@ class Packed(nn.Module):
         device: of the tensors, whose values are unset.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
     weight: Tensor
@@ -90,8 +90,8 @@ class Packed(nn.Module):
             input_range: scale and zero point of a static range.
 
         Raises:
-            LmcompressError: weights or scales that are NaN or infinite, another shape or layout, or a static range
-                that is not given.
+            LmcompressError: If weights or scales are NaN or infinite, shape or layout is another, or a static range is
+                not given.
         """
         static = self.inputs is not None and self.inputs.range == "static"
         if static != (input_range is not None):
@@ -155,8 +155,8 @@ class Packed(nn.Module):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: codes beyond the grid, scales that are negative or not finite, zero points that are no
-                codes, or input ranges that none calibrates.
+            CheckpointError: If codes are beyond the grid, scales are negative or not finite, zero points are not codes,
+                or no calibration gives such input ranges.
         """
         try:
             check_scales(self.weight_scales, self.shape, self.layout.granularity)
@@ -230,7 +230,7 @@ class _PackedMatrix(Packed):
             ``(..., out_features)`` of the dtype of ``x``.
 
         Raises:
-            LmcompressError: in training.
+            LmcompressError: If the model is in training mode with gradients enabled.
         """
         _refuse_training(self)
         return self._matmul(x, self.matrix(), self.bias, self.matmul_inputs())
@@ -252,7 +252,7 @@ class PackedLinear(_PackedMatrix):
         device: of the codes, whose values are unset.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
 
@@ -268,7 +268,7 @@ class PackedConv1D(_PackedMatrix):
         device: of the codes, whose values are unset.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
     @property
@@ -295,7 +295,7 @@ class PackedEmbedding(Packed):
         dtype: of what is looked up; follows the casts of the model.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class PackedEmbedding(Packed):
             ``(*ids.shape, embedding_dim)`` of the dtype of the model.
 
         Raises:
-            LmcompressError: in training.
+            LmcompressError: If the model is in training mode with gradients enabled.
         """
         _refuse_training(self)
         return self.matrix().rows(ids).to(self.dtype)
@@ -362,7 +362,7 @@ class TiedHead(nn.Module):
             ``(..., words)`` of the dtype of ``x``.
 
         Raises:
-            LmcompressError: in training.
+            LmcompressError: If the model is in training mode with gradients enabled.
         """
         embedding: PackedEmbedding = self.__dict__["embedding"]
         _refuse_training(embedding)

@@ -132,7 +132,7 @@ def quantize_attention(model: PreTrainedModel, attentions: Iterable[nn.Module], 
         encodings: what happens, the same in all of them.
 
     Raises:
-        LmcompressError: attention is quantized already, or there is none.
+        LmcompressError: If attention is quantized already, or there is none.
     """
     modules = list(attentions)
     device = next(model.parameters()).device
@@ -148,7 +148,7 @@ def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers
         register: whether what quantizes becomes a submodule, whose state is the model's.
 
     Raises:
-        LmcompressError: attention is quantized already, or there is none.
+        LmcompressError: If attention is quantized already, or there is none.
     """
     if not quantizers:
         raise LmcompressError(

@@ -77,7 +77,7 @@ def dynamic(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, a clip that is not > 0, or an input with NaN or infinity.
+        LmcompressError: If bits are neither 8 nor 4, the clip is not above 0, or the input has NaN or infinity.
 
     Note:
         TernaryBERT's code has a zero point that is no whole number, the least value itself, and clips to 2.5.
@@ -123,7 +123,7 @@ def static(x: Tensor, low: float, high: float, *, bits: ActivationBits = 8, symm
         Values and codes. NaN stays NaN.
 
     Raises:
-        LmcompressError: other bits, or a range that is empty, reversed, or not finite.
+        LmcompressError: If bits are neither 8 nor 4, or the range is empty, reversed or not finite.
 
     Reference:
         Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*,
@@ -163,7 +163,7 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
         Values and codes. NaN stays NaN.
 
     Raises:
-        LmcompressError: other bits, or a state of another shape.
+        LmcompressError: If bits are neither 8 nor 4, or the state has another shape.
 
     Note:
         LSQ's N is the number of features of a layer. LSQ+ keeps β as it is; here it is rounded to a whole zero point,
@@ -212,7 +212,8 @@ def initial_step(x: Tensor, *, bits: ActivationBits = 8) -> Tensor:
         ``(1, 1)`` float32.
 
     Raises:
-        LmcompressError: other bits, or activations that are none, all zero, NaN or infinite.
+        LmcompressError: If bits are neither 8 nor 4, or there are no activations, or they are all zero, NaN or
+            infinite.
 
     Reference:
         Esser et al. 2020, https://arxiv.org/abs/1902.08153, section 2.1.
@@ -240,7 +241,7 @@ def initial_range(low: float, high: float, *, bits: ActivationBits = 8) -> tuple
         Step and offset, ``(1, 1)`` float32 each: the range widened to hold 0.
 
     Raises:
-        LmcompressError: other bits, or a range that is empty, reversed, or not finite.
+        LmcompressError: If bits are neither 8 nor 4, or the range is empty, reversed or not finite.
 
     Reference:
         Bhalgat et al. 2020 (LSQ+), https://arxiv.org/abs/2004.09576, section 3.2.
@@ -259,7 +260,7 @@ def check_range(low: float, high: float) -> None:
         high: the greatest.
 
     Raises:
-        LmcompressError: it is not finite, reversed, or 0 wide with 0 in it.
+        LmcompressError: If the range is not finite, reversed, or zero wide at 0.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise LmcompressError(f"an activation range must be finite, got [{low}, {high}]; calibrate again on sound data")

@@ -46,7 +46,7 @@ class MinMax:
             The observer.
 
         Raises:
-            LmcompressError: activations that are NaN or infinite, or a mask of other axes.
+            LmcompressError: If activations are NaN or infinite, or the mask has other axes.
         """
         x = _counted(x, mask)
         if not x.numel():
@@ -61,7 +61,7 @@ class MinMax:
             Both, as floats.
 
         Raises:
-            LmcompressError: nothing was seen, or nothing but zeros.
+            LmcompressError: If calibration saw nothing, or nothing but zeros.
         """
         if not self.count:
             raise LmcompressError(_NO_DATA)
@@ -83,7 +83,7 @@ class Histogram:
         extremes: least and greatest value.
 
     Raises:
-        LmcompressError: a number of bins that is not even and at least 2.
+        LmcompressError: If the number of bins is not even, or below 2.
 
     Example:
         >>> low, high = Histogram().updated(torch.arange(-50.0, 51.0)).percentile_range(90)
@@ -111,7 +111,7 @@ class Histogram:
             The observer.
 
         Raises:
-            LmcompressError: activations that are NaN or infinite, or a mask of other axes.
+            LmcompressError: If activations are NaN or infinite, or the mask has other axes.
         """
         x = _counted(x, mask)
         seen = self.extremes.updated(x)
@@ -138,7 +138,7 @@ class Histogram:
             Least and greatest value, as floats, not beyond what was seen.
 
         Raises:
-            LmcompressError: a percentile that is none; nothing was seen, or nothing but zeros.
+            LmcompressError: If the percentile is out of range, or nothing was seen, or nothing but zeros.
         """
         check_percentile(percentile)
         counts, edges = self._bins()
@@ -162,7 +162,7 @@ class Histogram:
             Least and greatest value, as floats.
 
         Raises:
-            LmcompressError: other bits; nothing was seen, or nothing but zeros.
+            LmcompressError: If bits are neither 8 nor 4, or nothing was seen, or nothing but zeros.
         """
         check_bits(bits, BITS)
         counts, edges = self._bins()

@@ -65,7 +65,7 @@ def packed_shape(shape: Sequence[int], container: Container) -> tuple[int, ...]:
         The shape of the uint8 tensor that :func:`pack` gives.
 
     Raises:
-        LmcompressError: no such container.
+        LmcompressError: If there is no such container.
 
     Example:
         >>> packed_shape((10, 768), "base3"), packed_shape((10, 768), 2), packed_shape((), 4)
@@ -100,7 +100,7 @@ def packed_bytes(shape: Sequence[int], container: Container) -> int:
         The number of bytes.
 
     Raises:
-        LmcompressError: no such container.
+        LmcompressError: If there is no such container.
 
     Example:
         >>> packed_bytes((768, 768), 4), packed_bytes((768, 768), "base3")
@@ -121,7 +121,8 @@ def pack(codes: Tensor, grid: Grid, container: Container | None = None) -> Tenso
         :func:`packed_shape` uint8 on the same device.
 
     Raises:
-        LmcompressError: no such container, one too small for the grid, or codes that are not integers of the grid.
+        LmcompressError: If there is no such container, it is too small for the grid, or codes are not integers of the
+            grid.
 
     Example:
         >>> pack(torch.tensor([[-1, 0, 1, 1, 1], [-1, -1, -1, -1, 0]]), Grid(low=-1, levels=3)).tolist()
@@ -166,9 +167,9 @@ def unpack(
         ``shape``, int8 for grids with negative codes, else uint8, on the same device.
 
     Raises:
-        CheckpointError: the bytes are too few or too many for the shape, lie otherwise, or are none that
-            :func:`pack` writes.
-        LmcompressError: no such container, or one too small for the grid.
+        CheckpointError: If the bytes are too few or too many for the shape, lie otherwise, or are not what :func:`pack`
+            writes.
+        LmcompressError: If there is no such container, or it is too small for the grid.
 
     Example:
         >>> unpack(torch.tensor([[237]], dtype=torch.uint8), (1, 5), Grid(low=-1, levels=3)).tolist()
@@ -216,8 +217,8 @@ def dequantize(
         ``codes``'s shape, float32.
 
     Raises:
-        LmcompressError: a group size that does not divide.
-        CheckpointError: scales or zero points of another shape, negative, or not finite.
+        LmcompressError: If the group size does not divide the rows.
+        CheckpointError: If scales or zero points have another shape, are negative, or not finite.
 
     Example:
         >>> from lmcompress.numerics.grids import PerRow
@@ -245,8 +246,8 @@ def check_scales(scales: Tensor, shape: Sequence[int], granularity: Granularity,
         name: what to call them in the error.
 
     Raises:
-        LmcompressError: a group size that does not divide.
-        CheckpointError: they have another shape, are negative, or not finite.
+        LmcompressError: If the group size does not divide the rows.
+        CheckpointError: If they have another shape, are negative, or not finite.
     """
     expected = granularity.scale_shape(shape)
     if tuple(scales.shape) != expected:

@@ -66,7 +66,7 @@ class CarriedCodes:
             The codes, and what happens to the input.
 
         Raises:
-            LmcompressError: some are not on the grid.
+            LmcompressError: If some weights are not on the grid.
         """
         values = weight.detach().float()
         steps = values / torch.where(self.scales > 0, self.scales, torch.inf)

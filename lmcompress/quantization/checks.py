@@ -23,8 +23,8 @@ def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: boo
         cut_later: whether something else cuts the model in the same run.
 
     Raises:
-        LmcompressError: bits of the schedule that a quantizer has not, or that end above those of a matrix; and where
-            the model is cut, groups, or a grid without a zero.
+        LmcompressError: If a quantizer does not support bits of the schedule, the schedule ends above the bits of a
+            matrix, or the model is cut and scales belong to groups or the grid has no zero.
     """
     schedule = config.bits_schedule
     for one in planned.matrices:

@@ -75,9 +75,9 @@ class Quantization(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: what :func:`~lmcompress.quantization.planning.plan` refuses, bits of the schedule that a
-                quantizer has not, calibration rows that cannot be had, a best checkpoint that is to be loaded at the
-                end, or pruning that comes later in the list of methods or leaves no codes.
+            LmcompressError: If :func:`~lmcompress.quantization.planning.plan` refuses the config, a quantizer does not
+                support bits of the schedule, calibration rows are not available, a best checkpoint is to be loaded at
+                the end, or pruning comes later in the list of methods or leaves no codes.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
@@ -103,7 +103,7 @@ class Quantization(SteppedMethod):
             cut_later: whether something else cuts it between :meth:`settle` and :meth:`finish`.
 
         Raises:
-            LmcompressError: as :meth:`prepare`.
+            LmcompressError: If :meth:`prepare` would refuse it.
         """
         self._student = student
         self._cut_later = cut_later
@@ -144,7 +144,7 @@ class Quantization(SteppedMethod):
         quantized until :meth:`finish`, and codes and scales go with the rows of the weights.
 
         Raises:
-            LmcompressError: a range that cannot be calibrated, or weights or scales that are NaN or infinite.
+            LmcompressError: If a range cannot be calibrated, or weights or scales are NaN or infinite.
         """
         if self.report is not None or self._settled is not None:
             return
@@ -185,8 +185,8 @@ class Quantization(SteppedMethod):
         """Pack the model: its weights become codes; and say what was done.
 
         Raises:
-            LmcompressError: a range that cannot be calibrated, weights or scales that are NaN or infinite, or a model
-                that was cut without :meth:`settle`.
+            LmcompressError: If a range cannot be calibrated, weights or scales are NaN or infinite, or the model was
+                cut without :meth:`settle`.
         """
         if self.report is not None:
             return
@@ -235,7 +235,7 @@ class Quantization(SteppedMethod):
             optimizer: that trains the model.
 
         Raises:
-            LmcompressError: a curvature is wanted of an optimizer that has none.
+            LmcompressError: If a curvature is wanted and the optimizer keeps no second moments.
         """
         self._max_steps, self._optimizer = max_steps, optimizer
         inner = inner_optimizer(optimizer)
@@ -263,7 +263,7 @@ class Quantization(SteppedMethod):
             step: optimizer steps done.
 
         Raises:
-            LmcompressError: a range that cannot be calibrated.
+            LmcompressError: If a range cannot be calibrated.
         """
         progress, schedule = step / max(1, self._max_steps), self.config.bits_schedule
         while self._stage + 1 < len(schedule) and progress >= schedule[self._stage + 1][0]:

@@ -83,8 +83,8 @@ def bits_sensitivity(
         A row for each matrix and width, in the order of the model.
 
     Raises:
-        LmcompressError: neither batches nor ``evaluate``, no widths, a width that a quantizer has not, or what
-            :func:`~lmcompress.quantization.planning.plan` refuses.
+        LmcompressError: If neither batches nor ``evaluate`` nor bit-widths are given, a quantizer does not support a
+            bit-width, or :func:`~lmcompress.quantization.planning.plan` refuses the config.
 
     Reference:
         Dong, Yao, Gholami, Mahoney & Keutzer, *HAWQ: Hessian AWare Quantization of Neural Networks with
@@ -141,8 +141,8 @@ def choose_bits(
         A width for each name.
 
     Raises:
-        LmcompressError: no names, names or widths that differ, a harm that is not finite, or a budget that even the
-            smallest widths exceed.
+        LmcompressError: If there are no names, names or bit-widths differ, a harm is not finite, or even the smallest
+            bit-widths exceed the budget.
 
     Example:
         >>> harms = {"a": {2: 9.0, 8: 0.0}, "b": {2: 1.0, 8: 0.0}}
@@ -201,7 +201,8 @@ def mixed_precision(
         A config for :func:`~lmcompress.quantization.quantize`, or for training.
 
     Raises:
-        LmcompressError: no budget or two, rows of other matrices, or as :func:`choose_bits`.
+        LmcompressError: If there is no budget or two, rows are of other matrices, or :func:`choose_bits` finds no
+            choice.
     """
     if (bits_per_weight is None) == (budget_bytes is None):
         raise LmcompressError(

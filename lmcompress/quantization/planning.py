@@ -87,8 +87,8 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
         The plan.
 
     Raises:
-        LmcompressError: a rule that names nothing or nothing that can be quantized, a group size that does not divide,
-            a matrix that something else has parametrized, or nothing to quantize.
+        LmcompressError: If a rule names nothing or nothing that can be quantized, a group size does not divide the
+            rows, something else has parametrized a matrix, or nothing would be quantized.
     """
     refuse_compact(model, "quantize")
     anatomy = anatomy_of(model)

@@ -43,7 +43,7 @@ class Quantized:
         """The codes: the shape that came, int8 where some are negative, else uint8.
 
         Raises:
-            LmcompressError: what came, or a scale, is NaN or infinite.
+            LmcompressError: If the source or a scale is NaN or infinite.
         """
         check_finite(self.source)
         if not bool(torch.isfinite(self.scales).all()):
@@ -103,7 +103,7 @@ def check_finite(x: Tensor, name: str = "weights") -> None:
         name: what to call it in the error.
 
     Raises:
-        LmcompressError: there are some.
+        LmcompressError: If some are NaN or infinite.
     """
     finite = torch.isfinite(x)
     if not bool(finite.all()):

@@ -53,7 +53,8 @@ def laq(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, a curvature of another shape or negative, or a group size that does not divide.
+        LmcompressError: If bits are not supported, the curvature has another shape or is negative, or the group size
+            does not divide the rows.
 
     Note:
         The public code (BinaryBERT's) divides by Σ d\|b\|. Where codes are only -1, 0 and 1 that is the same; with more
@@ -112,7 +113,7 @@ def twn(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, or a group size that does not divide.
+        LmcompressError: If bits are not supported, or the group size does not divide the rows.
 
     Reference:
         Li, Zhang & Liu, *Ternary Weight Networks*, 2016, https://arxiv.org/abs/1605.04711, section 2.
@@ -154,7 +155,7 @@ def tbt(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, or a group size that does not divide.
+        LmcompressError: If bits are not supported, or the group size does not divide the rows.
 
     Reference:
         Liu, Oguz, Pappu, Shi & Krishnamoorthi, *Binary and Ternary Natural Language Generation*, ACL 2023,
@@ -185,7 +186,7 @@ def binary(weight: Tensor, state: None = None, *, bits: Bits = 1, granularity: G
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, or a group size that does not divide.
+        LmcompressError: If bits are not supported, or the group size does not divide the rows.
 
     Reference:
         Rastegari, Ordonez, Redmon & Farhadi, *XNOR-Net*, ECCV 2016, https://arxiv.org/abs/1603.05279, section 3.1.

@@ -49,7 +49,8 @@ def dynamic_scaling(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, a state of another shape, or a group size that does not divide.
+        LmcompressError: If bits are not supported, the state has another shape, or the group size does not divide the
+            rows.
 
     Note:
         The paper says no more of the weight's gradient than that it is the quantized weight's, which is the default
@@ -81,7 +82,7 @@ def initial_gamma(weight: Tensor, *, bits: Bits | None = None, granularity: Gran
         ``granularity.scale_shape(weight.shape)`` float32.
 
     Raises:
-        LmcompressError: weights that are NaN or infinite, or a group size that does not divide.
+        LmcompressError: If weights are NaN or infinite, or the group size does not divide the rows.
     """
     check_finite(weight)
     return torch.ones(granularity.scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
@@ -106,7 +107,8 @@ def pact(weight: Tensor, clip: Tensor, *, bits: Bits, granularity: Granularity =
         Values and codes.
 
     Raises:
-        LmcompressError: as :func:`dynamic_scaling`.
+        LmcompressError: If bits are not supported, the state has another shape, or the group size does not divide the
+            rows.
 
     Note:
         The paper's is for activations that are not negative; this is its symmetric form, which QuantGPT compares with.
@@ -137,7 +139,7 @@ def initial_clip(weight: Tensor, *, bits: Bits | None = None, granularity: Granu
         ``granularity.scale_shape(weight.shape)`` float32.
 
     Raises:
-        LmcompressError: weights that are NaN or infinite, or a group size that does not divide.
+        LmcompressError: If weights are NaN or infinite, or the group size does not divide the rows.
     """
     check_finite(weight)
     return max_abs(weight, granularity)
@@ -163,7 +165,8 @@ def lsq(weight: Tensor, step: Tensor, *, bits: Bits, granularity: Granularity = 
         Values and codes.
 
     Raises:
-        LmcompressError: as :func:`dynamic_scaling`.
+        LmcompressError: If bits are not supported, the state has another shape, or the group size does not divide the
+            rows.
 
     Note:
         N is the number of weights that share the step, so that the factor does for rows and groups what it does for
@@ -196,7 +199,8 @@ def initial_step(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_T
         ``granularity.scale_shape(weight.shape)`` float32.
 
     Raises:
-        LmcompressError: other bits, weights that are NaN or infinite, or a group size that does not divide.
+        LmcompressError: If bits are not supported, weights are NaN or infinite, or the group size does not divide the
+            rows.
 
     Reference:
         Esser et al. 2020, https://arxiv.org/abs/1902.08153, section 2.1.
@@ -225,7 +229,8 @@ def elastic(weight: Tensor, alpha: Tensor, *, bits: Bits, granularity: Granulari
         Values and codes.
 
     Raises:
-        LmcompressError: as :func:`dynamic_scaling`; 8 bits, for which the paper has none.
+        LmcompressError: If bits are not supported (the paper has no 8 bits), the state has another shape, or the group
+            size does not divide the rows.
 
     Note:
         The factor counts the weights that share α, see :func:`lsq`. A weight of exactly 0 counts as positive at 1 bit,
@@ -266,7 +271,8 @@ def initial_elastic(weight: Tensor, *, bits: Bits, granularity: Granularity = PE
         ``granularity.scale_shape(weight.shape)`` float32.
 
     Raises:
-        LmcompressError: other bits, weights that are NaN or infinite, or a group size that does not divide.
+        LmcompressError: If bits are not supported, weights are NaN or infinite, or the group size does not divide the
+            rows.
 
     Reference:
         The authors' code, https://github.com/facebookresearch/ParetoQ, ``train.py``.

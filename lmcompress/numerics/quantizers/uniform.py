@@ -53,7 +53,8 @@ def symmetric(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, a clip of another shape, or a group size that does not divide.
+        LmcompressError: If bits are not supported, the clip has another shape, or the group size does not divide the
+            rows.
 
     Reference:
         Zafrir, Boudoukh, Izsak & Wasserblat, *Q8BERT*, 2019, https://arxiv.org/abs/1910.06188, section 2.
@@ -85,8 +86,8 @@ def percentile_clip(
         ``granularity.scale_shape(weight.shape)`` float32.
 
     Raises:
-        LmcompressError: a percentile that is none, weights that are NaN or infinite, or a group size that does not
-            divide.
+        LmcompressError: If the percentile is out of range, weights are NaN or infinite, or the group size does not
+            divide the rows.
 
     Reference:
         McKinstry et al., *Discovering Low-Precision Networks Close to Full-Precision Networks*, 2018,
@@ -116,7 +117,8 @@ def mse_clip(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSO
         ``granularity.scale_shape(weight.shape)`` float32, never worse than the greatest magnitude.
 
     Raises:
-        LmcompressError: other bits, weights that are NaN or infinite, or a group size that does not divide.
+        LmcompressError: If bits are not supported, weights are NaN or infinite, or the group size does not divide the
+            rows.
 
     Reference:
         Sung, Shin & Hwang, *Resiliency of Deep Neural Networks under Quantization*, 2015,
@@ -156,7 +158,8 @@ def asymmetric(
         Values, codes and zero points.
 
     Raises:
-        LmcompressError: other bits, limits of another shape, or a group size that does not divide.
+        LmcompressError: If bits are not supported, limits have another shape, or the group size does not divide the
+            rows.
 
     Reference:
         Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*,
@@ -194,7 +197,8 @@ def percentile_limits(
         ``(2, *granularity.scale_shape(weight.shape))`` float32.
 
     Raises:
-        LmcompressError: as :func:`percentile_clip`.
+        LmcompressError: If the percentile is out of range, weights are NaN or infinite, or the group size does not
+            divide the rows.
     """
     check_percentile(percentile)
     check_finite(weight)
@@ -215,7 +219,8 @@ def mse_limits(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TEN
         ``(2, *granularity.scale_shape(weight.shape))`` float32.
 
     Raises:
-        LmcompressError: as :func:`mse_clip`.
+        LmcompressError: If bits are not supported, weights are NaN or infinite, or the group size does not divide the
+            rows.
     """
     check_bits(bits, WITH_ZERO)
     check_finite(weight)
@@ -252,8 +257,8 @@ def nearest_codes(
         codes that it was given.
 
     Raises:
-        LmcompressError: scales of another shape, weights that are NaN or infinite, or a group size that does not
-            divide.
+        LmcompressError: If scales have another shape, weights are NaN or infinite, or the group size does not divide
+            the rows.
 
     Example:
         >>> nearest_codes(torch.tensor([[0.9, -0.2]]), torch.tensor([[0.5]]), grid=Grid(low=-3, levels=4, stride=2))

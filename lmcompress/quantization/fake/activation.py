@@ -87,7 +87,7 @@ class FakeActivation(nn.Module):
             The same shape and dtype.
 
         Raises:
-            LmcompressError: a range that must be calibrated is not.
+            LmcompressError: If its range is not calibrated.
         """
         if self._seen is not None:
             self._look(x.detach(), self._seen)
@@ -138,7 +138,7 @@ class FakeActivation(nn.Module):
             discard: whether to leave the range as it was instead.
 
         Raises:
-            LmcompressError: nothing was seen, or nothing but zeros.
+            LmcompressError: If calibration saw nothing, or nothing but zeros.
         """
         seen, self._seen, self._mask = self._seen, None, None
         if seen is None or discard:
@@ -156,7 +156,7 @@ class FakeActivation(nn.Module):
             bits: 8 or 4.
 
         Raises:
-            LmcompressError: neither, or a range that was chosen for its bits.
+            LmcompressError: If bits are neither 8 nor 4, or the range was chosen for its bits.
         """
         if bits not in (4, 8) or isinstance(bits, (bool, float)):
             raise LmcompressError(f"bits of activations must be 8 or 4, got {bits!r}")
@@ -190,7 +190,7 @@ class FakeActivation(nn.Module):
             The description, and scale and zero point.
 
         Raises:
-            LmcompressError: a range that must be calibrated is not.
+            LmcompressError: If its range is not calibrated.
         """
         if self.scheme.range == "dynamic":
             return self._encoding, None

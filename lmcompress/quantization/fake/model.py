@@ -40,8 +40,8 @@ class FakeQuantized:
         state: what is learned or calibrated, as a module whose ``state_dict`` belongs into checkpoints of training.
 
     Raises:
-        LmcompressError: the model is fake-quantized already, a plan of another model, weights that are NaN or infinite,
-            or calibration without data.
+        LmcompressError: If the model is fake-quantized already, the plan is of another model, weights are NaN or
+            infinite, or calibration has no data.
 
     Note:
         With ranges of the whole tensor, padding and the other rows of a batch have a part in dynamic ranges, as in
@@ -120,7 +120,7 @@ class FakeQuantized:
             batches: what the model is called with; ``labels`` are left out.
 
         Raises:
-            LmcompressError: there is no batch, or an activation that no batch reaches or that is nothing but zeros.
+            LmcompressError: If there is no batch, or no batch reaches an activation with anything but zeros.
         """
         waiting = [a for a in self.activations.values() if a.scheme.range != "dynamic"]
         if not waiting:
@@ -172,7 +172,7 @@ class FakeQuantized:
             modules: which, as in a :class:`~lmcompress.quantization.config.Rule`.
 
         Raises:
-            LmcompressError: no matrix has such a name, or a quantizer has no such bits.
+            LmcompressError: If no matrix has such a name, or a quantizer does not support these bits.
         """
         fakes = [fake for fake in self.weights.values() if fake.matches(modules)]
         if not fakes:
@@ -189,7 +189,7 @@ class FakeQuantized:
             bits: 8 or 4.
 
         Raises:
-            LmcompressError: neither, or ranges that were chosen for their bits.
+            LmcompressError: If bits are neither 8 nor 4, or ranges were chosen for their bits.
         """
         for activation in self.activations.values():
             activation.set_bits(bits)
@@ -201,7 +201,7 @@ class FakeQuantized:
             curvature: by path; of the parameter's shape as it is stored, >= 0; ``None`` weighs all weights alike.
 
         Raises:
-            LmcompressError: a path that is not quantized, another quantizer, or another shape.
+            LmcompressError: If a path is not quantized, its quantizer takes no curvature, or the shape is another.
         """
         for path in curvature:
             if path not in self.weights:
@@ -219,7 +219,7 @@ class FakeQuantized:
             The parameter, as it is stored.
 
         Raises:
-            LmcompressError: no such path.
+            LmcompressError: If no quantized matrix has the path.
         """
         if path not in self.weights:
             raise LmcompressError(f"no quantized matrix has the path {path!r}{nearest(path, self.weights)}")
@@ -247,8 +247,8 @@ class FakeQuantized:
         """Pack the model in place: its weights become codes, and its config says so; nothing is fake any more.
 
         Raises:
-            LmcompressError: a range that was not calibrated, or weights or scales that are NaN or infinite; the model
-                is fake-quantized still.
+            LmcompressError: If a range is not calibrated, or weights or scales are NaN or infinite; the model is then
+                still fake-quantized.
         """
         ranges = {name: activation.final() for name, activation in self.activations.items()}
         attention = self.attention_ranges()

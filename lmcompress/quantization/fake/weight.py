@@ -33,7 +33,7 @@ class FakeWeight(nn.Module):
         transposed: whether it is stored as ``(in, out)``.
 
     Raises:
-        LmcompressError: weights that are NaN or infinite.
+        LmcompressError: If weights are NaN or infinite.
     """
 
     state: Tensor | None
@@ -131,7 +131,7 @@ class FakeWeight(nn.Module):
             stored: the parameter.
 
         Raises:
-            LmcompressError: the quantizer has no such bits.
+            LmcompressError: If the quantizer does not support these bits.
         """
         quantizer_for(self.scheme.quantizer, bits)
         if bits == self.scheme.bits:
@@ -151,7 +151,7 @@ class FakeWeight(nn.Module):
             stored: the parameter.
 
         Raises:
-            LmcompressError: another quantizer, or another shape.
+            LmcompressError: If the quantizer takes no curvature, or the shape is another.
         """
         if not self.scheme.function().takes_curvature:
             raise LmcompressError(

@@ -40,7 +40,8 @@ def awq_scales(
         inputs by it.
 
     Raises:
-        LmcompressError: no weights, magnitudes of another shape, negative or not finite, or no steps.
+        LmcompressError: If there are no weights or no steps, or magnitudes have another shape, are negative or not
+            finite.
 
     Note:
         The authors measure the error at the output of the whole sub-layer; here it is that of the matrices themselves.

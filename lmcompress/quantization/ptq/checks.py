@@ -30,7 +30,7 @@ def check_post_training(model: PreTrainedModel, planned: Plan, method: Method) -
         method: as for :func:`quantize`.
 
     Raises:
-        LmcompressError: something learned, or nothing that the method could do.
+        LmcompressError: If something is learned, or the method has nothing to do.
     """
     _refuse_learned(planned)
     _refuse_idle(model, planned, method)

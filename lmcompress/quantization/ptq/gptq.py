@@ -52,8 +52,8 @@ def gptq(
         Values and codes on ``rounding``'s grid.
 
     Raises:
-        LmcompressError: a Hessian of another shape, not finite, or without any input; weights that are NaN or infinite;
-            damping or a block size that is not > 0.
+        LmcompressError: If the Hessian has another shape, is not finite or saw no input, weights are NaN or infinite,
+            or damping or block size is not above 0.
 
     Note:
         The authors set weights of inputs that are always 0 to 0; here they are rounded, since other data may have such

@@ -64,9 +64,9 @@ def quantize(
         What was done, with the error of each matrix.
 
     Raises:
-        LmcompressError: an unknown method, something learned, a model that is packed or quantized already, calibration
-            data that are missing, empty or all padding, weights or activations that are NaN or infinite, nothing that
-            the method could do, or what :func:`~lmcompress.quantization.planning.plan` refuses.
+        LmcompressError: If the method is unknown, something is learned, the model is packed or quantized already,
+            calibration data are missing, empty or all padding, weights or activations are NaN or infinite, the method
+            has nothing to do, or :func:`~lmcompress.quantization.planning.plan` refuses the config.
     """
     started = time.perf_counter()
     inner = model.model if isinstance(model, CompressedModel) else model

@@ -39,7 +39,7 @@ class Packable(NamedTuple):
     """A quantized weight, and what happens to the input of its module.
 
     Attributes:
-        quantized: of the weight as ``(out, in)``; of an embedding by word.
+        quantized: of the weight as ``(out, in)``; of an embedding by token.
         inputs: what happens to the input; of word embeddings, to that of the head which is tied to them.
         input_range: scale and zero point, where the range of ``inputs`` is static.
         container: how codes lie in bytes; the smallest that holds them, if None.
@@ -91,8 +91,8 @@ def pack_model(
     A head that is tied to packed embeddings reads their codes from then on.
 
     Args:
-        model: changed in place, once everything has been checked; its parametrizations must be gone.
-        parts: what to pack, by path (:func:`matrices`); pairs of path and part are gone through once, so that no more
+        model: changed in place, once everything has been checked; without parametrizations.
+        parts: what to pack, by path (:func:`matrices`); pairs of path and part are iterated once, so that no more
             than one matrix need be held quantized.
         attention: what happens within attention, to be said in the config.
 
@@ -150,8 +150,8 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
                 raise CheckpointError(f"quantization_config.encoding does not fit module {path}: {error}") from error
         elif same_class or path.startswith(backbone):
             raise CheckpointError(
-                f"quantization_config.encoding names a module {path}, which this {type(model).__name__} has not or "
-                "cannot pack: the config is damaged; load the checkpoint as it was written"
+                f"quantization_config.encoding names a module {path}, which this {type(model).__name__} does not have "
+                "or cannot pack: the config is damaged; load the checkpoint as it was written"
             )
     _tie(model)
     if encoding.attention is not None:
@@ -233,7 +233,7 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
 
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
-    """A dense model with the weights that the codes stand for; inputs of products are no longer quantized.
+    """A dense model with the weights that the codes stand for; activations are no longer quantized.
 
     Args:
         model: packed or not; left as it is.

@@ -1,4 +1,4 @@
-"""Weight sharing as a method of the trainer: many weights have few values, and these are what is trained."""
+"""Weight clustering as a method of the trainer: codebooks of the matrices are what is trained."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class SharedWeight(nn.Module):
 
 
 class WeightSharing(SteppedMethod):
-    """Lets the weights of each matrix share few values, and trains these values.
+    """Clusters the weights of each matrix (weight sharing), and trains the codebook.
 
     When training begins every matrix is clustered. From then on weights only change with the value that they share: the
     gradient of a value is the sum of the gradients of its weights, and which weights belong to it stays as it is.
@@ -156,8 +156,6 @@ class WeightSharing(SteppedMethod):
             self._shared[path] = shared
             self._errors[path] = relative_error(before, weight)
 
-    # what the trainer calls in every step
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The codebooks; without weight decay."""
         codebooks = [shared.codebook for shared in self._shared.values() if len(shared.codebook)]
@@ -187,8 +185,6 @@ class WeightSharing(SteppedMethod):
                 )
         self.report = self._reported(trained=True)
 
-    # what the callback calls
-
     def before_optimizer_step(self) -> None:
         """Gradients of weights become those of the values they share.
 
@@ -210,7 +206,7 @@ class WeightSharing(SteppedMethod):
 def share_weights(
     model: nn.Module | CompressedModel, config: SharingConfig | None = None, batches: Iterable[Batch] | None = None
 ) -> SharingReport:
-    """Let the weights of each matrix share few values, without training.
+    """Cluster the weights of each matrix, without training.
 
     Args:
         model: a ``PreTrainedModel`` or any other module; its weights are changed in place.

@@ -204,7 +204,7 @@ class Block:
             remove_heads(attention, self.family.attention_tail)
 
     def set_index(self, index: int) -> None:
-        """Renumber the block, so that key/value caches stay dense when earlier blocks have gone."""
+        """Renumber the block, so that key/value caches stay dense when earlier blocks were removed."""
         for path in self.family.layer_index:
             parent, _, name = path.rpartition(".")
             setattr(self.module.get_submodule(parent), name, index)

@@ -43,11 +43,11 @@ class _Mixing(Derived):
 
 
 def mix_locally(block: Block, mixing: SeparableMixing) -> None:
-    """Let a block's attention mix neighbours: its value projection becomes ``mixing``, queries and keys are gone.
+    """Let a block's attention mix neighbours: its value projection becomes ``mixing``, queries and keys are removed.
 
     Args:
         block: changed in place; the class of its attention becomes one that is derived from its own.
-        mixing: holds the product that gives the values.
+        mixing: holds the projection that gives the values.
     """
     family, attention = block.family, cast(Any, block.get("attention"))
     size = block.head_size

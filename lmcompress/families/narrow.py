@@ -1,4 +1,4 @@
-"""What models of odd shapes are made of: projections of nothing, attention without heads, a narrower residual stream.
+"""What irregular models are made of: projections of zero width, attention without heads, a narrower residual stream.
 
 What is here uses torch alone and no other module of lmcompress: the self-loading format carries its source text.
 """
@@ -22,7 +22,7 @@ _COMPANION = "_lmcompress_companion"
 
 
 class ZeroWidthLinear(nn.Module):
-    """A projection that reads nothing or writes nothing: its answer is its bias, and no matrix is multiplied.
+    """A projection of zero input or output width: its output is its bias, and no matrix is multiplied.
 
     The empty matrix is a buffer that is not saved: files hold no empty tensors, which Transformers would take for
     tensors that share memory.
@@ -162,7 +162,7 @@ class Companion(Protocol):
 
 
 def companion_of(module: nn.Module) -> Any:
-    """What was given to :func:`accompany` and has gone with the module's rows since, or None.
+    """What was given to :func:`accompany` and has followed the module's rows since, or None.
 
     Args:
         module: any.

@@ -37,9 +37,9 @@ class Weighted:
         module: a ``Linear``, ``Conv1D``, ``Conv2d`` or ``Embedding``.
         part: what the family calls it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
         block: number of its block, or None outside of the blocks.
-        default: whether a method takes it where nobody says which: in known families the projections of the blocks and
-            the word embeddings, in other models every ``Linear``, ``Conv1D`` and ``Conv2d``.
-        aliases: other modules that have the same weight, such as a head that is tied to the word embeddings.
+        default: whether a method takes it where no rule names it: in known families the projections of the blocks and
+            the token embeddings, in other models every ``Linear``, ``Conv1D`` and ``Conv2d``.
+        aliases: other modules that have the same weight, such as a head that is tied to the token embeddings.
     """
 
     path: str
@@ -170,7 +170,7 @@ def rules_by_path(
 
 
 def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:
-    """Part and block by the module's identity; None where nobody knows the family."""
+    """Part and block by the module's identity; None where the family is unknown."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:

@@ -21,4 +21,4 @@ class Kernel(Protocol):
         """Why this kernel does not take a matrix, or an input of this dtype; ``None`` where it does."""
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
-        """Makes a matrix ready: unpacks, widens, and lays it out as the kernel likes it."""
+        """A matrix in the kernel's own layout: unpacked, and widened where it needs that."""

@@ -18,12 +18,12 @@ BLOCK_WEIGHTS = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class BlockwiseMatmul:
-    """A product that keeps nothing ready: rows are unpacked a block at a time in every call.
+    """A matmul that keeps nothing prepacked: rows are unpacked a block at a time in every call.
 
     Attributes:
         matrix: the weights.
-        bias: of the product.
-        inputs: of the product.
+        bias: ``(out,)`` or None.
+        inputs: how the input is quantized.
         integers: whether to multiply bytes, else floats.
     """
 
@@ -40,8 +40,8 @@ class BlockwiseMatmul:
             parts = input_bytes(self.inputs.quantized(x), static=self.inputs.encoding.range == "static")
 
             def multiply(rows: Matrix, bias: Tensor | None) -> Tensor:
-                ready = IntMM().prepack(rows, bias, self.inputs, x.dtype)
-                return ready.of_codes(*parts)  # type: ignore[attr-defined]
+                prepacked = IntMM().prepack(rows, bias, self.inputs, x.dtype)
+                return prepacked.of_codes(*parts)  # type: ignore[attr-defined]
         elif self.inputs is not None:
             values = self.inputs.quantized(x).values.reshape(-1, width)
 

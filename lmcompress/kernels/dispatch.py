@@ -1,4 +1,4 @@
-r"""Products with packed matrices: the ladder of kernels, and the reference that is always there.
+r"""Kernel dispatch: matmuls with packed matrices, and the reference that is always there.
 
 ============= ====== ============================================================ =====================================
 kernel        device operation                                                    what it needs
@@ -11,16 +11,16 @@ kernel        device operation                                                  
 ``reference`` any    ``torch.nn.functional.linear`` in floating point             nothing
 ============= ====== ============================================================ =====================================
 
-A product is that of a :class:`~lmcompress.kernels.matrix.Matrix` of codes with an input, which is quantized on the way
+A matmul is that of a :class:`~lmcompress.kernels.matrix.Matrix` of codes with an input, which is quantized on the way
 as its description says. Where the input is quantized and scales belong to rows or to the tensor, both sides are
 integers of 8 bits or fewer: codes of any width are widened to int8 once, when a matrix is first used, and the integer
-product is exact. Where weights alone are quantized, :mod:`~lmcompress.kernels.tinygemm` multiplies on a GPU. Otherwise
+matmul is exact. Where weights alone are quantized, :mod:`~lmcompress.kernels.tinygemm` multiplies on a GPU. Otherwise
 the reference multiplies floats.
 
-:class:`Product` is what a module holds. It takes the first kernel of the ladder that works on the device and takes the
-matrix. What works is tried once per device by small products whose results are known (of integers with the greatest
-codes there are), so that an operation that is missing, saturates, or mixes up places is never used; the choice is
-logged, and :func:`ladder` tells it.
+:class:`~lmcompress.kernels.matmul.Matmul` is what a module holds. It takes the first kernel that works on the device
+and takes the matrix. What works is tried once per device by small matmuls whose results are known (of integers with the
+greatest codes there are), so that an operation that is missing, saturates, or mixes up places is never used; the choice
+is logged, and :func:`ladder` returns it.
 
 **Tolerance.** ``onednn`` and ``int_mm`` multiply the very codes of the reference: results differ by the rounding of
 float32 sums. ``fbgemm`` multiplies by the reciprocal of the scale where the reference divides by it: a number within
@@ -28,10 +28,10 @@ float32's rounding of the middle between two codes (about one in 100,000) may ge
 scale times weight. Products that a quantizer follows carry such a step on, as they carry on the rounding of any sum.
 ``tinygemm`` and the reference both round to bfloat16, at other places: results differ by the rounding of that type.
 
-``quantized::linear_dynamic`` is the same FBGEMM product behind a quantizer of its own: never symmetric, and with a
+``quantized::linear_dynamic`` is the same FBGEMM matmul behind a quantizer of its own: never symmetric, and with a
 least scale of 6.1e-5, so that small inputs would lose their digits. It is not used for that.
 
-**Memory.** :data:`settings` says whether matrices are kept ready (``"fast"``: beside the packed bytes int8 codes, a
+**Memory.** :data:`settings` says whether matrices are kept prepacked (``"fast"``: beside the packed bytes int8 codes, a
 byte for each weight; half a byte for ``tinygemm`` with codes of up to 4 bits; floats where the reference multiplies) or
 unpacked by blocks of rows in every call (``"low"``: no more than the packed bytes and one block).
 """
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 Memory = Literal["fast", "low"]
-"""Whether matrices are kept ready for their kernel, or unpacked by blocks in every call."""
+"""Whether matrices are kept prepacked for their kernel, or unpacked by blocks in every call."""
 
 
 _MEMORY: tuple[Memory, ...] = ("fast", "low")
@@ -69,11 +69,11 @@ _MEMORY: tuple[Memory, ...] = ("fast", "low")
 
 @dataclass
 class Settings:
-    """How products are done, for all models of this process; :func:`using` changes it for a while.
+    """How matmuls are done, for all models of this process; :func:`using` changes it for a while.
 
     Attributes:
         memory: ``fast`` or ``low``.
-        kernel: the name of the only kernel to try before the reference; ``None`` tries the whole ladder.
+        kernel: the name of the only kernel to try before the reference; ``None`` tries all of them.
     """
 
     memory: Memory = "fast"
@@ -86,7 +86,7 @@ settings = Settings()
 
 @contextmanager
 def using(*, memory: Memory | None = None, kernel: str | None = None) -> Iterator[None]:
-    """Other :data:`settings` for the time; matrices are made ready anew where they differ.
+    """Other :data:`settings` for the time; matrices are prepacked anew where they differ.
 
     Args:
         memory: ``fast`` or ``low``; ``None`` leaves it.
@@ -176,7 +176,7 @@ def _tried(device: str) -> dict[str, tuple[Kernel | None, str]]:
         reason = _trouble(kernel, torch.device(device))
         if reason is not None:
             working = None
-            # without VNNI, sums of two products are kept in 16 bits, for which 7 bits are few enough
+            # without VNNI, sums of two terms are kept in 16 bits, for which 7 bits are few enough
             if isinstance(kernel, IntegerKernel) and not self_test(kernel, torch.device(device), 64):
                 working, reason = replace(kernel, greatest=64), "works up to codes of 64"
         tried[kernel.name] = working, reason or "works"
@@ -184,9 +184,7 @@ def _tried(device: str) -> dict[str, tuple[Kernel | None, str]]:
     integers = next(one.name for one in those if not isinstance(one, Tinygemm))
     weights = next(one.name for one in those if isinstance(one, (Tinygemm, Reference)))
     said = "; ".join(f"{name}: {said}" for name, (_, said) in tried.items())
-    message = (
-        "int8 products on %s go through %s, those with weights alone quantized through %s where it takes them (%s)"
-    )
+    message = "int8 matmuls on %s go through %s, those with weights alone quantized through %s where it takes them (%s)"
     logger.info(message, device, integers, weights, said)
     return tried
 

@@ -22,7 +22,7 @@ LEAST_SCALE = 2.0**-126
 
 @dataclass(frozen=True)
 class Fbgemm(IntegerKernel):
-    """FBGEMM's product: quantizes the input, multiplies and scales in one pass.
+    """FBGEMM's int8 matmul: quantizes the input, multiplies and scales in one pass.
 
     Attributes:
         name: its name.
@@ -79,7 +79,7 @@ def _by_tokens(x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None
     if encoding.bits != 8 or encoding.clip is not None:
         quantized = inputs.quantized(x)
         return quantized.levels, no_infinity(quantized.scales), quantized.zero_points
-    # the same in fewer passes, since the product rounds
+    # the same in fewer passes, since the kernel rounds
     x, grid = x.float(), input_grid(encoding)
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     if encoding.symmetric:
@@ -110,7 +110,7 @@ def _dynamic(encoding: InputEncoding) -> _Ranged:
         low, high = min(low, 0.0), max(high, 0.0)
         scale = _scale(_single(_single(high / grid.high) - _single(low / grid.high)))
         zero = min(round(-low / scale), grid.high) if math.isfinite(scale) else 0
-        # beyond 8 bits the bytes of the product cut nothing
+        # beyond 8 bits the bytes of the kernel clip nothing
         if grid.high < 255:
             x = x.clamp(-zero * scale, (grid.high - zero) * scale)
         return x, scale, zero

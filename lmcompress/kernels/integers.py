@@ -37,20 +37,20 @@ class IntegerKernel:
 
 @dataclass(frozen=True, eq=False)
 class Int8Matmul:
-    """A product of bytes ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
+    """A matmul of int8 ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
 
     Attributes:
-        product: gives int32, or float32 times the scales of rows where ``scaled``.
+        multiply: gives int32, or float32 times the scales of rows where ``scaled``.
         out: rows of the matrix.
         zeros: ``(out,)`` int32, zero points of rows, or ``None``.
         sums: ``(out,)`` int32, of codes less zero points.
         scales: ``(out,)`` float32.
-        bias: of the product.
-        inputs: of the product.
-        scaled: whether the product has the scales in it.
+        bias: ``(out,)`` or None.
+        inputs: how the input is quantized.
+        scaled: whether ``multiply`` applies the scales.
     """
 
-    product: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor], Tensor]
     out: int
     zeros: Tensor | None
     sums: Tensor
@@ -69,7 +69,7 @@ class Int8Matmul:
 
     def of_codes(self, x: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
         """``(tokens, out)`` float32 of int8 codes ``(tokens, in)``, their scales and zero points."""
-        product, sums = self.product(x), self.sums
+        product, sums = self.multiply(x), self.sums
         if self.zeros is not None:
             right = x.sum(dim=1, keepdim=True, dtype=torch.int32) * self.zeros
             product = product - (right * self.scales if self.scaled else right)

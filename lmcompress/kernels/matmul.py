@@ -18,9 +18,9 @@ from lmcompress.kernels.reference import Reference
 
 
 class Matmul:
-    """The product with one matrix, made ready at the first call and again when tensors or :data:`settings` change.
+    """The matmul with one matrix, prepacked at the first call and again when tensors or :data:`settings` change.
 
-    A copy, pickled or deep, starts afresh: what is ready belongs to the device and is no state.
+    A copy, pickled or deep, starts afresh: what is prepacked belongs to the device and is no state.
 
     With gradient asked of the input, the forward pass is the same and the gradient that of the reference (straight
     through); neither matrix nor bias gets any.
@@ -46,12 +46,12 @@ class Matmul:
         return self._kernel
 
     def reset(self) -> None:
-        """Forgets what was made ready, and gives its memory back."""
+        """Drop the prepacked matrix, and free its memory."""
         self._prepacked, self._kernel = None, ""
         self._key, self._kept = (), ()
 
     def __call__(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
-        """The product, quantized as described.
+        """The matmul, quantized as described.
 
         Args:
             x: ``(..., in)``, any floating dtype.
@@ -104,15 +104,15 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 
 class _WithGradient(torch.autograd.Function):
-    """The product as it is, with the reference's gradient for the input."""
+    """The matmul as it is, with the reference's gradient for the input."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: Matmul, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None
+        ctx: Any, x: Tensor, matmul: Matmul, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.operands = matrix, inputs
-        return product._now(x, matrix, bias, inputs)
+        return matmul._now(x, matrix, bias, inputs)
 
     @staticmethod
     @once_differentiable
@@ -130,13 +130,13 @@ def _reference(x: Tensor, matrix: Matrix, bias: Tensor | None, inputs: Inputs | 
 
 
 def _empty(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    """The product of no tokens, or with a matrix without columns."""
+    """The matmul of no tokens, or with a matrix without columns."""
     empty = x.new_zeros(*x.shape[:-1], matrix.shape[0])
     return empty if bias is None else empty + bias.to(x.dtype)
 
 
 def _prepare(x: Tensor, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None) -> tuple[Prepacked, str]:
-    """A matrix made ready by the first kernel that takes it, and the kernel's name."""
+    """A matrix prepacked by the first kernel that takes it, and the kernel's name."""
     bias = None if bias is None else bias.detach()
     fitting = [kernel for kernel in kernels(x.device) if kernel.refusal(matrix, inputs, x.dtype) is None]
     if settings.memory == "low":

@@ -1,4 +1,4 @@
-"""What goes into a product: a matrix of packed codes, and what happens to the input beforehand."""
+"""The operands of a matmul: a matrix of packed codes, and how the input is quantized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.numerics.quantizers import Quantized
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix ``(out, in)`` of packed codes, as a module holds it; an embedding is ``(words, width)``.
+    """A matrix ``(out, in)`` of packed codes, as a module holds it; an embedding is ``(tokens, width)``.
 
     Attributes:
         packed: uint8, the bytes of :func:`~lmcompress.numerics.packing.pack` in one row or as they came.
@@ -98,7 +98,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What happens to the input of a product.
+    """How the input of a matmul is quantized.
 
     Attributes:
         encoding: the description.
@@ -116,4 +116,4 @@ class Inputs:
 
 
 Prepacked = Callable[[Tensor], Tensor]
-"""A matrix made ready: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""
+"""A prepacked matrix: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""

@@ -13,7 +13,7 @@ from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 
 @dataclass(frozen=True)
 class Onednn(IntegerKernel):
-    """oneDNN's product of bytes, in its own layout; the input is quantized before it.
+    """oneDNN's int8 matmul, in its own layout; the input is quantized before it.
 
     Attributes:
         name: its name.
@@ -26,10 +26,10 @@ class Onednn(IntegerKernel):
         codes, zeros = signed_codes(matrix)
         scales = by_row(matrix.scales, matrix)
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        multiply = torch.ops.onednn.qlinear_pointwise.default
+        pointwise = torch.ops.onednn.qlinear_pointwise.default
         none = torch.zeros(codes.shape[0], dtype=torch.int64)
 
-        def product(x: Tensor) -> Tensor:
-            return multiply(x, 1.0, 0, packed, scales, none, None, 1.0, 0, torch.float32, "none", [], "")
+        def multiply(x: Tensor) -> Tensor:
+            return pointwise(x, 1.0, 0, packed, scales, none, None, 1.0, 0, torch.float32, "none", [], "")
 
-        return Int8Matmul(product, matrix.shape[0], zeros, row_sums(codes, zeros), scales, bias, inputs, scaled=True)
+        return Int8Matmul(multiply, matrix.shape[0], zeros, row_sums(codes, zeros), scales, bias, inputs, scaled=True)

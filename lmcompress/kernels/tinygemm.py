@@ -1,4 +1,4 @@
-r"""Products with weights of 1 to 8 bits and inputs in bfloat16, on a GPU: torch's ``_weight_int4pack_mm`` (tinygemm).
+r"""Matmuls with weights of 1 to 8 bits and inputs in bfloat16, on a GPU: torch's ``_weight_int4pack_mm`` (tinygemm).
 
 The operation is what torchao, too, multiplies 4-bit weights by on CUDA. It multiplies tensor-core tiles of
 
@@ -56,7 +56,7 @@ class Nibbles:
         codes: ``(planes * rows, columns)`` uint8, 0 to 15.
         scales_and_zeros: ``(columns / group, planes * rows, 2)``.
         group: neighbours that share a scale.
-        planes: how many matrices lie below one another; products with them add up.
+        planes: how many matrices lie below one another; matmuls with them add up.
         rows: of each plane, with those that fill it up.
         row_scales: ``(out,)`` float32, to multiply the result by; ``None`` where scales are among the above.
     """
@@ -116,7 +116,7 @@ def nibbles(matrix: Matrix, dtype: torch.dtype = torch.bfloat16) -> Nibbles:
 
 @dataclass(frozen=True)
 class Tinygemm:
-    """torch's product of bfloat16 with codes of 4 bits, on CUDA.
+    """torch's matmul of bfloat16 with codes of 4 bits, on CUDA.
 
     Attributes:
         name: its name.
@@ -149,7 +149,7 @@ class Tinygemm:
         columns, trusted = said.codes.shape[1], replace(matrix, trusted=True)
         own_bias = None if bias is None else bias.detach().float()
 
-        def product(x: Tensor) -> Tensor:
+        def multiply(x: Tensor) -> Tensor:
             flat = x.reshape(-1, width)
             if flat.shape[0] * said.planes > _FEW_TOKENS:
                 # each 16 tokens read all codes again
@@ -161,7 +161,7 @@ class Tinygemm:
             y = y if own_bias is None else y + own_bias
             return y.reshape(*x.shape[:-1], out)
 
-        return product
+        return multiply
 
     def trouble(self, device: torch.device) -> str | None:
         """Why it does not work on a device: it is not made for it, fails, or multiplies wrongly.

@@ -13,10 +13,10 @@ class FactorizedEmbedding(Compact):
     """Words of ``rank`` numbers each, and one matrix that widens them: ``V·E + E·H`` numbers instead of ``V·H``.
 
     Args:
-        num_embeddings: words, V.
+        num_embeddings: tokens, V.
         embedding_dim: width of the answer, H.
         rank: width of the table, E, from 1 to H.
-        padding_idx: word whose row gets no gradient.
+        padding_idx: token whose row gets no gradient.
         device: of the tensors.
         dtype: of the parameters.
 
@@ -56,7 +56,7 @@ class FactorizedEmbedding(Compact):
         return self.rank * self.embedding_dim
 
     def matrix(self) -> Tensor:
-        """The table that this stands for, ``(words, width)``, with gradient."""
+        """The table that this stands for, ``(tokens, width)``, with gradient."""
         return self.table.weight @ self.expand.weight.t()
 
     def check(self, name: str) -> None:
@@ -71,7 +71,7 @@ class FactorizedEmbedding(Compact):
         check_sizes(self.weight, (self.num_embeddings, self.rank, self.embedding_dim), f"{name}.weight")
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The words' vectors.
+        """The embeddings of tokens.
 
         Args:
             ids: ``(...)`` int64.
@@ -106,7 +106,7 @@ class FactorizedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the factors stand for, ``(words, width)``, with gradient; made anew whenever it is read."""
+        """The matrix that the factors stand for, ``(tokens, width)``, with gradient; made anew whenever it is read."""
         embedding: FactorizedEmbedding = self.__dict__["embedding"]
         if not embedding.table.weight.is_floating_point() or not embedding.expand.weight.is_floating_point():
             # Transformers asks for it while a checkpoint is loaded, when they may be streams that are not decoded yet
@@ -120,13 +120,13 @@ class FactorizedHead(nn.Module):
         return embedding.rank * (self.in_features + self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (T Uᵀ)ᵀ + b``, the narrow product first.
+        """``x (T Uᵀ)ᵀ + b``, the narrow matmul first.
 
         Args:
             x: ``(..., width)``.
 
         Returns:
-            ``(..., words)``.
+            ``(..., tokens)``.
         """
         embedding: FactorizedEmbedding = self.__dict__["embedding"]
         return nn.functional.linear(x @ embedding.expand.weight, embedding.table.weight, self.bias)

@@ -145,7 +145,7 @@ class GroupedLinear(Compact):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The products of all groups.
+        """The matmuls of all groups.
 
         Args:
             x: ``(..., in)``.

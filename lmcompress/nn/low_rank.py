@@ -1,4 +1,4 @@
-"""A linear layer as a product of two."""
+"""A linear layer as two thinner ones in sequence."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LowRankLinear(Compact):
         check_sizes(self.weight, (self.in_features, self.rank, self.out_features), f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product.
+        """The output of both.
 
         Args:
             x: ``(..., in)``.

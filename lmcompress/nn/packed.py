@@ -49,10 +49,10 @@ class Packed(nn.Module):
     """A matrix of codes, and what it takes to read them; the modules below say what is done with it.
 
     Args:
-        rows: outputs, or words.
-        columns: inputs, or the width of a word's vector.
+        rows: outputs, or tokens.
+        columns: inputs, or the width of a token's embedding.
         layout: how the matrix lies in its bytes.
-        inputs: what happens to the input of the product; None leaves it as it is.
+        inputs: how the input is quantized; None leaves it as it is.
         device: of the tensors, whose values are unset.
 
     Raises:
@@ -145,7 +145,7 @@ class Packed(nn.Module):
         return None if self.inputs is None else Inputs(self.inputs, self.input_scale, self.input_zero_point)
 
     def dequantized(self) -> Tensor:
-        """The weights that the codes stand for, ``(out, in)`` float32: to the bit what they were quantized to."""
+        """The weights that the codes stand for, ``(out, in)`` float32: bit-exactly what they were quantized to."""
         return self.matrix().values()
 
     def check(self, name: str) -> None:
@@ -175,7 +175,7 @@ class Packed(nn.Module):
             check_input_range(self.input_scale, self.input_zero_point, self.inputs, f"{name}'s input")
 
     def forget(self) -> None:
-        """Give back the memory of what was made ready for products, for the tensors are others now."""
+        """Free the memory of what was prepacked: the tensors are others now."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         scales = {name: getattr(self, name) for name in ("weight_scales", "input_scale")}
@@ -202,7 +202,7 @@ class Packed(nn.Module):
 
 
 class _PackedMatrix(Packed):
-    """What :class:`PackedLinear` and :class:`PackedConv1D` share: a product, and a bias."""
+    """What :class:`PackedLinear` and :class:`PackedConv1D` share: a matmul, and a bias."""
 
     bias: nn.Parameter | None
 
@@ -236,7 +236,7 @@ class _PackedMatrix(Packed):
         return self._matmul(x, self.matrix(), self.bias, self.matmul_inputs())
 
     def forget(self) -> None:
-        """Give back the memory of what was made ready for products, for the tensors are others now."""
+        """Free the memory of what was prepacked: the tensors are others now."""
         self._matmul.reset()
 
 
@@ -286,8 +286,8 @@ class PackedEmbedding(Packed):
     """A packed ``nn.Embedding``: only the rows that are looked up are unpacked.
 
     Args:
-        num_embeddings: words.
-        embedding_dim: width of a word's vector.
+        num_embeddings: tokens.
+        embedding_dim: width of a token's embedding.
         layout: how the matrix lies in its bytes.
         inputs: what happens to the input of a head that is tied to it.
         padding_idx: kept for those who ask; it has no meaning without training.
@@ -313,7 +313,7 @@ class PackedEmbedding(Packed):
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The vectors of words.
+        """The embeddings of tokens.
 
         Args:
             ids: any shape, integers.
@@ -335,7 +335,7 @@ class PackedEmbedding(Packed):
 
 
 class TiedHead(nn.Module):
-    """A head over the vocabulary that reads the codes of the word embeddings and has none of its own.
+    """A head over the vocabulary that reads the codes of the token embeddings and has none of its own.
 
     Args:
         embedding: whose codes they are; it stays a part of the model where it was, not of the head.
@@ -359,7 +359,7 @@ class TiedHead(nn.Module):
             x: ``(..., width)``, floating.
 
         Returns:
-            ``(..., words)`` of the dtype of ``x``.
+            ``(..., tokens)`` of the dtype of ``x``.
 
         Raises:
             LmcompressError: If the model is in training mode with gradients enabled.

@@ -1,4 +1,4 @@
-"""A convolution along the sequence for each channel, after a product for each position."""
+"""A convolution along the sequence for each channel, after a matmul at each position."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SeparableMixing(Compact):
     separable convolution; the value projection before it makes it MobileNetV2's inverted bottleneck where it widens.
 
     Args:
-        pointwise: the product for each position, ``(..., in) -> (..., channels)``.
+        pointwise: the matmul at each position, ``(..., in) -> (..., channels)``.
         in_features: width of its input.
         channels: width of its output.
         kernel: how many positions are looked at; odd where both sides are.

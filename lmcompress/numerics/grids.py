@@ -23,7 +23,7 @@ class Grid:
     """The integers that a code may be: ``levels`` of them from ``low``, ``stride`` apart.
 
     A number is ``scale * code``, or ``scale * (code - zero_point)``. Every grid fits a signed or an unsigned byte, so
-    that codes go into integer matrix products as they are: also {-3, -1, 1, 3} of the four levels around 0 that
+    that codes go into integer matmuls as they are: also {-3, -1, 1, 3} of the four levels around 0 that
     ParetoQ has at 2 bits, in place of halves.
 
     Attributes:

@@ -160,7 +160,7 @@ def unpack(
         shape: of the codes.
         grid: what codes may be.
         container: as for :func:`pack`.
-        check: whether to look for codes that the grid has not, for which the host waits for a GPU; without, they come
+        check: whether to look for codes outside the grid, for which the host waits for a GPU; without, they come
             out as numbers beyond the grid.
 
     Returns:
@@ -204,7 +204,7 @@ def dequantize(
 
     .. math:: w = s \cdot c \quad \text{or} \quad w = s \cdot (c - z)
 
-    in float32: to the bit what the quantizer gave as ``values`` along with the codes.
+    in float32: bit-exactly what the quantizer gave as ``values`` along with the codes.
 
     Args:
         codes: any shape, integers.

@@ -48,8 +48,8 @@ class WeightScheme(_Part):
     granularity: Annotated[
         Literal["tensor", "row"] | Annotated[int, Field(ge=1, strict=True)],
         Field(
-            description="Which weights share a scale: tensor, row (one output; of an embedding one word), or so many "
-            "neighbours of a row, which must divide it."
+            description="Which weights share a scale: tensor, row (one output; of an embedding one token), or n for "
+            "groups of n neighbours in a row, whose length n must divide."
         ),
     ] = "tensor"
     percentile: Annotated[
@@ -116,7 +116,7 @@ class WeightScheme(_Part):
 
 
 class ActivationScheme(_Part):
-    """How activations are quantized before they enter a product."""
+    """How activations are quantized before a matmul."""
 
     bits: Annotated[Literal[8, 4], Field(description="8 or 4.")] = 8
     range: Annotated[
@@ -211,8 +211,8 @@ class Rule(_Part):
     def _inputs_go_with_weights(self) -> Rule:
         if self.weights is None and isinstance(self.activations, ActivationScheme):
             raise ValueError(
-                f"the rule for {self.modules!r} must not quantize inputs of what it leaves dense: a product is of "
-                "whole numbers on both sides or on none; give it weights, or leave activations out"
+                f"the rule for {self.modules!r} must not quantize inputs of what it leaves dense: a matmul "
+                "has integers on both sides or on none; give it weights, or leave activations out"
             )
         return self
 
@@ -221,14 +221,14 @@ class QuantizationConfig(_Part):
     """What is quantized to what; the default is QuantGPT's at 8 bits."""
 
     weights: Annotated[
-        WeightScheme | None, Field(description="Of every projection in the blocks; null leaves them dense.")
+        WeightScheme | None, Field(description="Weights of every projection in the blocks; null leaves them dense.")
     ] = WeightScheme()
     embeddings: Annotated[
         WeightScheme | None,
-        Field(description="Of the word embeddings, and with them of a head that is tied to them; null: dense."),
+        Field(description="Token embeddings, and with them a head that is tied to them; null: dense."),
     ] = WeightScheme(granularity="row")
     activations: Annotated[
-        ActivationScheme | None, Field(description="Of what enters a product with quantized weights; null: none.")
+        ActivationScheme | None, Field(description="Inputs of matmuls with quantized weights; null: none.")
     ] = ActivationScheme()
     attention: Annotated[
         bool, Field(description="Whether queries, keys, values and attention probabilities are quantized too.")

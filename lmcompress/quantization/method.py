@@ -34,7 +34,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Quantization(SteppedMethod):
-    """Quantizes the weights, and what enters their products, of the model that is trained.
+    """Quantizes weights and activations of the model that is trained.
 
     Until :meth:`finish` the model computes with quantized numbers, and the weights that the optimizer has are what they
     were. Scales that are learned have a learning rate of their own and no weight decay. Bits may go from many to few,
@@ -63,7 +63,7 @@ class Quantization(SteppedMethod):
         self._trainer: Any = None
         self._optimizer: Any = None
         self._cut_later = False
-        self._settled: FrozenCodes | None = None
+        self._frozen: FrozenCodes | None = None
         self._codes: dict[str, Tensor] | None = None
         self._max_steps = 0
         self._seconds = 0.0
@@ -140,13 +140,13 @@ class Quantization(SteppedMethod):
     def settle(self) -> None:
         """Bring schedules to their end; where the model is to be cut, fix codes and scales as they are now.
 
-        In that case weights become what their codes stand for, nothing is fake any more, inputs of products are not
+        In that case weights become what their codes stand for, nothing is fake any more, activations are not
         quantized until :meth:`finish`, and codes and scales go with the rows of the weights.
 
         Raises:
             LmcompressError: If a range cannot be calibrated, or weights or scales are NaN or infinite.
         """
-        if self.report is not None or self._settled is not None:
+        if self.report is not None or self._frozen is not None:
             return
         self._arrive()
         if not self._cut_later:
@@ -178,7 +178,7 @@ class Quantization(SteppedMethod):
         self.faked.remove()
         for path, companion in carried.items():
             accompany(modules[path], companion)
-        self._settled = FrozenCodes(reference, before, attention)
+        self._frozen = FrozenCodes(reference, before, attention)
         self._seconds += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -190,13 +190,13 @@ class Quantization(SteppedMethod):
         """
         if self.report is not None:
             return
-        if self._cut_later and self._settled is None:
+        if self._cut_later and self._frozen is None:
             raise LmcompressError(
                 "settle() must come before the model is cut, so that codes are those of the masked model; "
                 "CompressionTrainer.finish() calls both in that order"
             )
         started = time.perf_counter()
-        if self._settled is None:
+        if self._frozen is None:
             self._arrive()
             rows = []
             reference, before = outputs_of(self._student, self._probes()), weight_bytes(self._student).total
@@ -207,8 +207,8 @@ class Quantization(SteppedMethod):
                 rows.append(matrix_row(planned, quantized, method="trained", error=error))
             self.faked.finish()
         else:
-            reference, before = self._settled.reference, self._settled.bytes_before
-            rows = self._pack_carried(self._settled)
+            reference, before = self._frozen.reference, self._frozen.bytes_before
+            rows = self._pack_carried(self._frozen)
         # codes are not trained
         self._student.eval()
         after = outputs_of(self._student, self._probes())
@@ -284,8 +284,6 @@ class Quantization(SteppedMethod):
             self._codes = codes
         return values
 
-    # below: nobody else's business
-
     def _bits_at(self, stage: int, own: Bits) -> Bits:
         schedule = self.config.bits_schedule
         if not schedule or width(schedule[stage][1]) <= width(own):
@@ -352,7 +350,7 @@ class Quantization(SteppedMethod):
             return None
         return {path: self.faked.quantized_matrix(path).codes for path in self._matrices}
 
-    def _pack_carried(self, settled: FrozenCodes) -> list[QuantizedMatrix]:
+    def _pack_carried(self, frozen: FrozenCodes) -> list[QuantizedMatrix]:
         rows: list[QuantizedMatrix] = []
 
         def parts() -> Iterator[tuple[str, Packable]]:
@@ -366,13 +364,13 @@ class Quantization(SteppedMethod):
 
         # blocks that were pruned, or have no heads left, have nothing to quantize
         attentions = [block.get("attention") for block in anatomy_of(self._student).blocks if block.num_heads]
-        pack(self._student, parts(), {m: settled.attention[m] for m in attentions if m in settled.attention})
+        pack(self._student, parts(), {m: frozen.attention[m] for m in attentions if m in frozen.attention})
         return rows
 
 
 def _max_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
     if [a.shape for a in after] != [b.shape for b in before]:
-        # hidden states of a base model lose the dimensions that are gone
+        # hidden states of a base model lose the dimensions that were pruned
         return None
     error = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
     scale = max(float(b.abs().max()) for b in before)

@@ -71,7 +71,7 @@ def bits_sensitivity(
     Args:
         model: of a known family, dense.
         config: which matrices, by which quantizer and granularity; its bits do not matter.
-        batches: for the default measure: the divergence KL(dense ‖ quantized) of the outputs' classes or words, mean
+        batches: for the default measure: the divergence KL(dense ‖ quantized) of the outputs' classes or tokens, mean
             over tokens that are no padding; of a model without logits, or with one alone, the squared error over the
             squared norm.
         bits: the widths to try.
@@ -111,11 +111,11 @@ def bits_sensitivity(
             weight = weight_view(modules[matrix.path])
             for width in bits:
                 quantized = matrix.weights.model_copy(update={"bits": width}).rounded(weight)
-                own.settle(quantized)
+                own.freeze(quantized)
                 own.enabled = True
                 harm = _divergence(model, own, data) if evaluate is None else float(evaluate(model)) - start
                 own.enabled = False
-                own.settle(None)
+                own.freeze(None)
                 rows.append(
                     BitsRow(matrix.path, matrix.part, width, harm, stored_bytes(quantized), quantized.values.numel())
                 )

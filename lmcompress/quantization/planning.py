@@ -75,7 +75,7 @@ class Plan:
 def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
     """Decide which module gets what; nothing is changed.
 
-    Quantized by default are the projections of the blocks, the word embeddings, and with these a head that is tied to
+    Quantized by default are the projections of the blocks, the token embeddings, and with these a head that is tied to
     them. Position and token type embeddings always stay dense, as do norms and biases; what else has a matrix (pooler,
     task head, projection of embeddings) does unless a rule names it.
 

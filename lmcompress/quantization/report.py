@@ -104,10 +104,10 @@ class QuantizationReport:
         tokens: of the calibration data, padding left out.
         attention: bits of queries, keys, values and probabilities, or None.
         seconds: wall time, training not counted.
-        packed_error: after training, the greatest difference between the outputs of the model that was trained and the
+        packed_error: after training, the max abs difference between the outputs of the model that was trained and the
             packed one, relative to the greatest output; None where their shapes differ. Rounding of inputs may fall the
             other way.
-        drift: after training, how far learned scales and ranges have gone from their start, by kind of module.
+        drift: after training, the relative change of learned scales and ranges since their start, by kind of module.
     """
 
     method: str

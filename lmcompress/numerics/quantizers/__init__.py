@@ -34,8 +34,8 @@ quantizer           paper                     formula                           
 granularity: :class:`PerTensor`, :class:`PerRow`, :class:`PerGroup`. The papers' own: QuantGPT one γ for each matrix and
 for each row of the embedding; PACT, LSQ, LAQ, TWN the tensor; TBT, ParetoQ, binary the row.
 
-**Packing is exact.** What comes back holds ``values`` and the codes, scales and zero points that they are made of;
-:func:`lmcompress.numerics.packing.dequantize` gives the values again to the bit.
+**Packing is bit-exact.** The result holds ``values`` and the codes, scales and zero points that they are made of;
+:func:`lmcompress.numerics.packing.dequantize` gives the very same values again.
 
 **NaN and infinite weights** pass into the values unseen, since to look costs a pass over every weight in every step and
 a wait for the GPU; they are an error where a state is made and where codes are asked for.

@@ -142,7 +142,7 @@ def by_rule(weight: Tensor, unit: Tensor, rule: Rule, granularity: Granularity) 
 def from_levels(
     weight: Tensor, split: Tensor, levels: Tensor, scale: Tensor, grid: Grid, granularity: Granularity
 ) -> Quantized:
-    """From codes and scales (broadcasting over them) that are settled."""
+    """Values of codes and scales (broadcasting over them), straight through."""
     values = straight_through(split, levels * scale).reshape(weight.shape)
     scales = scale.reshape(granularity.scale_shape(weight.shape))
     return Quantized(values, scales, None, grid, granularity, levels, weight.detach())

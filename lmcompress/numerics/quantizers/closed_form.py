@@ -47,7 +47,7 @@ def laq(
         granularity: which weights share a scale.
         curvature: d, ``weight``'s shape, >= 0, such as the square root of Adam's second moments; ``None`` is 1
             everywhere, as in the public code.
-        iterations: at most so many turns.
+        iterations: the most alternations of scale and codes.
 
     Returns:
         Values and codes.
@@ -86,9 +86,9 @@ def laq(
         b = nearest_levels(w, alpha / grid.high, grid)
         square = total(b.square())
         better = torch.where(square > 0, total(b * w) / square * grid.high, alpha)
-        settled = bool(((better - alpha).abs() <= 1e-3 * alpha).all())
+        converged = bool(((better - alpha).abs() <= 1e-3 * alpha).all())
         alpha = better
-        if settled:
+        if converged:
             break
     return from_levels(weight, split, nearest_levels(w, alpha / grid.high, grid), alpha / grid.high, grid, granularity)
 

@@ -145,7 +145,7 @@ def asymmetric(
     .. math:: w_q = s \cdot (\mathrm{clip}(\mathrm{round}(w / s) + z, 0, m) - z), \quad s = \frac{h - l}{m}, \quad
         z = \mathrm{round}(-l / s), \quad m = 2^b - 1
 
-    The range is widened to hold 0, so that 0 stays 0 and products need whole numbers only. The gradient goes straight
+    The range is widened to hold 0, so that 0 stays 0 and matmuls need integers only. The gradient goes straight
     through, but for weights beyond a given range.
 
     Args:
@@ -243,7 +243,7 @@ def nearest_codes(
     granularity: Granularity = PER_TENSOR,
     zero_points: Tensor | None = None,
 ) -> Tensor:
-    """Codes of weights on a grid whose scales are settled, for methods that round one column after another.
+    """Codes of weights on a grid whose scales are fixed, for methods that round one column after another.
 
     Args:
         weight: any shape, floating.

@@ -5,7 +5,7 @@ module's own ``forward`` or a loss over the vocabulary, gets quantized values wi
 stays where it was under its own name. So tied matrices stay tied and are quantized once, and checkpoints of a training
 are ordinary ones of the full-precision weights. (``torch.nn.utils.parametrize`` would rename every tensor.)
 
-**Activations.** Inputs of the products by forward pre-hooks; within attention by
+**Activations.** Inputs of matmuls by forward pre-hooks; within attention by
 :mod:`lmcompress.nn.quantized_attention`.
 
 What is learned on top, γ, clips and steps, belongs to no module of the model: it is in :attr:`FakeQuantized.state`, for

@@ -131,8 +131,8 @@ class FakeActivation(nn.Module):
         """
         self._mask = mask
 
-    def settle(self, *, discard: bool = False) -> None:
-        """Calibrate no longer, and take over the range that was seen.
+    def freeze(self, *, discard: bool = False) -> None:
+        """End calibration, and take over the range that was seen.
 
         Args:
             discard: whether to leave the range as it was instead.
@@ -184,7 +184,7 @@ class FakeActivation(nn.Module):
         self.forget()
 
     def final(self) -> tuple[ActivationEncoding, InputRange | None]:
-        """How the activation is described once it is settled, and the range of what is not dynamic.
+        """How the activation is described in a checkpoint, and its range unless that is dynamic.
 
         Returns:
             The description, and scale and zero point.
@@ -198,9 +198,9 @@ class FakeActivation(nn.Module):
         if self.scale is not None:
             return self._encoding, (self.scale.detach().clone(), _cloned(self.zero_point))
         assert self.step is not None
-        settled = learned(torch.zeros(1, device=self.step.device), self.step, self.offset, bits=self.scheme.bits)
-        zero_point = None if settled.zero_points is None else settled.zero_points.reshape(1)
-        return self._encoding, (settled.scales.reshape(1).clone(), zero_point)
+        last = learned(torch.zeros(1, device=self.step.device), self.step, self.offset, bits=self.scheme.bits)
+        zero_point = None if last.zero_points is None else last.zero_points.reshape(1)
+        return self._encoding, (last.scales.reshape(1).clone(), zero_point)
 
     def forget(self) -> None:
         """Forget the tensor that was read last."""

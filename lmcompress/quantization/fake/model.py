@@ -35,8 +35,8 @@ class FakeQuantized:
     Attributes:
         weights: what quantizes each matrix, by its path.
         activations: what quantizes each activation, by its name.
-        inputs: the activation that enters the product with a matrix, by the path of the matrix; of embeddings, that of
-            the head which is tied to them.
+        inputs: the activation that a matrix is multiplied by, by the path of the matrix; of embeddings, that of the
+            head which is tied to them.
         state: what is learned or calibrated, as a module whose ``state_dict`` belongs into checkpoints of training.
 
     Raises:
@@ -125,7 +125,7 @@ class FakeQuantized:
         waiting = [a for a in self.activations.values() if a.scheme.range != "dynamic"]
         if not waiting:
             return
-        training, settled = self.model.training, False
+        training, complete = self.model.training, False
         self.model.eval()
         for activation in self.activations.values():
             activation.watch()
@@ -138,16 +138,16 @@ class FakeQuantized:
                 for activation in waiting:
                     activation.look_through(inputs.get("attention_mask"))
                 self.model(**inputs)
-            settled = True
+            complete = True
         finally:
             for activation in enabled:
                 activation.enabled = True
             self.model.train(training)
             for activation in waiting:
-                activation.settle(discard=not settled)
+                activation.freeze(discard=not complete)
 
     def set_enabled(self, enabled: bool, what: Literal["weights", "activations"] | None = None) -> None:
-        """Switch quantization on or off; off, the model computes what it did, to the bit.
+        """Switch quantization on or off; off, the model computes what it did, bit-exactly.
 
         Args:
             enabled: whether numbers are quantized.

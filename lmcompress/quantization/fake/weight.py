@@ -43,7 +43,7 @@ class FakeWeight(nn.Module):
         self.path, self.scheme, self.enabled = planned.path, planned.weights, True
         self._part, self._transposed, self._shared = planned.part, transposed, bool(planned.tied)
         self._curvature: Tensor | None = None
-        self._settled: Quantized | None = None
+        self._frozen: Quantized | None = None
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
         check_finite(weight, f"weights of {self.path}")
         state = self.scheme.initial_state(self._view(weight))
@@ -72,8 +72,8 @@ class FakeWeight(nn.Module):
         Returns:
             What the quantizer gives, with gradient.
         """
-        if self._settled is not None:
-            return self._settled
+        if self._frozen is not None:
+            return self._frozen
         self._follow(stored)
         options = {} if self._curvature is None else {"curvature": self._curvature.to(stored.device)}
         return self.scheme.quantize(self._view(stored), self.state, **options)
@@ -102,10 +102,10 @@ class FakeWeight(nn.Module):
         return values
 
     def rows(self, stored: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor | None:
-        """The vectors of words, where it is enough to quantize these alone.
+        """The embeddings of tokens, where it is enough to quantize these rows.
 
         Args:
-            stored: the table ``(words, width)``.
+            stored: the table ``(tokens, width)``.
             ids: any shape.
             padding_idx: of the embedding: a row without gradient.
 
@@ -114,7 +114,7 @@ class FakeWeight(nn.Module):
         """
         alone = self.scheme.granularity != "tensor" and self.scheme.function().by_rows
         if not (
-            alone and self._settled is None and self.enabled and not self._shared and torch.is_grad_enabled()
+            alone and self._frozen is None and self.enabled and not self._shared and torch.is_grad_enabled()
         ) or ids.numel() >= len(stored):
             return None
         self._follow(stored)
@@ -166,13 +166,13 @@ class FakeWeight(nn.Module):
         self._curvature = None if curvature is None else self._view(curvature.detach())
         self.forget()
 
-    def settle(self, quantized: Quantized | None) -> None:
-        """Stand for codes that were found otherwise, such as without training.
+    def freeze(self, quantized: Quantized | None) -> None:
+        """Use codes that were found otherwise, such as without training.
 
         Args:
             quantized: of the matrix as ``(out, in)``; ``None``: quantize again.
         """
-        self._settled = quantized
+        self._frozen = quantized
         self.forget()
 
     def forget(self) -> None:

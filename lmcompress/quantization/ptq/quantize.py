@@ -45,8 +45,8 @@ def quantize(
     for the inputs that it will really have: those that quantized matrices and activations before it give. Static ranges
     of activations are taken from the same inputs. Padding counts in neither.
 
-    Word embeddings are rounded to nearest whatever the method: each word's row is read by itself, so that there is
-    nothing by which another weight could make an error good.
+    Token embeddings are rounded to nearest whatever the method: each row is read by itself, so that no other weight
+    could compensate an error.
 
     Args:
         model: of a known family, stock or cut; packed in place. Whatever is refused leaves it as it was.

@@ -77,13 +77,13 @@ class _Run:
             parameter.data = values
 
     def all(self, progress: bool) -> None:
-        """Settle every matrix and every range."""
+        """Fix the codes of every matrix, and every range."""
         matrices = self._fake.plan.matrices
         walk = self._walk
         dense = [] if walk is None else walk.last_hidden()
         for planned in matrices:
             if planned.part == EMBEDDINGS:
-                self._settle(planned, None)
+                self._round(planned, None)
         self._outside([p for p in matrices if p.part == "embedding_projection"])
         if walk is not None:
             walk.start()
@@ -122,7 +122,7 @@ class _Run:
             return
         if look is None:
             for planned in matrices:
-                self._settle(planned, None)
+                self._round(planned, None)
             return
         modules = {planned.path: self._modules[planned.path] for planned in matrices}
         inputs = {path: self._fake.inputs.get(path) for path in modules}
@@ -133,10 +133,10 @@ class _Run:
         takes = {m: moments[inputs[p]].take if first[inputs[p]] == p else _ignore for p, m in modules.items()}
         look(takes, None)
         for planned in matrices:
-            self._settle(planned, moments[inputs[planned.path]])
+            self._round(planned, moments[inputs[planned.path]])
 
     def _calibrate(self, activations: Sequence[FakeActivation], readers: Sequence[nn.Module], look: Look) -> None:
-        """Settle ranges that are static, and quantize these activations from now on."""
+        """Fix ranges that are static, and quantize these activations from now on."""
         waiting = [activation for activation in activations if activation.scheme.range != "dynamic"]
         if waiting:
             for activation in waiting:
@@ -148,7 +148,7 @@ class _Run:
 
             look({module: _ignore for module in readers}, masked)
             for activation in waiting:
-                activation.settle()
+                activation.freeze()
         for activation in activations:
             activation.enabled = True
 
@@ -191,7 +191,7 @@ class _Run:
         self._changed.append((parameter, parameter.data))
         parameter.data = values.to(parameter.dtype).contiguous()
 
-    def _settle(self, planned: Planned, moments: InputMoments | None) -> None:
+    def _round(self, planned: Planned, moments: InputMoments | None) -> None:
         """Find the codes of one matrix, and let the model compute with them from now on."""
         weight = weight_view(self._modules[planned.path]).detach()
         known = moments is not None and moments.count > 0
@@ -211,7 +211,7 @@ class _Run:
         except LmcompressError as error:
             raise LmcompressError(f"{planned.path}: {error}") from error
         fake = self._fake.weights[planned.path]
-        fake.settle(quantized)
+        fake.freeze(quantized)
         fake.enabled = True
         if self._method == "gptq" and method == "rtn":
             self._notes[planned.path] = (

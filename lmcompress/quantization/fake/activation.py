@@ -262,12 +262,13 @@ class FakeActivation(nn.Module):
 
 
 class AttentionFakes:
-    """What one module of attention quantizes with."""
+    """The activations that one module of attention quantizes."""
 
     def __init__(self, roles: Mapping[Role, FakeActivation]) -> None:
         self.roles = dict(roles)
 
     def active(self) -> bool:
+        """Whether any of them quantizes or calibrates now."""
         return any(activation.active() for activation in self.roles.values())
 
     def __call__(self, role: Role, x: Tensor) -> Tensor:

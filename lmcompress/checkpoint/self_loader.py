@@ -71,7 +71,7 @@ def _replace(block, path, in_width=None, out_width=None):
     out_width = old_out if out_width is None else out_width
     device, dtype = old.weight.device, old.weight.dtype
     if in_width == 0 or out_width == 0:
-        new = Hollow(in_width, out_width, old.bias is not None, device, dtype)
+        new = ZeroWidthLinear(in_width, out_width, old.bias is not None, device, dtype)
     elif isinstance(old, Conv1D):
         with torch.device(device):
             new = Conv1D(out_width, in_width).to(dtype)
@@ -94,7 +94,7 @@ class _Quantizer(HfQuantizer):
         if structure is not None:
             self._shape(model, structure)
         prefix = model.base_model_prefix + "."
-        empty = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Hollow)}
+        empty = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ZeroWidthLinear)}
         empty = {name.removeprefix(prefix) for name in empty}
         for file in [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]:
             with safe_open(file, "pt") as tensors:

@@ -47,8 +47,8 @@ from lmcompress.pruning.structured.method import StructuredPruning, prune
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.unstructured import Sparsity
 from lmcompress.pruning.vocabulary.embeddings import VocabularyReport
+from lmcompress.quantization import quantize
 from lmcompress.quantization.method import Quantization
-from lmcompress.quantization.post_training import quantize
 from lmcompress.quantization.report import QuantizationReport
 from lmcompress.recipes.building import (
     Materials,

@@ -18,8 +18,8 @@ from lmcompress.families import FAMILIES
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.unstructured.config import SparsityConfig
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
-from lmcompress.quantization.post_training import POST_TRAINING
-from lmcompress.quantization.post_training import Method as PostTraining
+from lmcompress.quantization.ptq import POST_TRAINING
+from lmcompress.quantization.ptq import Method as PostTraining
 from lmcompress.students.config import Replacement
 from lmcompress.students.depth import NAMED_SHAPES
 

@@ -1,4 +1,4 @@
-"""What goes into a product: a matrix of packed codes, and what happens to the input beforehand."""
+"""The operands of a matmul: a matrix of packed codes, and how the input is quantized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.numerics.quantizers import Quantized
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix ``(out, in)`` of packed codes, as a module holds it; an embedding is ``(words, width)``.
+    """A matrix ``(out, in)`` of packed codes, as a module holds it; an embedding is ``(tokens, width)``.
 
     Attributes:
         packed: uint8, the bytes of :func:`~lmcompress.numerics.packing.pack` in one row or as they came.
@@ -49,7 +49,7 @@ class Matrix:
         """The codes, ``(out, in)``, int8 where some are negative, else uint8.
 
         Raises:
-            CheckpointError: the bytes are not those of this shape and grid.
+            CheckpointError: If the bytes are not those of this shape and grid.
         """
         return unpack(self.packed, self.shape, self.grid, self.container, check=not self.trusted)
 
@@ -57,7 +57,7 @@ class Matrix:
         """The numbers, ``(out, in)`` float32.
 
         Raises:
-            CheckpointError: bytes or scales are not those of this shape and grid.
+            CheckpointError: If bytes or scales are not those of this shape and grid.
         """
         return dequantize(
             self.codes(),
@@ -81,7 +81,7 @@ class Matrix:
             ``(*ids.shape, in)`` float32.
 
         Raises:
-            IndexError: an id below 0 or beyond the rows.
+            IndexError: If an id is below 0 or beyond the rows.
         """
         flat = ids.reshape(-1)
         chosen = self._of_rows(lambda rows: rows.index_select(0, flat), flat.numel())
@@ -98,7 +98,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What happens to the input of a product.
+    """How the input of a matmul is quantized.
 
     Attributes:
         encoding: the description.
@@ -115,5 +115,5 @@ class Inputs:
         return quantize_input(x, self.encoding, self.scale, self.zero_point)
 
 
-Ready = Callable[[Tensor], Tensor]
-"""A matrix made ready: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""
+Prepacked = Callable[[Tensor], Tensor]
+"""A prepacked matrix: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""

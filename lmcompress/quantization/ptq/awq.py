@@ -12,18 +12,13 @@ from torch import Tensor, nn
 from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, is_conv1d, out_features
-from lmcompress.quantization.gptq import Rounding
+from lmcompress.quantization.ptq.gptq import Rounding
 
 _LEAST_SHARE = 1e-4
 
 
 def awq_scales(
-    weights: Sequence[Tensor],
-    magnitudes: Tensor,
-    hessian: Tensor,
-    roundings: Sequence[Rounding],
-    *,
-    steps: int = 20,
+    weights: Sequence[Tensor], magnitudes: Tensor, hessian: Tensor, roundings: Sequence[Rounding], *, steps: int = 20
 ) -> Tensor:
     r"""A scale for each input, for matrices that read the same inputs.
 
@@ -45,7 +40,8 @@ def awq_scales(
         inputs by it.
 
     Raises:
-        LmcompressError: no weights, magnitudes of another shape, negative or not finite, or no steps.
+        LmcompressError: If there are no weights or no steps, or magnitudes have another shape, are negative or not
+            finite.
 
     Note:
         The authors measure the error at the output of the whole sub-layer; here it is that of the matrices themselves.

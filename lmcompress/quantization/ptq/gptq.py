@@ -1,4 +1,4 @@
-"""Rounding whose error is made good by the weights that are not rounded yet."""
+"""Rounding whose error the weights that are not rounded yet compensate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lmcompress.numerics.packing import dequantize
 from lmcompress.numerics.quantizers import Quantized
 
 Rounding = Callable[[Tensor], Quantized]
-"""``weight (out, in) -> Quantized``: a quantizer whose bits, granularity and state are settled."""
+"""``weight (out, in) -> Quantized``: a quantizer with its bits, granularity and state fixed."""
 
 
 def gptq(
@@ -32,7 +32,7 @@ def gptq(
     .. math:: e = (w_j - q_j) / U_{jj}, \qquad w_k \leftarrow w_k - e\, U_{jk} \quad (k > j)
 
     which is the change of what is left that makes :math:`\mathrm{tr}((W - Q) H (W - Q)^T)` least. Columns of a block
-    are settled first, then all that follow at once.
+    are fixed first, then all that follow at once.
 
     Rows that plain rounding serves better are rounded plainly, so that the result is never worse than
     ``rounding(weight)`` in the error of :func:`output_error`.
@@ -52,8 +52,8 @@ def gptq(
         Values and codes on ``rounding``'s grid.
 
     Raises:
-        LmcompressError: a Hessian of another shape, not finite, or without any input; weights that are NaN or infinite;
-            damping or a block size that is not > 0.
+        LmcompressError: If the Hessian has another shape, is not finite or saw no input, weights are NaN or infinite,
+            or damping or block size is not above 0.
 
     Note:
         The authors set weights of inputs that are always 0 to 0; here they are rounded, since other data may have such
@@ -83,13 +83,13 @@ def gptq(
     size = state.block(block_size)
     for start in range(0, columns, size):
         end = min(start + size, columns)
-        errors = state.settle(start, end, upper)
+        errors = state.round(start, end, upper)
         state.left[:, end:] -= errors @ upper[start:end, end:]
     return _better_rows(weight, h, plain, state.result())
 
 
 class _Columns:
-    """Columns on their way: what is left of the weights in the order of rounding, and the codes that are settled."""
+    """Columns on their way: what is left of the weights in the order of rounding, and the codes that are fixed."""
 
     def __init__(self, plain: Quantized, rounding: Rounding, left: Tensor, ranked: Tensor, *, fresh: bool) -> None:
         self.left = left
@@ -105,7 +105,7 @@ class _Columns:
         """Columns to take at once: whole groups, for their scales are taken from weights that are up to date."""
         return max(self._group, size // self._group * self._group) if self._fresh else size
 
-    def settle(self, start: int, end: int, upper: Tensor) -> Tensor:
+    def round(self, start: int, end: int, upper: Tensor) -> Tensor:
         """Round columns from start to end; the errors, each over its U_jj, ``(out, end - start)``."""
         block, errors = self.left[:, start:end], torch.empty_like(self.left[:, start:end])
         for j in range(start, end):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.distillation.capture import Features, resolve, shape_of
+from lmcompress.activations.capture import Features, resolve, shape_of
 from lmcompress.distillation.config import Contrast
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
+from lmcompress.activations.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.config import DistillationConfig, Match
 from lmcompress.distillation.contrastive import Contrasting, homogeneity, token_scaling
 from lmcompress.distillation.layer_maps import emd_hidden_mse, nearest_in_order

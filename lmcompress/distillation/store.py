@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from lmcompress.distillation.capture import FEATURES, Feature, Features, resolve
+from lmcompress.activations.capture import FEATURES, Feature, Features, resolve
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.model import replaced_folder
 
@@ -107,7 +107,7 @@ class Stored:
     Attributes:
         logits: ``(batch, classes)`` or ``(batch, length, classes)`` float32; None where only the greatest are stored.
         top_k: the greatest logits, or None where all are stored. At padding they describe a uniform distribution.
-        features: by kind and layer, float32, shaped as :mod:`lmcompress.distillation.capture` gives them;
+        features: by kind and layer, float32, shaped as :mod:`lmcompress.activations.capture` gives them;
             zero wherever a length axis is at padding.
     """
 
@@ -329,7 +329,7 @@ class TeacherStore:
             teacher: on the device where it is to run; evaluation mode for the time, without gradient.
             dataset: a map-style dataset of whatever ``collator`` takes; rows with the same tokens are stored once.
             collator: list of rows → batch; must be the one of training in what it does to tokens, and not random.
-            extract: runs the teacher: :func:`lmcompress.distillation.capture.extract`.
+            extract: runs the teacher: :func:`lmcompress.activations.capture.extract`.
             top_k: how many logits of each vector to keep; default: all (GPT-2: 100 kB a token).
             features: kinds and layers, negative layers counted from the end.
             dtype: of the numbers on disk.

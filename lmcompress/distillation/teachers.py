@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
+from lmcompress.activations.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.store import TeacherStore, expand_top_k
 from lmcompress.distillation.vocabulary import TeacherChunk
 from lmcompress.errors import LmcompressError

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lmcompress.activations.capture import extract
 from lmcompress.distillation import store as module
-from lmcompress.distillation.capture import extract
 from lmcompress.distillation.store import TeacherStore, expand_top_k, row_keys, teacher_fingerprint
 from lmcompress.errors import LmcompressError
 

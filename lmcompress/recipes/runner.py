@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from lmcompress.activations.capture import extract, resolve
 from lmcompress.checkpoint.config import Provenance, recorded_compression
 from lmcompress.clustering import WeightSharing
 from lmcompress.data import TaskKind, nearest_words
@@ -36,7 +37,6 @@ from lmcompress.distillation import (
     TeacherStore,
     load_teacher,
 )
-from lmcompress.distillation.capture import extract, resolve
 from lmcompress.distillation.matches import match_for
 from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError

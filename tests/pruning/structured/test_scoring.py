@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FFN, HEADS, HIDDEN, LABELS, LAYERS, VOCAB, cut_unevenly, inputs, make
 
-from lmcompress.distillation.capture import extract
+from lmcompress.activations.capture import extract
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, is_conv1d, weight_view
 from lmcompress.pruning.structured import criteria

@@ -7,7 +7,7 @@ import torch
 from families import inputs, make
 
 from lmcompress import LmcompressError, anatomy_of
-from lmcompress.distillation.capture import Capture, extract, masked_softmax, resolve
+from lmcompress.activations.capture import Capture, extract, masked_softmax, resolve
 
 ALL = [("hidden", 0), ("hidden", 2), ("scores", 1), ("probabilities", 3), ("queries", 1), ("keys", 2), ("values", 3)]
 

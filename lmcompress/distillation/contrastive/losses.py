@@ -1,30 +1,15 @@
-"""Contrastive distillation: a token of the student is to resemble its teacher's more than other tokens do (QuantGPT).
-
-Low-bit weights make the tokens of a sequence alike; being nearest to one's own teacher pulls them apart again. The
-losses are pure functions, one value per token or sequence; :class:`MemoryBank` is the only thing that has a state.
-"""
+"""Losses that contrast a token, or a sequence, with others: pure functions, one value per token or sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from lmcompress.distillation.capture import Features, resolve, shape_of
-from lmcompress.distillation.config import Contrast
-from lmcompress.distillation.projections import Projection
-from lmcompress.distillation.schedules import WEIGHT_SCHEDULES
-from lmcompress.distillation.teachers import Teacher, teacher_inputs
 from lmcompress.errors import LmcompressError
-from lmcompress.method import Term
 
 # the least length that a vector is divided by
-_EPS = 1e-6
+EPS = 1e-6
 
 
 def info_nce(
@@ -67,7 +52,7 @@ def info_nce(
         )
     # autocast would multiply in bfloat16, which has two digits for a cosine
     with torch.autocast(anchors.device.type, enabled=False):
-        a, p, c = (F.normalize(part.float(), dim=-1, eps=_EPS) for part in (anchors, positives, candidates))
+        a, p, c = (F.normalize(part.float(), dim=-1, eps=EPS) for part in (anchors, positives, candidates))
         positive = (a * p).sum(dim=-1, keepdim=True) / temperature
         # the least finite number, not -inf: an anchor without negatives would get the gradient 0 * inf
         others = ((a @ c.transpose(1, 2)) / temperature).masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -242,7 +227,7 @@ def homogeneity(states: Tensor, mask: Tensor) -> Tensor:
         tensor([0.3333])
     """
     valid = mask.bool()
-    unit = F.normalize(states.detach().float().masked_fill(~valid.unsqueeze(-1), 0), dim=-1, eps=_EPS)
+    unit = F.normalize(states.detach().float().masked_fill(~valid.unsqueeze(-1), 0), dim=-1, eps=EPS)
     count = valid.sum(dim=-1).float()
     # a token of zeros has no direction, and no cosine of 1 with itself
     total = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
@@ -292,220 +277,6 @@ def token_scaling(cross_entropy: Tensor, mask: Tensor, *, temperature: float = 1
     return share * valid.sum(dim=-1, keepdim=True)
 
 
-class MemoryBank(nn.Module):
-    r"""The student's states smoothed over time, one slot for each token of the vocabulary.
-
-    .. math:: q_i = m \cdot \mathrm{slot}[v_i] + (1 - m) \cdot h_i
-
-    In an optimizer step, every occurrence of a token reads the slot as it was before the step; when the step is over
-    (:meth:`commit`), the slot becomes the mean of all :math:`q_i` of the token, over all micro-batches and processes.
-    So a step does not depend on how its batch was cut. A slot that nobody has written holds what is read with.
-
-    Args:
-        size: number of slots, that of the vocabulary.
-        width: of a state.
-        momentum: m, in [0, 1).
-        device: where it lies; 4 bytes × ``size`` × ``width``.
-
-    Raises:
-        LmcompressError: the momentum is out of its range.
-
-    Reference:
-        Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 4.1. How the paper's bank is addressed is not
-        certain; one slot for each token of the vocabulary is the reading that fits into memory.
-    """
-
-    slots: Tensor
-    written: Tensor
-
-    def __init__(
-        self, size: int, width: int, *, momentum: float = 0.5, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        if not 0 <= momentum < 1:
-            raise LmcompressError(f"momentum must be in [0, 1), got {momentum}; at 1 no gradient reaches the student")
-        self.momentum = momentum
-        self.register_buffer("slots", torch.zeros(size, width, device=device))
-        self.register_buffer("written", torch.zeros(size, dtype=torch.bool, device=device))
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        # a checkpoint is written between two steps, when nobody has said yet that the first is over
-        self.register_state_dict_pre_hook(_commit)
-
-    def read(self, ids: Tensor, states: Tensor) -> Tensor:
-        """The smoothed states; gradient flows through the share ``1 - m`` that is new.
-
-        Args:
-            ids: ``(...)`` int64 in [0, size).
-            states: ``(..., width)``.
-
-        Returns:
-            ``(..., width)`` float32.
-        """
-        states = states.float()
-        old = torch.where(self.written[ids].unsqueeze(-1), self.slots[ids], states.detach())
-        return self.momentum * old + (1 - self.momentum) * states
-
-    def add(self, ids: Tensor, smoothed: Tensor) -> None:
-        """Remember what this micro-batch has read, of all processes, for :meth:`commit`.
-
-        Args:
-            ids: ``(n,)`` int64, real tokens only.
-            smoothed: ``(n, width)``, what :meth:`read` gave for them.
-        """
-        unique, place, counts = ids.unique(return_inverse=True, return_counts=True)
-        sums = smoothed.new_zeros(len(unique), self.slots.shape[1]).index_add_(0, place, smoothed.detach().float())
-        self._pending.append(_of_all_processes(unique, sums, counts))
-
-    def commit(self) -> None:
-        """Write the means of what was added since the last time."""
-        if not self._pending:
-            return
-        ids, sums, counts = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        self._pending = []
-        unique, place = ids.unique(return_inverse=True)
-        total = sums.new_zeros(len(unique), sums.shape[1]).index_add_(0, place, sums)
-        number = sums.new_zeros(len(unique)).index_add_(0, place, counts.to(sums.dtype))
-        self.slots[unique] = (total / number.unsqueeze(-1)).to(self.slots.dtype)
-        self.written[unique] = True
-
-    def draw(self, count: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Slots at random, evenly among those that were written, with replacement.
-
-        Args:
-            count: how many.
-            generator: default: the global one of the device.
-
-        Returns:
-            ``(ids (count,), states (count, width))``; none at all while nothing was written.
-        """
-        written = self.written.nonzero().squeeze(1)
-        if not len(written):
-            return written, self.slots[written]
-        ids = written[torch.randint(len(written), (count,), device=written.device, generator=generator)]
-        return ids, self.slots[ids]
-
-    def extra_repr(self) -> str:
-        """Sizes and momentum, for ``print``."""
-        return f"{self.slots.shape[0]}, {self.slots.shape[1]}, momentum={self.momentum}"
-
-
-class Contrasting:
-    """A :class:`Contrast` with everything that it needs found: layers on both sides, projections, a memory bank.
-
-    Args:
-        contrast: what is asked for.
-        student: not wrapped.
-        teacher: that ``contrast.which`` names.
-        device: where training happens; the bank is made there.
-
-    Raises:
-        LmcompressError: a layer that is not there, or widths that differ and are not brought together.
-    """
-
-    def __init__(
-        self, contrast: Contrast, student: PreTrainedModel, teacher: Teacher, device: torch.device | str
-    ) -> None:
-        self.contrast = contrast
-        self.student = resolve(student, *contrast.feature("student"))
-        self.teacher = teacher.resolve(*contrast.feature("teacher"))
-        widths = shape_of(student, self.student)[-1], teacher.shape_of(self.teacher)[-1]
-        self.projections = _projections(contrast.projection, *widths)
-        self.bank: MemoryBank | None = None
-        if contrast.level == "token" and contrast.memory == "vocabulary":
-            width = self.projections["student"].teacher_dim if "student" in self.projections else widths[0]
-            size = student.config.vocab_size
-            self.bank = MemoryBank(size, width, momentum=contrast.momentum, device=device)
-        self._step: float | None = None
-
-    def modules(self) -> dict[str, nn.Module]:
-        """What belongs into training checkpoints: projections and bank."""
-        found: dict[str, nn.Module] = {f"contrast_{side}": module for side, module in self.projections.items()}
-        return found if self.bank is None else found | {"contrast_bank": self.bank}
-
-    def term(
-        self, student: Features, teacher: Features, inputs: Mapping[str, Any], mask: Tensor, progress: float
-    ) -> Term:
-        """The loss of one micro-batch.
-
-        Args:
-            student: with :attr:`student` in it.
-            teacher: with :attr:`teacher` in it.
-            inputs: the whole batch.
-            mask: ``(batch, length)`` of the student.
-            progress: share of training done; when it changes, an optimizer step is over.
-
-        Returns:
-            The sum over tokens, or over sequences.
-
-        Raises:
-            LmcompressError: there are no token ids where they are needed.
-        """
-        wanted = self.contrast
-        mine, theirs = student[self.student], teacher[self.teacher].detach()
-        if "student" in self.projections:
-            mine = self.projections["student"](mine)
-        if "teacher" in self.projections:
-            theirs = self.projections["teacher"](theirs)
-        weight = wanted.weight * WEIGHT_SCHEDULES[wanted.weight_schedule](progress)
-        if wanted.level == "sequence":
-            other = teacher_inputs(inputs).get("attention_mask")
-            if other is None:
-                other = torch.ones(theirs.shape[:2], device=theirs.device)
-            loss = sequence_contrast(mine, theirs, mask, temperature=wanted.temperature, teacher_mask=other)
-            return Term(loss.sum(), "examples", weight)
-        ids: Tensor | None = inputs.get("input_ids")
-        if ids is None and (self.bank is not None or wanted.exclude_same_id):
-            raise LmcompressError(
-                "the contrast of tokens needs the batch's input_ids: without them use memory='none' and "
-                "exclude_same_id=False"
-            )
-        anchors = mine
-        if self.bank is not None and ids is not None:
-            if self._step != progress:
-                self.bank.commit()
-                self._step = progress
-            anchors = self.bank.read(ids, mine)
-            valid = mask.bool()
-            self.bank.add(ids[valid], anchors[valid])
-        return Term(self._of_tokens(anchors, mine, theirs, mask, ids).sum(), "tokens", weight)
-
-    def _of_tokens(self, anchors: Tensor, student: Tensor, teacher: Tensor, mask: Tensor, ids: Tensor | None) -> Tensor:
-        wanted = self.contrast
-        unlike = ids if wanted.exclude_same_id else None
-        if wanted.negatives != "vocabulary":
-            return token_contrast(
-                anchors,
-                teacher,
-                mask,
-                temperature=wanted.temperature,
-                negatives=None if wanted.negatives == "teacher" else student,
-                input_ids=unlike,
-                num_negatives=wanted.num_negatives,
-            )
-        # one draw for the whole micro-batch: for every token its own would be a matrix of states for each
-        assert self.bank is not None and wanted.num_negatives is not None
-        drawn, states = self.bank.draw(wanted.num_negatives)
-        padding = ~mask.bool()
-        allowed = ~padding.unsqueeze(-1).expand(-1, -1, len(drawn))
-        if unlike is not None:
-            allowed = allowed & (unlike.unsqueeze(-1) != drawn)
-        mine, theirs = (part.masked_fill(padding.unsqueeze(-1), 0) for part in (anchors, teacher))
-        loss = info_nce(mine, theirs, states.unsqueeze(0), allowed, temperature=wanted.temperature)
-        return loss.masked_fill(padding, 0)
-
-
-def _projections(asked: str | int, mine: int, theirs: int) -> dict[str, Projection]:
-    if isinstance(asked, int):
-        # of one seed: equal widths begin with equal maps, under which a token resembles its teacher's as before
-        return {"student": Projection(mine, asked, seed=0), "teacher": Projection(theirs, asked, seed=0)}
-    if asked == "none" and mine != theirs:
-        raise LmcompressError(
-            f"the contrast needs states of one width, got student {mine} and teacher {theirs}: use projection='auto', "
-            "or a number to which both are projected"
-        )
-    return {"student": Projection(mine, theirs, seed=0)} if asked == "linear" or mine != theirs else {}
-
-
 def _check_states(name: str, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
     if student.dim() != 3 or student.shape[:2] != teacher.shape[:2]:
         raise LmcompressError(
@@ -522,26 +293,3 @@ def _mean_token(states: Tensor, mask: Tensor) -> Tensor:
     valid = mask.bool()
     total = states.float().masked_fill(~valid.unsqueeze(-1), 0).sum(dim=1)
     return total / valid.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _commit(module: nn.Module, *_: Any) -> None:
-    assert isinstance(module, MemoryBank)
-    module.commit()
-
-
-def _of_all_processes(ids: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What every process has, end to end in the order of the processes."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return ids, sums, counts
-    lengths = [torch.zeros(1, dtype=torch.long, device=ids.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(ids)], device=ids.device))
-    sizes = [int(length) for length in lengths]
-    gathered = []
-    for part in (ids, sums, counts):
-        # collectives take one shape from all
-        padded = part.new_zeros(max(sizes), *part.shape[1:])
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        gathered.append(torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)]))
-    return gathered[0], gathered[1], gathered[2]

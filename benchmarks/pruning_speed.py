@@ -36,9 +36,10 @@ from transformers.utils import logging
 
 from lmcompress.evaluation import compare_latency
 from lmcompress.pruning import Part, Units, cut, full, masked_structure
-from lmcompress.pruning.structured.config import Gradual, GroupLasso, HardConcrete, Movement, PruningConfig
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes, measure_latency
 from lmcompress.pruning.structured.ranking import Target, select
+from lmcompress.schedules import Gradual
 from lmcompress.trainers import PruningTrainer
 
 SHAPES = {

@@ -10,30 +10,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lmcompress.activations.hooks import Taps, model_inputs
 from lmcompress.checkpoint.structure import hidden_axes
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.evaluation._running import evaluating, with_progress
+from lmcompress.evaluation._running import evaluating
 from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.pruning.structured import criteria
+from lmcompress.pruning.structured.calibration import Batch, CalibrationData, rows_of
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.groups import unit_views
-from lmcompress.pruning.structured.objectives import (
-    Labels,
-    Objective,
-    label_objective,
-    model_inputs,
-    own_objectives,
-    rows_of,
-    valid_tokens,
-    without_padding_rows,
-)
+from lmcompress.pruning.structured.objectives import Labels, Objective, label_objective, own_objectives
 from lmcompress.pruning.structured.units import PARTS, Part, Units, full
-
-Batch = Mapping[str, Any]
-"""Tensors by name, as a collator makes them: ``input_ids``, ``attention_mask``, perhaps ``labels``."""
 
 Needs = Literal["nothing", "weights", "gates", "products", "activations", "pooled", "norms", "attention", "blocks"]
 
@@ -197,39 +186,6 @@ def check_scores(scores: Units, name: str) -> None:
             raise LmcompressError(
                 f"scores must differ, got {float(values[0]):.4g} from {name} for all {len(values)} {part}: they would "
                 "be pruned at random; take another criterion, or more calibration data"
-            )
-
-
-class CalibrationData:
-    """Calibration batches on a model's device, without rows of padding; refuses to have been empty.
-
-    Args:
-        model: whose device it is.
-        batches: as they come.
-        progress: shows a bar, on a terminal, where their number is known.
-    """
-
-    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch], progress: bool = False) -> None:
-        self.model = model
-        self.batches = batches
-        self.progress = progress and isinstance(batches, Sequence)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        given = real = 0
-        batches = self.batches
-        shown = with_progress(batches, "score", enabled=self.progress) if isinstance(batches, Sequence) else batches
-        for batch in shown:
-            given += 1
-            kept = without_padding_rows(batch, self.model.device)
-            if rows := rows_of(kept):
-                real += rows
-                yield kept
-        if not given:
-            raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
-        if not real:
-            raise LmcompressError(
-                f"calibration data must have tokens, got {given} batches of padding alone; is attention_mask 1 for "
-                "real tokens?"
             )
 
 
@@ -447,72 +403,6 @@ def _first_matrices(model: PreTrainedModel, there: bool) -> Iterator[_FirstMatri
     finally:
         for handle in inner.handles:
             handle.remove()
-
-
-class Taps:
-    """Hooks that hand what flows through a model to functions, padding taken out.
-
-    Args:
-        model: whose modules are listened to.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._handles: list[RemovableHandle] = []
-        self.mask = torch.ones(0, 0, dtype=torch.bool)
-        self.model = model
-
-    def on_input(self, module: nn.Module, take: Callable[[Tensor], None]) -> None:
-        """Hand over what a module is called with.
-
-        Args:
-            module: called with one tensor ``(rows, length, width)``.
-            take: gets it.
-        """
-        self._handles.append(module.register_forward_pre_hook(lambda _, args: take(args[0])))
-
-    def on_output(self, module: nn.Module, take: Callable[[Tensor], None]) -> None:
-        """Hand over what a module answers.
-
-        Args:
-            module: answers with one tensor.
-            take: gets it.
-        """
-        self._handles.append(module.register_forward_hook(lambda _, args, output: take(output)))
-
-    def on_block(self, module: nn.Module, take: Callable[[Tensor, Tensor], None]) -> None:
-        """Hand over what goes into a block and what comes out.
-
-        Args:
-            module: a block.
-            take: gets both.
-        """
-
-        def hook(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            take(args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
-
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def tokens(self, tensor: Tensor) -> Tensor:
-        """``(rows, length, ...)`` as ``(valid tokens, ...)``."""
-        return tensor[self.mask]
-
-    def run(self, batch: Mapping[str, Tensor]) -> None:
-        """One forward pass, without gradient.
-
-        Args:
-            batch: on the model's device.
-        """
-        self.mask = valid_tokens(batch)
-        with torch.no_grad():
-            self.model(**model_inputs(self.model, batch))
-
-    def __enter__(self) -> Taps:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 class _Means:

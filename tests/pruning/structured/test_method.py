@@ -15,15 +15,7 @@ from rich.console import Console
 from lmcompress import CompressedModel, LmcompressError, anatomy_of
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import weight_view
-from lmcompress.pruning.structured.config import (
-    Gradual,
-    GroupLasso,
-    HardConcrete,
-    HardThresholding,
-    Iterative,
-    OneShot,
-    PruningConfig,
-)
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, LatencyTable, ModelSizes, ParameterCost
 from lmcompress.pruning.structured.goals import (
     along_chains,
@@ -39,6 +31,7 @@ from lmcompress.pruning.structured.method import StructuredPruning, _without_dea
 from lmcompress.pruning.structured.ranking import RANKINGS, Shape, Target, secant_costs
 from lmcompress.pruning.structured.surgery import cut
 from lmcompress.pruning.structured.units import Units, full, masked_structure
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 
 
 def labelled(model, count=3):

@@ -44,7 +44,7 @@ from lmcompress.distillation import Distillation, DistillationConfig, LiveTeache
 from lmcompress.distillation.capture import extract
 from lmcompress.evaluation import evaluate_classifier, glue_score, size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.students.depth import by_layers
+from lmcompress.students.layers import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 LAYERS = 3

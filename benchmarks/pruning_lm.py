@@ -38,7 +38,7 @@ from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.method import StructuredPruning, prune
-from lmcompress.pruning.structured.ranking import Shape, Target
+from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.schedules import Gradual
 from lmcompress.trainers import CompressionTrainer
 

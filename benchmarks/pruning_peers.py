@@ -53,7 +53,7 @@ from lmcompress.evaluation import compare_latency, evaluate_classifier, glue_sco
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.method import prune
-from lmcompress.pruning.structured.ranking import Target
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.schedules import Gradual
 from lmcompress.trainers import PruningTrainer
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
-from lmcompress.pruning.structured.ranking import Target
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 
 HALF = Target(sparsity=0.5)

@@ -44,7 +44,7 @@ from lmcompress.data import collator, load_task, tokenize
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match, StoredTeacher, TeacherStore
 from lmcompress.evaluation import evaluate_classifier, glue_score, size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.students.depth import by_layers
+from lmcompress.students.layers import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 LAYERS = 3

@@ -47,7 +47,9 @@ from lmcompress.data import (
 from lmcompress.errors import LmcompressError
 from lmcompress.families import FAMILIES, family_of
 from lmcompress.recipes.schema import BASE_MODEL, Augmentation, FromScratch, Recipe, Stage, StudentSpec, TaskSpec
-from lmcompress.students.depth import by_layers, by_shape, by_width, named
+from lmcompress.students.layers import by_layers
+from lmcompress.students.named_shapes import named
+from lmcompress.students.shape import by_shape, by_width
 
 _OPERATIONS: dict[str, Callable[..., list[str]]] = {
     "mask": mask_tokens,

@@ -21,7 +21,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import parameter_count
 from lmcompress.families import anatomy_of
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.vocabulary.embeddings import VocabularyReport
+from lmcompress.pruning.vocabulary.report import VocabularyReport
 from lmcompress.recipes.building import (
     Materials,
     base_model,

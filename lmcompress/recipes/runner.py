@@ -46,7 +46,7 @@ from lmcompress.model import CompressedModel, library_version, outputs_of
 from lmcompress.pruning.structured.method import StructuredPruning, prune
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.unstructured import Sparsity
-from lmcompress.pruning.vocabulary.embeddings import VocabularyReport
+from lmcompress.pruning.vocabulary.report import VocabularyReport
 from lmcompress.quantization import quantize
 from lmcompress.quantization.method import Quantization
 from lmcompress.quantization.report import QuantizationReport

@@ -21,7 +21,7 @@ from lmcompress.quantization.config import QuantizationConfig, WeightScheme
 from lmcompress.quantization.ptq import POST_TRAINING
 from lmcompress.quantization.ptq import Method as PostTraining
 from lmcompress.students.config import Replacement
-from lmcompress.students.depth import NAMED_SHAPES
+from lmcompress.students.named_shapes import NAMED_SHAPES
 
 BASE_MODEL = "model"
 """What a stage's ``start`` is called when it is the recipe's own model."""

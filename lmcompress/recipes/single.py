@@ -17,9 +17,9 @@ from transformers import AutoConfig, PretrainedConfig
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.ranking import Target
 from lmcompress.pruning.structured.scoring import score
 from lmcompress.pruning.structured.sensitivity import sensitivity
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.recipes.building import Materials, auto_class, load_tokenizer, read_task
 from lmcompress.recipes.measuring import Entry, measure, quality, update_cards
 from lmcompress.recipes.planning import Plan, plan

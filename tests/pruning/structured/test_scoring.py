@@ -12,7 +12,8 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, is_conv1d, weight_view
 from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.gates import Gates
-from lmcompress.pruning.structured.scoring import CRITERIA, check_scores, normalized, score
+from lmcompress.pruning.structured.registry import CRITERIA
+from lmcompress.pruning.structured.scoring import check_scores, normalized, score
 from lmcompress.pruning.structured.units import PARTS, Units, full
 
 ROWS, LENGTH = 4, 9

@@ -7,11 +7,9 @@ weight loading, ``is_serializable``, ``is_trainable``, ``is_qat_trainable``.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -22,13 +20,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from lmcompress.checkpoint.config import QUANT_METHOD, CompressionConfig
 from lmcompress.checkpoint.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
+from lmcompress.checkpoint.files import Stored, safetensors_header
 from lmcompress.checkpoint.layers import finish_replaced, replace_skeleton
 from lmcompress.checkpoint.streams import Place, decode_streams, open_streams, stream_places
 from lmcompress.checkpoint.structure import shape_skeleton
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.families import anatomy_of
 
-MAX_HEADER_BYTES = 100_000_000
 _STORED_AS = {torch.uint8: "U8", torch.float32: "F32"}
 
 
@@ -122,13 +120,6 @@ def register() -> None:
     register_quantizer(QUANT_METHOD)(LmcompressQuantizer)
 
 
-class Stored(NamedTuple):
-    """What a file says of a tensor: its shape, and its type as safetensors calls it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def _refuse_offloading(device_map: Any) -> None:
     """Accelerate reads what is on disk when it is needed, and would read streams."""
     if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -136,44 +127,6 @@ def _refuse_offloading(device_map: Any) -> None:
             "device_map must leave nothing on disk, the tensors of this checkpoint are streams that are decoded in "
             "memory; load it without, save that with storage='plain', and load this one"
         )
-
-
-def safetensors_header(file: Path) -> dict[str, Stored]:
-    """Names, shapes and types of the tensors in a safetensors file, with the file's length checked against them.
-
-    Args:
-        file: path of the file; only its header is read.
-
-    Returns:
-        Shape and type by name.
-
-    Raises:
-        CheckpointError: it is not a whole safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"{file} is not a safetensors file, or is cut off ({size} bytes); fetch or copy it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            stored = {
-                name: Stored(tuple(int(n) for n in entry["shape"]), str(entry.get("dtype")))
-                for name, entry in entries.items()
-            }
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{file} has a damaged header ({error}); fetch or copy it again") from error
-    if end != size - 8 - length:
-        raise CheckpointError(
-            f"{file} should have {end} bytes of tensors and has {size - 8 - length}: it is cut off or was changed; "
-            "fetch or copy it again"
-        )
-    return stored
 
 
 def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable[str]) -> None:

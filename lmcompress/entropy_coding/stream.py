@@ -1,4 +1,4 @@
-"""A tensor as a self-describing stream of bytes, and files of such streams; :mod:`~lmcompress.entropy_coding.header`."""
+"""A tensor as a self-describing stream of bytes (see :mod:`lmcompress.entropy_coding.header`); files of them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 
 DEFAULT_MAX_LENGTH = 1024
 

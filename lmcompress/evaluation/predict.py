@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.evaluation.metrics import Array, Ragged, compute_metrics, predictions_from_logits
 
 Row: TypeAlias = Mapping[str, Any]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.activations.hessian import exact, output_error
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.activations.walking import Batch, Take, Walk, calibration_batches, without_padding
 from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.evaluation import weight_bytes
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.model import CompressedModel
 from lmcompress.nn.packed import Packed

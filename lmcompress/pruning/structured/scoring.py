@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.checkpoint.structure import hidden_axes
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.gates import Gates

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.objectives import label_objective, model_inputs
 from lmcompress.pruning.structured.scoring import Batch, CalibrationData

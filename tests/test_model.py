@@ -294,7 +294,7 @@ def test_a_failed_exchange_of_folders_puts_the_old_one_back(old_checkpoint, monk
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr("lmcompress.model.os.replace", second_fails)
+    monkeypatch.setattr("lmcompress.checkpoint.saving.os.replace", second_fails)
     with pytest.raises(LmcompressError, match="could not write .*Input/output error"):
         CompressedModel(make("bert")).save_pretrained(folder)
     assert everything_in(folder.parent) == before

@@ -270,9 +270,7 @@ def _with_header(header: bytes, body: bytes = b"") -> bytes:
 def test_a_damaged_header_is_refused(tmp_path, content):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors is no whole safetensors file.*fetch or copy"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no whole safetensors file.*fetch or copy"):
         safetensors_header(file)
 
 

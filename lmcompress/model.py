@@ -57,7 +57,7 @@ class CompressedModel:
         provenance: where the model comes from; default: what it says itself.
 
     Raises:
-        UnknownFamilyError: the family is not known.
+        UnknownFamilyError: If the family is not known.
     """
 
     def __init__(self, model: PreTrainedModel, provenance: Provenance | None = None) -> None:
@@ -94,7 +94,7 @@ class CompressedModel:
             **kwargs: for ``from_pretrained``.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or its config contradicts itself.
+            CheckpointError: If the checkpoint is damaged, or its config contradicts itself.
         """
         where = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
         config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in where})
@@ -176,7 +176,7 @@ class CompressedModel:
         report: Mapping[str, Any] | None = None,
         write_more: Callable[[Path], None] | None = None,
     ) -> Equivalence:
-        """Write a checkpoint, once it is shown to answer as the model in memory does.
+        """Write a checkpoint, once a round-trip check has shown that it answers as the model in memory does.
 
         Everything is written beside ``folder``, reloaded, compared on ``batches``, and renamed to ``folder`` only
         then: whatever fails, what was at ``folder`` before is still there, whole.
@@ -190,7 +190,7 @@ class CompressedModel:
             batches: inputs to compare on, real ones at best; default: two batches of random token ids.
             reference: outputs of the model as it was trained, before anything was cut, for the same ``batches``
                 (see :func:`outputs_of`); default: those of the model now.
-            tolerance: greatest difference allowed, relative to the greatest output.
+            tolerance: max abs difference of outputs that is allowed, relative to the max abs output.
             storage: a coder of :data:`lmcompress.entropy_coding.CODERS` makes tensors entropy-coded streams, which
                 changes no bit of any weight: pruned, shared and packed ones become smaller files; ``plain`` makes none;
                 the default does what was done to the checkpoint that the model came from.
@@ -201,8 +201,8 @@ class CompressedModel:
             What was measured.
 
         Raises:
-            EquivalenceError: the reloaded model answers differently; nothing was written.
-            LmcompressError: ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights or
+            EquivalenceError: If the reloaded model answers differently; nothing was written.
+            LmcompressError: If ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights or
                 compact layers, either with streams, or the disk is full; nothing was written.
         """
         coder = self._coder_for(format, storage)

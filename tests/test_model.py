@@ -196,7 +196,7 @@ def test_the_gate_compares_with_what_was_trained(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
 
 
-def test_the_gate_refuses_answers_of_another_shape(tmp_path):
+def test_the_round_trip_check_refuses_answers_of_another_shape(tmp_path):
     model = make("bert")
     reference = [torch.zeros(1, LABELS) for _ in range(2)]
     with pytest.raises(EquivalenceError, match="answers in shapes"):

@@ -78,8 +78,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: refused, with the names that are known.
 
     Raises:
-        CheckpointError: a value of a wrong type or out of range, an unknown key, a version of the future, or shapes
-            or encodings that the version did not have.
+        CheckpointError: If a value has a wrong type or is out of range, a key is unknown, the version is of the
+            future, or did not have such shapes, encodings, layers or streams.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ def recorded_compression(config: Any) -> CompressionConfig | None:
         config: of a model, loaded or about to be.
 
     Raises:
-        CheckpointError: it says something that cannot be.
+        CheckpointError: If it says something that cannot be.
     """
     value = getattr(config, "quantization_config", None)
     if value is None or isinstance(value, CompressionConfig):

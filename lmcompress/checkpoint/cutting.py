@@ -24,7 +24,7 @@ def keep_heads(block: Block, heads: Sequence[int]) -> None:
             all is asked for by :func:`drop_heads`.
 
     Raises:
-        LmcompressError: no head is left, one is named twice, or one is not there.
+        LmcompressError: If no head is left, one is named twice, or one is not there.
     """
     _cut_heads(block, _indices(heads, block.num_heads, "heads"))
 
@@ -47,7 +47,7 @@ def keep_neurons(block: Block, neurons: Sequence[int]) -> None:
             asked for by :func:`drop_neurons`.
 
     Raises:
-        LmcompressError: none is left, one is named twice, or one is not there.
+        LmcompressError: If none is left, one is named twice, or one is not there.
     """
     _cut_neurons(block, _indices(neurons, block.ffn_width, "neurons"))
 
@@ -88,7 +88,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
         layers: numbers of the blocks that stay, counted from 0; at least one.
 
     Raises:
-        LmcompressError: none is left, one is named twice, or one is not there; or blocks share their parameters.
+        LmcompressError: If none is left, one is named twice, one is not there, or blocks share their parameters.
     """
     anatomy = anatomy_of(model)
     if len(set(shared_sources(list(anatomy.block_list)))) < len(anatomy.block_list):
@@ -118,7 +118,7 @@ def keep_hidden(model: PreTrainedModel, dimensions: Sequence[int]) -> None:
         dimensions: numbers of the dimensions that stay, counted from 0; at least one.
 
     Raises:
-        LmcompressError: none is left, one is named twice, or one is not there; or the model has parameters that a
+        LmcompressError: If none is left, one is named twice, one is not there, or the model has parameters that a
             stock model of its class has not, of which nobody knows whether they follow the hidden size.
     """
     keep = _indices(dimensions, anatomy_of(model).hidden_size, "hidden dimensions")
@@ -136,7 +136,7 @@ def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, tuple[i
         parameter has nothing to do with the stream.
 
     Raises:
-        LmcompressError: the model has parameters that a stock model of its class has not.
+        LmcompressError: If the model has compact layers, or parameters that a stock model of its class has not.
     """
     if any(isinstance(module, Compact) for module in model.modules()):
         raise LmcompressError(

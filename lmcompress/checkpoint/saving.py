@@ -55,7 +55,7 @@ def check_round_trip(
         folder: where it was written.
         batches: to compare on.
         before: :func:`outputs_of` the model.
-        tolerance: greatest difference allowed, relative to the greatest output.
+        tolerance: max abs difference of outputs that is allowed, relative to the max abs output.
         inputs: where the batches are from, for the result.
         format: in which it was written, for messages.
 
@@ -167,7 +167,7 @@ def replaced_folder(folder: Path, *, marker: str = "config.json") -> Iterator[Pa
         The temporary folder, on the same file system.
 
     Raises:
-        LmcompressError: ``folder`` is a file, or holds files but no ``marker``, or its place cannot be
+        LmcompressError: If ``folder`` is a file, or holds files but no ``marker``, or its place cannot be
             written (a full disk, no permission).
     """
     folder = folder.resolve()
@@ -218,7 +218,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, toke
         The address of the commit.
 
     Raises:
-        LmcompressError: ``folder`` holds no checkpoint.
+        LmcompressError: If ``folder`` holds no checkpoint.
     """
     if not (folder / "config.json").is_file():
         raise LmcompressError(

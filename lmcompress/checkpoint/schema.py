@@ -69,7 +69,7 @@ class Structure(Strict):
 
 
 class ActivationEncoding(Strict):
-    """What happens to an activation before it enters a product.
+    """How an activation is quantized before it enters a matmul.
 
     Attributes:
         bits: 8 or 4.
@@ -122,12 +122,12 @@ class GridEncoding(Strict):
 
 
 class WeightEncoding(Strict):
-    """How the weights of some modules lie in the checkpoint; weights are seen as ``(out, in)``, embeddings by word.
+    """How the weights of some modules lie in the checkpoint; weights are seen as ``(out, in)``, embeddings by token.
 
     Attributes:
         grid: what codes may be.
         container: how codes lie in bytes, see :mod:`lmcompress.numerics.packing`.
-        granularity: which weights share a scale: the ``tensor``, each ``row``, or each so many neighbours of a row.
+        granularity: which weights share a scale: the ``tensor``, each ``row``, or each n neighbours of a row.
         zero_points: whether there are zero points beside the scales.
         inputs: what happens to the module's input; of the word embeddings, to that of a head which is tied to them.
         modules: paths of the modules relative to the base model; those of a task head by their own names.
@@ -161,11 +161,11 @@ class WeightEncoding(Strict):
 
 
 class AttentionEncoding(Strict):
-    """What happens in the attention of every block to what enters its two products; ``None`` leaves it as it is.
+    """How the attention of every block quantizes the inputs of its two matmuls; ``None`` leaves one as it is.
 
     Attributes:
-        queries, keys: of the product before the softmax.
-        values, probabilities: of the product after it.
+        queries, keys: of the matmul before the softmax.
+        values, probabilities: of the matmul after it.
     """
 
     queries: ActivationEncoding | None = None
@@ -214,7 +214,7 @@ class LowRankLayers(Strict):
 
 
 class FactorizedEmbeddings(Strict):
-    """Tables of words that are a narrow table and a matrix: :class:`~lmcompress.nn.FactorizedEmbedding`.
+    """Embedding tables that are a narrow table and a matrix: :class:`~lmcompress.nn.FactorizedEmbedding`.
 
     Attributes:
         kind: what they are.

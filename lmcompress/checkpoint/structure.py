@@ -62,11 +62,11 @@ def same_shapes(one: Structure, other: Structure) -> bool:
         one: some shapes.
         other: those they are compared with.
     """
-    bare = [
+    compared = [
         (shapes.head_size, shapes.hidden, [(block.heads, block.ffn) for block in shapes.blocks])
         for shapes in (one, other)
     ]
-    return bare[0] == bare[1]
+    return compared[0] == compared[1]
 
 
 def recorded_structure(model: PreTrainedModel) -> Structure:
@@ -104,7 +104,7 @@ def stock_structure(config: PretrainedConfig) -> Structure:
         config: a stock config of a known family.
 
     Raises:
-        CheckpointError: it asks for no blocks or for absurdly many, or for sizes that no model has.
+        CheckpointError: If it asks for no blocks or for absurdly many, or for sizes that no model has.
     """
     family = family_of(config)
     heads = config_value(config, family, "num_heads")
@@ -128,7 +128,7 @@ def stock_structure(config: PretrainedConfig) -> Structure:
 
 
 def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | None:
-    """Why a stock config cannot express these shapes, or None where it can.
+    """Why these shapes are not expressible in a stock config, or None where they are.
 
     A stock config has one head count, one FFN width and one hidden size, which must be the head count times the head
     size. The number of blocks is free, and so is the FFN width as long as it is the same everywhere.
@@ -175,7 +175,7 @@ def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | Non
 
 
 def set_stock_shapes(config: PretrainedConfig, structure: Structure) -> None:
-    """Write into ``config`` what a stock config can say of the shapes.
+    """Write into ``config`` what is expressible in a stock config.
 
     That is the number of blocks; the FFN width, if it is the same everywhere; and hidden size and number of heads, if
     all blocks have as many heads as the hidden size over the head size. A hidden size that it cannot say stays as it
@@ -218,7 +218,7 @@ def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
         structure: as a checkpoint's config names it.
 
     Raises:
-        CheckpointError: the number of blocks or the head size is not the model's, or the hidden size is greater.
+        CheckpointError: If the number of blocks or the head size is not the model's, or the hidden size is greater.
     """
     blocks = anatomy_of(model).blocks
     if len(blocks) != len(structure.blocks):

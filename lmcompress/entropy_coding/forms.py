@@ -1,4 +1,4 @@
-"""How a tensor becomes arrays of symbols, to the bit: what is coded is its bit patterns, so NaN and -0.0 come back.
+"""How a tensor becomes arrays of symbols, bit-exact: its bit patterns are coded, NaN and -0.0 too.
 
 ============ ====================================================== ===============================================
 form         arrays of symbols                                      for
@@ -11,7 +11,7 @@ form         arrays of symbols                                      for
 ============ ====================================================== ===============================================
 
 ``…`` is ``planes`` or ``codebook``. Gaps are Deep Compression's relative indices (section 2, figure 2); where one is
-longer than a symbol can say, the paper stores a zero weight, and we a symbol that says "so many more", which needs no
+longer than a symbol can say, the paper stores a zero weight, and we a symbol that says "255 more", which needs no
 weight.
 """
 
@@ -56,7 +56,7 @@ def patterns(tensor: Tensor) -> Symbols:
         CPU and without gaps.
 
     Raises:
-        LmcompressError: a type that is not among them, a sparse tensor, or one without numbers.
+        LmcompressError: If its type is not among them, it is sparse, or it is on ``meta`` and has no numbers.
     """
     if tensor.is_meta:
         raise LmcompressError("a tensor must have numbers to be coded, got one on the meta device")
@@ -137,7 +137,7 @@ def check_sizes(form: Form, sizes: Sequence[tuple[int, int]], size: int, count: 
         count: how many numbers the tensor has.
 
     Raises:
-        CheckpointError: they are too many or too few, too long, or of another width.
+        CheckpointError: If they are too many or too few, too long, or of another width.
     """
     where, _, what = form.rpartition("_")
     places, numbers = (sizes[:1], sizes[1:]) if where else ([], sizes)
@@ -169,7 +169,7 @@ def join(parts: Iterable[Part], form: Form, found: Symbols) -> None:
         found: ``(count,)`` unsigned integers, to be filled.
 
     Raises:
-        CheckpointError: the arrays contradict one another.
+        CheckpointError: If the arrays contradict one another.
     """
     arrays = (part.symbols for part in parts)
     where, _, what = form.rpartition("_")

@@ -87,7 +87,7 @@ def read_head(data: bytes | memoryview) -> Head:
         data: the whole stream.
 
     Raises:
-        CheckpointError: it is none, or is cut off or changed.
+        CheckpointError: If it is no stream, is cut off or was changed.
     """
     if len(data) < _PREFIX.size + _FIXED.size or bytes(data[:4]) != MAGIC:
         raise CheckpointError("it is no stream of lmcompress, or is cut off")

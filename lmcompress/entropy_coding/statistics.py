@@ -51,7 +51,7 @@ def describe(stream: bytes | memoryview | Tensor, name: str = "of a stream") -> 
         name: of the tensor, for messages.
 
     Raises:
-        CheckpointError: as :func:`decode`.
+        CheckpointError: If :func:`decode` refuses it.
     """
     data = as_bytes(stream)
     tensor = decode(data, name)
@@ -98,6 +98,6 @@ def describe_file(path: str | Path) -> dict[str, StreamInfo]:
         path: from :func:`save_file`.
 
     Raises:
-        CheckpointError: as :func:`load_file`.
+        CheckpointError: If :func:`load_file` refuses it.
     """
     return {name: describe(stream, name) for name, stream in file_streams(path).items()}

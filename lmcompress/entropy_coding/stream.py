@@ -36,7 +36,7 @@ def encode(tensor: Tensor, coder: Coder = "auto") -> bytes:
         The stream; at most a head longer than the bytes of the tensor.
 
     Raises:
-        LmcompressError: no such coder, or a type or number of axes that no stream has.
+        LmcompressError: If the coder is unknown, or no stream has the type or number of axes.
 
     Example:
         >>> weight = torch.zeros(100, 100)
@@ -62,7 +62,7 @@ def decode(
     shape: tuple[int, ...] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The tensor again, to the bit.
+    """The tensor again, bit-exact.
 
     Args:
         stream: from :func:`encode`; as a tensor, ``(n,)`` uint8.
@@ -75,7 +75,7 @@ def decode(
         The tensor, on the CPU.
 
     Raises:
-        CheckpointError: a stream that is cut, changed, of a later version, or of another tensor.
+        CheckpointError: If the stream is cut off, changed, of a later version, or of another tensor.
     """
     data = as_bytes(stream)
     with _named(name):
@@ -114,7 +114,7 @@ def stream_shape(stream: bytes | memoryview | Tensor, name: str = "of a stream")
         name: of the tensor, for messages.
 
     Raises:
-        CheckpointError: it is no stream, or its checksum is wrong.
+        CheckpointError: If it is no stream, or its checksum is wrong.
     """
     with _named(name):
         return read_head(as_bytes(stream)).shape
@@ -142,7 +142,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path, coder: Coder = "a
         Bytes of the file.
 
     Raises:
-        LmcompressError: as :func:`encode`, or the file cannot be written: a full disk, no such folder.
+        LmcompressError: If :func:`encode` refuses a tensor, or the file cannot be written: a full disk, no such folder.
     """
     path = Path(path)
     streams = {name: stream_tensor(tensor, coder) for name, tensor in tensors.items()}
@@ -165,7 +165,7 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
         By name, on the CPU.
 
     Raises:
-        CheckpointError: no safetensors file, or as :func:`decode`.
+        CheckpointError: If it is no safetensors file, or :func:`decode` refuses a stream.
     """
     return {name: decode(stream, name) for name, stream in file_streams(path).items()}
 

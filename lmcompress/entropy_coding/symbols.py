@@ -62,7 +62,7 @@ def packed(part: Part) -> bytes:
 
 
 def packed_size(count: int, width: int) -> int:
-    """Bytes that so many symbols take in a fixed-width code.
+    """Bytes that n symbols take in a fixed-width code.
 
     Args:
         count: of symbols.
@@ -83,7 +83,7 @@ def unpacked(data: bytes | memoryview, count: int, width: int) -> Symbols:
         ``(count,)`` uint8, or uint16 where they have 16 bits.
 
     Raises:
-        CheckpointError: data of another length.
+        CheckpointError: If the data have another length.
     """
     if len(data) != packed_size(count, width):
         raise CheckpointError(

@@ -149,7 +149,7 @@ def size_on_disk(folder: str | Path) -> Size:
         the bytes, altogether and by file.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or some that the index names are missing.
+        CheckpointError: If there are no safetensors weights, or some that the index names are missing.
     """
     path = Path(folder)
     weights = {file.name: file.stat().st_size for file in _weight_files(path)}
@@ -188,7 +188,7 @@ def stream_table(folder: str | Path) -> dict[str, StreamInfo]:
         by name, in the order of the files; empty where no tensor is a stream.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or a stream is damaged.
+        CheckpointError: If there are no safetensors weights, or a stream is damaged.
     """
     path = Path(folder)
     described = json.loads((path / "config.json").read_text("utf-8")).get("quantization_config") or {}

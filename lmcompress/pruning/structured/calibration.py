@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import with_progress
 
 
 def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.activations.hooks import Taps
+from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.gates import Gates

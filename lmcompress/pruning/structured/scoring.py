@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.evaluation._running import evaluating
 from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.by_activations import from_activations
 from lmcompress.pruning.structured.by_gradients import from_gradients

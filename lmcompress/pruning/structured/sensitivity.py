@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.activations.hooks import model_inputs
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.objectives import label_objective

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lmcompress.evaluation import _running
+from lmcompress.activations import running as _running
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.recipes.schema import Recipe, Training
+from lmcompress.recipes.schema import Recipe
+from lmcompress.recipes.training import Training
 
 Path_ = tuple[str | int, ...]
 """Keys and indices from the top of a recipe."""

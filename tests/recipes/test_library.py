@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -39,6 +42,17 @@ def stand_ins(tmp_path_factory, task_folder):
     for split in ("train", "validation"):
         (folder / "texts" / f"{split}.txt").write_text("\n".join(texts * 8))
     return folder, task_folder
+
+
+def test_the_table_of_recipes_has_every_file_with_its_paper_data_and_command():
+    folder = Path(__file__).resolve().parents[2] / "recipes"
+    rows = [line for line in (folder / "README.md").read_text("utf-8").splitlines() if line.startswith("| [")]
+    assert len(rows) == len(builtin_recipes())
+    for file in folder.glob("*/*.yaml"):
+        recipe = load_recipe(file)
+        (row,) = [row for row in rows if row.startswith(f"| [{file.stem}]({file.parent.name}/{file.name}) |")]
+        assert f"| {recipe.task.name} | `lmcompress run {recipe.name}` |" in row
+        assert set(re.findall(r"https://[^\s,;)]+", recipe.paper)) == set(re.findall(r"\((https://[^)]+)\)", row))
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

@@ -1,4 +1,4 @@
-"""What a stage's pruning needs beside the trainer: checks before training, latency tables, calibration rows."""
+"""Structured pruning in recipes."""
 
 from __future__ import annotations
 
@@ -6,33 +6,76 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.config import Structure
 from lmcompress.checkpoint.structure import recorded_structure, shape_skeleton
 from lmcompress.data import TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
+from lmcompress.model import outputs_of
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
 from lmcompress.pruning.structured.goals import feasible
 from lmcompress.pruning.structured.latency import LatencyTable, measure_latency
+from lmcompress.pruning.structured.method import StructuredPruning, prune
 from lmcompress.pruning.structured.method import plan as schedule_events
 from lmcompress.pruning.structured.registry import CRITERIA
+from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.structured.stock import stock_verdict
 from lmcompress.pruning.structured.surgery import cut
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.pruning.structured.units import Units
-from lmcompress.pruning.vocabulary.embeddings import prune_vocabulary
-from lmcompress.pruning.vocabulary.report import VocabularyReport
-from lmcompress.recipes.building import Materials, drawn_batches
-from lmcompress.recipes.schema import LatencySpec, StagePruning, VocabularySpec
+from lmcompress.recipes.materials import Materials, drawn_batches, gate_batches
+from lmcompress.recipes.parts.base import Planning, Running, StagePart, needs_training
+from lmcompress.recipes.specs import SchemaPart
+
+if TYPE_CHECKING:
+    from lmcompress.recipes.schema import Stage
 
 TABLE_FILE = "latency.json"
 """Where a run keeps measured times, if its recipe does not say."""
+
+
+class LatencySpec(SchemaPart):
+    """What a latency target is about, and where its table of measured times is kept."""
+
+    batch_size: Annotated[int, Field(ge=1, description="Rows of the batch whose time counts.")] = 32
+    length: Annotated[
+        int | None, Field(ge=1, description="Tokens of a row; default: the task's max_length, at most 128.")
+    ] = None
+    table: Annotated[
+        str | None,
+        Field(
+            description="JSON file of measured times; default: latency.json in the run's folder. What it does not have "
+            "is measured before anything is trained, and put into it."
+        ),
+    ] = None
+
+
+class StagePruning(PruningConfig):
+    """What the stage takes out of its model, how much, and when."""
+
+    latency: Annotated[LatencySpec | None, Field(description="For targets latency_share and latency_ms.")] = None
+
+    @model_validator(mode="after")
+    def _latency_of_a_latency_target(self) -> StagePruning:
+        if self.latency is not None and not self.target.kind.startswith("latency"):
+            raise ValueError(f"latency is for targets latency_share and latency_ms, got target: {self.target.kind}")
+        return self
+
+    def config(self, seed: int) -> PruningConfig:
+        """The configuration of the method, without what only recipes have.
+
+        Args:
+            seed: the recipe's, unless the stage has its own.
+        """
+        own = {name: getattr(self, name) for name in PruningConfig.model_fields if name in self.model_fields_set}
+        return PruningConfig(**{"seed": seed} | own)
 
 
 @dataclass(frozen=True)
@@ -57,6 +100,60 @@ class PruningPlan:
     obstacle: str | None
     cost: LatencyTable | None
     note: str | None
+
+
+class PruningPart(StagePart[StagePruning]):
+    """Heads, neurons, layers or hidden dimensions are cut out, while the model is trained or without training."""
+
+    key = "pruning"
+    schema = Annotated[
+        StagePruning | None,
+        Field(description="What is cut out of the model, while it is trained or, with max_steps: 0, without training."),
+    ]
+    applied = "structured pruning"
+    role = "pruned"
+    verb = "masked, cut"
+    fitted = "the final mask"
+
+    def check(self, stage: Stage, spec: StagePruning) -> None:
+        needs_training(stage, spec)
+
+    def plan(self, spec: StagePruning, work: Planning) -> PruningPlan:
+        planned = plan_pruning(spec, work.model, work.materials, work.steps, folder=work.folder, measure=work.measure)
+        work.obstacle, work.exact = planned.obstacle, planned.exact
+        if planned.expected is not None:
+            work.model = expected_model(work.model, planned.expected)
+        return planned
+
+    def words(self, planned: PruningPlan) -> list[str]:
+        return [f"prunes {pruning_in_words(planned.config)}", *([] if planned.note is None else [planned.note])]
+
+    def method(self, spec: StagePruning, work: Running) -> StructuredPruning:
+        planned: PruningPlan = work.plans[self.key]
+        return StructuredPruning(planned.config, cost=planned.cost)
+
+    def apply(self, spec: StagePruning, work: Running) -> PruningReport:
+        planned: PruningPlan = work.plans[self.key]
+        work.to_gpu()
+        return prune(
+            work.model,
+            planned.config,
+            calibration_batches(work.materials, planned.config),
+            cost=planned.cost,
+            before_cut=lambda gated: work.masked.extend(outputs_of(gated, gate_batches(work.materials))),
+        )
+
+    def notes(self, report: Mapping[str, Any]) -> list[str]:
+        gone = f"{report['removed']:.1%} of {report['unit']} gone, {report['asked']:.1%} asked for"
+        stock = (
+            "loads with stock transformers"
+            if report["stock"]["loads"]
+            else f"needs lmcompress: {report['stock']['reason']}"
+        )
+        blocks = enumerate(report["after"]["blocks"])
+        empty = [index for index, block in blocks if not block["heads"] or not block["ffn"]]
+        without = f"; blocks {', '.join(map(str, empty))} have no heads or no neurons left" if empty else ""
+        return [f"{gone}{without}; {stock}"]
 
 
 def plan_pruning(
@@ -145,60 +242,24 @@ def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any
     return drawn_batches(materials, config.calibration_rows, config.calibration_batch_size, config.seed)
 
 
-def prune_stage_vocabulary(
-    model: PreTrainedModel, materials: Materials, spec: VocabularySpec
-) -> tuple[PreTrainedTokenizerBase, VocabularyReport]:
-    """Prune a model's vocabulary down to what the task's texts use.
+def pruning_in_words(config: Any) -> str:
+    """What a pruning is asked to do, in a line.
 
     Args:
-        model: changed in place; on ``meta`` its shapes are.
-        materials: with the tokenizer that the model has now.
-        spec: of the stage.
+        config: :class:`~lmcompress.pruning.structured.config.PruningConfig`.
 
-    Returns:
-        The new tokenizer, and what was done.
-
-    Raises:
-        LmcompressError: a split that is not there, or what
-            :func:`~lmcompress.pruning.vocabulary.embeddings.prune_vocabulary` refuses.
+    Example:
+        >>> from lmcompress.pruning.structured.config import PruningConfig
+        >>> pruning_in_words(PruningConfig(target={"sparsity": 0.5}))
+        'heads and neurons to sparsity 0.5, one_shot by fisher, ranking global'
     """
-    splits = materials.data.splits()
-    for name in spec.splits:
-        if name not in splits:
-            raise LmcompressError(f"vocabulary.splits names {name!r}; {materials.task.name} has: {', '.join(splits)}")
-    columns = [splits[name][column] for name in spec.splits for column in materials.task.text_columns]
-    words = materials.task.kind is TaskKind.TOKEN_CLASSIFICATION
-    texts = [" ".join(text) if words else text for column in columns for text in column]
-    tokenizer, report = prune_vocabulary(
-        model,
-        materials.tokenizer,
-        texts,
-        min_count=spec.min_count,
-        keep=spec.keep,
-        max_size=spec.max_size,
-        keep_characters=spec.keep_characters,
-    )
-    return tokenizer, report
-
-
-def pruning_notes(name: str, report: Mapping[str, Any] | None) -> list[str]:
-    """What a reader of a table must know of how one of its models was pruned.
-
-    Args:
-        name: of the model.
-        report: what pruning did, as JSON types; None if it did nothing.
-    """
-    if report is None:
-        return []
-    gone = f"{report['removed']:.1%} of {report['unit']} gone, {report['asked']:.1%} asked for"
-    stock = (
-        "loads with stock transformers"
-        if report["stock"]["loads"]
-        else f"needs lmcompress: {report['stock']['reason']}"
-    )
-    empty = [index for index, block in enumerate(report["after"]["blocks"]) if not block["heads"] or not block["ffn"]]
-    without = f"; blocks {', '.join(map(str, empty))} have no heads or no neurons left" if empty else ""
-    return [f"{name}: {gone}{without}; {stock}"]
+    target = config.target.model_dump(exclude_none=True)[config.target.kind]
+    amount = ", ".join(f"{key} {value}" for key, value in target.items()) if isinstance(target, dict) else target
+    own_scores = config.schedule.kind in ("iht", "hard_concrete", "movement", "group_lasso")
+    by = "" if own_scores else f" by {config.criterion_name}"
+    repair = "" if config.repair == "none" else f", repair {config.repair}"
+    parts = " and ".join(filter(None, [", ".join(config.parts[:-1]), config.parts[-1]]))
+    return f"{parts} to {config.target.kind} {amount}, {config.schedule.kind}{by}, ranking {config.ranking}{repair}"
 
 
 def _planned(
@@ -304,14 +365,3 @@ def _by_operations(config: PruningConfig, sizes: ModelSizes, latency: LatencySpe
     except LmcompressError:
         # operations are not time: the table will tell
         return None
-
-
-__all__ = [
-    "TABLE_FILE",
-    "PruningPlan",
-    "calibration_batches",
-    "expected_model",
-    "plan_pruning",
-    "prune_stage_vocabulary",
-    "pruning_notes",
-]

@@ -50,7 +50,7 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
         One entry for each kind and size; that of shared blocks is the last.
 
     Raises:
-        LmcompressError: two blocks have some parameters in common, and not all.
+        LmcompressError: If two blocks have some parameters in common, and not all.
     """
     anatomy = anatomy_of(model)
     prefix = model.base_model_prefix + "."
@@ -113,7 +113,7 @@ def refuse_compact(model: PreTrainedModel, what: str) -> None:
         what: would be done, such as ``"cut"``.
 
     Raises:
-        LmcompressError: it has some.
+        LmcompressError: If it has some.
     """
     found = layers_of(model)
     if found:
@@ -134,7 +134,7 @@ def replace_skeleton(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> 
         layers: as a checkpoint's config names them.
 
     Raises:
-        CheckpointError: it names what the model has not, or sizes that do not fit.
+        CheckpointError: If the config names what the model has not, or sizes that do not fit.
     """
     try:
         for entry in layers:
@@ -156,7 +156,7 @@ def finish_replaced(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> N
         layers: as for :func:`replace_skeleton`.
 
     Raises:
-        CheckpointError: orders that are none, sizes that are not the modules', or other blocks that share.
+        CheckpointError: If an order is no permutation, a size is not the module's, or other blocks share.
     """
     for name, module in compact_modules(model).items():
         if not any(tensor.is_meta for tensor in module.buffers()):
@@ -207,7 +207,7 @@ def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMi
         kernel: how many positions it looks at.
 
     Raises:
-        LmcompressError: the block has no heads, or its values are compact already.
+        LmcompressError: If the block has no heads, or its values are compact already.
     """
     family, block = anatomy_of(model).family, anatomy_of(model).blocks[index]
     if mixing_of(block) is not None:
@@ -264,7 +264,7 @@ def check_replaceable(module: nn.Module, path: str) -> None:
         path: for the error.
 
     Raises:
-        LmcompressError: it is packed, compact, pruned to nothing, parametrized, or something else.
+        LmcompressError: If it is packed, compact, pruned to nothing, parametrized, or something else.
     """
     reason = None
     if isinstance(module, Packed):

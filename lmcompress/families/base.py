@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families.narrow import ZeroWidthLinear, remove_heads
+from lmcompress.families.narrow import remove_heads
+from lmcompress.families.shaping import resized
 from lmcompress.nn.base import Compact
 from lmcompress.nn.embedding import FactorizedHead
 from lmcompress.nn.packed import Packed
@@ -277,13 +278,9 @@ def new_projection(
     Returns:
         The new module; on ``meta`` nothing is allocated. With a width of 0 it is a
         :class:`~lmcompress.families.narrow.ZeroWidthLinear`, whose bias is zero.
+
+    Raises:
+        LmcompressError: If ``old`` has no matrix: it is packed, compact or something else.
     """
-    weight = _weight(old)
-    target = device if device is not None else weight.device
-    if in_width == 0 or out_width == 0:
-        return ZeroWidthLinear(in_width, out_width, old.bias is not None, device=target, dtype=weight.dtype)
-    if is_conv1d(old):
-        with torch.device(target):
-            conv = Conv1D(out_width, in_width)
-        return conv.to(weight.dtype)
-    return nn.Linear(in_width, out_width, bias=old.bias is not None, device=target, dtype=weight.dtype)
+    _weight(old)
+    return resized(old, in_width, out_width, device)

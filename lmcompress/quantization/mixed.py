@@ -12,9 +12,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.activations.walking import Batch, calibration_batches, valid_tokens
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.families import weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.numerics.grids import Bits

@@ -28,8 +28,10 @@ from lmcompress.evaluation import (
 )
 from lmcompress.families import anatomy_of
 from lmcompress.model import REPORT_FILE
-from lmcompress.recipes.building import Materials, auto_class, text_of
+from lmcompress.recipes.building import auto_class
 from lmcompress.recipes.files import write_json, write_text
+from lmcompress.recipes.materials import Materials, text_of
+from lmcompress.recipes.parts import PARTS, StagePart
 from lmcompress.reporting import card_rows
 
 
@@ -44,12 +46,7 @@ class Entry:
         materials: rows with the model's own tokenizer.
         made_here: whether the folder was written by this run, with a report of its own.
         training: what its training came to, as JSON types; empty where it was not trained here.
-        compact: what each replacement did to it, as JSON types.
-        pruning: what pruning did to it, as JSON types.
-        quantization: what quantization did to it, as JSON types.
-        sparsity: which of its weights became zero, as JSON types.
-        sharing: which of its weights share values, as JSON types.
-        vocabulary: what became of its vocabulary, as JSON types.
+        done: what each part did to it, by its key, as JSON types; None where it did nothing.
     """
 
     name: str
@@ -58,12 +55,7 @@ class Entry:
     materials: Materials
     made_here: bool = False
     training: dict[str, Any] = field(default_factory=dict)
-    compact: list[dict[str, Any]] | None = None
-    pruning: dict[str, Any] | None = None
-    quantization: dict[str, Any] | None = None
-    sparsity: dict[str, Any] | None = None
-    sharing: dict[str, Any] | None = None
-    vocabulary: dict[str, Any] | None = None
+    done: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> dict[str, Any]:
@@ -130,6 +122,16 @@ def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[st
     return evaluate_classifier(model, rows, collate, kind, materials.task.metrics, evaluation.batch_size)
 
 
+def notes_of(entry: Entry) -> list[str]:
+    """What a reader of the table must know of how a model was made.
+
+    Args:
+        entry: a row.
+    """
+    notes = (note for part, report in _done(entry) for note in part.notes(report))
+    return [f"{entry.name}: {note}" for note in dict.fromkeys(notes)]
+
+
 def update_cards(report: Mapping[str, Any], folders: Sequence[Path]) -> None:
     """Put the table of a run into the cards and reports of its models, which were written before it was known.
 
@@ -164,14 +166,14 @@ def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
         "equivalence": saved.get("equivalence"),
         "format": saved.get("format"),
         "training": entry.training,
-        "compact": entry.compact,
-        "pruning": entry.pruning,
-        "quantization": entry.quantization,
-        "sparsity": entry.sparsity,
-        "sharing": entry.sharing,
-        "vocabulary": entry.vocabulary,
+        **{part.key: entry.done.get(part.key) for part in PARTS if part.reports},
+        "columns": {title: cell for part, report in _done(entry) for title, cell in part.columns(report).items()},
         "latency": [],
     }
+
+
+def _done(entry: Entry) -> list[tuple[StagePart[Any], Any]]:
+    return [(part, report) for part in PARTS if (report := entry.done.get(part.key))]
 
 
 def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
@@ -185,4 +187,4 @@ def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> lis
     return [{**vars(row), "verdict": words} for row, words in zip(measured, verdict(measured), strict=True)]
 
 
-__all__ = ["Entry", "measure", "quality", "update_cards"]
+__all__ = ["Entry", "measure", "notes_of", "quality", "update_cards"]

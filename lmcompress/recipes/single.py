@@ -17,15 +17,16 @@ from transformers import AutoConfig, PretrainedConfig
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.ranking import Target
 from lmcompress.pruning.structured.scoring import score
 from lmcompress.pruning.structured.sensitivity import sensitivity
-from lmcompress.recipes.building import Materials, auto_class, load_tokenizer, read_task
-from lmcompress.recipes.measuring import Entry, measure, quality, update_cards
+from lmcompress.pruning.structured.targets import Target
+from lmcompress.recipes.building import auto_class
+from lmcompress.recipes.folder import STAGE_FILE
+from lmcompress.recipes.materials import Materials, load_tokenizer, read_task
+from lmcompress.recipes.measuring import Entry, measure, notes_of, quality, update_cards
+from lmcompress.recipes.parts.pruning import calibration_batches
 from lmcompress.recipes.planning import Plan, plan
 from lmcompress.recipes.progress import quiet_libraries
-from lmcompress.recipes.pruning import calibration_batches
-from lmcompress.recipes.runner import STAGE_FILE, StageRun, notes_of
 from lmcompress.recipes.schema import (
     EvaluationSpec,
     Recipe,
@@ -37,6 +38,7 @@ from lmcompress.recipes.schema import (
     Training,
     VocabularySpec,
 )
+from lmcompress.recipes.stage_run import StageRun
 
 DENSE, PRUNED, QUANTIZED = "dense", "pruned", "quantized"
 
@@ -158,7 +160,7 @@ def compress_once(
         console.print("checking rows, model and what is asked for")
         planned = plan_once(recipe, folder)
         entry = planned.stages[0]
-        if entry.quantization is None:
+        if "quantization" not in entry.plans:
             console.print(f"pruning to {entry.shape}")
         else:
             console.print(f"quantizing to about {entry.bytes_estimate / 2**20:.1f} MiB")

@@ -9,10 +9,10 @@ from typing import get_args
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating
 from lmcompress.activations.walking import Batch, calibration_batches
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.evaluation import weight_bytes
-from lmcompress.evaluation._running import evaluating
 from lmcompress.model import CompressedModel
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
 from lmcompress.quantization.fake import FakeQuantized

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.activations.hessian import exact, output_error
+from lmcompress.activations.running import with_progress
 from lmcompress.activations.walking import Take, Walk, without_padding
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import with_progress
 from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.nn.quantized_attention import ROLES

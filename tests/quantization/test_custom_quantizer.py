@@ -124,8 +124,6 @@ def test_names_that_find_nothing_are_refused(own_module, name, message):
 def test_bits_are_those_of_the_quantizer(own_module):
     with pytest.raises(LmcompressError, match="'my_quantizers:halved' has bits 4, 8, got 2; at 2 there are"):
         quantizer_for(own_module, 2)
-    with pytest.raises(
-        LmcompressError, match="one that learns, got 'my_quantizers:halved'.*one of laq, twn"
-    ):
+    with pytest.raises(LmcompressError, match="one that learns, got 'my_quantizers:halved'.*one of laq, twn"):
         quantize(make("bert"), config_of(own_module))
     assert QUANTIZERS["pact"].function is pact is quantizer_for(own_module, 4).function

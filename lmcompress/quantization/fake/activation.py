@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -259,6 +260,35 @@ class FakeActivation(nn.Module):
                 self.offset.copy_(offset)
             elif self.step is not None and seen.step is not None:
                 self.step.copy_(seen.step / seen.count)
+
+
+@contextmanager
+def calibrating(activations: Sequence[FakeActivation]) -> Iterator[Callable[[Tensor | None], None]]:
+    """Calibrate activations while the block runs; their ranges are taken over at its end, or left if it fails.
+
+    Args:
+        activations: those whose range is not dynamic.
+
+    Yields:
+        What takes the mask of the next batch, ``(batch, length)``, or None.
+
+    Raises:
+        LmcompressError: If one of them saw nothing, or nothing but zeros.
+    """
+
+    def look_through(mask: Tensor | None) -> None:
+        for activation in activations:
+            activation.look_through(mask)
+
+    complete = False
+    for activation in activations:
+        activation.watch()
+    try:
+        yield look_through
+        complete = True
+    finally:
+        for activation in activations:
+            activation.freeze(discard=not complete)
 
 
 class AttentionFakes:

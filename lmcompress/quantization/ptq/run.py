@@ -17,7 +17,7 @@ from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.nn.quantized_attention import ROLES
 from lmcompress.numerics.errors import relative_error
-from lmcompress.quantization.fake import FakeActivation, FakeQuantized
+from lmcompress.quantization.fake import FakeActivation, FakeQuantized, calibrating
 from lmcompress.quantization.planning import Planned
 from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.ptq.checks import Method
@@ -168,16 +168,8 @@ class PostTrainingRun:
         """Fix ranges that are static, and quantize these activations from now on."""
         waiting = [activation for activation in activations if activation.scheme.range != "dynamic"]
         if waiting:
-            for activation in waiting:
-                activation.watch()
-
-            def masked(mask: Tensor) -> None:
-                for activation in waiting:
-                    activation.look_through(mask)
-
-            look({module: _ignore for module in readers}, masked)
-            for activation in waiting:
-                activation.freeze()
+            with calibrating(waiting) as look_through:
+                look({module: _ignore for module in readers}, look_through)
         for activation in activations:
             activation.enabled = True
 

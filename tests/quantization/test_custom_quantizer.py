@@ -94,6 +94,12 @@ def test_an_object_does_what_its_name_does(own_module):
     assert report.config["weights"]["quantizer"] == f"{__name__}:tightly"
 
 
+def test_a_scheme_survives_dumping_by_the_name_of_its_quantizer(own_module):
+    for scheme in (WeightScheme(quantizer=own_module, bits=8), WeightScheme(quantizer=tightly, bits=4)):
+        for again in (WeightScheme(**scheme.model_dump()), WeightScheme.model_validate_json(scheme.model_dump_json())):
+            assert again.function() is scheme.function()
+
+
 def test_a_quantizer_without_a_name_is_reported_by_its_function():
     local = WeightQuantizer(symmetric, bits=(8,))
     config = QuantizationConfig(weights=WeightScheme(quantizer=local), embeddings=None)

@@ -31,6 +31,7 @@ from lmcompress.recipes.building import (
     make_student,
     teacher_skeleton,
 )
+from lmcompress.recipes.checks import check_run
 from lmcompress.recipes.compact import CompactPlan, plan_compact
 from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning, prune_stage_vocabulary
 from lmcompress.recipes.quantization import NO_VANILLA, QuantizationPlan, plan_quantization
@@ -127,6 +128,7 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
     """
     place = run_folder(recipe, folder)
     materials = gather(recipe)
+    check_run(recipe, place, materials.task)
     materials.rows()
     planner = _Planner(recipe, materials, place, measure)
     plans = [planner.stage(stage, control_of) for stage, control_of in with_controls(recipe)]

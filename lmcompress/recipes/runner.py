@@ -129,7 +129,7 @@ def run(
         console.print(f"[bold]{recipe.name}[/]: checking rows, models and layers")
         planned = plan(recipe, folder, measure=True)
         hashes = stage_hashes(planned)
-        _check_folder(folder, planned, hashes, overwrite)
+        check_folder(folder, planned, hashes, overwrite)
         _begin(folder, recipe)
         models: dict[str, Path] = {}
         for number, stage in enumerate(planned.stages, 1):
@@ -487,7 +487,18 @@ class StageRun:
         return None
 
 
-def _check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwrite: bool) -> None:
+def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or stages that come from a different recipe.
+
+    Args:
+        folder: of the run.
+        planned: the plan.
+        hashes: of its stages, as :func:`stage_hashes` gives them.
+        overwrite: whether stages of a different recipe may be replaced.
+
+    Raises:
+        LmcompressError: If a stage's folder holds something that is no stage, or is of another recipe.
+    """
     for entry in planned.stages:
         name = entry.stage.name
         target = folder / name
@@ -615,4 +626,4 @@ def notes_of(entry: Entry) -> list[str]:
     ]
 
 
-__all__ = ["RunResult", "notes_of", "run", "stage_hashes"]
+__all__ = ["RunResult", "check_folder", "notes_of", "run", "stage_hashes"]

@@ -31,6 +31,7 @@ from lmcompress.model import REPORT_FILE
 from lmcompress.recipes.building import auto_class
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.materials import Materials, text_of
+from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics
 from lmcompress.recipes.parts import PARTS, StagePart
 from lmcompress.reporting import card_rows
 
@@ -79,15 +80,15 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
     latency = _latency(materials, loaded)
     for row in rows:
         row["latency"] = [entry for entry in latency if entry["model"] == row["name"]]
-    causal = task.kind is TaskKind.CAUSAL_LM
+    metric = measured_metrics(task)[0]
     return {
         "recipe": recipe.name,
         "description": recipe.description,
         "paper": recipe.paper,
         "task": task.name,
         "kind": task.kind.value,
-        "metric": "token_perplexity" if causal else task.metrics[0],
-        "lower_is_better": causal,
+        "metric": metric,
+        "lower_is_better": metric in LOWER_IS_BETTER,
         "split": recipe.evaluation.splits[0],
         "reference": reference,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -109,15 +110,19 @@ def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[st
     """
     evaluation = materials.recipe.evaluation
     if materials.task.kind is TaskKind.CAUSAL_LM:
+        length, limit = materials.recipe.task.max_length, materials.recipe.task.limit
+        text: str | list[int] = text_of(materials.data, split)
+        if limit is not None:
+            text = materials.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: limit * length]
         found = perplexity(
             model,
             materials.tokenizer,
-            text_of(materials.data, split),
+            text,
             stride=evaluation.stride,
-            max_length=materials.recipe.task.max_length,
+            max_length=length,
             batch_size=evaluation.batch_size,
         )
-        return {name: float(getattr(found, name)) for name in ("token_perplexity", "word_perplexity", "bits_per_byte")}
+        return {name: float(getattr(found, name)) for name in measured_metrics(materials.task)}
     rows, collate, kind = materials.rows().splits()[split], materials.collator(), materials.task.kind.value
     return evaluate_classifier(model, rows, collate, kind, materials.task.metrics, evaluation.batch_size)
 

@@ -64,7 +64,7 @@ from lmcompress.recipes.building import (
 from lmcompress.recipes.compact import compact_notes, make_compact
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.loading import dump_recipe
-from lmcompress.recipes.measuring import Entry, measure, update_cards
+from lmcompress.recipes.measuring import STAGE_FILE, Entry, measure, update_cards
 from lmcompress.recipes.planning import Plan, StagePlan, plan, run_folder
 from lmcompress.recipes.progress import StageBar, quiet_libraries
 from lmcompress.recipes.pruning import calibration_batches, prune_stage_vocabulary, pruning_notes
@@ -75,7 +75,6 @@ from lmcompress.reporting import write_report
 from lmcompress.students import CompactReport
 from lmcompress.trainers import CompressionTrainer
 
-STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -615,4 +614,4 @@ def notes_of(entry: Entry) -> list[str]:
     ]
 
 
-__all__ = ["RunResult", "notes_of", "run", "stage_hashes"]
+__all__ = ["STAGE_FILE", "RunResult", "notes_of", "run", "stage_hashes"]

@@ -12,10 +12,10 @@ from typing import Any
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.loading import dump_recipe
+from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.planning import Plan
 from lmcompress.recipes.schema import Recipe, Stage
 
-STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"
 
 

@@ -27,10 +27,9 @@ from lmcompress.pruning.structured.sensitivity import sensitivity
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.recipes.building import auto_class
 from lmcompress.recipes.checks import check_lengths, check_writable, positions_of
-from lmcompress.recipes.folder import STAGE_FILE
 from lmcompress.recipes.lookup import found
 from lmcompress.recipes.materials import Materials, check_split, load_tokenizer, read_task
-from lmcompress.recipes.measuring import Entry, measure, notes_of, quality, update_cards
+from lmcompress.recipes.measuring import STAGE_FILE, Entry, measure, notes_of, quality, update_cards
 from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics, with_metrics
 from lmcompress.recipes.parts.pruning import calibration_batches
 from lmcompress.recipes.planning import Plan, plan

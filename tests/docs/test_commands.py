@@ -48,6 +48,7 @@ def test_constraints_pin_everything_that_pyproject_names():
         *project["dependencies"],
         *project["optional-dependencies"]["test"],
         *project["optional-dependencies"]["emd"],
+        *project["optional-dependencies"]["docs"],
     ]
     names = {re.split(r"[<>=!~ \[]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()

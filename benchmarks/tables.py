@@ -16,11 +16,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tabling import classics, distillation, form, headline, pruning, quantization, speed, storage
+from tabling import choices, classics, distillation, form, headline, pruning, quantization, speed, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "benchmarks").glob("*.md")), ROOT / "docs" / "papers.md")
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    *(ROOT / "docs" / f for f in ("which_method.md", "papers.md")),
+)
 
 _PLACE = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 
@@ -45,6 +49,8 @@ def asked(results: Path) -> str | None:
 
 TABLES: dict[str, Callable[[Path], str | None]] = {
     "headline": headline.headline,
+    "choices": choices.choices_of_readme,
+    "choices_of_docs": choices.choices,
     "distillation": distillation.distillation,
     "distillation_lm": distillation.distillation_lm,
     "trainer_overhead": distillation.trainer_overhead,

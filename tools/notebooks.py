@@ -25,6 +25,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 UNSTABLE = "unstable"
 """A cell with this tag has outputs whose text may differ from machine to machine; their kinds are compared only."""
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = re.compile(r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?")
 _RULES = re.compile(r"[━─═]+|-{4,}")
 
@@ -49,8 +50,18 @@ def executed(notebook: NotebookNode, timeout: int = 500) -> NotebookNode:
             notebook, timeout=timeout, kernel_name="python3", resources=resources, coalesce_streams=True
         )
         client.execute()
+    return cleaned(notebook)
+
+
+def cleaned(notebook: NotebookNode) -> NotebookNode:
+    """A notebook, changed in place, without what one machine or one minute added to it: logs, times, colours."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "text" in output:
+                    output.text = _COLOURS.sub("", output.text).replace("\r\n", "\n")
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook

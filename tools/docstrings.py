@@ -1,12 +1,13 @@
-"""Docstrings for the site: the roles and directives that they have become Markdown."""
+"""Docstrings for the site: their roles and directives become Markdown, descriptions of fields become docstrings."""
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Attribute, Docstring, Extension, Object
 
 _ROLE = re.compile(
     r":(?:py:)?(?:class|func|meth|mod|data|attr|exc|obj):"
@@ -37,10 +38,32 @@ def _block(indent: str, language: str, text: str) -> str:
     return textwrap.indent(f"~~~{language}\n{body}\n~~~\n\n", indent)
 
 
-class Roles(Extension):
-    """Rewrites every docstring that is loaded."""
+def field_of(annotation: str) -> tuple[str, str] | None:
+    """Type and description of ``Annotated[type, Field(description=...)]``; None for other annotations.
+
+    Args:
+        annotation: its source.
+    """
+    node = ast.parse(annotation, mode="eval").body
+    if not (isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated" and annotation.count("Field(")):
+        return None
+    wanted, *metadata = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    for call in metadata:
+        for keyword in call.keywords if isinstance(call, ast.Call) else ():
+            if keyword.arg == "description" and isinstance(keyword.value, ast.Constant):
+                return ast.unparse(wanted), str(keyword.value.value)
+    return None
+
+
+class Site(Extension):
+    """Rewrites every docstring that is loaded, and gives fields of configurations one."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Called by griffe for each module, class, function and attribute."""
+        if isinstance(obj, Attribute) and obj.docstring is None and obj.annotation is not None:
+            field = field_of(str(obj.annotation))
+            if field is not None:
+                obj.annotation, text = field
+                obj.docstring = Docstring(text, parent=obj)
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)

@@ -67,6 +67,19 @@ def test_the_reference_has_the_public_names(site):
     assert ":class:`" not in page
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_reference_has_the_fields_of_configurations(site):
+    page = (site / "api" / "distillation" / "index.html").read_text("utf-8")
+    assert 'id="lmcompress.distillation.DistillationConfig.temperature"' in page
+
+
+def test_fields_have_their_type_and_description():
+    field_of = _tool("docstrings").field_of
+    assert field_of("Annotated[int | None, Field(ge=1, description='Of rows.')]") == ("int | None", "Of rows.")
+    assert field_of("Annotated[float, Field(gt=0)] | None") is None
+    assert field_of("dict[str, int]") is None
+
+
 @pytest.mark.parametrize(
     ("source", "uri", "link", "expected"),
     [

@@ -1,4 +1,4 @@
-"""lmcompress: makes transformer language models small and fast without losing what they know.
+"""lmcompress: compresses transformer language models with little loss of accuracy.
 
 Importing this package tells Transformers how to load what it writes: afterwards, ``AutoModel*.from_pretrained``
 rebuilds compressed checkpoints like any others.

@@ -43,7 +43,8 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import compute_metrics, predictions_from_logits
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel, library_version, outputs_of
-from lmcompress.pruning.structured.method import StructuredPruning, prune
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.post_training import prune
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.unstructured import Sparsity
 from lmcompress.pruning.vocabulary.report import VocabularyReport

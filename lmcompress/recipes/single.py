@@ -292,7 +292,7 @@ def measure_sensitivity(
         batches = calibration_batches(materials, config)
         scores = score(
             loaded,
-            config.criterion_name,
+            config.chosen_criterion,
             config.parts,
             batches,
             labels=config.labels,

@@ -13,7 +13,6 @@ from lmcompress.clustering.planning import plan as plan_sharing
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.unstructured import SparsityConfig, prune_weights
-from lmcompress.pruning.unstructured.method import sparsity_events
 from lmcompress.pruning.unstructured.planning import plan as plan_sparsity
 from lmcompress.recipes.building import Materials, drawn_batches
 from lmcompress.recipes.schema import Stage
@@ -47,8 +46,8 @@ def check_weights(stage: Stage, model: PreTrainedModel, task: Task, steps: int) 
     if stage.sparsity is not None:
         plan_sparsity(model, stage.sparsity)
         if stage.trains:
-            sparsity_events(stage.sparsity, steps)
-        if stage.sparsity.criterion == "obd":
+            stage.sparsity.events(steps)
+        if stage.sparsity.chosen_criterion.needs == "classes":
             _check_classes(task)
     if stage.sharing is not None:
         plan_sharing(model, stage.sharing)

@@ -298,7 +298,7 @@ def measure_sensitivity(
         materials, loaded = _ready(model, read_task(task), task, evaluation)
         criterion, seed = config.criterion_name, config.seed
         batches = calibration_batches(materials, config)
-        scores = score(loaded, criterion, config.parts, batches, labels=config.labels, seed=seed)
+        scores = score(loaded, config.chosen_criterion, config.parts, batches, labels=config.labels, seed=seed)
         metric = measured_metrics(materials.task)[0]
         rows = sensitivity(loaded, scores, lambda gated: quality(materials, gated, split)[metric], shares=shares)
     return {

@@ -22,7 +22,7 @@ from lmcompress.checkpoint.config import (
 )
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.families import Hollow, anatomy_of, in_features, is_conv1d, new_projection, out_features
+from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, is_conv1d, new_projection, out_features
 from lmcompress.families.mixing import mix_locally, mixing_of
 from lmcompress.families.narrow import READ_STREAM, WRITE_STREAM
 from lmcompress.families.tied_blocks import empty_shared, fill_shared, shared_sources
@@ -271,7 +271,7 @@ def check_replaceable(module: nn.Module, path: str) -> None:
         reason = "it is packed; make the dense model that lmcompress.checkpoint.encoding.unpacked(model) gives compact"
     elif isinstance(module, Compact):
         reason = f"it is a {type(module).__name__} already"
-    elif isinstance(module, Hollow):
+    elif isinstance(module, ZeroWidthLinear):
         reason = "pruning has left nothing of it"
     elif is_parametrized(module):
         reason = "something else has parametrized it; take that away first"

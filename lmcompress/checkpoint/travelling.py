@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmcompress.checkpoint.config import FORMAT_VERSION
 from lmcompress.checkpoint.structure import HEAD_ATTRIBUTES, PATHS
-from lmcompress.families.narrow import Hollow
+from lmcompress.families.narrow import ZeroWidthLinear
 from lmcompress.families.shaping import shape_model
 
 
@@ -69,7 +69,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
                 raise ValueError("config.json and its structure name different numbers of blocks: it is damaged")
             shape_model(model, structure, PATHS[family], HEAD_ATTRIBUTES[family])
         prefix = model.base_model_prefix + "."
-        empty = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Hollow)}
+        empty = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ZeroWidthLinear)}
         empty = {name.removeprefix(prefix) for name in empty}
         for file in [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]:
             with safe_open(file, "pt") as tensors:

@@ -145,7 +145,7 @@ class Block:
             part: such as ``"ffn_in"``.
 
         Raises:
-            LmcompressError: the family has no such part.
+            LmcompressError: If the family has no such part.
         """
         path = getattr(self.family, part)
         if not path:
@@ -205,7 +205,7 @@ class Block:
             remove_heads(attention, self.family.attention_tail)
 
     def set_index(self, index: int) -> None:
-        """Renumber the block, so that key/value caches stay dense when earlier blocks have gone."""
+        """Renumber the block, so that key/value caches stay dense when earlier blocks were removed."""
         for path in self.family.layer_index:
             parent, _, name = path.rpartition(".")
             setattr(self.module.get_submodule(parent), name, index)
@@ -277,7 +277,7 @@ def new_projection(
 
     Returns:
         The new module; on ``meta`` nothing is allocated. With a width of 0 it is a
-        :class:`~lmcompress.families.narrow.Hollow`, whose bias is zero.
+        :class:`~lmcompress.families.narrow.ZeroWidthLinear`, whose bias is zero.
 
     Raises:
         LmcompressError: If ``old`` has no matrix: it is packed, compact or something else.

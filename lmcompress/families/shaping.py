@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lmcompress.families.narrow import Hollow, narrow_stream, remove_heads, stream_axes
+from lmcompress.families.narrow import ZeroWidthLinear, narrow_stream, remove_heads, stream_axes
 
 
 def resized(old: nn.Module, in_width: int, out_width: int, device: Any = None) -> nn.Module:
@@ -29,7 +29,7 @@ def resized(old: nn.Module, in_width: int, out_width: int, device: Any = None) -
     weight = cast(Any, old._parameters.get("weight") if old._parameters.get("weight") is not None else old.weight)
     device = weight.device if device is None else device
     if in_width == 0 or out_width == 0:
-        return Hollow(in_width, out_width, old.bias is not None, device, weight.dtype)
+        return ZeroWidthLinear(in_width, out_width, old.bias is not None, device, weight.dtype)
     if isinstance(old, Conv1D):
         with torch.device(device):
             return Conv1D(out_width, in_width).to(weight.dtype)

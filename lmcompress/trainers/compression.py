@@ -246,12 +246,16 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             self._logged, self._shares = {}, {}
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
-    def finish(self) -> None:
-        """Let every method make its work permanent and take its hooks away; the trainer is done then."""
+    def settle(self) -> None:
+        """Let every method decide what it does in the end: the model computes what its final form will from then on."""
         for method in self.methods:
             settle = getattr(method, "settle", None)
             if settle is not None:
                 settle()
+
+    def finish(self) -> None:
+        """Let every method make its work permanent and take its hooks away; the trainer is done then."""
+        self.settle()
         for method in self.methods:
             method.finish()
 

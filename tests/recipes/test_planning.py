@@ -20,7 +20,7 @@ def test_a_plan_has_stages_shapes_steps_and_sizes(tiny):
     )
     teacher, student, control = planned.stages
     assert [entry.role for entry in planned.stages] == ["teacher", "student", "control"]
-    assert control.stage.name == "student-control" and control.distillation is None
+    assert control.stage.name == "student-control" and "distillation" not in control.plans
     assert (control.steps, control.parameters) == (student.steps, student.parameters)
     assert teacher.steps == 4
     assert student.steps == 2 * 24 // 4
@@ -31,7 +31,7 @@ def test_a_plan_has_stages_shapes_steps_and_sizes(tiny):
 
 
 def test_a_layer_map_is_spelled_out_for_each_loss(tiny):
-    matches = plan(parse_recipe(tiny)).stages[1].distillation.matches
+    matches = plan(parse_recipe(tiny)).stages[1].plans["distillation"].matches
     assert [(m.loss, m.student, m.teacher) for m in matches] == [
         ("hidden_mse", 0, 0),
         ("hidden_mse", 1, 2),

@@ -196,7 +196,7 @@ def test_the_gate_compares_with_what_was_trained(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
 
 
-def test_the_gate_refuses_answers_of_another_shape(tmp_path):
+def test_the_round_trip_check_refuses_answers_of_another_shape(tmp_path):
     model = make("bert")
     reference = [torch.zeros(1, LABELS) for _ in range(2)]
     with pytest.raises(EquivalenceError, match="answers in shapes"):
@@ -294,7 +294,7 @@ def test_a_failed_exchange_of_folders_puts_the_old_one_back(old_checkpoint, monk
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr("lmcompress.model.os.replace", second_fails)
+    monkeypatch.setattr("lmcompress.checkpoint.saving.os.replace", second_fails)
     with pytest.raises(LmcompressError, match="could not write .*Input/output error"):
         CompressedModel(make("bert")).save_pretrained(folder)
     assert everything_in(folder.parent) == before

@@ -35,7 +35,7 @@ from lmcompress.families import anatomy_of
 from lmcompress.kernels.dispatch import ladder
 from lmcompress.model import REPORT_FILE, CompressedModel, library_version, push_folder
 from lmcompress.pruning.structured.config import DEFAULT_CRITERION, PruningConfig
-from lmcompress.pruning.structured.ranking import Shape, Target
+from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.recipes import Recipe, builtin_recipes, load_recipe, plan, recipe_schema
 from lmcompress.recipes import run as run_recipe
 from lmcompress.recipes.building import auto_class

@@ -52,7 +52,7 @@ def load_task(
             are classes, other numbers are scores, lists are several labels, or one for each word).
         splits: ``train``, ``validation``, ``test``, ``validation_<name>`` to what the source calls them; default: by
             their names, and all of them.
-        limit: at most so many rows of each split, drawn with a fixed seed and left in order.
+        limit: at most n rows of each split, drawn with a fixed seed and left in order.
 
     Returns:
         Rows with the text columns and the label column only. Labels are numbers: int64 classes, float32 scores,
@@ -60,7 +60,7 @@ def load_task(
         out (of a single text, the last tenth). ``notes`` says what was done.
 
     Raises:
-        LmcompressError: a name is unknown, a file or column missing, a split empty, a text not a string, a label
+        LmcompressError: If a name is unknown, a file or column missing, a split empty, a text not a string, a label
             missing, not a number, out of range, or named otherwise than in training. Messages name row and value.
 
     Example:

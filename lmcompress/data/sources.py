@@ -59,7 +59,7 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
         the splits, named as lmcompress names them.
 
     Raises:
-        LmcompressError: there are no such files, two are for one split, or a wanted one is missing.
+        LmcompressError: If there are no such files, two are for one split, or a wanted one is missing.
     """
     files = {path: _stem(path) for path in sorted(folder.iterdir()) if _format(path)}
     if not files:
@@ -102,7 +102,7 @@ def from_hub(repository: str, configuration: str | None, wanted: Mapping[str, st
         the splits, named as lmcompress names them.
 
     Raises:
-        LmcompressError: it can't be had; the message holds the cause.
+        LmcompressError: If it can't be had; the message holds the cause.
     """
     spelled = repository + (f":{configuration}" if configuration else "")
     try:
@@ -130,7 +130,7 @@ def from_memory(data: InMemory, wanted: Mapping[str, str] | None = None) -> Sour
         the splits, named as lmcompress names them.
 
     Raises:
-        LmcompressError: the rows are of no known type, or a wanted key is missing.
+        LmcompressError: If the rows are of no known type, or a wanted key is missing.
     """
     named = data if isinstance(data, Mapping) else {"train": data}
     if wanted is not None:
@@ -154,7 +154,7 @@ def read_files(paths: Sequence[Path]) -> Dataset:
         the rows as they are, nothing checked.
 
     Raises:
-        LmcompressError: a file is missing, empty, damaged, or of an unknown format.
+        LmcompressError: If a file is missing, empty, damaged, or of an unknown format.
     """
     kind = _format(paths[0])
     if missing := [str(path) for path in paths if not path.is_file()]:

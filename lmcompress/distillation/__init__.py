@@ -4,7 +4,8 @@ from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatc
 from lmcompress.distillation.method import Distillation
 from lmcompress.distillation.presets import quantgpt, ternarybert
 from lmcompress.distillation.store import TeacherStore
-from lmcompress.distillation.teachers import LiveTeacher, StoredTeacher, load_teacher
+from lmcompress.distillation.store.teacher import StoredTeacher
+from lmcompress.distillation.teachers import LiveTeacher, load_teacher
 from lmcompress.distillation.textbrewer import read_textbrewer
 
 __all__ = [

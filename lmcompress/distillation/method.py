@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
+from lmcompress.activations.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.config import DistillationConfig, Match
 from lmcompress.distillation.contrastive import Contrasting, homogeneity, token_scaling
-from lmcompress.distillation.layer_maps import emd_hidden_mse, nearest_in_order
+from lmcompress.distillation.emd import emd_hidden_mse
+from lmcompress.distillation.layer_maps import nearest_in_order
 from lmcompress.distillation.losses import js_divergence, loss_for, probability_shift
 from lmcompress.distillation.matches import MatchLoss, hidden_mse, match_for
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, cwsm, flsw
-from lmcompress.distillation.teachers import Answers, LiveTeacher, StoredTeacher, Teacher, teacher_inputs
+from lmcompress.distillation.store.teacher import StoredTeacher
+from lmcompress.distillation.teachers import Answers, LiveTeacher, Teacher, teacher_inputs
 from lmcompress.distillation.textbrewer import read_textbrewer
 from lmcompress.distillation.vocabulary import VocabularyLoss, vocabulary_loss
 from lmcompress.errors import LmcompressError

@@ -48,7 +48,7 @@ def glue_metrics(task: str, predictions: ArrayLike, references: ArrayLike) -> di
         the task's metrics by name; see :func:`compute_metrics` for what is nan.
 
     Raises:
-        LmcompressError: the task is unknown, or its labels are hidden, as in GLUE's test splits.
+        LmcompressError: If the task is unknown, or its labels are hidden, as in GLUE's test splits.
 
     Example:
         >>> glue_metrics("mrpc", [0, 1, 1, 1], [0, 1, 0, 1])
@@ -82,7 +82,7 @@ def glue_score(metrics: Mapping[str, float]) -> float:
         their mean; nan when one of them is.
 
     Raises:
-        LmcompressError: there are no metrics.
+        LmcompressError: If there are no metrics.
 
     Example:
         >>> glue_score({"accuracy": 0.75, "f1": 0.25})
@@ -112,7 +112,7 @@ def compute_metrics(names: Iterable[str], predictions: Ragged, labels: Ragged) -
         ``f1`` is 0 when neither has a 1, ``matthews_correlation`` is 0 when either has one class only.
 
     Raises:
-        LmcompressError: a name is unknown, nothing is left to measure, the shapes differ, or a metric does not fit.
+        LmcompressError: If a name is unknown, nothing is left to measure, the shapes differ, or a metric does not fit.
 
     Example:
         >>> compute_metrics(["accuracy", "f1_macro"], np.array([0, 1, 1, 0]), np.array([0, 1, 0, -100]))
@@ -141,7 +141,7 @@ def predictions_from_logits(logits: Ragged, kind: str) -> Ragged:
         shape of the logits without its last axis.
 
     Raises:
-        LmcompressError: the kind is unknown, the shape is not the kind's, or a logit is nan.
+        LmcompressError: If the kind is unknown, the shape is not the kind's, or a logit is nan.
 
     Example:
         >>> predictions_from_logits(np.array([[0.1, 2.0], [1.0, -1.0]]), "classification")

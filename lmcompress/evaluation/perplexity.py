@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -89,8 +89,8 @@ def perplexity(
         perplexities and what they were counted over.
 
     Raises:
-        LmcompressError: the model is not causal, there are fewer than 2 tokens, a stride or length is out of range, or
-            an id is outside the vocabulary.
+        LmcompressError: If the model is not causal, there are fewer than 2 tokens, a stride or length is out of range,
+            or an id is outside the vocabulary.
 
     Reference:
         Hugging Face, *Perplexity of fixed-length models*, https://huggingface.co/docs/transformers/perplexity.
@@ -128,7 +128,7 @@ def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
         windows in order; where ``stride < max_length``, all tokens but the text's first are predicted.
 
     Raises:
-        LmcompressError: ``max_length`` is below 2, or ``stride`` not in [1, ``max_length``].
+        LmcompressError: If ``max_length`` is below 2, or ``stride`` not in [1, ``max_length``].
 
     Example:
         >>> list(windows(5, 3, 2))

@@ -21,7 +21,7 @@ Inside = Literal["rounding", "level", "zero"]
 
 @dataclass(frozen=True)
 class Rule:
-    """How numbers go onto a grid whose unit is learned, and what of the gradient comes back.
+    """How numbers go onto a grid whose unit is learned, and the gradient of that.
 
     With u = x / unit, the code is the nearest to ``per_unit * u`` and the result ``(unit / per_unit) * code``. A number
     is *outside* where u <= low or u >= high.
@@ -155,7 +155,7 @@ def fake_quantize(x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
 
 
 def straight_through(x: Tensor, result: Tensor, outside: Tensor | None = None) -> Tensor:
-    """``result``, to the bit, with the gradient handed to ``x``, but for where ``outside`` (bool) is true."""
+    """``result``, bit-exact, with the gradient handed to ``x``, but for where ``outside`` (bool) is true."""
     return _StraightThrough.apply(x, result, outside)
 
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig, PretrainedConfig
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.ranking import Target
 from lmcompress.pruning.structured.scoring import score
 from lmcompress.pruning.structured.sensitivity import sensitivity
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.recipes.building import auto_class
 from lmcompress.recipes.folder import STAGE_FILE
 from lmcompress.recipes.materials import Materials, load_tokenizer, read_task

@@ -147,7 +147,7 @@ def test_the_loader_refuses_packed_weights(only_the_loader):
 
 def test_the_loader_reads_the_first_format_version_too(only_the_loader):
     _, loader = only_the_loader(make("bert"))
-    artefacts = Path(__file__).parent / "artefacts" / "v1"
+    artefacts = Path(__file__).parents[1] / "artefacts" / "v1"
     for folder in artefacts.iterdir():
         expected = json.loads((folder / "expected.json").read_text())
         model = getattr(transformers, expected["class"]).from_pretrained(folder)

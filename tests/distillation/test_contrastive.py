@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from lmcompress import LmcompressError, anatomy_of
+from lmcompress.activations.capture import extract
 from lmcompress.distillation import (
     Contrast,
     Distillation,
@@ -26,7 +27,6 @@ from lmcompress.distillation import (
     quantgpt,
     ternarybert,
 )
-from lmcompress.distillation.capture import extract
 from lmcompress.distillation.contrastive import (
     MemoryBank,
     homogeneity,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from lmcompress import CompressedModel, LmcompressError, anatomy_of
+from lmcompress.activations.capture import extract
 from lmcompress.distillation import (
     Distillation,
     DistillationConfig,
@@ -23,7 +24,6 @@ from lmcompress.distillation import (
     TeacherStore,
     TemperatureSchedule,
 )
-from lmcompress.distillation.capture import extract
 from lmcompress.distillation.matches import MATCHES
 from lmcompress.distillation.method import next_token_labels
 from lmcompress.distillation.schedules import cwsm, flsw

@@ -18,7 +18,7 @@ from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import machine
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.structured.costs import LatencyTable
+from lmcompress.pruning.structured.latency import LatencyTable
 from lmcompress.recipes import parse_recipe, plan, run
 from lmcompress.recipes.materials import Materials
 from lmcompress.recipes.parts.pruning import plan_pruning

@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(quantizing, tmp_path, monkeypatch, quantized
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("quantization: {}", "quantization: {rules: [{modules: ffn_oot}]}", "matches no module"),
+        ("quantization: {}", "quantization: {rules: [{modules: ffn_oot}]}", "matches no matrix"),
         ("quantization: {}", "quantization: {weights: {quantizer: lsq}}", "must not be one that learns"),
         ("quantization: {}", "quantization: {}\n    save: vanilla", "save: vanilla"),
         ("name: dense", "name: dense\n    save: vanilla\n    storage: zstd", "streams need lmcompress"),

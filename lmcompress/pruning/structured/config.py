@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lmcompress.pruning.structured.ranking import Order, Ranking, Target
-from lmcompress.pruning.structured.scoring import CRITERIA
+from lmcompress.pruning.structured.order import Order, Ranking
+from lmcompress.pruning.structured.registry import CRITERIA
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.pruning.structured.units import Part
 from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
 

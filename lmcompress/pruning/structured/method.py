@@ -30,9 +30,9 @@ from lmcompress.pruning.structured.goals import (
     partial_target,
 )
 from lmcompress.pruning.structured.groups import GroupPart, Side, shrink_, silence_, unit_norms, unit_views
+from lmcompress.pruning.structured.layout import Layout
 from lmcompress.pruning.structured.learned import (
     LOG_ALPHA_LIMIT,
-    Layout,
     expected_cost,
     hard_concrete_open,
     hard_concrete_sample,
@@ -43,10 +43,12 @@ from lmcompress.pruning.structured.learned import (
     threshold_mask,
     without_expected_zeros,
 )
-from lmcompress.pruning.structured.ranking import KEEP_AT_LEAST, stock_verdict
+from lmcompress.pruning.structured.order import KEEP_AT_LEAST
+from lmcompress.pruning.structured.registry import CRITERIA
 from lmcompress.pruning.structured.repair import Repaired, compensate_bias, least_squares, least_squares_in_order
 from lmcompress.pruning.structured.report import PruningReport
-from lmcompress.pruning.structured.scoring import CRITERIA, score
+from lmcompress.pruning.structured.scoring import score
+from lmcompress.pruning.structured.stock import stock_verdict
 from lmcompress.pruning.structured.surgery import census, coverage, cut, fold, refuse_quantized
 from lmcompress.pruning.structured.units import Units, full, masked_structure, unit_shapes
 from lmcompress.schedules import (

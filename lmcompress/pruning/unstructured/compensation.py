@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.activations.hessian import check_hessian, exact, inverse_factor, output_error
+from lmcompress.activations.running import evaluating
 from lmcompress.activations.walking import Walk, calibration_batches, without_padding
-from lmcompress.evaluation._running import evaluating
 from lmcompress.families import FAMILIES
 from lmcompress.pruning.unstructured.patterns import Blocks, NOfM, Unstructured, keep_largest, masks_of
 from lmcompress.pruning.unstructured.planning import Planned

@@ -22,6 +22,7 @@ from lmcompress.pruning.unstructured.patterns import Blocks
 from lmcompress.pruning.unstructured.planning import Planned, choose, plan, pools
 from lmcompress.pruning.unstructured.report import SparseMatrix, SparsityReport
 from lmcompress.pruning.unstructured.scoring import score
+from lmcompress.pruning.unstructured.state import SparsityState
 from lmcompress.schedules import RAMPS, Event, Iterative, events, phase_share
 
 Batch = Mapping[str, Tensor]
@@ -96,7 +97,7 @@ class Sparsity(SteppedMethod):
         """
         self._student = model
         self.planned, self._untouched = plan(model, self.config)
-        self._state = _State(self.planned, self.config)
+        self._state = SparsityState(self.planned, self.config)
         self._zeros_before = [int((one.weight == 0).sum()) for one in self.planned]
         self._step = self._done = 0
         # whether a weight is gone for now, and whether those that are gone are trained
@@ -469,51 +470,6 @@ def prune_weights(
     method._events, method._done = [Event(0, 1.0, final=True)], 1
     method.settle()
     return method._reported(trained=False)
-
-
-class _State(nn.Module):
-    """What a checkpoint needs to go on: masks, what is behind them, scores, thresholds, and how far the schedule is."""
-
-    thresholds: Tensor
-    done: Tensor
-    seen: Tensor
-
-    def __init__(self, planned: Sequence[Planned], config: SparsityConfig) -> None:
-        super().__init__()
-        self._count = len(planned)
-        device = planned[0].weight.device
-        self.register_buffer("thresholds", torch.zeros(self._count, device=device))
-        self.register_buffer("done", torch.zeros((), dtype=torch.long, device=device))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long, device=device))
-        for number, one in enumerate(planned):
-            weight = one.weight.detach()
-            mask = weight != 0 if config.keep_zeros else torch.ones_like(weight, dtype=torch.bool)
-            self.register_buffer(f"mask_{number}", mask)
-            if config.keep_zeros:
-                self.register_buffer(f"kept_{number}", mask.clone())
-            if config.removed_is_trained:
-                self.register_buffer(f"hidden_{number}", weight.clone())
-            if config.criterion == "movement":
-                self.register_buffer(f"scores_{number}", torch.zeros_like(weight, dtype=torch.float32))
-
-    def masks(self) -> list[Tensor]:
-        """Bool as the weights are stored, False where one is gone."""
-        return self._all("mask")
-
-    def kept(self) -> list[Tensor]:
-        """Bool, False where a weight was 0 from the beginning; with ``keep_zeros``."""
-        return self._all("kept")
-
-    def hidden(self) -> list[Tensor]:
-        """Weights as they are behind the mask, after the last optimizer step; with ``train_removed``."""
-        return self._all("hidden")
-
-    def scores(self) -> list[Tensor]:
-        """Running scores."""
-        return self._all("scores")
-
-    def _all(self, name: str) -> list[Tensor]:
-        return [self.get_buffer(f"{name}_{number}") for number in range(self._count)]
 
 
 def sparsity_events(config: SparsityConfig, max_steps: int) -> list[Event]:

@@ -19,14 +19,16 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.model import outputs_of
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.costs import FlopCost, LatencyTable, ModelSizes, measure_latency
+from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
 from lmcompress.pruning.structured.goals import feasible
+from lmcompress.pruning.structured.latency import LatencyTable, measure_latency
 from lmcompress.pruning.structured.method import StructuredPruning, prune
 from lmcompress.pruning.structured.method import plan as schedule_events
-from lmcompress.pruning.structured.ranking import Target, stock_verdict
+from lmcompress.pruning.structured.registry import CRITERIA
 from lmcompress.pruning.structured.report import PruningReport
-from lmcompress.pruning.structured.scoring import CRITERIA
+from lmcompress.pruning.structured.stock import stock_verdict
 from lmcompress.pruning.structured.surgery import cut
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.pruning.structured.units import Units
 from lmcompress.recipes.materials import Materials, drawn_batches, gate_batches
 from lmcompress.recipes.parts.base import Planning, Running, StagePart, needs_training

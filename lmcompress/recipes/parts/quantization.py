@@ -11,12 +11,15 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from lmcompress.families import weight_view
+from lmcompress.families.weights import modules_by_path
 from lmcompress.numerics.packing import container_for, packed_bytes
+from lmcompress.quantization import quantize
+from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
-from lmcompress.quantization.method import Quantization, check_trainable
-from lmcompress.quantization.planning import Plan, plan, relative_path
-from lmcompress.quantization.post_training import POST_TRAINING, check_post_training, quantize, rounding_of
-from lmcompress.quantization.post_training import Method as PostTraining
+from lmcompress.quantization.method import Quantization
+from lmcompress.quantization.planning import Plan, plan
+from lmcompress.quantization.ptq import POST_TRAINING, check_post_training
+from lmcompress.quantization.ptq import Method as PostTraining
 from lmcompress.quantization.report import QuantizationReport
 from lmcompress.recipes.materials import drawn_batches
 from lmcompress.recipes.parts.base import Planning, Running, StagePart
@@ -149,11 +152,11 @@ class QuantizationPart(StagePart[StageQuantization]):
 
 
 def _bytes(model: PreTrainedModel, planned: Plan) -> int:
-    modules = {relative_path(model, name): module for name, module in model.named_modules()}
+    modules = modules_by_path(model)
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     for one in planned.matrices:
         shape = tuple(weight_view(modules[one.path]).shape)
-        found = rounding_of(one.weights.model_copy(update={"granularity": "tensor"}))(torch.tensor([[1.0, -1.0]]))
+        found = one.weights.model_copy(update={"granularity": "tensor"}).rounded(torch.tensor([[1.0, -1.0]]))
         scales = torch.Size(one.weights.grouping().scale_shape(shape)).numel()
         per_scale = 4 if found.zero_points is None else 5
         total += packed_bytes(shape, container_for(found.grid)) + per_scale * scales - 4 * shape[0] * shape[1]

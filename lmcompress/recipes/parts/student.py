@@ -13,7 +13,9 @@ from lmcompress.checkpoint.layers import refuse_compact
 from lmcompress.errors import nearest
 from lmcompress.recipes.parts.base import StagePart, Work
 from lmcompress.recipes.specs import SchemaPart
-from lmcompress.students.depth import NAMED_SHAPES, by_layers, by_shape, by_width, named
+from lmcompress.students.layers import by_layers
+from lmcompress.students.named_shapes import NAMED_SHAPES, named
+from lmcompress.students.shape import by_shape, by_width
 
 
 class Shape(SchemaPart):

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmcompress.activations.capture import extract, resolve
 from lmcompress.data import TaskKind, nearest_words, same_tokenizer
 from lmcompress.distillation import DistillationConfig, LiveTeacher, StoredTeacher, TeacherStore, load_teacher
-from lmcompress.distillation.capture import extract, resolve
 from lmcompress.distillation.matches import match_for
 from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError

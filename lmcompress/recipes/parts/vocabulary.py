@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.data import TaskKind
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.vocabulary.embeddings import VocabularyReport, prune_vocabulary
+from lmcompress.pruning.vocabulary.embeddings import prune_vocabulary
+from lmcompress.pruning.vocabulary.report import VocabularyReport
 from lmcompress.recipes.materials import Materials
 from lmcompress.recipes.parts.base import StagePart, Work
 from lmcompress.recipes.specs import SchemaPart

@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from lmcompress.pruning.structured.config import (
-    Gradual,
-    GroupLasso,
-    HardConcrete,
-    HardThresholding,
-    Iterative,
-    Movement,
-    OneShot,
-    PruningConfig,
-)
-from lmcompress.pruning.structured.ranking import Target
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
+from lmcompress.pruning.structured.targets import Target
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 
 HALF = Target(sparsity=0.5)
 SCHEDULES = [OneShot(), Iterative(), Gradual(), HardThresholding(), HardConcrete(), Movement(), GroupLasso()]

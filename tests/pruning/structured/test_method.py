@@ -15,16 +15,8 @@ from rich.console import Console
 from lmcompress import CompressedModel, LmcompressError, anatomy_of
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import weight_view
-from lmcompress.pruning.structured.config import (
-    Gradual,
-    GroupLasso,
-    HardConcrete,
-    HardThresholding,
-    Iterative,
-    OneShot,
-    PruningConfig,
-)
-from lmcompress.pruning.structured.costs import FlopCost, LatencyTable, ModelSizes, ParameterCost
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, PruningConfig
+from lmcompress.pruning.structured.costs import FlopCost, ModelSizes, ParameterCost, secant_costs
 from lmcompress.pruning.structured.goals import (
     along_chains,
     choose,
@@ -34,11 +26,14 @@ from lmcompress.pruning.structured.goals import (
     partial_target,
 )
 from lmcompress.pruning.structured.groups import shrink_, silence_, unit_norms, unit_views
+from lmcompress.pruning.structured.latency import LatencyTable
 from lmcompress.pruning.structured.learned import expected_cost
 from lmcompress.pruning.structured.method import StructuredPruning, _without_dead, plan, prune
-from lmcompress.pruning.structured.ranking import RANKINGS, Shape, Target, secant_costs
+from lmcompress.pruning.structured.order import RANKINGS
 from lmcompress.pruning.structured.surgery import cut
+from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.pruning.structured.units import Units, full, masked_structure
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 
 
 def labelled(model, count=3):

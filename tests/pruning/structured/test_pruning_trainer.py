@@ -14,19 +14,11 @@ from lmcompress import CheckpointError, CompressedModel, LmcompressError, anatom
 from lmcompress.distillation import DistillationConfig, Match
 from lmcompress.model import outputs_of
 from lmcompress.pruning.structured import method as method_module
-from lmcompress.pruning.structured.config import (
-    Gradual,
-    GroupLasso,
-    HardConcrete,
-    HardThresholding,
-    Iterative,
-    Movement,
-    OneShot,
-    PruningConfig,
-)
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.groups import unit_norms
 from lmcompress.pruning.structured.method import StructuredPruning
-from lmcompress.pruning.structured.ranking import Target
+from lmcompress.pruning.structured.targets import Target
+from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 from lmcompress.trainers import CompressionTrainer, PruningTrainer
 
 HALF = Target(sparsity=0.5)

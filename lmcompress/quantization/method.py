@@ -290,19 +290,19 @@ class Quantization(SteppedMethod):
         for method in methods:
             if method is self:
                 later = True
-            elif getattr(method, "changes_shapes", False):
+            elif method.changes_shapes:
                 if later:
                     raise LmcompressError(
                         f"{method.name} must come before quantization in the list of methods, got it after: what "
                         "quantization sees is what its gates have left"
                     )
-                if getattr(method, "folds", False):
+                if method.folds:
                     raise LmcompressError(
                         f"{method.name} must end with gates of 0 and 1 in a run that quantizes too, got a schedule "
                         "whose gates end between: weights that are multiplied by those are no codes any more. Use "
                         "another schedule, or prune in a stage before"
                     )
-        return any(getattr(method, "changes_shapes", False) for method in methods)
+        return any(method.changes_shapes for method in methods)
 
     def _bits_at(self, stage: int, own: Bits) -> Bits:
         schedule = self.config.bits_schedule

@@ -16,13 +16,16 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from lmcompress.data.columns import string_features
-from lmcompress.errors import LmcompressError, nearest
+from lmcompress.errors import LmcompressError, argument, nearest
 
 Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]] | str | Path
 """One split: a data set, a list of rows, or a file."""
 
 InMemory: TypeAlias = Mapping[str, Rows] | Dataset | Sequence[Mapping[str, Any]]
 """Splits by name (a :class:`~datasets.DatasetDict`, too), or training rows alone."""
+
+TRAIN_SPLIT = "{'train': ...}"
+"""How messages show which file or split is trained on."""
 
 _COMPRESSION: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -77,7 +80,7 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
         if split in paths and not is_shard:
             raise LmcompressError(
                 f"two files for split {split!r} in {folder}: {paths[split][0].name} and {path.name}; "
-                f"choose with splits={{{split!r}: ...}}"
+                f"choose with {argument('splits', f'{{{split!r}: ...}}')}"
             )
         paths.setdefault(split, []).append(path)
         if rest and not is_shard:
@@ -85,7 +88,7 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
     if not paths:
         raise LmcompressError(
             f"no file in {folder} is named train, validation or test, but there are: "
-            f"{', '.join(path.name for path in files)}; choose with splits={{'train': ...}}"
+            f"{', '.join(path.name for path in files)}; choose with {argument('splits', TRAIN_SPLIT)}"
         )
     return Source({split: read_files(shards) for split, shards in paths.items()}, tuple(notes))
 
@@ -110,7 +113,7 @@ def from_hub(repository: str, configuration: str | None, wanted: Mapping[str, st
     except (OSError, ValueError) as error:
         raise LmcompressError(
             f"could not load {spelled!r} from the Hub ({type(error).__name__}: {error}). It is no file or folder here, "
-            "either; without a network, give a folder with data="
+            f"either; without a network, give a folder with {argument('data', '')}"
         ) from error
     if wanted is not None:
         sliced = sorted(name for name, spec in wanted.items() if "[" in spec)

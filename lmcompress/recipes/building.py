@@ -23,7 +23,8 @@ from lmcompress.checkpoint.structure import shape_skeleton, stock_structure
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.families import FAMILIES, family_of
-from lmcompress.recipes.materials import Materials, found
+from lmcompress.recipes.lookup import found
+from lmcompress.recipes.materials import Materials
 from lmcompress.recipes.specs import BASE_MODEL, FromScratch
 
 

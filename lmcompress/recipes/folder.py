@@ -12,10 +12,10 @@ from typing import Any
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.loading import dump_recipe
+from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.planning import Plan
 from lmcompress.recipes.schema import Recipe, Stage
 
-STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -40,6 +40,17 @@ def stage_hashes(planned: Plan) -> dict[str, str]:
 
 
 def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or stages that come from a different recipe.
+
+    Args:
+        folder: of the run.
+        planned: the plan.
+        hashes: of its stages, as :func:`stage_hashes` gives them.
+        overwrite: whether stages of a different recipe may be replaced.
+
+    Raises:
+        LmcompressError: If a stage's folder holds something that is no stage, or is of another recipe.
+    """
     for entry in planned.stages:
         name = entry.stage.name
         target = folder / name

@@ -31,7 +31,10 @@ from lmcompress.data import (
     tokenize,
     train_tokenizer,
 )
-from lmcompress.errors import LmcompressError
+from lmcompress.data.loading import limit_rows
+from lmcompress.errors import LmcompressError, argument, nearest
+from lmcompress.recipes.lookup import found
+from lmcompress.recipes.metrics import with_metrics
 from lmcompress.recipes.specs import Augmentation, FromScratch, TaskSpec
 
 if TYPE_CHECKING:
@@ -99,7 +102,9 @@ class Materials:
             length = self.recipe.task.max_length
             with _progress_bars_of_datasets_off():
                 tokenized = tokenize(data, self.tokenizer, max_length=length, teacher_tokenizer=teacher_tokenizer)
-            self._tokenized[key] = tokenized
+            # of a text's blocks the first ones, which perplexity is measured on as well; rows are limited before
+            causal = self.task.kind is TaskKind.CAUSAL_LM
+            self._tokenized[key] = limit_rows(tokenized, self.recipe.task.limit, first=True) if causal else tokenized
         return self._tokenized[key]
 
     def collator(self, teacher_tokenizer: PreTrainedTokenizerBase | None = None) -> Collator:
@@ -121,36 +126,51 @@ def gather(recipe: Recipe) -> Materials:
         LmcompressError: rows, columns or labels are not as the recipe says, or there is no such tokenizer.
     """
     with _progress_bars_of_datasets_off():
-        data = read_task(recipe.task)
+        data = with_metrics(read_task(recipe.task), recipe.evaluation.metrics)
     if not data.train.num_rows:
         raise LmcompressError(f"{data.task.name} has no rows to train on; {'; '.join(data.notes)}")
     for split in recipe.evaluation.splits:
-        if split not in data.splits():
-            raise LmcompressError(
-                f"evaluation.splits names {split!r}; {data.task.name} has: {', '.join(data.splits())}"
-            )
-        label = data.task.label_column
-        if label is not None and label not in data.splits()[split].column_names:
-            raise LmcompressError(f"evaluation.splits names {split!r}, which has no labels in {data.task.name}")
+        check_split(data, split)
     tokenizer = _tokenizer(recipe.model, data)
     return Materials(recipe, data, tokenizer)
 
 
-def read_task(task: TaskSpec) -> TaskData:
-    """The rows that a recipe's task names, checked.
+def read_task(task: TaskSpec, data: Any = None) -> TaskData:
+    """The rows that a recipe's task names, checked; of texts for a language model all, for these are limited in blocks.
 
     Args:
         task: of the recipe.
+        data: rows to take instead of those that it names.
     """
-    return load_task(
+    loaded = load_task(
         task.name,
-        data=task.data,
+        data=task.data if data is None else data,
         text_columns=task.text_columns,
         label_column=task.label_column,
         kind=None if task.kind is None else task.kind.value,
         splits=task.splits,
-        limit=task.limit,
     )
+    return loaded if loaded.task.kind is TaskKind.CAUSAL_LM else limit_rows(loaded, task.limit)
+
+
+def check_split(data: TaskData, split: str) -> None:
+    """Refuse a split that quality cannot be measured on.
+
+    Args:
+        data: of the task.
+        split: its name.
+
+    Raises:
+        LmcompressError: If there is no such split, or it has no labels.
+    """
+    where = argument("evaluation.splits")
+    if split not in data.splits():
+        raise LmcompressError(f"{where}: no split {split!r} in {data.task.name}{nearest(split, data.splits())}")
+    label = data.task.label_column
+    if label is not None and label not in data.splits()[split].column_names:
+        raise LmcompressError(
+            f"{where}: split {split!r} of {data.task.name} has no labels: it can be predicted, not scored"
+        )
 
 
 def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
@@ -169,21 +189,6 @@ def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def found(path: str | Path, what: str) -> Iterator[None]:
-    """Turns the many ways in which Transformers says that there is nothing into one."""
-    try:
-        yield
-    except LmcompressError:
-        raise
-    except (OSError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LmcompressError(
-            f"could not load the {what} of {str(path)!r}: {first[:300]} "
-            "(a folder, or a name on the Hub; without a network give a folder)"
-        ) from error
 
 
 def text_of(data: TaskData, split: str) -> str:

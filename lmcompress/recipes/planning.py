@@ -17,6 +17,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import parameter_count
 from lmcompress.model import CompressedModel
 from lmcompress.recipes.building import base_model, is_stage
+from lmcompress.recipes.checks import check_run
 from lmcompress.recipes.materials import Materials, gather
 from lmcompress.recipes.parts.base import Planning
 from lmcompress.recipes.schema import Recipe, Stage, with_controls
@@ -105,6 +106,7 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
     """
     place = run_folder(recipe, folder)
     materials = gather(recipe)
+    check_run(recipe, place, materials.task)
     materials.rows()
     planner = _Planner(recipe, materials, place, measure)
     plans = [planner.stage(stage, control_of) for stage, control_of in with_controls(recipe)]

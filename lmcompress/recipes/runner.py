@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from lmcompress.errors import LmcompressError
-from lmcompress.recipes.folder import CHECKPOINTS, STAGE_FILE, begin, check_folder, finished_hash, stage_hashes
+from lmcompress.recipes.folder import CHECKPOINTS, begin, check_folder, finished_hash, stage_hashes
 from lmcompress.recipes.materials import load_tokenizer
-from lmcompress.recipes.measuring import Entry, measure, notes_of, update_cards
+from lmcompress.recipes.measuring import STAGE_FILE, Entry, measure, notes_of, update_cards
 from lmcompress.recipes.parts import PARTS
 from lmcompress.recipes.planning import Plan, plan, run_folder
 from lmcompress.recipes.progress import quiet_libraries

@@ -90,9 +90,13 @@ class TaskSpec(SchemaPart):
     max_length: Annotated[
         int, Field(ge=2, description="Tokens of a row; longer texts are cut. For causal_lm the size of a packed block.")
     ] = 128
-    limit: Annotated[int | None, Field(ge=1, description="At most so many rows of each split, to try things out.")] = (
-        None
-    )
+    limit: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Maximum number of rows of each split, to try things out; for causal_lm, of packed blocks.",
+        ),
+    ] = None
 
 
 class Augmentation(SchemaPart):
@@ -123,6 +127,10 @@ class EvaluationSpec(SchemaPart):
     splits: Annotated[
         tuple[str, ...], Field(min_length=1, description="Splits that quality is measured on, the main one first.")
     ] = ("validation",)
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        Field(min_length=1, description="Metrics of quality, the main one first; default: those of the task."),
+    ] = None
     batch_size: Annotated[int, Field(ge=1, description="Rows of a batch when quality is measured.")] = 64
     latency_batches: Annotated[
         tuple[int, ...], Field(description="Batch sizes that latency is measured at; empty: it is not measured.")

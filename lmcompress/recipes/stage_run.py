@@ -23,8 +23,9 @@ from lmcompress.method import Method
 from lmcompress.model import CompressedModel, library_version, outputs_of
 from lmcompress.recipes.building import auto_class, base_model, is_stage
 from lmcompress.recipes.files import write_json
-from lmcompress.recipes.folder import CHECKPOINTS, STAGE_FILE, checkpoint_to_resume, described
+from lmcompress.recipes.folder import CHECKPOINTS, checkpoint_to_resume, described
 from lmcompress.recipes.materials import gate_batches
+from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.parts import PARTS
 from lmcompress.recipes.parts.base import Running
 from lmcompress.recipes.parts.teachers import neighbours

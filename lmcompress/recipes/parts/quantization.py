@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from lmcompress.families import weight_view
 from lmcompress.families.weights import modules_by_path
 from lmcompress.numerics.packing import container_for, packed_bytes
-from lmcompress.quantization import quantize
 from lmcompress.quantization.checks import check_trainable
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
 from lmcompress.quantization.method import Quantization
 from lmcompress.quantization.planning import Plan, plan
-from lmcompress.quantization.ptq import POST_TRAINING, check_post_training
+from lmcompress.quantization.ptq import POST_TRAINING, check_post_training, quantize
 from lmcompress.quantization.ptq import Method as PostTraining
 from lmcompress.quantization.report import QuantizationReport
 from lmcompress.recipes.materials import drawn_batches

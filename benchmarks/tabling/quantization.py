@@ -1,0 +1,150 @@
+"""Tables of quantization: language models, classifiers, and what a step costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tabling import form
+
+QUANTIZERS = {
+    "quantgpt": "QuantGPT",
+    "quantgpt-no-contrast": "QuantGPT without contrast",
+    "pact": "PACT",
+    "lsq": "LSQ",
+    "laq": "LAQ",
+    "twn": "TWN",
+    "tbt": "TBT, by row",
+    "elastic": "ParetoQ, by row",
+    "rtn": "round-to-nearest, untrained",
+    "rtn-row": "the same, by row",
+    "gptq-row": "GPTQ, untrained, by row",
+}
+CONTRASTS = {
+    "quantgpt": "negatives of the teacher, memory",
+    "no-memory": "negatives of the teacher, no memory",
+    "student-negatives": "negatives of the student, memory",
+    "student-negatives-no-memory": "negatives of the student, no memory",
+    "vocabulary-negatives": "negatives of the vocabulary, memory",
+    "sequences": "sequences in place of tokens",
+    "quantgpt-no-contrast": "no contrast",
+}
+
+
+def qat_lm(results: Path) -> str | None:
+    """Perplexity of a GPT-2 by quantizer and bits, and what contrast gives; None where there are no results."""
+    result = form.read(results / "qat_lm.json")
+    if result is None:
+        return None
+    teacher, rows = result["rows"][0], result["rows"][1:]
+    by = {(row["part"], row["bits"], row["method"]): row for row in rows}
+    bits = list(dict.fromkeys(row["bits"] for row in rows))
+
+    def cell(part: str, method: str, of: int) -> list[str]:
+        row = by.get((part, of, method))
+        if row is None:
+            return ["–", "–"]
+        spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+        return [f"{form.perplexity(row['token_perplexity'])}{spread}", f"{row['rise']:+.1f} %"]
+
+    sizes = {of: max((row for row in rows if row["bits"] == of), key=lambda row: row["bytes"]) for of in bits}
+    table = [["teacher", *[form.perplexity(teacher["token_perplexity"]), ""] * len(bits)]]
+    for method, name in QUANTIZERS.items():
+        part = "rtn" if method.startswith(("rtn", "gptq")) else "grid"
+        if any((part, of, method) in by for of in bits):
+            table.append([name, *(text for of in bits for text in cell(part, method, of))])
+    columns = ["token perplexity, WikiText-2, test"]
+    for of in bits:
+        columns += [f"{of}-{of}-8", "rise"]
+    parts = [form.markdown(columns, table)]
+    if ablation := _contrast_table(by):
+        parts.append(ablation)
+    seeds = sorted({row["seeds"] for row in rows if row["steps"]})
+    size = ", ".join(f"{of} bits at most {form.megabytes(sizes[of])}" for of in bits)
+    steps = max((row["steps"] for row in rows), default=0)
+    trained = f"{steps} steps of {result['setting']['batch']} × {result['setting']['block']} tokens. " if steps else ""
+    return "\n\n".join(
+        [
+            *parts,
+            f"Of the packed files, loaded again: {size}; teacher {form.megabytes(teacher)}. {trained}"
+            f"{form.seed_counts(seeds)}{form.origin(result)}",
+        ]
+    )
+
+
+def _contrast_table(by: Mapping[tuple[str, int, str], Mapping[str, Any]]) -> str | None:
+    """Perplexity and homogeneity of tokens by kind of contrast; None where no ablation was run."""
+    if not any(part == "ablation" for part, *_ in by):
+        return None
+    table = []
+    for method, name in CONTRASTS.items():
+        row = by.get(("ablation", 2, method)) or by.get(("grid", 2, method))
+        if row is not None:
+            alike = f"{row['homogeneity_student']:.3f}" if "homogeneity_student" in row else "–"
+            table.append([name, form.perplexity(row["token_perplexity"]), f"{row['rise']:+.1f} %", alike])
+    columns = ["QuantGPT's contrast, 2-2-8", "token perplexity", "rise", "mean cosine of two tokens"]
+    return form.markdown(columns, table)
+
+
+def qat_glue(results: Path) -> str | None:
+    """Scores of quantized BERTs by task and bits; None where there are no results."""
+    result = form.read(results / "qat_glue.json")
+    if result is None:
+        return None
+    rows = [row for row in result["rows"] if row["kind"] != "teacher"]
+    teachers = {row["task"]: row for row in result["rows"] if row["kind"] == "teacher"}
+    tasks = sorted(teachers, key=list(form.TASKS).index)
+    mean = statistics.mean(row["score"] for row in teachers.values())
+    first = teachers[tasks[0]]
+    table = [["teacher", *(f"{teachers[t]['score']:.1f}" for t in tasks), "100 %", form.megabytes(first)]]
+    for bits, name in dict.fromkeys((row["bits"], row["name"]) for row in rows):
+        mine = {row["task"]: row for row in rows if (row["bits"], row["name"]) == (bits, name)}
+        kept = (
+            f"{100 * statistics.mean(mine[task]['score'] for task in tasks) / mean:.1f} %"
+            if mine.keys() == teachers.keys()
+            else "–"
+        )
+        one = next(iter(mine.values()))
+        trained = "" if one["kind"] == "trained" else ", untrained"
+        table.append(
+            [
+                f"W{bits}-E{one['embeddings']}-A8, {name}{trained}",
+                *(form.score(mine.get(t)) for t in tasks),
+                kept,
+                form.megabytes(one),
+            ]
+        )
+    columns = ["GLUE, validation", *(form.TASKS[task] for task in tasks), "of the teachers' mean", "weights"]
+    seeds = sorted({row["seeds"] for row in rows if row["steps"]})
+    return f"{form.markdown(columns, table)}\n\n{form.seed_counts(seeds)}{form.origin(result)}"
+
+
+def qat_overhead(results: Path) -> str | None:
+    """Time of a quantization-aware step beside what it cannot avoid; None where there are no results."""
+    result = form.read(results / "qat_overhead.json")
+    if result is None:
+        return None
+    words = {
+        "baseline": "student + teacher's forward",
+        "distillation": "distillation",
+        "qat": "quantized, distillation",
+        "qat + contrast": "quantized, distillation and contrast",
+    }
+
+    def ratio(row: Mapping[str, Any], other: str) -> str:
+        if f"over_{other}" not in row:
+            return ""
+        quartiles = " – ".join(f"{quartile:.3f}" for quartile in row[f"over_{other}_quartiles"])
+        return f"{row[f'over_{other}']:.3f} ({quartiles})"
+
+    table = [
+        [
+            f"{row['model']}, {row['batch']} × {row['length']}: {words[row['way']]}",
+            f"{row['ms']:.0f} ms", ratio(row, "baseline"), ratio(row, "qat"),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    columns = ["one training step", "time", "over the first (quartiles)", "over quantized (quartiles)"]
+    return f"{form.markdown(columns, table)}\n\nMedians. {form.origin(result)}"

@@ -357,7 +357,7 @@ def test_nearest_layers_are_in_order_and_among_those_that_are_left(tmp_path):
 
     def loss_terms(step):
         terms = original(step)
-        chosen.append(([m.student[0][1] for m in distiller._matches], step.shared.get("surviving_layers")))
+        chosen.append(([m.student[0][1] for m in distiller._parts], step.shared.get("surviving_layers")))
         return terms
 
     distiller.loss_terms = loss_terms

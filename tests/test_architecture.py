@@ -11,7 +11,8 @@ PACKAGE = Path(lmcompress.__file__).parent
 
 # from the top to the bottom; those in one row do not import one another
 LAYERS = [
-    ["__main__", "cli"],
+    ["__main__"],
+    ["cli"],
     ["recipes"],
     ["reporting"],
     ["trainers"],

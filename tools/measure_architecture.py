@@ -35,7 +35,8 @@ RUN = 6
 
 # from the top to the bottom; those in one row do not import one another
 LAYERS = [
-    ["__main__", "cli"],
+    ["__main__"],
+    ["cli"],
     ["recipes"],
     ["reporting"],
     ["trainers"],

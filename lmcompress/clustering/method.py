@@ -123,7 +123,7 @@ class WeightSharing(SteppedMethod):
                 "have the values of the last. Compare checkpoints after the run, or train for fewer steps"
             )
         for other in trainer.methods:
-            if getattr(other, "changes_shapes", False) or getattr(other, "changes_values", False):
+            if other.changes_shapes or other.changes_values:
                 raise LmcompressError(
                     f"{other.name} must be done in a stage before weights are shared, got it in one run: values are "
                     "shared by the matrices as they are"

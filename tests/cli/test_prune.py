@@ -113,7 +113,7 @@ def test_a_dry_run_refuses_a_folder_that_is_taken(reviews, tmp_path, capsys):
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lmcompress.evaluation._running.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("lmcompress.activations.running.SECONDS_BETWEEN_LINES", 0)
     model, file = str(reviews / "my-model"), str(reviews / "reviews.csv")
     options = ["--sparsity", "0.3", "--rows", "36", "--batch", "1", "-o", str(tmp_path / "x")]
     assert cli.run_app(["prune", model, "--task", file, *options]) == 0

@@ -14,6 +14,8 @@ from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import Block, anatomy_of
 
 FEATURES = ("hidden", "scores", "probabilities", "queries", "keys", "values", "output")
+# of queries and keys
+_PRODUCTS = ("scores", "probabilities")
 Feature = tuple[str, int]
 """A kind of feature and a layer: hidden states from 0 (embeddings), all others from 1 (first block).
 
@@ -65,7 +67,7 @@ def shape_of(model: PreTrainedModel, feature: Feature) -> tuple[int, ...]:
     if kind in ("hidden", "output"):
         return (0, anatomy_of(model).hidden_size)
     block = anatomy_of(model).blocks[layer - 1]
-    return (block.num_heads, 0, 0) if kind in ("scores", "probabilities") else (block.num_heads, 0, block.head_size)
+    return (block.num_heads, 0, 0) if kind in _PRODUCTS else (block.num_heads, 0, block.head_size)
 
 
 class Capture:
@@ -86,7 +88,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         anatomy = anatomy_of(model)
         blocks = anatomy.blocks
-        self._blocks = blocks
+        self._scalings = {layer: blocks[layer - 1].scaling for kind, layer in self.features if kind in _PRODUCTS}
         needed = {need for feature in self.features for need in _needs(feature)}
         for kind, layer in sorted(needed):
             if kind == "hidden" and layer == 0:
@@ -151,10 +153,10 @@ class Capture:
 
     def _read(self, kept: dict[tuple[str, int], Tensor], feature: Feature, mask: Tensor | None) -> Tensor:
         kind, layer = feature
-        if kind not in ("scores", "probabilities"):
+        if kind not in _PRODUCTS:
             return self._get(kept, kind, layer)
         query, key = self._get(kept, "queries", layer), self._get(kept, "keys", layer)
-        scores = torch.matmul(query, key.transpose(-1, -2)) * self._blocks[layer - 1].scaling
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self._scalings[layer]
         return scores if kind == "scores" else masked_softmax(scores, mask, causal=self.causal)
 
     def _get(self, kept: dict[tuple[str, int], Tensor], kind: str, layer: int) -> Tensor:
@@ -207,7 +209,7 @@ def extract(model: PreTrainedModel, batch: Mapping[str, Any], features: Sequence
 
 def _needs(feature: Feature) -> list[Feature]:
     kind, layer = feature
-    return [("queries", layer), ("keys", layer)] if kind in ("scores", "probabilities") else [feature]
+    return [("queries", layer), ("keys", layer)] if kind in _PRODUCTS else [feature]
 
 
 def _projection(block: Block, kind: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:

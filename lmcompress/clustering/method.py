@@ -123,7 +123,7 @@ class WeightSharing(SteppedMethod):
                 "have the values of the last. Compare checkpoints after the run, or train for fewer steps"
             )
         for other in trainer.methods:
-            if getattr(other, "changes_shapes", False) or getattr(other, "changes_values", False):
+            if other.changes_shapes or other.changes_values:
                 raise LmcompressError(
                     f"{other.name} must be done in a stage before weights are shared, got it in one run: values are "
                     "shared by the matrices as they are"
@@ -209,7 +209,7 @@ def share_weights(
     """Cluster the weights of each matrix, without training.
 
     Args:
-        model: a ``PreTrainedModel`` or any other module; its weights are changed in place.
+        model: a ``PreTrainedModel``, a ``CompressedModel`` or any other module; its weights are changed in place.
         config: how many values which matrix has; default: Deep Compression's.
         batches: with labels, best of one row each, where the config asks for sensitivity.
 

@@ -7,12 +7,71 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from lmcompress.distillation.matches import hidden_mse
+from lmcompress.activations.capture import Features
+from lmcompress.distillation.config import EmdMatch
+from lmcompress.distillation.matches.features import hidden_mse
+from lmcompress.distillation.projections import Projection
+from lmcompress.distillation.step import FeatureTerm, scheduled
+from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
+from lmcompress.method import Step, Term
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+
+class EmdTerm(FeatureTerm):
+    """The earth mover's distance between all blocks of student and teacher, as a term of the loss.
+
+    Args:
+        emd: what is asked for.
+        student: not wrapped.
+        teachers: of which it names one that runs.
+        seed: of the projection, where the widths differ.
+
+    Raises:
+        LmcompressError: If there is no such teacher, it does not run, or POT is not installed.
+    """
+
+    def __init__(self, emd: EmdMatch, student: PreTrainedModel, teachers: Sequence[Teacher], *, seed: int) -> None:
+        teacher = teachers[emd.which].model if emd.which < len(teachers) else None
+        if teacher is None:
+            raise LmcompressError(
+                f"emd needs a teacher that runs, number {emd.which} is none; there are {len(teachers)}"
+            )
+        self.emd, self.which, self.learning_rate = emd, emd.which, emd.projection_learning_rate
+        self.student, self.teacher = (
+            [("hidden", layer) for layer in range(1, len(anatomy_of(model).block_list) + 1)]
+            for model in (student, teacher)
+        )
+        widths = anatomy_of(student).hidden_size, anatomy_of(teacher).hidden_size
+        self._projection = Projection(*widths, seed=seed) if widths[0] != widths[1] else None
+        self.modules = {} if self._projection is None else {"emd": self._projection}
+        try:
+            mine, theirs = ([torch.zeros(1, 2, width)] for width in widths)
+            emd_hidden_mse(mine, theirs, torch.ones(1, 2), projection=self._projection)
+        except ImportError as error:
+            raise LmcompressError(str(error)) from error
+
+    def terms(self, student: Features, teacher: Features, step: Step, mask: Tensor) -> dict[str, Term]:
+        """The term ``emd`` of one micro-batch; see :class:`FeatureTerm`.
+
+        Args:
+            student: features of the student.
+            teacher: features of the teacher.
+            step: with the progress.
+            mask: ``(batch, length)``.
+
+        Returns:
+            One, by its name.
+        """
+        mine, theirs = [student[feature] for feature in self.student], [teacher[feature] for feature in self.teacher]
+        total = emd_hidden_mse(mine, theirs, mask, projection=self._projection).sum()
+        weight = scheduled(self.emd.weight, self.emd.weight_schedule, step.progress)
+        return {"emd": Term(total, "tokens", weight)}
 
 
 def earth_mover_flow(

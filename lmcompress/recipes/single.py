@@ -298,7 +298,7 @@ def measure_sensitivity(
         materials, loaded = _ready(model, read_task(task), task, evaluation)
         criterion, seed = config.criterion_name, config.seed
         batches = calibration_batches(materials, config)
-        scores = score(loaded, criterion, config.parts, batches, labels=config.labels, seed=seed)
+        scores = score(loaded, config.chosen_criterion, config.parts, batches, labels=config.labels, seed=seed)
         metric = measured_metrics(materials.task)[0]
         rows = sensitivity(loaded, scores, lambda gated: quality(materials, gated, split)[metric], shares=shares)
     return {
@@ -350,7 +350,7 @@ def evaluate_once(
         "split": "all rows" if whole else chosen,
         "rows": rows,
         "metrics": metrics,
-        "notes": [note for note in materials.data.notes if not (whole and note.startswith("train "))],
+        "notes": _notes_of_whole(materials.data.notes) if whole else list(materials.data.notes),
     }
 
 
@@ -439,6 +439,12 @@ def _whole(file: Path, task: TaskSpec, model: str) -> dict[str, Dataset]:
     return {"train": rows, "validation": rows}
 
 
+def _notes_of_whole(notes: Sequence[str]) -> list[str]:
+    """Without what was said of the training rows, which are the same."""
+    told = [note for note in notes if not note.startswith("train ")]
+    return [note.replace("validation is", "what is evaluated is") for note in told]
+
+
 def _stage(**values: Any) -> Stage:
     try:
         return Stage(training=Training(max_steps=0), **values)
@@ -446,6 +452,7 @@ def _stage(**values: Any) -> Stage:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
         raise LmcompressError(f"{argument(where)}: {message}" if where else message) from error
 
 

@@ -161,7 +161,7 @@ class StageRun:
         finally:
             bar.close()
         masked = None
-        cuts = any(getattr(method, "changes_shapes", False) for method in methods.values())
+        cuts = any(method.changes_shapes for method in methods.values())
         if cuts and not any(part.codes for part, _ in parts):
             for method in trainer.methods:
                 method.set_active(False)

@@ -194,8 +194,10 @@ def _cost_axis(axes: Axes, points: Sequence[Point], log: bool) -> None:
 
 def _mark(axes: Axes, point: Point) -> None:
     colour, hollow = COLOURS[point.kind], point.kind == "control"
-    axes.plot([point.x[0]] * 2, point.y[1:], color=colour, linewidth=1.6, zorder=3)
-    axes.plot(point.x[1:], [point.y[0]] * 2, color=colour, linewidth=1.6, zorder=3)
+    # a marker at the end of an axis is whole
+    bar: dict[str, Any] = {"color": colour, "linewidth": 1.6, "zorder": 3, "clip_on": False}
+    axes.plot([point.x[0]] * 2, point.y[1:], **bar)
+    axes.plot(point.x[1:], [point.y[0]] * 2, **bar)
     face: dict[str, Any] = {
         "color": COLOURS["card"] if hollow else colour,
         "markeredgecolor": colour,
@@ -203,7 +205,14 @@ def _mark(axes: Axes, point: Point) -> None:
     }
     size = 11 if hollow else 8.5
     axes.plot(
-        point.x[:1], point.y[:1], marker=_MARKERS[point.kind], markersize=size, linestyle="none", zorder=4, **face
+        point.x[:1],
+        point.y[:1],
+        marker=_MARKERS[point.kind],
+        markersize=size,
+        linestyle="none",
+        zorder=4,
+        clip_on=False,
+        **face,
     )
 
 

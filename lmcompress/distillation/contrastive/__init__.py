@@ -11,13 +11,13 @@ from lmcompress.distillation.contrastive.losses import (
     sampled,
     sequence_contrast,
     token_contrast,
-    token_scaling,
 )
 from lmcompress.distillation.contrastive.memory import MemoryBank
-from lmcompress.distillation.contrastive.term import Contrasting
+from lmcompress.distillation.contrastive.term import ContrastTerm, Homogeneity
 
 __all__ = [
-    "Contrasting",
+    "ContrastTerm",
+    "Homogeneity",
     "MemoryBank",
     "homogeneity",
     "info_nce",
@@ -25,5 +25,4 @@ __all__ = [
     "sampled",
     "sequence_contrast",
     "token_contrast",
-    "token_scaling",
 ]

@@ -234,49 +234,6 @@ def homogeneity(states: Tensor, mask: Tensor) -> Tensor:
     return total / (count * (count - 1)).clamp(min=1)
 
 
-def token_scaling(cross_entropy: Tensor, mask: Tensor, *, temperature: float = 10.0) -> Tensor:
-    r"""Weights of a sequence's tokens in the loss on logits: more where the teacher is less sure of the label.
-
-    .. math:: w_i = n \cdot \mathrm{softmax}_i(\ell_i / T)
-
-    with :math:`\ell_i` the teacher's cross-entropy for the label of token *i* and *n* the number of tokens that count.
-
-    Args:
-        cross_entropy: ``(batch, length)``, of the teacher, in nats.
-        mask: ``(batch, length)``, which tokens count.
-        temperature: T, > 0; high ones make all tokens alike.
-
-    Returns:
-        ``(batch, length)`` float32 without gradient, 0 where ``mask`` is; the mean over what counts is 1.
-
-    Raises:
-        LmcompressError: the shapes differ, or ``temperature`` is not > 0.
-
-    Reference:
-        Kim et al., *Token-Scaled Logit Distillation for Ternary Weight Generative Language Models*, 2023,
-        https://arxiv.org/abs/2308.06744, section 4.2.
-
-    Note:
-        The authors' weights sum to 1 in each sequence, and sequences are averaged. Here they sum to the number of
-        tokens, so that losses with and without it are of one size, and a longer sequence counts for more. With
-        sequences of one length, the two are the same.
-
-    Example:
-        >>> token_scaling(torch.tensor([[3.0, 2.0, 1.0]]).log(), torch.ones(1, 3), temperature=1.0)
-        tensor([[1.5000, 1.0000, 0.5000]])
-    """
-    if not temperature > 0:
-        raise LmcompressError(f"temperature must be > 0, got {temperature}")
-    if cross_entropy.shape != mask.shape:
-        raise LmcompressError(
-            f"the mask must have the shape of the cross-entropies {tuple(cross_entropy.shape)}, got {tuple(mask.shape)}"
-        )
-    valid = mask.bool()
-    scaled = cross_entropy.detach().float() / temperature
-    share = torch.softmax(scaled.masked_fill(~valid, torch.finfo(torch.float32).min), dim=-1).masked_fill(~valid, 0)
-    return share * valid.sum(dim=-1, keepdim=True)
-
-
 def _check_states(name: str, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
     if student.dim() != 3 or student.shape[:2] != teacher.shape[:2]:
         raise LmcompressError(

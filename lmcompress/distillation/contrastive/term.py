@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.activations.capture import Features, resolve, shape_of
 from lmcompress.distillation.config import Contrast
-from lmcompress.distillation.contrastive.losses import info_nce, sequence_contrast, token_contrast
+from lmcompress.distillation.contrastive.losses import homogeneity, info_nce, sequence_contrast, token_contrast
 from lmcompress.distillation.contrastive.memory import MemoryBank
 from lmcompress.distillation.projections import Projection
-from lmcompress.distillation.schedules import WEIGHT_SCHEDULES
+from lmcompress.distillation.step import FeatureTerm, scheduled
 from lmcompress.distillation.teachers import Teacher, teacher_inputs
 from lmcompress.errors import LmcompressError
-from lmcompress.method import Term
+from lmcompress.method import Step, Term
 
 
-class Contrasting:
+class ContrastTerm(FeatureTerm):
     """A :class:`Contrast` with everything that it needs found: layers on both sides, projections, a memory bank.
 
     Args:
@@ -30,61 +27,55 @@ class Contrasting:
         device: where training happens; the bank is made there.
 
     Raises:
-        LmcompressError: a layer that is not there, or widths that differ and are not brought together.
+        LmcompressError: If a layer is not there, or widths differ and are not brought together.
     """
 
     def __init__(
         self, contrast: Contrast, student: PreTrainedModel, teacher: Teacher, device: torch.device | str
     ) -> None:
-        self.contrast = contrast
-        self.student = resolve(student, *contrast.feature("student"))
-        self.teacher = teacher.resolve(*contrast.feature("teacher"))
-        widths = shape_of(student, self.student)[-1], teacher.shape_of(self.teacher)[-1]
-        self.projections = _projections(contrast.projection, *widths)
+        self.contrast, self.which, self.learning_rate = contrast, contrast.which, contrast.projection_learning_rate
+        self.student = [resolve(student, *contrast.feature("student"))]
+        self.teacher = [teacher.resolve(*contrast.feature("teacher"))]
+        widths = shape_of(student, self.student[0])[-1], teacher.shape_of(self.teacher[0])[-1]
+        self._projections = _projections(contrast.projection, *widths)
+        self.modules = {f"contrast_{side}": module for side, module in self._projections.items()}
         self.bank: MemoryBank | None = None
         if contrast.level == "token" and contrast.memory == "vocabulary":
-            width = self.projections["student"].teacher_dim if "student" in self.projections else widths[0]
+            width = self._projections["student"].teacher_dim if "student" in self._projections else widths[0]
             size = student.config.vocab_size
             self.bank = MemoryBank(size, width, momentum=contrast.momentum, device=device)
+            self.modules["contrast_bank"] = self.bank
         self._step: float | None = None
 
-    def modules(self) -> dict[str, nn.Module]:
-        """What belongs into training checkpoints: projections and bank."""
-        found: dict[str, nn.Module] = {f"contrast_{side}": module for side, module in self.projections.items()}
-        return found if self.bank is None else found | {"contrast_bank": self.bank}
-
-    def term(
-        self, student: Features, teacher: Features, inputs: Mapping[str, Any], mask: Tensor, progress: float
-    ) -> Term:
-        """The loss of one micro-batch.
+    def terms(self, student: Features, teacher: Features, step: Step, mask: Tensor) -> dict[str, Term]:
+        """The term ``contrast`` of one micro-batch, a sum over tokens or over sequences; see :class:`FeatureTerm`.
 
         Args:
-            student: with :attr:`student` in it.
-            teacher: with :attr:`teacher` in it.
-            inputs: the whole batch.
+            student: features of the student.
+            teacher: features of the teacher.
+            step: with the batch, and the progress: when it changes, an optimizer step is over.
             mask: ``(batch, length)`` of the student.
-            progress: share of training done; when it changes, an optimizer step is over.
 
         Returns:
-            The sum over tokens, or over sequences.
+            One, by its name.
 
         Raises:
-            LmcompressError: there are no token ids where they are needed.
+            LmcompressError: If there are no token ids where they are needed.
         """
         wanted = self.contrast
-        mine, theirs = student[self.student], teacher[self.teacher].detach()
-        if "student" in self.projections:
-            mine = self.projections["student"](mine)
-        if "teacher" in self.projections:
-            theirs = self.projections["teacher"](theirs)
-        weight = wanted.weight * WEIGHT_SCHEDULES[wanted.weight_schedule](progress)
+        mine, theirs = student[self.student[0]], teacher[self.teacher[0]].detach()
+        if "student" in self._projections:
+            mine = self._projections["student"](mine)
+        if "teacher" in self._projections:
+            theirs = self._projections["teacher"](theirs)
+        weight = scheduled(wanted.weight, wanted.weight_schedule, step.progress)
         if wanted.level == "sequence":
-            other = teacher_inputs(inputs).get("attention_mask")
+            other = teacher_inputs(step.inputs).get("attention_mask")
             if other is None:
                 other = torch.ones(theirs.shape[:2], device=theirs.device)
             loss = sequence_contrast(mine, theirs, mask, temperature=wanted.temperature, teacher_mask=other)
-            return Term(loss.sum(), "examples", weight)
-        ids: Tensor | None = inputs.get("input_ids")
+            return {"contrast": Term(loss.sum(), "examples", weight)}
+        ids: Tensor | None = step.inputs.get("input_ids")
         if ids is None and (self.bank is not None or wanted.exclude_same_id):
             raise LmcompressError(
                 "the contrast of tokens needs the batch's input_ids: without them use memory='none' and "
@@ -92,13 +83,13 @@ class Contrasting:
             )
         anchors = mine
         if self.bank is not None and ids is not None:
-            if self._step != progress:
+            if self._step != step.progress:
                 self.bank.commit()
-                self._step = progress
+                self._step = step.progress
             anchors = self.bank.read(ids, mine)
             valid = mask.bool()
             self.bank.add(ids[valid], anchors[valid])
-        return Term(self._of_tokens(anchors, mine, theirs, mask, ids).sum(), "tokens", weight)
+        return {"contrast": Term(self._of_tokens(anchors, mine, theirs, mask, ids).sum(), "tokens", weight)}
 
     def _of_tokens(self, anchors: Tensor, student: Tensor, teacher: Tensor, mask: Tensor, ids: Tensor | None) -> Tensor:
         wanted = self.contrast
@@ -123,6 +114,42 @@ class Contrasting:
         mine, theirs = (part.masked_fill(padding.unsqueeze(-1), 0) for part in (anchors, teacher))
         loss = info_nce(mine, theirs, states.unsqueeze(0), allowed, temperature=wanted.temperature)
         return loss.masked_fill(padding, 0)
+
+
+class Homogeneity(FeatureTerm):
+    """How alike the tokens of a sequence are in both models, as numbers to log and no loss.
+
+    Args:
+        contrast: whose layers are looked at; None: what the heads are given.
+        student: not wrapped.
+        teacher: that ``contrast.which`` names, or the first.
+    """
+
+    def __init__(self, contrast: Contrast | None, student: PreTrainedModel, teacher: Teacher) -> None:
+        wanted = contrast or Contrast()
+        self.which = wanted.which
+        self.student = [resolve(student, *wanted.feature("student"))]
+        self.teacher = [teacher.resolve(*wanted.feature("teacher"))]
+
+    def terms(self, student: Features, teacher: Features, step: Step, mask: Tensor) -> dict[str, Term]:
+        """The terms ``homogeneity_student`` and ``homogeneity_teacher``; see :class:`FeatureTerm`.
+
+        Args:
+            student: features of the student.
+            teacher: features of the teacher.
+            step: with the batch.
+            mask: ``(batch, length)`` of the student.
+
+        Returns:
+            Both, measured only.
+        """
+        states = {"student": student[self.student[0]], "teacher": teacher[self.teacher[0]]}
+        masks = mask, teacher_inputs(step.inputs).get("attention_mask")
+        terms = {}
+        for (side, tensor), valid in zip(states.items(), masks, strict=True):
+            alike = homogeneity(tensor, torch.ones(tensor.shape[:2], device=tensor.device) if valid is None else valid)
+            terms[f"homogeneity_{side}"] = Term(alike.sum(), "examples", 0.0, measured=True)
+        return terms
 
 
 def _projections(asked: str | int, mine: int, theirs: int) -> dict[str, Projection]:

@@ -1,7 +1,13 @@
 """Losses between the logits of a student and those of a teacher: pure, one value per row, unreduced, float32."""
 
 from lmcompress.distillation.losses.distributions import js_divergence, kl_divergence, reverse_kl, soft_cross_entropy
-from lmcompress.distillation.losses.outputs import binary_kl, logit_mse, probability_shift, regression_mse
+from lmcompress.distillation.losses.outputs import (
+    binary_kl,
+    logit_mse,
+    probability_shift,
+    regression_mse,
+    token_scaling,
+)
 from lmcompress.distillation.losses.registry import LOGIT_LOSSES, LogitLoss, loss_for
 
 __all__ = [
@@ -16,4 +22,5 @@ __all__ = [
     "regression_mse",
     "reverse_kl",
     "soft_cross_entropy",
+    "token_scaling",
 ]

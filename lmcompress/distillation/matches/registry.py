@@ -28,6 +28,7 @@ from lmcompress.distillation.matches.relations import (
     value_relation_kl,
 )
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.registry import Registry
 
 Unit = Literal["examples", "tokens", "pairs"]
 Feature = Literal["hidden", "scores", "probabilities", "queries", "keys", "values"]
@@ -37,27 +38,29 @@ Features = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class MatchLoss:
-    """A match function and what must be known to feed it and to count it.
-
-    Calling it calls the function, with the options checked and ``causal`` passed on only where it matters.
+    """A comparison of captured features, what it compares and what it is counted in.
 
     Attributes:
-        name: its key in :data:`MATCHES`.
-        function: ``f(student, teacher, mask, **options) -> (batch,)`` float32 sums.
+        name: that its terms are logged by.
+        function: ``f(student, teacher, mask, **options) -> (batch,)``, the float32 sum for each example, with gradient
+            to the student. Keywords ``causal`` (whether the models are) and ``on`` (the feature) are filled in.
         unit: what the sums are counted in: ``"examples"``, ``"tokens"`` or ``"pairs"``.
-        feature: what it compares; ``None`` until stated with :meth:`on` where there is a choice.
+        features: what it can compare; of several, one is chosen with :meth:`on`.
         layers: how many layers of each model it takes; with 2, ``student`` and ``teacher`` are pairs of features.
-        features: what it can compare.
         projectable: whether unequal widths need (and allow) a projection of the student.
     """
 
     name: str
     function: Callable[..., Tensor]
     unit: Unit
-    feature: Feature | None
+    features: tuple[Feature, ...]
     layers: int = 1
-    features: tuple[Feature, ...] = ()
     projectable: bool = False
+
+    @property
+    def feature(self) -> Feature | None:
+        """What it compares; None where there is a choice that has not been made."""
+        return self.features[0] if len(self.features) == 1 else None
 
     @property
     def options(self) -> frozenset[str]:
@@ -68,13 +71,13 @@ class MatchLoss:
         """The same match with its feature stated.
 
         Args:
-            feature: one of :attr:`features`; ``None`` only where there is no choice.
+            feature: one of :attr:`features`; None only where there is no choice.
 
         Returns:
             A match whose ``feature`` is set and whose function knows it.
 
         Raises:
-            LmcompressError: the match cannot compare that feature, or there is a choice and none was made.
+            LmcompressError: If the match cannot compare that feature, or there is a choice and none was made.
 
         Example:
             >>> MATCHES["attention_ce"].on("scores").feature
@@ -90,26 +93,18 @@ class MatchLoss:
         for known in self.features:
             if known == feature:
                 function = partial(self.function, on=known) if "on" in self._keywords else self.function
-                return replace(self, feature=known, function=function)
+                return replace(self, features=(known,), function=function)
         raise LmcompressError(f"the match {self.name!r} cannot compare {feature!r}{nearest(feature, self.features)}")
 
-    def __call__(
-        self, student: Features, teacher: Features, mask: Tensor, *, causal: bool = False, **options: float
-    ) -> Tensor:
-        """Compares.
+    def bound(self, *, causal: bool = False, **options: float) -> Callable[[Features, Features, Tensor], Tensor]:
+        """The function of ``(student, teacher, mask)`` alone.
 
         Args:
-            student: the captured feature, or a pair of them if :attr:`layers` is 2.
-            teacher: likewise.
-            mask: ``(batch, length)``, 1 = real token.
             causal: whether the models are causal; only matches of pairs look at it.
             **options: of the function, see :attr:`options`.
 
-        Returns:
-            ``(batch,)`` float32, the sum for each example in :attr:`unit`.
-
         Raises:
-            LmcompressError: no feature was stated, an option is unknown, or the number of layers is wrong.
+            LmcompressError: If no feature was stated, or an option is unknown.
         """
         if self.feature is None:
             self.on(None)
@@ -120,15 +115,34 @@ class MatchLoss:
                     if self.options
                     else f"the match {self.name!r} has no options, got {option!r}"
                 )
+        return partial(self.function, **options, **({"causal": causal} if "causal" in self._keywords else {}))
+
+    def __call__(
+        self, student: Features, teacher: Features, mask: Tensor, *, causal: bool = False, **options: float
+    ) -> Tensor:
+        """The sum for each example, in :attr:`unit`.
+
+        Args:
+            student: the captured feature, or a pair of them if :attr:`layers` is 2.
+            teacher: likewise.
+            mask: ``(batch, length)``, 1 = real token.
+            causal: as in :meth:`bound`.
+            **options: of the function, see :attr:`options`.
+
+        Returns:
+            ``(batch,)`` float32.
+
+        Raises:
+            LmcompressError: If no feature was stated, an option is unknown, or the number of layers is wrong.
+        """
+        compare = self.bound(causal=causal, **options)
         for side, given in (("student", student), ("teacher", teacher)):
             count = len(given) if isinstance(given, (tuple, list)) else 1
             if count != self.layers:
                 raise LmcompressError(
                     f"the match {self.name!r} takes {self.layers} layer(s) of the {side}, got {count}"
                 )
-        if "causal" in self._keywords:
-            return self.function(student, teacher, mask, causal=causal, **options)
-        return self.function(student, teacher, mask, **options)
+        return compare(student, teacher, mask)
 
     @property
     def _keywords(self) -> frozenset[str]:
@@ -138,48 +152,48 @@ class MatchLoss:
 
 _ATTENTION: tuple[Feature, ...] = ("scores", "probabilities")
 _ALL = (
-    MatchLoss("hidden_mse", hidden_mse, "tokens", "hidden", features=("hidden",), projectable=True),
-    MatchLoss("hidden_cosine", hidden_cosine, "tokens", "hidden", features=("hidden",), projectable=True),
-    MatchLoss("pkd", pkd, "examples", "hidden", features=("hidden",), projectable=True),
-    MatchLoss("gram", gram, "examples", "hidden", 2, ("hidden",), projectable=True),
-    MatchLoss("nst", nst, "pairs", "hidden", 2, ("hidden",)),
-    MatchLoss("attention_transfer", attention_transfer, "examples", "hidden", features=("hidden",)),
-    MatchLoss("attention_mse", attention_mse, "pairs", None, features=_ATTENTION),
-    MatchLoss("attention_mse_mean", attention_mse_mean, "pairs", None, features=_ATTENTION),
-    MatchLoss("attention_ce", attention_ce, "tokens", None, features=_ATTENTION),
-    MatchLoss("attention_ce_mean", attention_ce_mean, "tokens", None, features=_ATTENTION),
-    MatchLoss("minilm_attention", attention_kl, "tokens", "scores", features=("scores",)),
-    MatchLoss("minilm_value", value_relation_kl, "tokens", "values", features=("values",)),
-    MatchLoss("minilmv2_query", relation_kl, "tokens", "queries", features=("queries",)),
-    MatchLoss("minilmv2_key", relation_kl, "tokens", "keys", features=("keys",)),
-    MatchLoss("minilmv2_value", relation_kl, "tokens", "values", features=("values",)),
+    MatchLoss("hidden_mse", hidden_mse, "tokens", ("hidden",), projectable=True),
+    MatchLoss("hidden_cosine", hidden_cosine, "tokens", ("hidden",), projectable=True),
+    MatchLoss("pkd", pkd, "examples", ("hidden",), projectable=True),
+    MatchLoss("gram", gram, "examples", ("hidden",), layers=2, projectable=True),
+    MatchLoss("nst", nst, "pairs", ("hidden",), layers=2),
+    MatchLoss("attention_transfer", attention_transfer, "examples", ("hidden",)),
+    MatchLoss("attention_mse", attention_mse, "pairs", _ATTENTION),
+    MatchLoss("attention_mse_mean", attention_mse_mean, "pairs", _ATTENTION),
+    MatchLoss("attention_ce", attention_ce, "tokens", _ATTENTION),
+    MatchLoss("attention_ce_mean", attention_ce_mean, "tokens", _ATTENTION),
+    MatchLoss("minilm_attention", attention_kl, "tokens", ("scores",)),
+    MatchLoss("minilm_value", value_relation_kl, "tokens", ("values",)),
+    MatchLoss("minilmv2_query", relation_kl, "tokens", ("queries",)),
+    MatchLoss("minilmv2_key", relation_kl, "tokens", ("keys",)),
+    MatchLoss("minilmv2_value", relation_kl, "tokens", ("values",)),
 )
+_NAMED = {match.name: match for match in _ALL}
 
-
-MATCHES: dict[str, MatchLoss] = {match.name: match for match in _ALL}
+MATCHES: Registry[MatchLoss] = Registry(
+    "match",
+    _NAMED | {"fsp": _NAMED["gram"], "mmd": _NAMED["nst"]},
+    lambda part: isinstance(part, MatchLoss),
+    "a lmcompress.distillation.MatchLoss",
+)
 """The matches by name, for recipes; ``fsp`` and ``mmd`` are TextBrewer's other names of ``gram`` and ``nst``."""
 
-MATCHES["fsp"] = MATCHES["gram"]
-MATCHES["mmd"] = MATCHES["nst"]
 
-
-def match_for(name: str, on: str | None = None) -> MatchLoss:
-    """The match of that name, with its feature stated.
+def match_for(match: str | MatchLoss, on: str | None = None) -> MatchLoss:
+    """A match with its feature stated.
 
     Args:
-        name: a key of :data:`MATCHES`.
+        match: a key of :data:`MATCHES`, ``module:attribute`` of a custom match, or a match.
         on: the feature to compare; needed by the attention matches (``"scores"`` or ``"probabilities"``).
 
     Returns:
         The match, ready to be called.
 
     Raises:
-        LmcompressError: an unknown name, or a feature that is missing or not the match's.
+        LmcompressError: If the match is unknown, or the feature is missing or not the match's.
 
     Example:
         >>> match_for("attention_mse", on="scores").unit
         'pairs'
     """
-    if name not in MATCHES:
-        raise LmcompressError(f"unknown match {name!r}{nearest(name, MATCHES)}")
-    return MATCHES[name].on(on)
+    return MATCHES.resolve(match).on(on)

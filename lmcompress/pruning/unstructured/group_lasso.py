@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -13,12 +12,9 @@ from torch import Tensor, nn
 
 from lmcompress.errors import LmcompressError
 from lmcompress.method import StepCallback, SteppedMethod, inner_optimizer
-from lmcompress.pruning.proximal import proximal_factor
+from lmcompress.pruning.proximal import STEER_EVERY, proximal_factor, steering_factor
 from lmcompress.pruning.unstructured.groups import GroupRule, Groups, groups_of
 from lmcompress.schedules import Phase, linear, phase_share
-
-STEER_EVERY = 10
-STEER_RATE = 0.25
 
 
 class GroupLassoConfig(Phase):
@@ -191,12 +187,7 @@ class GroupSparsity(SteppedMethod):
             LmcompressError: no steps between begin and end.
         """
         self._optimizer = optimizer
-        self._begin, self._end = round(self.config.begin * max_steps), round(self.config.end * max_steps)
-        if self._end <= self._begin:
-            raise LmcompressError(
-                f"a group lasso must have optimizer steps between begin and end, got {self._end - self._begin} of "
-                f"{max_steps}: train longer, or let the phase take a larger share"
-            )
+        self._begin, self._end = self.config.steps(max_steps, "a group lasso")
         self._final = bool(self._state.final)
 
     def advance(self, step: int) -> None:
@@ -267,9 +258,8 @@ class GroupSparsity(SteppedMethod):
         for number, one in enumerate(self.groups):
             wanted = self._wanted(one)
             if wanted is not None and one.rule.keep is not None and one.count > one.rule.keep:
-                # a factor, so that no scale has to be guessed; bounded, so that it cannot run away between two looks
                 gap = (int((one.norms() > 0).sum()) - wanted) / (one.count - one.rule.keep)
-                self._state.strengths[number] *= math.exp(STEER_RATE * max(-1.0, min(1.0, 5 * gap)))
+                self._state.strengths[number] *= steering_factor(gap)
 
     @torch.no_grad()
     def _decide(self) -> None:

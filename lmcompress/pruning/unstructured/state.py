@@ -33,7 +33,7 @@ class SparsityState(nn.Module):
                 self.register_buffer(f"kept_{number}", mask.clone())
             if config.removed_is_trained:
                 self.register_buffer(f"hidden_{number}", weight.clone())
-            if config.criterion == "movement":
+            if config.chosen_criterion.in_training:
                 self.register_buffer(f"scores_{number}", torch.zeros_like(weight, dtype=torch.float32))
 
     def masks(self) -> list[Tensor]:

@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from families import make, set_dropout
+from ragged import ALL_UNITS, arguments, ragged_rows
 from torch.utils.data import default_collate
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from families import make  # noqa: E402
-from test_compression import ALL_UNITS, arguments, ragged_rows, set_dropout  # noqa: E402
-
-from lmcompress.distillation import Contrast, Distillation, DistillationConfig, Match  # noqa: E402
-from lmcompress.trainers import (  # noqa: E402
+from lmcompress.distillation import Contrast, Distillation, DistillationConfig, Match
+from lmcompress.trainers import (
     DistillationTrainer,
     MultiTaskDistillation,
     MultiTaskStudent,

@@ -112,6 +112,16 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
 
 
 def chosen_layers(total: int, layers: int | Sequence[int], choose: Choice) -> tuple[int, ...]:
+    """Numbers of the blocks that a student starts from.
+
+    Args:
+        total: blocks of the teacher.
+        layers: how many, or which.
+        choose: which, where ``layers`` is a number.
+
+    Raises:
+        LmcompressError: If the teacher lacks one of them, one is named twice, or there are none.
+    """
     if isinstance(layers, int):
         return choose_layers(total, layers, choose)
     kept = tuple(layers)

@@ -285,6 +285,22 @@ def test_sensitivity_prints_a_table_and_writes_curves(prunable, tmp_path, capsys
     assert "no split 'test'" in capsys.readouterr().err
 
 
+def test_a_criterion_of_ones_own_is_named_by_its_module(prunable, tmp_path, capsys, monkeypatch):
+    model, task = prunable
+    (tmp_path / "own_units.py").write_text(
+        "from lmcompress.pruning import Criterion\n"
+        'spread = Criterion("spread", "weights", ("heads", "neurons"), lambda group: group.float().std(dim=1))\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--criterion", "own_units:spread", "-o", "small"]
+    task = ["--task", str(Path(task[1]).resolve()), *task[2:]]
+    assert cli.run_app(["prune", str(Path(model).resolve()), *task, "--sparsity", "0.3", "--batch", "1", *options]) == 0
+    saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
+    assert saved["pruning"]["method"]["criterion"] == "own_units:spread"
+    assert cli.run_app(["prune", model, *task, "--sparsity", "0.3", "--criterion", "own_units:spraed", "-o", "b"]) == 2
+    assert "own_units has no 'spraed'; did you mean 'spread'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_frontier_is_a_run_with_a_recipe_of_its_own(prunable, tmp_path, capsys):
     model, task = prunable
     options = ["--sparsity", "0.3", "--sparsity", "0.6", "--steps", "2", "-o", str(tmp_path / "f")]

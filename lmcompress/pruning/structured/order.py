@@ -64,6 +64,16 @@ class Groups:
 def group_units(
     scores: Units, left: Units, sizes: ModelSizes, cost: CostModel, multiple_of: int, keep: Mapping[Part, int]
 ) -> Groups:
+    """Put units that are cut together into groups.
+
+    Args:
+        scores: of the units.
+        left: bool, False where a unit is pruned already.
+        sizes: of the model.
+        cost: that scores are divided by.
+        multiple_of: size of the groups of neurons and hidden dimensions.
+        keep: units of each part that always stay.
+    """
     members: list[Tensor] = []
     parts: list[Tensor] = []
     sources: list[Tensor] = []
@@ -109,7 +119,13 @@ def group_units(
 
 
 def steps_of(groups: Groups, ranking: Ranking, order: Order) -> Tensor:
-    """When each group goes: 0 is first."""
+    """Step at which each group is cut, from 0.
+
+    Args:
+        groups: of :func:`group_units`.
+        ranking: what is compared with what.
+        order: by score, or sub-layer by sub-layer by cost.
+    """
     if order == "cost":
         costs = torch.tensor(groups.costs, dtype=torch.float64)
         rank = torch.empty_like(costs)

@@ -25,6 +25,14 @@ class Tables:
 
 
 def tables_of(model: PreTrainedModel) -> Tables:
+    """The tables of a model.
+
+    Args:
+        model: of a known family, with or without a head over the vocabulary.
+
+    Raises:
+        LmcompressError: If a table is quantized, packed or parametrized, or the config says another number of rows.
+    """
     if not isinstance(model, PreTrainedModel):
         raise LmcompressError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}; "
@@ -71,12 +79,22 @@ def _counts_positions(anatomy: Anatomy) -> bool:
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
+    """The model's config, and its generation config if it has one.
+
+    Args:
+        model: of any kind.
+    """
     # only models that generate have a generation config
     generation = getattr(model, "generation_config", None)
     return [model.config] if generation is None else [model.config, generation]
 
 
 def is_token_id(field: str) -> bool:
+    """Whether a field of a config names a token by its id.
+
+    Args:
+        field: its name.
+    """
     return field.endswith("_token_id") and not field.startswith("_")
 
 

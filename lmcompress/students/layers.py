@@ -97,7 +97,7 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
         The student and the teacher's blocks it has. Its config says how many they are.
 
     Raises:
-        LmcompressError: blocks that the teacher does not have, or none.
+        LmcompressError: If the teacher lacks a block, or none is asked for.
     """
     kept = chosen_layers(len(anatomy_of(teacher).blocks), layers, choose)
     student = copy.deepcopy(teacher, _without_hooks(teacher))

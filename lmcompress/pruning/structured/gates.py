@@ -42,7 +42,7 @@ class Gates:
         parts: which units get values.
 
     Raises:
-        LmcompressError: no such part, or none.
+        LmcompressError: If there is no such part, or none is named.
 
     Reference:
         Xia, Zhong & Chen, *Structured Pruning Learns Compact and Accurate Models*, 2022,
@@ -83,7 +83,7 @@ class Gates:
                 are moved to the model's device, and kept, not copied, where they are there.
 
         Raises:
-            LmcompressError: a part that these gates are not of, or another shape.
+            LmcompressError: If these gates are not of a part, or the shape is another.
         """
         for part in values.parts():
             if part not in self._parts:
@@ -109,7 +109,7 @@ class Gates:
             values: ``(n,)`` or ``(batch, n)``, as for :meth:`set`.
 
         Raises:
-            LmcompressError: these gates are not of ``hidden``, or another shape.
+            LmcompressError: If these gates are not of ``hidden``, or the shape is another.
         """
         if "hidden" not in self._parts:
             raise LmcompressError(
@@ -151,7 +151,7 @@ class Gates:
             values: as for :meth:`set`; those of ``hidden`` with gradient.
 
         Raises:
-            LmcompressError: as :meth:`set`.
+            LmcompressError: As :meth:`set`.
         """
         if values.hidden is None:
             self.set(values)

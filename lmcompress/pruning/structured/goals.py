@@ -55,7 +55,7 @@ def goal_of(target: Target, sizes: ModelSizes, cost: CostModel | None = None) ->
         The goal.
 
     Raises:
-        LmcompressError: a latency target without a table, or a target that the model meets already.
+        LmcompressError: If a latency target has no table, or the model meets the target already.
     """
     structure = sizes.structure
     counted: CostModel = ParameterCost(sizes)
@@ -104,7 +104,7 @@ def partial_target(target: Target, share: float, sizes: ModelSizes, goal: Goal) 
         what depends on their number come last, in one piece.
 
     Raises:
-        LmcompressError: ``share`` lies outside (0, 1].
+        LmcompressError: If ``share`` lies outside (0, 1].
     """
     if not 0 < share <= 1:
         raise LmcompressError(f"the share of the way to a target must be in (0, 1], got {share}")
@@ -179,7 +179,7 @@ def choose(
         A bool mask on the CPU.
 
     Raises:
-        LmcompressError: as :func:`~lmcompress.pruning.structured.ranking.select`, or scores that are all equal.
+        LmcompressError: As :func:`~lmcompress.pruning.structured.ranking.select`, or if all scores are equal.
     """
     scores = scores.map(lambda tensor: tensor.detach().double().cpu())
     _refuse_constant(scores, zeros=not per_cost)
@@ -237,7 +237,7 @@ def feasible(config: PruningConfig, sizes: ModelSizes, cost: CostModel | None = 
         A shape that meets it (which units go is another question).
 
     Raises:
-        LmcompressError: no shape meets the target, or the model meets it already.
+        LmcompressError: If no shape meets the target, or the model meets it already.
     """
     mask = choose(config, _in_order(sizes, config.parts), sizes, config.target, cost=cost, per_cost=False)
     return masked_structure(sizes.structure, mask)

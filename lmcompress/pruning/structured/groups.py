@@ -41,7 +41,7 @@ def unit_views(
         Views whose first axis is the unit, of any number of further axes; changing them changes what was picked.
 
     Raises:
-        LmcompressError: another part.
+        LmcompressError: If it is another part.
     """
     if part not in ("heads", "neurons"):
         raise LmcompressError(f"coupled weights must be of heads or neurons, got {part!r}: other parts have no groups")

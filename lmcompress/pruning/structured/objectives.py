@@ -50,7 +50,7 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
         batch: with ``labels``.
 
     Raises:
-        LmcompressError: there are no labels, or no logits.
+        LmcompressError: If there are no labels, or no logits.
     """
     causal = anatomy_of(model).head is not None
     labels = batch.get("labels")
@@ -104,7 +104,7 @@ def own_objectives(
             so that draws do not depend on batches or padding.
 
     Raises:
-        LmcompressError: the outputs have neither logits nor hidden states.
+        LmcompressError: If the outputs have neither logits nor hidden states.
     """
     logits, mask = _logits(outputs), valid_tokens(batch)
     if logits is None:

@@ -76,9 +76,9 @@ def select(
         place, if there are any; ``per_layer`` keeps its even widths instead.
 
     Raises:
-        LmcompressError: no shape meets the target (the message says the least that can be reached), the model meets it
-            already, a latency target without a table, scores that are not of the model's shapes or are NaN, or an
-            argument out of range.
+        LmcompressError: If no shape meets the target (the message says the least that can be reached), the model meets
+            it already, a latency target has no table, scores are not of the model's shapes or NaN, or an argument is
+            out of range.
     """
     _check(scores, sizes, ranking, order, multiple_of, keep_at_least)
     keep = {**KEEP_AT_LEAST, **(keep_at_least or {})}

@@ -67,8 +67,8 @@ def least_squares(
         What was done, for each sub-layer that loses some of its inputs.
 
     Raises:
-        LmcompressError: a mask of another shape or that takes no head and no neuron away, damping that is not positive
-            or too small for the data, or no calibration data.
+        LmcompressError: If the mask is of another shape or prunes no head and no neuron, damping is not positive or too
+            small for the data, or there are no calibration data.
 
     Reference:
         Yang, Chen & Sze, CVPR 2017, https://arxiv.org/abs/1611.05128, section 3.3 (there on the support of single
@@ -123,7 +123,7 @@ def least_squares_in_order(
         inputs of the pruned one.
 
     Raises:
-        LmcompressError: as :func:`least_squares`.
+        LmcompressError: As :func:`least_squares`.
 
     Reference:
         Yang, Chen & Sze, CVPR 2017, https://arxiv.org/abs/1611.05128, section 3; inputs after compression as in
@@ -165,8 +165,8 @@ def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch
         What was done, for each sub-layer that loses some of its inputs.
 
     Raises:
-        LmcompressError: a mask of another shape or that takes no head and no neuron away, an output projection without
-            bias, or no calibration data.
+        LmcompressError: If the mask is of another shape or prunes no head and no neuron, an output projection has no
+            bias, or there are no calibration data.
 
     Reference:
         An et al. (FLAP), 2023, https://arxiv.org/abs/2312.11983, section 3.3.

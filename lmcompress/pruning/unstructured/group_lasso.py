@@ -114,7 +114,7 @@ class GroupSparsity(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: a rule that names nothing, groups that do not divide a matrix, more to keep than there are,
+            LmcompressError: If a rule names nothing, groups do not divide a matrix, more are to be kept than there are,
                 or the best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
@@ -133,7 +133,7 @@ class GroupSparsity(SteppedMethod):
             model: not wrapped.
 
         Raises:
-            LmcompressError: as :meth:`prepare`.
+            LmcompressError: As :meth:`prepare`.
         """
         self.groups = groups_of(model, self.config.rules)
         self._before = [int((one.norms() > 0).sum()) for one in self.groups]
@@ -154,7 +154,7 @@ class GroupSparsity(SteppedMethod):
         """Make zero groups final; the weights are ordinary ones from then on.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self._trainer is not None and self._end < 0:
             raise LmcompressError("no group was shrunk: finish() must come after train()")
@@ -168,7 +168,7 @@ class GroupSparsity(SteppedMethod):
         """Say what was done.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self.report is None:
             self.settle()
@@ -184,7 +184,7 @@ class GroupSparsity(SteppedMethod):
             optimizer: that trains the model.
 
         Raises:
-            LmcompressError: no steps between begin and end.
+            LmcompressError: If no step lies between begin and end.
         """
         self._optimizer = optimizer
         self._begin, self._end = self.config.steps(max_steps, "a group lasso")

@@ -42,7 +42,8 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Co
         Count by token, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``).
 
     Raises:
-        LmcompressError: the tokenizer is a slow one, or ``texts`` is one string or holds something else than strings.
+        LmcompressError: If the tokenizer is a slow one, or ``texts`` is one string or holds something else than
+            strings.
     """
     texts = checked_texts(texts)
     names = {number: token for token, number in fast_backend(tokenizer).get_vocab(with_added_tokens=True).items()}
@@ -91,10 +92,10 @@ def prune_vocabulary(
         The new tokenizer and the report.
 
     Raises:
-        LmcompressError: the tokenizer is slow or of another kind; model and tokenizer do not belong together; the
-            embeddings are quantized or packed; the corpus is empty; a token of ``keep`` is not there; nothing would
-            stay, or nothing would go.
-        EquivalenceError: a text would be cut into other pieces although all its tokens stay; nothing was changed.
+        LmcompressError: If the tokenizer is slow or of another kind, model and tokenizer do not belong together, the
+            embeddings are quantized or packed, the corpus is empty, a token of ``keep`` is not there, or nothing would
+            stay or be pruned.
+        EquivalenceError: If a text would be cut into other pieces although all its tokens stay; nothing was changed.
         UnknownFamilyError: :mod:`lmcompress.families` does not describe the model.
 
     Note:

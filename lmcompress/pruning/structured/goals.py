@@ -12,11 +12,10 @@ from torch import Tensor
 from lmcompress.checkpoint.config import BlockShape, Structure
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.costs import CostModel, FlopCost, ModelSizes, ParameterCost, secant_costs
-from lmcompress.pruning.structured.latency import LatencyTable
+from lmcompress.pruning.structured.costs import CostModel, ModelSizes, ParameterCost, secant_costs
 from lmcompress.pruning.structured.learned import UnitCosts
 from lmcompress.pruning.structured.ranking import select
-from lmcompress.pruning.structured.targets import Shape, Target
+from lmcompress.pruning.structured.targets import Shape, Target, counted_in
 from lmcompress.pruning.structured.units import Part, Units, masked_structure, unit_shapes
 
 
@@ -58,19 +57,7 @@ def goal_of(target: Target, sizes: ModelSizes, cost: CostModel | None = None) ->
         LmcompressError: If a latency target has no table, or the model meets the target already.
     """
     structure = sizes.structure
-    counted: CostModel = ParameterCost(sizes)
-    if target.parameters is not None:
-        counted = ParameterCost(sizes, "whole")
-    elif target.flops_share is not None:
-        counted = cost if isinstance(cost, FlopCost) else FlopCost(sizes)
-    elif target.kind in ("latency_share", "latency_ms"):
-        if not isinstance(cost, LatencyTable):
-            raise LmcompressError(
-                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got "
-                f"{'none' if cost is None else type(cost).__name__}; make one with measure_latency, or aim at "
-                "flops_share"
-            )
-        counted = cost
+    counted = counted_in(target, sizes, cost)
     dense = counted.cost(structure)
     if target.sparsity is not None:
         removed = target.sparsity

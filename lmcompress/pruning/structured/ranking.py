@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.pruning.structured.costs import CostModel, FlopCost, ModelSizes, ParameterCost
-from lmcompress.pruning.structured.latency import LatencyTable
+from lmcompress.pruning.structured.costs import CostModel, ModelSizes
 from lmcompress.pruning.structured.order import (
     KEEP_AT_LEAST,
     ORDERS,
@@ -20,7 +19,7 @@ from lmcompress.pruning.structured.order import (
     group_units,
     steps_of,
 )
-from lmcompress.pruning.structured.targets import Shape, Target
+from lmcompress.pruning.structured.targets import Shape, Target, counted_in
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, masked_structure, unit_shapes
 
 # of what is cut last, so much is tried again one by one, where the last piece was a large one
@@ -151,29 +150,18 @@ def _budget(
     target: Target, sizes: ModelSizes, cost: CostModel | None
 ) -> tuple[CostModel, float, Callable[[float], str]]:
     """What the target is counted in, how much of it may stay, and the same for a message."""
-    if target.kind in ("latency_share", "latency_ms"):
-        if not isinstance(cost, LatencyTable):
-            raise LmcompressError(
-                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got {cost!r}; make one "
-                "with measure_latency, or aim at flops_share"
-            )
-        dense = cost.cost(sizes.structure)
-        if target.latency_ms is not None:
-            return cost, target.latency_ms, lambda value: f"{value:.4g} ms"
-        assert target.latency_share is not None
-        return cost, target.latency_share * dense, lambda value: f"a share of {value / dense:.4f} ({value:.4g} ms)"
-    if target.flops_share is not None:
-        # what the caller divides by may know batch and length; the share is of that
-        flops = cost if isinstance(cost, FlopCost) else FlopCost(sizes)
-        dense = flops.cost(sizes.structure)
-        return flops, target.flops_share * dense, lambda value: f"a share of {value / dense:.4f}"
+    counted = counted_in(target, sizes, cost)
+    dense = counted.cost(sizes.structure)
+    if target.latency_ms is not None:
+        return counted, target.latency_ms, lambda value: f"{value:.4g} ms"
     if target.parameters is not None:
-        return ParameterCost(sizes, "whole"), target.parameters, lambda value: f"{value:.0f} parameters"
-    assert target.sparsity is not None
-    encoder = ParameterCost(sizes)
-    dense = encoder.cost(sizes.structure)
-    # a hair of tolerance: 1 - 0.9 is not 0.1
-    return encoder, (1 - target.sparsity) * dense * (1 + 1e-9), lambda v: f"a sparsity of {1 - v / dense:.4f}"
+        return counted, target.parameters, lambda value: f"{value:.0f} parameters"
+    if target.sparsity is not None:
+        # a hair of tolerance: 1 - 0.9 is not 0.1
+        budget = (1 - target.sparsity) * dense * (1 + 1e-9)
+        return counted, budget, lambda value: f"a sparsity of {1 - value / dense:.4f}"
+    share = target.flops_share or target.latency_share or 0.0
+    return counted, share * dense, lambda value: f"a share of {value / dense:.4f} ({value:.4g} {counted.unit})"
 
 
 def _left(scores: Units, sizes: ModelSizes, gone: Units | None) -> Units:

@@ -104,7 +104,7 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
     keep_layers(student, kept)
     recorded = getattr(student.config, "quantization_config", None)
     if isinstance(recorded, CompressionConfig):
-        # a compressed teacher's config describes blocks that have gone
+        # a compressed teacher's config describes blocks that it lacks
         student.config.quantization_config = CompressionConfig(
             structure=structure_of(student), provenance=recorded.provenance, layers=layers_of(student)
         )

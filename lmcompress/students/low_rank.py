@@ -155,7 +155,7 @@ def factorize(
 
 
 def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
-    """Put a narrow table and a matrix in the place of the word embeddings, and of a head that is tied to them.
+    """Put a narrow table and a matrix in the place of the token embeddings, and of a head that is tied to them.
 
     Args:
         model: changed in place; its config says it afterwards. On ``meta`` only shapes are.

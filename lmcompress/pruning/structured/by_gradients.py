@@ -141,7 +141,7 @@ class _FirstMatrices:
         self.handles = [module.register_forward_hook(self._times(index)) for index, module in enumerate(modules)]
 
     def fresh(self, rows: int) -> None:
-        """New leaves for a batch of so many examples."""
+        """New leaves for the examples of a batch."""
         self.leaves = [torch.ones(rows, width, device=self._device, requires_grad=True) for width in self._widths]
 
     def _times(self, index: int) -> Callable[..., Tensor]:

@@ -34,7 +34,7 @@ class Gates:
     is that of a high power: many times what its removal changes. Scores take another value, of
     :meth:`read_with`, which multiplies what each matrix reads, once.
 
-    At first every value is 1, and the model computes what it did, to the bit. Gates go by block number and hold hooks
+    At first every value is 1, and the model's outputs are bit-exact. Gates go by block number and hold hooks
     on modules: take them away before the model is cut.
 
     Args:
@@ -62,7 +62,7 @@ class Gates:
         self._shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
         self._parts: tuple[Part, ...] = ones.parts()
         self._values = ones
-        # a part is left alone, to the bit and at no cost, until somebody sets it
+        # a part is left alone, bit-exact and at no cost, until somebody sets it
         self._active: set[Part] = set()
         self._some_hidden_gone = False
         self._reads: Tensor | None = None
@@ -158,7 +158,7 @@ class Gates:
             return
         held = values.hidden.detach()
         self.set(values.updated(hidden=held))
-        # also where scores are set up without gradients; 1 to the bit, whatever the value
+        # also where scores are set up without gradients; exactly 1, whatever the value
         with torch.enable_grad():
             self.read_with(1 + (values.hidden - held))
 

@@ -151,7 +151,7 @@ def choose(
     gone: Units | None = None,
     per_cost: bool = True,
 ) -> Units:
-    """The mask that meets a target, with what is gone already staying gone.
+    """The mask that meets a target, with what is pruned already staying pruned.
 
     Args:
         config: ranking, order, multiples and what must stay.

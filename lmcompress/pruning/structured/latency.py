@@ -184,8 +184,8 @@ def measure_latency(
 ) -> LatencyTable:
     """Time a model's sub-layers at several widths, on the machine and device where the model is.
 
-    Whole models are timed, not sub-layers by themselves: copies of this one in which every attention has so many heads,
-    or every feed-forward network so many neurons. All of them live in one process and are timed in turn, call by call,
+    Whole models are timed, not sub-layers by themselves: copies of this one in which every attention has n heads,
+    or every feed-forward network n neurons. All of them live in one process and are timed in turn, call by call,
     and medians are compared, so that a machine that slows down or is busy does so for all. Times are made not to fall
     as a width grows.
 

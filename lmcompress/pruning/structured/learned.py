@@ -224,7 +224,7 @@ class UnitCosts:
     """What units cost, as a polynomial that is linear in every count: a product for every chain of gates.
 
     A block costs ``heads × (per_head · D + per_head_fixed) + neurons × (per_neuron · D + per_neuron_fixed) +
-    per_layer · D``, with D the width of the residual stream; and nothing once the block is gone.
+    per_layer · D``, with D the width of the residual stream; and nothing once the block is pruned.
 
     Attributes:
         per_head, per_head_fixed: ``(blocks,)``.

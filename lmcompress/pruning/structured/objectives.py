@@ -19,7 +19,7 @@ Labels = Literal["given", "self"]
 IGNORED = -100
 """The label of a token that does not count."""
 
-# up to so many classes every label's loss is taken, weighted by its probability, rather than one drawn
+# up to this number of classes every label's loss is taken, weighted by its probability, rather than one drawn
 _FEW_CLASSES = 8
 
 

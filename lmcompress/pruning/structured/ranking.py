@@ -24,7 +24,8 @@ from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units,
 
 # of what is cut last, so much is tried again one by one, where the last piece was a large one
 _PUT_BACK = 200
-# a budget is met well enough when no more than this share of it is left, and large pieces are gone around so many times
+# a budget is met well enough when no more than this share of it is left, and large pieces are
+# avoided at most this number of times
 _NEAR, _TRIES = 0.04, 16
 
 
@@ -53,7 +54,7 @@ def select(
       add up to a change of the loss; it is how torch-pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900)
       ranks globally.
 
-    With ``order="cost"`` the sub-layers are gone through in ten rounds, the most costly first, each losing a tenth of
+    With ``order="cost"`` the sub-layers take turns in ten rounds, the most costly first, each losing a tenth of
     its units a round until the target is met, so that costly ones lose more: the order of Yang et al. 2017, section 3.
 
     Args:
@@ -178,7 +179,7 @@ def _left(scores: Units, sizes: ModelSizes, gone: Units | None) -> Units:
 
 
 def _last(scores: Tensor, left: Tensor) -> Tensor:
-    """Scores in which those that are gone already are the least."""
+    """Scores in which those that are pruned already are the least."""
     return scores.detach().cpu().double().masked_fill(~left, float("-inf"))
 
 
@@ -195,7 +196,7 @@ def _around_large_pieces(plan: Plan, low: int, reached: Callable[[Units], float]
     """Where the last piece was so large that the budget is missed from below, keep it and go on with smaller ones."""
     best = reached(plan.mask(low)), plan, low
     for _ in range(_TRIES):
-        # before the first step lies what is gone already
+        # before the first step lies what is pruned already
         if best[0] >= (1 - _NEAR) * budget or low == 0:
             break
         plan = plan.without(low - 1)

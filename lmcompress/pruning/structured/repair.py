@@ -1,4 +1,4 @@
-"""Making good what a mask takes away, in closed form, before anybody trains."""
+"""Compensating what a mask prunes, in closed form, without training."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ def least_squares_in_order(
     r"""As :func:`least_squares`, sub-layer by sub-layer, each on the inputs that it will really have.
 
     Inputs are those of the pruned model, repaired up to there, and targets are the outputs of the dense one, so that
-    each sub-layer also makes good what earlier ones have lost, and those that lose nothing themselves are re-fitted
+    each sub-layer also compensates what earlier ones have lost, and those that lose nothing themselves are re-fitted
     too. It needs a copy of the model and two forward passes over the data for each sub-layer, and is worth that where
     much is cut.
 
     Args:
         model: as in :func:`least_squares`; changed in place.
         mask: bool, True stays; all parts are applied while fitting.
-        batches: calibration data, gone through many times: a list, not a generator.
+        batches: calibration data, iterated many times: a list, not a generator.
         damping: λ as a share of the mean square of the inputs.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Surgery: making a mask or gate values permanent in a model, and saying what that changed."""
+"""Surgery: cutting a model by a mask, folding gate values into its weights, and counting what that changed."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def coverage(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 
     Returns:
         JSON types: for each number of the census ``{"before": ..., "after": ..., "cut": ...}``, the last as a share in
-        [0, 1]; ``sparsity``, the share of the parameters of blocks that is gone; ``blocks``, the shapes that are left;
+        [0, 1]; ``sparsity``, the pruned share of the parameters of blocks; ``blocks``, the shapes that are left;
         and ``unchanged``, whether nothing was cut.
     """
     counts = [name for name in before if name != "blocks"]

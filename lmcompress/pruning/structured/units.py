@@ -32,7 +32,7 @@ class Units:
     - ``attention[b]``, ``ffn[b]``: the output of the sub-layer's last projection, bias included, is zero; what comes
       after it (dropout, residual connection, LayerNorm) stays;
     - ``layers[b]``: the output of the block is its input;
-    - ``hidden[d]``: dimension d of the residual stream is gone from embeddings, matrices, norms and the inside of the
+    - ``hidden[d]``: dimension d of the residual stream is cut from embeddings, matrices, norms and the inside of the
       task's head; norms average over the dimensions that are left.
 
     Attributes:

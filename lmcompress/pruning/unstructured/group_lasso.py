@@ -23,7 +23,7 @@ class GroupLassoConfig(Phase):
     rules: Annotated[tuple[GroupRule, ...], Field(min_length=1, description="What is divided into which groups.")]
     end: Annotated[
         float,
-        Field(gt=0, le=1, description="Share of training after which zero groups are final and the penalty is gone."),
+        Field(gt=0, le=1, description="Share of training after which zero groups are final and there is no penalty."),
     ] = 0.6
     warmup: Annotated[
         float, Field(ge=0, le=1, description="keep: share of the phase over which the number of groups falls to it.")
@@ -204,7 +204,7 @@ class GroupSparsity(SteppedMethod):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Shrink every group; or keep at 0 what is finally gone."""
+        """Shrink every group; or keep at 0 what is finally pruned."""
         if self._final:
             for one, gate in zip(self.groups, self._state.gates(), strict=True):
                 one.multiply_(gate)
@@ -277,7 +277,7 @@ class GroupSparsity(SteppedMethod):
         self._final = True
 
     def _forget(self, one: Groups, gate: Tensor) -> None:
-        """What the optimizer knows of groups that are zero."""
+        """Zero the optimizer's moments of groups that are zero."""
         if self._optimizer is None:
             return
         states = inner_optimizer(self._optimizer).state
@@ -310,5 +310,5 @@ class _State(nn.Module):
             self.register_buffer(f"gate_{number}", torch.ones(one.count, dtype=torch.bool, device=device))
 
     def gates(self) -> list[Tensor]:
-        """For each matrix ``(count,)`` bool, False where a group is finally gone."""
+        """For each matrix ``(count,)`` bool, False where a group is finally pruned."""
         return [self.get_buffer(f"gate_{number}") for number in range(self._count)]

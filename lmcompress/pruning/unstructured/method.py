@@ -124,7 +124,7 @@ class Sparsity(SteppedMethod):
         return {"state": self._state}
 
     def settle(self) -> None:
-        """Make the mask final and the zeros permanent; the weights are ordinary ones from then on.
+        """Make the mask final and materialize the zeros; the weights are ordinary ones from then on.
 
         Raises:
             LmcompressError: If training has not begun.
@@ -141,7 +141,7 @@ class Sparsity(SteppedMethod):
         ]
 
     def finish(self) -> None:
-        """Make the zeros permanent, if :meth:`settle` has not, and report.
+        """Materialize the zeros, if :meth:`settle` has not, and report.
 
         Raises:
             LmcompressError: If training has not begun.

@@ -1,4 +1,4 @@
-"""Where zeros may lie: anywhere, so many of every m, or in blocks; and masks of exact size from scores."""
+"""Where zeros may lie: anywhere, n of every m, or in blocks; and masks of exact size from scores."""
 
 from __future__ import annotations
 

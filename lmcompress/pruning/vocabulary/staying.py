@@ -137,8 +137,8 @@ def _choose(
         groups = Counter(reasons.values())
         listed = ", ".join(f"{groups[reason]} {reason}" for reason in REASONS if groups[reason])
         raise LmcompressError(
-            f"max_size must be at least {len(reasons)}, for so many tokens stay in any case ({listed}); got {max_size}"
-            + ("" if vocabulary.is_bpe else ". keep_characters=False lets go of the alphabet")
+            f"max_size must be at least {len(reasons)}, the number of tokens that stay in any case ({listed}); got "
+            f"{max_size}" + ("" if vocabulary.is_bpe else ". keep_characters=False lets go of the alphabet")
         )
     special = {vocabulary.ids[token] for token, reason in reasons.items() if reason == "special"}
     frequent = [number for number, count in counts.items() if count >= min_count and number not in special]

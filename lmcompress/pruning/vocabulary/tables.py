@@ -132,7 +132,7 @@ def shrink(model: PreTrainedModel, tables: Tables, order: Sequence[int], new_ids
 def _renumber_config(config: Any, new_ids: Mapping[int, int]) -> None:
     """Renumber the fields of a model's or a generation config that name tokens.
 
-    Ids that are of no row stay as they are. What a generation config says about tokens that have gone goes with them:
+    Ids that are of no row stay as they are. What a generation config says about tokens that are pruned goes with them:
     they can no longer be generated.
     """
     for name, value in list(vars(config).items()):

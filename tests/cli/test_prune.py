@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -120,3 +121,19 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path,
     shown = capsys.readouterr().out
     assert "checking rows, model and what is asked for" in shown and "pruning to" in shown
     assert "  score: 1 of 2" in shown and "measuring quality, size and latency" in shown
+
+
+def test_a_criterion_of_ones_own_is_named_by_its_module(trained, tmp_path, capsys, monkeypatch):
+    model, task = trained
+    (tmp_path / "own_units.py").write_text(
+        "from lmcompress.pruning import Criterion\n"
+        'spread = Criterion("spread", "weights", ("heads", "neurons"), lambda group: group.float().std(dim=1))\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--criterion", "own_units:spread", "-o", "small"]
+    task = ["--task", str(Path(task[1]).resolve()), *task[2:]]
+    assert cli.run_app(["prune", str(Path(model).resolve()), *task, "--sparsity", "0.3", "--batch", "1", *options]) == 0
+    saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
+    assert saved["pruning"]["method"]["criterion"] == "own_units:spread"
+    assert cli.run_app(["prune", model, *task, "--sparsity", "0.3", "--criterion", "own_units:spraed", "-o", "b"]) == 2
+    assert "own_units has no 'spraed'; did you mean 'spread'" in " ".join(capsys.readouterr().err.split())

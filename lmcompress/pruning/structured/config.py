@@ -1,4 +1,4 @@
-"""What pruning is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""Configuration of structured pruning, validated: used by recipes and by the Python API alike."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class PruningConfig(_Part):
     target: Target
     parts: Annotated[
         tuple[Part, ...],
-        Field(min_length=1, description="What may go: heads, neurons, attention, ffn, layers, hidden."),
+        Field(min_length=1, description="What may be pruned: heads, neurons, attention, ffn, layers, hidden."),
     ] = ("heads", "neurons")
     schedule: Schedule = OneShot()
     criterion: Annotated[

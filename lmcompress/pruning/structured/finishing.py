@@ -13,6 +13,7 @@ from lmcompress.checkpoint.config import Structure
 from lmcompress.checkpoint.structure import recorded_structure
 from lmcompress.errors import EquivalenceError, LmcompressError
 from lmcompress.model import outputs_of, random_batches
+from lmcompress.pruning.saved import saved
 from lmcompress.pruning.structured.calibration import Batch
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.gates import Gates
@@ -47,7 +48,7 @@ class Finish:
         self._model, self._config = model, config
         self._before, self._census = recorded_structure(model), census(model)
         # now, not after training
-        self._dumped = config.model_dump(mode="json", exclude_none=True)
+        self._dumped = saved(config)
         self.repaired: list[Repaired] = []
 
     def repair(self, mask: Units, batches: Sequence[Batch]) -> None:

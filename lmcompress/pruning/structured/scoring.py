@@ -59,9 +59,9 @@ def score(
         Float32 on the CPU, in the parts asked for; greater is more important.
 
     Raises:
-        LmcompressError: an unknown criterion or part, or one that does not go with the other; no calibration data, or
-            nothing but padding; no labels; labels of its own for a criterion whose sign matters; scores that are NaN or
-            infinite (the message names the block), or all equal in a part, which would prune at random.
+        LmcompressError: If criterion or part are unknown, or do not go together; there are no calibration data, tokens
+            or labels; the model's own labels are asked for with a criterion whose sign matters; scores are of other
+            shapes, NaN or infinite (the message names the block), or all equal in a part, which would prune at random.
     """
     chosen = CRITERIA.resolve(criterion)
     _check_request(chosen, parts, batches, labels)
@@ -123,7 +123,7 @@ def check_scores(scores: Units, name: str) -> None:
         name: of the criterion, for the message.
 
     Raises:
-        LmcompressError: a score is NaN or infinite, or all scores of a part are equal, zero for instance.
+        LmcompressError: If a score is NaN or infinite, or all scores of a part are equal, zero for instance.
     """
     for part, block, tensor in scores.items():
         bad = ~tensor.isfinite()

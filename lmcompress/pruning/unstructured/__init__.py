@@ -1,4 +1,4 @@
-"""Zeros among single weights, and in groups: what to remove, when, and how the rest makes it good."""
+"""Unstructured pruning, of single weights and groups: what to prune, when, and how the rest compensates."""
 
 from lmcompress.pruning.unstructured.config import SparsityConfig, SparsityRule, Surgery
 from lmcompress.pruning.unstructured.criteria import CRITERIA, Criterion

@@ -94,7 +94,7 @@ def choosing(sparsity: float, pattern: Unstructured | NOfM | Blocks, kept: Tenso
     Args:
         sparsity: share to remove, as for :func:`~lmcompress.pruning.unstructured.patterns.masks_of`.
         pattern: where zeros may lie.
-        kept: ``(out, in)`` bool: what is gone already; all that is False goes whatever its score.
+        kept: ``(out, in)`` bool: False where a weight is pruned already; those stay pruned whatever their score.
 
     Returns:
         What :func:`compensate` asks, and how many columns it must ask of.

@@ -1,4 +1,4 @@
-"""What sparsity is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""Configuration of unstructured pruning, validated: used by recipes and by the Python API alike."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class _Part(BaseModel):
 
 
 class Surgery(Phase):
-    """Cut and splice: weights are trained behind the mask, and come back when they have grown (Guo et al. 2016).
+    """Cut and splice: weights are trained behind the mask, and are reactivated when they have grown (Guo et al. 2016).
 
     With ``quality``, thresholds are those of the paper: μ + quality · σ of the magnitudes of each matrix when surgery
-    begins, and then fixed. With ``sparsity`` they follow the weights, so that the share that is gone rises to it along
+    begins, and then fixed. With ``sparsity`` they follow the weights, so that the pruned share rises to it along
     the ramp, and is exact in the end.
     """
 
@@ -32,7 +32,9 @@ class Surgery(Phase):
     margin: Annotated[
         float,
         Field(
-            ge=0, lt=1, description="Weights go below 1 - margin times the threshold, and come back above 1 + margin."
+            ge=0,
+            lt=1,
+            description="Weights are pruned below 1 - margin times the threshold, and reactivated above 1 + margin.",
         ),
     ] = 0.1
     gamma: Annotated[
@@ -92,7 +94,7 @@ class SparsityRule(_Part):
     ]
     sparsity: Annotated[
         float | None,
-        Field(description="Share of the weights that goes, ranked by themselves; without quality, null: none goes."),
+        Field(description="Share of the weights that is pruned, ranked by themselves; without quality, null: none is."),
     ] = None
     quality: Annotated[float | None, Field(description="As in the configuration, for these matrices.")] = None
 
@@ -109,10 +111,10 @@ class SparsityRule(_Part):
 
 
 class SparsityConfig(_Part):
-    """Which single weights become zero, how many, by what criterion and when."""
+    """Which single weights are pruned, how many, by what criterion and when."""
 
     sparsity: Annotated[
-        float | None, Field(description="Share of the weights of the matrices that goes, in [0, 1).")
+        float | None, Field(description="Share of the weights of the matrices that is pruned, in [0, 1).")
     ] = None
     quality: Annotated[
         float | None,
@@ -144,8 +146,8 @@ class SparsityConfig(_Part):
     train_removed: Annotated[
         bool | None,
         Field(
-            description="Whether weights that are gone are trained behind the mask until it is final, so that they may "
-            "come back; default: with the schedule surgery and the criterion movement."
+            description="Whether pruned weights are trained behind the mask until it is final, so that they may be "
+            "reactivated; default: with the schedule surgery and the criterion movement."
         ),
     ] = None
     keep_zeros: Annotated[
@@ -205,7 +207,7 @@ class SparsityConfig(_Part):
                     "quality out; a rule without them leaves its matrices dense"
                 )
         elif self.sparsity is None and not given and not any(rule.sparsity is not None for rule in self.rules):
-            raise ValueError("sparsity, quality or a rule with one of them must say how much is to go, got none")
+            raise ValueError("sparsity, quality or a rule with one of them must say how much is to be pruned, got none")
         if not given:
             return
         if not self._by_magnitude or not isinstance(self.pattern, Unstructured):

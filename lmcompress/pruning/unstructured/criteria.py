@@ -251,7 +251,7 @@ def quality_threshold(weight: Tensor, quality: float) -> Tensor:
     """Han's threshold of a matrix: a quality parameter times the standard deviation of its weights.
 
     Args:
-        weight: any shape; weights that are exactly 0 are gone already and do not count.
+        weight: any shape; weights that are exactly 0 are pruned already and do not count.
         quality: how many standard deviations.
 
     Returns:

@@ -23,7 +23,7 @@ class GroupLassoConfig(Phase):
     rules: Annotated[tuple[GroupRule, ...], Field(min_length=1, description="What is divided into which groups.")]
     end: Annotated[
         float,
-        Field(gt=0, le=1, description="Share of training after which zero groups are final and the penalty is gone."),
+        Field(gt=0, le=1, description="Share of training after which zero groups are final and there is no penalty."),
     ] = 0.6
     warmup: Annotated[
         float, Field(ge=0, le=1, description="keep: share of the phase over which the number of groups falls to it.")
@@ -114,7 +114,7 @@ class GroupSparsity(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: a rule that names nothing, groups that do not divide a matrix, more to keep than there are,
+            LmcompressError: If a rule names nothing, groups do not divide a matrix, more are to be kept than there are,
                 or the best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
@@ -133,7 +133,7 @@ class GroupSparsity(SteppedMethod):
             model: not wrapped.
 
         Raises:
-            LmcompressError: as :meth:`prepare`.
+            LmcompressError: As :meth:`prepare`.
         """
         self.groups = groups_of(model, self.config.rules)
         self._before = [int((one.norms() > 0).sum()) for one in self.groups]
@@ -154,7 +154,7 @@ class GroupSparsity(SteppedMethod):
         """Make zero groups final; the weights are ordinary ones from then on.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self._trainer is not None and self._end < 0:
             raise LmcompressError("no group was shrunk: finish() must come after train()")
@@ -168,7 +168,7 @@ class GroupSparsity(SteppedMethod):
         """Say what was done.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self.report is None:
             self.settle()
@@ -184,7 +184,7 @@ class GroupSparsity(SteppedMethod):
             optimizer: that trains the model.
 
         Raises:
-            LmcompressError: no steps between begin and end.
+            LmcompressError: If no step lies between begin and end.
         """
         self._optimizer = optimizer
         self._begin, self._end = self.config.steps(max_steps, "a group lasso")
@@ -204,7 +204,7 @@ class GroupSparsity(SteppedMethod):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Shrink every group; or keep at 0 what is finally gone."""
+        """Shrink every group; or keep at 0 what is finally pruned."""
         if self._final:
             for one, gate in zip(self.groups, self._state.gates(), strict=True):
                 one.multiply_(gate)
@@ -277,7 +277,7 @@ class GroupSparsity(SteppedMethod):
         self._final = True
 
     def _forget(self, one: Groups, gate: Tensor) -> None:
-        """What the optimizer knows of groups that are zero."""
+        """Zero the optimizer's moments of groups that are zero."""
         if self._optimizer is None:
             return
         states = inner_optimizer(self._optimizer).state
@@ -310,5 +310,5 @@ class _State(nn.Module):
             self.register_buffer(f"gate_{number}", torch.ones(one.count, dtype=torch.bool, device=device))
 
     def gates(self) -> list[Tensor]:
-        """For each matrix ``(count,)`` bool, False where a group is finally gone."""
+        """For each matrix ``(count,)`` bool, False where a group is finally pruned."""
         return [self.get_buffer(f"gate_{number}") for number in range(self._count)]

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lmcompress.errors import LmcompressError
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
+from lmcompress.pruning.saved import saved
 from lmcompress.pruning.unstructured.compensation import compensated, in_order
 from lmcompress.pruning.unstructured.config import SparsityConfig, Surgery
 from lmcompress.pruning.unstructured.criteria import quality_threshold
@@ -98,7 +99,7 @@ class Sparsity(SteppedMethod):
         """
         self._student = model
         # a criterion without a name is refused now, not after training
-        self._dumped = self.config.model_dump(mode="json", exclude_none=True)
+        self._dumped = saved(self.config)
         self.planned, self._untouched = plan(model, self.config)
         self._state = SparsityState(self.planned, self.config)
         schedule = self.config.schedule
@@ -123,7 +124,7 @@ class Sparsity(SteppedMethod):
         return {"state": self._state}
 
     def settle(self) -> None:
-        """Make the mask final and the zeros permanent; the weights are ordinary ones from then on.
+        """Make the mask final and materialize the zeros; the weights are ordinary ones from then on.
 
         Raises:
             LmcompressError: If training has not begun.
@@ -140,7 +141,7 @@ class Sparsity(SteppedMethod):
         ]
 
     def finish(self) -> None:
-        """Make the zeros permanent, if :meth:`settle` has not, and report.
+        """Materialize the zeros, if :meth:`settle` has not, and report.
 
         Raises:
             LmcompressError: If training has not begun.

@@ -73,8 +73,8 @@ def plan(model: nn.Module, config: SparsityConfig) -> tuple[list[Planned], dict[
         What loses weights, in the order of the model, and path to reason of what does not.
 
     Raises:
-        LmcompressError: a rule that names nothing, a matrix that is packed or computed by something else, one that the
-            pattern does not divide, weights that are NaN or infinite, or nothing that would be removed.
+        LmcompressError: If a rule names nothing, a matrix is packed or computed by another module, the pattern does not
+            divide one, a weight is NaN or infinite, or nothing would be pruned.
     """
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)
@@ -144,7 +144,7 @@ def choose(planned: Sequence[Planned], config: SparsityConfig, scores: Sequence[
         For each a bool ``(out, in)``, True where the weight stays.
 
     Raises:
-        LmcompressError: scores that are NaN.
+        LmcompressError: If a score is NaN.
     """
     masks: list[Tensor] = [torch.empty(0)] * len(planned)
     by_row = scope_of(config) == "row"

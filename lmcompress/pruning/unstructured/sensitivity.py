@@ -38,7 +38,7 @@ class Scan:
             A rule for each matrix; one that no share suits stays dense.
 
         Raises:
-            LmcompressError: a negative tolerance.
+            LmcompressError: If the tolerance is negative.
         """
         if not tolerance >= 0:
             raise LmcompressError(f"the tolerance must be >= 0, got {tolerance}")
@@ -71,8 +71,7 @@ def sensitivity_scan(
         What was found.
 
     Raises:
-        LmcompressError: shares that do not increase, or what
-            :func:`~lmcompress.pruning.unstructured.prune_weights` refuses.
+        LmcompressError: If shares do not increase, or as :func:`~lmcompress.pruning.unstructured.prune_weights`.
 
     Reference:
         Han et al. 2015, https://arxiv.org/abs/1506.02626, section 5, figure 6.

@@ -16,7 +16,7 @@ from lmcompress.pruning.unstructured import (
 )
 
 REFUSED = {
-    "nothing": ({}, "must say how much is to go, got none"),
+    "nothing": ({}, "must say how much is to be pruned, got none"),
     "all": ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
     "less": ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
     "nan": ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\), got nan"),

@@ -1,4 +1,4 @@
-"""Iterative hard thresholding: what is pruned comes back and is trained again."""
+"""Iterative hard thresholding: what is pruned is reactivated and trained again."""
 
 from __future__ import annotations
 

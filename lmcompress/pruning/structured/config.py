@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lmcompress.pruning.structured.order import Order, Ranking
-from lmcompress.pruning.structured.registry import CRITERIA
+from lmcompress.pruning.structured.registry import CRITERIA, Criterion
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.pruning.structured.units import Part
+from lmcompress.registry import PartField
 from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
 
 Repair = Literal["none", "bias", "least_squares", "least_squares_in_order"]
@@ -81,10 +82,10 @@ class PruningConfig(_Part):
     ] = ("heads", "neurons")
     schedule: Schedule = OneShot()
     criterion: Annotated[
-        str | None,
+        Annotated[str | Criterion, PartField(CRITERIA)] | None,
         Field(
-            description="What scores units: fisher (the default), taylor_gates, l1, random, …; not with schedules that "
-            "learn their scores or have their own (iht)."
+            description="What scores units: fisher (the default), taylor_gates, l1, random, …, or module:attribute of "
+            "a Criterion of your own; not with schedules that learn their scores or have their own (iht)."
         ),
     ] = None
     scores: Annotated[
@@ -144,22 +145,20 @@ class PruningConfig(_Part):
         own_scores = kind in ("iht", "hard_concrete", "movement", "group_lasso")
         if own_scores and self.criterion is not None:
             raise ValueError(f"the schedule {kind} has its own scores: leave criterion out, got {self.criterion!r}")
-        if self.criterion is not None and self.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {self.criterion!r}; known are {', '.join(sorted(CRITERIA))}")
         if not own_scores:
-            wrong = set(self.parts) - set(CRITERIA[self.criterion_name].parts)
+            wrong = set(self.parts) - set(self.chosen_criterion.parts)
             if wrong:
                 fitting = sorted(name for name, known in CRITERIA.items() if set(self.parts) <= set(known.parts))
                 raise ValueError(
                     f"the criterion {self.criterion_name} says nothing of {', '.join(sorted(wrong))}; criteria for all "
                     f"of {', '.join(self.parts)} are {', '.join(fitting)}"
                 )
-            if CRITERIA[self.criterion_name].signed and self.labels == "self":
+            if self.chosen_criterion.signed and self.labels == "self":
                 raise ValueError(
                     f"the criterion {self.criterion_name} needs the labels that are given, got labels: self; use "
                     "taylor_gates or fisher"
                 )
-            if CRITERIA[self.criterion_name].signed and self.ranking == "relative":
+            if self.chosen_criterion.signed and self.ranking == "relative":
                 raise ValueError(
                     f"ranking: relative compares scores with their mean, and those of {self.criterion_name} have both "
                     "signs: use another ranking, or taylor_gates or fisher"
@@ -194,8 +193,13 @@ class PruningConfig(_Part):
 
     @property
     def criterion_name(self) -> str:
-        """The criterion, with the default filled in."""
-        return self.criterion or DEFAULT_CRITERION
+        """Name of the criterion, with the default filled in."""
+        return self.criterion if isinstance(self.criterion, str) else self.chosen_criterion.name
+
+    @property
+    def chosen_criterion(self) -> Criterion:
+        """The criterion as an object, with the default filled in."""
+        return CRITERIA.resolve(self.criterion or DEFAULT_CRITERION)
 
     @property
     def trains(self) -> bool:

@@ -44,7 +44,6 @@ from lmcompress.pruning.structured.learned import (
     without_expected_zeros,
 )
 from lmcompress.pruning.structured.order import KEEP_AT_LEAST
-from lmcompress.pruning.structured.registry import CRITERIA
 from lmcompress.pruning.structured.repair import Repaired, compensate_bias, least_squares, least_squares_in_order
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.structured.scoring import score
@@ -779,7 +778,7 @@ def plan(config: PruningConfig, max_steps: int) -> list[Event]:
 def _calibrated(
     model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], *, progress: bool = False
 ) -> Units:
-    criterion = CRITERIA[config.criterion_name]
+    criterion = config.chosen_criterion
     return score(model, criterion, config.parts, batches, labels=config.labels, seed=config.seed, progress=progress)
 
 
@@ -914,13 +913,13 @@ def _needs_batches(config: PruningConfig) -> bool:
     """Whether scores or repair look at calibration data."""
     own = isinstance(config.schedule, (HardThresholding, *_LEARNED))
     scored = not own and config.scores == "calibration"
-    weights_alone = CRITERIA[config.criterion_name].needs in ("nothing", "weights")
+    weights_alone = config.chosen_criterion.needs in ("nothing", "weights")
     return config.repair != "none" or (scored and not weights_alone)
 
 
 def _refuse_unlabelled(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> None:
     own = isinstance(config.schedule, (HardThresholding, *_LEARNED))
-    if own or config.scores == "training" or CRITERIA[config.criterion_name].needs not in ("gates", "products"):
+    if own or config.scores == "training" or config.chosen_criterion.needs not in ("gates", "products"):
         return
     if config.labels == "given" and anatomy_of(model).head is None and any("labels" not in batch for batch in batches):
         raise LmcompressError(

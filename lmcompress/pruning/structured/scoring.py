@@ -127,9 +127,7 @@ def check_scores(scores: Units, name: str) -> None:
 def _criterion(criterion: Criterion | str) -> Criterion:
     if isinstance(criterion, Criterion):
         return criterion
-    if criterion not in CRITERIA:
-        raise LmcompressError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
-    return CRITERIA[criterion]
+    return CRITERIA.resolve(criterion)
 
 
 def _check_request(criterion: Criterion, parts: Collection[Part], batches: Iterable[Batch] | None, labels: str) -> None:

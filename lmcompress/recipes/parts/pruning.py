@@ -24,7 +24,6 @@ from lmcompress.pruning.structured.goals import feasible
 from lmcompress.pruning.structured.latency import LatencyTable, measure_latency
 from lmcompress.pruning.structured.method import StructuredPruning, prune
 from lmcompress.pruning.structured.method import plan as schedule_events
-from lmcompress.pruning.structured.registry import CRITERIA
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.structured.stock import stock_verdict
 from lmcompress.pruning.structured.surgery import cut
@@ -237,7 +236,7 @@ def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any
     Returns:
         Batches on the CPU; none where nothing looks at data.
     """
-    if CRITERIA[config.criterion_name].needs in ("nothing", "weights") and config.repair == "none":
+    if not config.chosen_criterion.needs_data and config.repair == "none":
         return []
     return drawn_batches(materials, config.calibration_rows, config.calibration_batch_size, config.seed)
 
@@ -316,8 +315,8 @@ def _check_labels(config: PruningConfig, materials: Materials) -> None:
     schedule = config.schedule.kind
     if schedule not in ("one_shot", "iterative", "gradual") or materials.task.kind is TaskKind.CAUSAL_LM:
         return
-    criterion = CRITERIA[config.criterion_name]
-    if criterion.needs not in ("gates", "products") or config.labels == "self" or config.scores == "training":
+    criterion = config.chosen_criterion
+    if not criterion.by_gradients or config.labels == "self" or config.scores == "training":
         return
     column = materials.task.label_column
     if column not in materials.data.train.column_names:

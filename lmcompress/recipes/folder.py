@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lmcompress.recipes.loading import dump_recipe
 from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.planning import Plan
 from lmcompress.recipes.schema import Recipe, Stage
+from lmcompress.registry import SEPARATOR
 
 CHECKPOINTS = "checkpoints"
 
@@ -32,9 +34,7 @@ def stage_hashes(planned: Plan) -> dict[str, str]:
     for entry in planned.stages:
         stage = entry.stage
         needs = [name for name in (stage.start, *entry.teachers) if name in hashes]
-        # the control flag only adds another stage
-        own = stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
-        text = json.dumps([common, own, [hashes[name] for name in needs]], sort_keys=True)
+        text = json.dumps([common, described(stage), [hashes[name] for name in needs]], sort_keys=True)
         hashes[stage.name] = hashlib.sha256(text.encode()).hexdigest()
     return hashes
 
@@ -108,7 +108,29 @@ def finished_hash(target: Path) -> str | None:
 
 
 def described(stage: Stage) -> dict[str, Any]:
-    return stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
+    """A stage as it was written, with a digest of the code of each custom part that it names.
+
+    Args:
+        stage: of the recipe.
+
+    Returns:
+        JSON types; ``code`` is there where a value names a part as ``module:attribute``: digests of modules by name.
+    """
+    # the control flag only adds another stage
+    values = stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
+    modules = sorted({str(value).partition(SEPARATOR)[0] for value in _leaves(values) if SEPARATOR in str(value)})
+    # validation has imported what is the module of a part
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    code = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for name, file in files.items() if file}
+    return values | ({"code": code} if code else {})
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(below)
+    else:
+        yield value
 
 
 def _what_changed(folders: Sequence[Path], stage: Stage) -> str:

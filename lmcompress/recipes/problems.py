@@ -34,6 +34,8 @@ def problems(error: ValidationError, lines: Mapping[Path_, int], document: Any) 
     for path, (model, problem) in found.items():
         # ... and the branch that came furthest is the one that was meant
         is_of_parts = problem["type"].endswith("_type") or problem["type"] == "too_short"
+        # a custom part, or else a mapping that names one
+        is_of_parts = is_of_parts or str(problem["loc"][-1:]).startswith("('function-plain")
         if is_of_parts and any(p[: len(path)] == path and len(p) > len(path) for p in found):
             continue
         said.append(f"{_line(path, lines)}{dotted(path, document)}: {_says(path, model, problem)}")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match
-from lmcompress.distillation.config import WeightSchedule
+from lmcompress.distillation.config import MatchPart, WeightSchedule
 from lmcompress.distillation.layer_maps import given, last, skip, uniform
 from lmcompress.distillation.matches import match_for
 from lmcompress.errors import LmcompressError
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 class LayerLoss(SchemaPart):
     """A match that is repeated for every pair of a layer map."""
 
-    loss: Annotated[str, Field(description="Name of the match: hidden_mse, nst, attention_mse, ...")]
+    loss: Annotated[
+        MatchPart,
+        Field(
+            description="Name of the match: hidden_mse, nst, attention_mse, ...; or module:attribute of one of your "
+            "own."
+        ),
+    ]
     weight: Annotated[float, Field(ge=0, description="Weight of each of the terms.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
     projection: Annotated[
@@ -62,7 +68,7 @@ class StageDistillation(DistillationConfig):
         ),
     ] = None
     losses: Annotated[
-        tuple[str | LayerLoss, ...],
+        tuple[MatchPart | LayerLoss, ...],
         Field(description="Matches to repeat for every pair of layer_map, as names or in full."),
     ] = ()
 
@@ -70,10 +76,10 @@ class StageDistillation(DistillationConfig):
     def _something_to_do(self) -> StageDistillation:
         if bool(self.losses) != (self.layer_map is not None):
             raise ValueError("layer_map and losses go together: one says which layers, the other what is compared")
-        plain = self.model_dump(exclude={"teachers", "teacher_precision", "store", "layer_map", "losses"})
+        plain = {name: getattr(self, name) for name in DistillationConfig.model_fields}
         if self.losses:
             # any match will do: whether there is something to train on is all that is asked
-            plain["matches"] = (*plain["matches"], Match(loss="hidden_mse", student=-1, teacher=-1))
+            plain["matches"] = (*self.matches, Match(loss="hidden_mse", student=-1, teacher=-1))
         DistillationConfig.model_validate(plain)
         if self.teacher_weights is not None and len(self.teacher_weights) != len(self.teachers):
             raise ValueError(f"{len(self.teachers)} teachers have {len(self.teacher_weights)} teacher_weights")
@@ -132,13 +138,13 @@ def distillation_config(
         teachers: likewise.
 
     Raises:
-        LmcompressError: the map does not fit the models, or a match has no such name.
+        LmcompressError: If the map does not fit the models, or a match cannot compare what it is asked to.
     """
-    own = {"teachers", "teacher_precision", "store", "layer_map", "losses"}
-    values = distillation.model_dump(exclude=own, exclude_unset=True)
+    given_fields = distillation.model_fields_set & DistillationConfig.model_fields.keys()
+    values = {name: getattr(distillation, name) for name in given_fields}
     matches = list(distillation.matches)
     for entry in distillation.losses:
-        loss = LayerLoss(loss=entry) if isinstance(entry, str) else entry
+        loss = entry if isinstance(entry, LayerLoss) else LayerLoss(loss=entry)
         if loss.which >= len(teachers):
             raise LmcompressError(f"{loss.loss} names teacher {loss.which}; there are {len(teachers)}, from 0")
         found = match_for(loss.loss, loss.on)
@@ -152,7 +158,7 @@ def distillation_config(
                 Match(
                     student=(mine, mine) if both else mine,
                     teacher=(theirs, theirs) if both else theirs,
-                    **loss.model_dump(),
+                    **dict(loss),
                 )
             )
     return DistillationConfig(**values | {"matches": tuple(matches)})

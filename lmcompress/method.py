@@ -138,7 +138,7 @@ class Method:
         """Called on all methods before any is finished: what it does is decided from then on."""
 
     def finish(self) -> None:
-        """Called after training: take hooks away, make the work permanent."""
+        """Called after training: materialize what was decided and take hooks away."""
 
 
 class SteppedMethod(Method):
@@ -223,7 +223,7 @@ def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> lis
         The batches as the collator makes them, without what is a teacher's.
 
     Raises:
-        LmcompressError: there is no training set, or one that cannot be indexed.
+        LmcompressError: If there is no training set, or it cannot be indexed.
     """
     data = trainer.train_dataset
     if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
@@ -250,7 +250,7 @@ def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> lis
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Leave mode and random numbers of a training run as they are; gradients are gone afterwards.
+    """Leave mode and random numbers of a training run as they are; gradients are None afterwards.
 
     Args:
         model: that is trained.

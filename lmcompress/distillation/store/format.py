@@ -62,7 +62,7 @@ def teacher_fingerprint(model: PreTrainedModel) -> str:
         32 hexadecimal digits.
 
     Raises:
-        LmcompressError: the model is on ``meta`` and has no weights.
+        LmcompressError: If the model is on ``meta`` and has no weights.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     digest.update(json.dumps(_lasting(model.config), sort_keys=True, default=str).encode())
@@ -85,7 +85,7 @@ def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
         16 bytes for each row.
 
     Raises:
-        LmcompressError: there are no token ids.
+        LmcompressError: If there are no token ids.
     """
     return keys_of(store_inputs(batch))
 

@@ -188,21 +188,27 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.method = method
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training begins or goes on."""
         self.method.begin(state.max_steps, kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An optimizer step begins."""
         self.method.advance(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are clipped."""
         self.method.before_optimizer_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights have moved."""
         self.method.after_optimizer_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training ends."""
         self.method.end(state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The method's numbers join the log."""
         if logs is not None and "loss" in logs and state.log_history:
             values = self.method.metrics()
             logs.update(values)

@@ -194,6 +194,7 @@ def _log_distributions(
 
 
 def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Refuse logits of unlike shapes."""
     if student_logits.shape != teacher_logits.shape:
         raise LmcompressError(
             f"student and teacher logits must have one shape, got {tuple(student_logits.shape)} and "

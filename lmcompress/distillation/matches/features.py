@@ -239,6 +239,7 @@ def as_attention(
 def check_positions(
     name: str, student_batch: int, teacher_batch: int, student_length: int, teacher_length: int, mask: Tensor
 ) -> None:
+    """Refuse features of unlike batches or lengths, and a mask of another shape."""
     if student_batch != teacher_batch:
         raise LmcompressError(f"{name} needs one batch, got {student_batch} examples and the teacher's {teacher_batch}")
     if student_length != teacher_length:
@@ -253,6 +254,7 @@ def check_positions(
 
 
 def unequal_heads(name: str, student_heads: int, teacher_heads: int) -> str:
+    """The message for unequal numbers of heads, with the matches that allow them."""
     mean = f"{name}_mean or " if name in ("attention_mse", "attention_ce") else ""
     return (
         f"{name} compares head by head, got {student_heads} heads of the student and {teacher_heads} of the teacher; "

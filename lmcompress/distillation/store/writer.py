@@ -52,6 +52,7 @@ class StoreWriter:
         self.features: tuple[layout.FeatureInfo, ...] = ()
 
     def add(self, keys: Sequence[bytes], mask: Tensor, logits: Tensor, features: Features) -> None:
+        """Take the answers to one batch; rows that are there already are left out."""
         self._describe(mask, logits, features)
         tensors = self._logit_fields(logits) | {
             layout.field_name(f): self._rounded(t, layout.field_name(f)) for f, t in features.items()
@@ -78,6 +79,7 @@ class StoreWriter:
                 self._flush()
 
     def finish(self, teacher: PreTrainedModel) -> None:
+        """Write what is left, the index and ``meta.json``."""
         if not self.seen:
             raise LmcompressError("the dataset has no rows; a store needs at least one")
         if self.pending:

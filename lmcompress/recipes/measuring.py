@@ -37,6 +37,7 @@ from lmcompress.recipes.evidence import chance_level, evidence_of, module_bytes,
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.reporting import card_rows
 from lmcompress.reporting.evidence import encode
+from lmcompress.reporting.models import collect, pick
 
 STAGE_FILE = "stage.json"
 
@@ -83,7 +84,11 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
         notes: what a reader of the numbers must know.
 
     Returns:
-        What ``results.json`` holds: JSON types.
+        What ``results.json`` holds: JSON types. Beside the scores these are, so that a report can say how far they can
+        be trusted: ``chance`` (by split and metric, what one and the same answer to every row scores), ``evidence``
+        (labels of each split, packed by :func:`~lmcompress.reporting.evidence.encode`), ``latency`` (repeats, load of
+        the machine), ``picked`` (the model that the page is about), and in each row ``evidence`` (predictions, or
+        negative log-likelihoods of windows), ``modules`` (bytes on disk) and ``log`` (losses by term).
     """
     entries = sorted(entries, key=lambda entry: entry.name != reference)
     materials = entries[0].materials
@@ -98,14 +103,15 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
     for row in rows:
         row["latency"] = [entry for entry in latency if entry["model"] == row["name"]]
     causal = task.kind is TaskKind.CAUSAL_LM
-    return {
+    metric = "token_perplexity" if causal else task.metrics[0]
+    report = {
         "recipe": recipe.name,
         "description": recipe.description,
         "paper": recipe.paper,
         "task": task.name,
         "kind": task.kind.value,
-        "metric": "token_perplexity" if causal else task.metrics[0],
-        "lower_is_better": causal,
+        "metric": metric,
+        "lower_is_better": causal or metric == "mse",
         "split": recipe.evaluation.splits[0],
         "reference": reference,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -118,6 +124,7 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
         "rows": rows,
         "notes": list(notes),
     }
+    return report | {"picked": pick(report, collect(report)).name}
 
 
 def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[str, float]:

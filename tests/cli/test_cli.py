@@ -204,7 +204,7 @@ def test_prune_measures_before_and_after_and_says_how_to_load_it(prunable, tmp_p
     assert "of dense" in shown and "pruned" in shown and "heads + neurons of each block" in shown
     assert "asked for; needs lmcompress" in shown and "masked, cut, saved" in shown
     assert "AutoModelForSequenceClassification.from_pretrained" in shown
-    assert (tmp_path / "report" / "plots" / "kept_pruned.png").is_file()
+    assert (tmp_path / "report" / "plots" / "quality_and_size.svg").is_file()
     saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
     assert saved["pruning"]["removed"] >= 0.4 and len(saved["table"]) == 2
     assert saved["model"]["provenance"]["methods"] == ["vocabulary pruning", "structured pruning"]
@@ -291,5 +291,5 @@ def test_a_frontier_is_a_run_with_a_recipe_of_its_own(prunable, tmp_path, capsys
     assert cli.run_app(["frontier", model, *task, *options]) == 0
     shown = capsys.readouterr().out
     assert "sparsity-0.3" in shown and "sparsity-0.6" in shown and "of dense" in shown
-    assert (tmp_path / "f" / "plots" / "frontier.png").is_file()
+    assert (tmp_path / "f" / "plots" / "quality_and_size.svg").is_file()
     assert cli.run_app(["run", str(tmp_path / "f" / "recipe.yaml"), "--dry-run"]) == 0

@@ -36,7 +36,9 @@ class Metric:
         Args:
             report: of a run.
         """
-        return cls(str(report["metric"]), metric_title(report), bool(report["lower_is_better"]))
+        name = str(report["metric"])
+        title = metric_title(report) if name.endswith("perplexity") else name.replace("_", " ")
+        return cls(name, title, bool(report["lower_is_better"]))
 
     @property
     def scale(self) -> float:

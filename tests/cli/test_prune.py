@@ -52,7 +52,7 @@ def test_prune_measures_before_and_after_and_says_how_to_load_it(trained, tmp_pa
     assert "of dense" in shown and "pruned" in shown and "heads + neurons of each block" in shown
     assert "asked for; needs lmcompress" in shown and "masked, cut, saved" in shown
     assert "AutoModelForSequenceClassification.from_pretrained" in shown
-    assert (tmp_path / "report" / "plots" / "kept_pruned.png").is_file()
+    assert (tmp_path / "report" / "plots" / "quality_and_size.svg").is_file()
     saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
     assert saved["pruning"]["removed"] >= 0.4 and len(saved["table"]) == 2
     assert saved["model"]["provenance"]["methods"] == ["vocabulary pruning", "structured pruning"]

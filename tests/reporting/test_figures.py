@@ -59,6 +59,13 @@ def test_a_plot_names_its_points_and_takes_the_pages_colours(log):
     assert "var(--" not in alone and "#0067b1" in alone
 
 
+def test_the_middle_of_a_long_name_is_left_out_where_names_still_differ():
+    names = ["a-student-with-a-name-of-some-length", "b" * 40, "b" * 41, "short"]
+    points = [_point(name, index + 1, 80) for index, name in enumerate(names)]
+    svg = tradeoff(points, label="MB", quality="q", size=(356, 320), title="t")
+    assert ">a-student-…ome-length</text>" in svg and f">{'b' * 40}</text>" in svg and f">{'b' * 41}</text>" in svg
+
+
 def test_noise_does_not_fill_the_axis_of_quality():
     close = [Point(n, "student", (x, x, x), (y, y, y)) for n, x, y in (("a", 300, 90.0), ("b", 400, 90.1))]
     svg = tradeoff(close, label="MB", quality="q", size=(356, 320), title="t")

@@ -39,8 +39,7 @@ from lmcompress.entropy_coding import decode, describe, encode
 from lmcompress.evaluation import size_on_disk
 from lmcompress.nn.packed import Packed
 from lmcompress.numerics.packing import unpack
-from lmcompress.quantization import QuantizationConfig, Rule, WeightScheme
-from lmcompress.quantization.post_training import quantize
+from lmcompress.quantization import QuantizationConfig, Rule, WeightScheme, quantize
 
 QUICK = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, vocab_size=500)
 SCHEMES: dict[str, tuple[str, Any]] = {"ternary": ("twn", "ternary"), "4 bits": ("mse", 4), "8 bits": ("minmax", 8)}

@@ -39,12 +39,12 @@ from transformers import (
     set_seed,
 )
 
+from lmcompress.activations.capture import extract
 from lmcompress.data import collator, load_task, tokenize
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match, StoredTeacher, TeacherStore
-from lmcompress.distillation.capture import extract
 from lmcompress.evaluation import evaluate_classifier, glue_score, size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.students.depth import by_layers
+from lmcompress.students.layers import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 LAYERS = 3

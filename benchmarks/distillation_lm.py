@@ -25,7 +25,7 @@ from lmcompress.data import pack_blocks
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher
 from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.students.depth import by_layers
+from lmcompress.students.layers import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 200, 1e-3

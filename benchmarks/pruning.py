@@ -48,7 +48,7 @@ from lmcompress.pruning import (
     score,
     select,
 )
-from lmcompress.pruning.structured.ranking import Ranking
+from lmcompress.pruning.structured.order import Ranking
 from lmcompress.trainers import CompressionTrainer, PruningTrainer
 
 SPARSITIES = (0.5, 0.75, 0.9)

@@ -36,9 +36,11 @@ from lmcompress.data import pack_blocks
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher
 from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.structured.config import Gradual, PruningConfig
-from lmcompress.pruning.structured.method import StructuredPruning, prune
-from lmcompress.pruning.structured.ranking import Shape, Target
+from lmcompress.pruning.structured.config import PruningConfig
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.post_training import prune
+from lmcompress.pruning.structured.targets import Shape, Target
+from lmcompress.schedules import Gradual
 from lmcompress.trainers import CompressionTrainer
 
 BLOCK, BATCH, STEPS, LEARNING_RATE = 128, 16, 200, 1e-3

@@ -36,9 +36,12 @@ from transformers.utils import logging
 
 from lmcompress.evaluation import compare_latency
 from lmcompress.pruning import Part, Units, cut, full, masked_structure
-from lmcompress.pruning.structured.config import Gradual, GroupLasso, HardConcrete, Movement, PruningConfig
-from lmcompress.pruning.structured.costs import FlopCost, ModelSizes, measure_latency
-from lmcompress.pruning.structured.ranking import Target, select
+from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
+from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
+from lmcompress.pruning.structured.latency import measure_latency
+from lmcompress.pruning.structured.ranking import select
+from lmcompress.pruning.structured.targets import Target
+from lmcompress.schedules import Gradual
 from lmcompress.trainers import PruningTrainer
 
 SHAPES = {

@@ -45,7 +45,7 @@ from lmcompress.evaluation import size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.numerics import QUANTIZERS
 from lmcompress.quantization import ActivationScheme, QuantizationConfig, WeightScheme
-from lmcompress.quantization.post_training import Method, quantize
+from lmcompress.quantization.ptq import Method, quantize
 from lmcompress.quantization.report import QuantizationReport
 from lmcompress.trainers.quantization import QuantizationTrainer
 

@@ -48,7 +48,7 @@ from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.numerics import QUANTIZERS
 from lmcompress.quantization import FakeQuantized, QuantizationConfig, WeightScheme, plan
-from lmcompress.quantization.post_training import Method, quantize
+from lmcompress.quantization.ptq import Method, quantize
 from lmcompress.quantization.report import QuantizationReport
 from lmcompress.trainers.quantization import QuantizationTrainer
 

@@ -50,6 +50,7 @@ from transformers.utils import logging as transformers_logging
 from lmcompress import CompressedModel
 from lmcompress.evaluation import compare_latency, size_on_disk, verdict
 from lmcompress.kernels import dispatch as kernels
+from lmcompress.kernels.matmul import Matmul
 from lmcompress.quantization import ActivationScheme, FakeQuantized, QuantizationConfig, WeightScheme, plan
 
 BERTS = {
@@ -263,8 +264,8 @@ def timed_rows(about: dict[str, Any], models: dict[str, Any], **how: Any) -> lis
 
 def kernel_of(model: Any) -> str | None:
     """Which kernel multiplied, in a packed model."""
-    products = (getattr(module, "_product", None) for module in model.modules())
-    names = sorted({product.kernel for product in products if isinstance(product, kernels.Product)})
+    matmuls = (getattr(module, "_matmul", None) for module in model.modules())
+    names = sorted({matmul.kernel for matmul in matmuls if isinstance(matmul, Matmul)})
     return ", ".join(names) or None
 
 

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from lmcompress.distillation import DistillationConfig, Match
 from lmcompress.distillation.losses import kl_divergence
-from lmcompress.students.depth import by_layers
+from lmcompress.students.layers import by_layers
 from lmcompress.trainers import DistillationTrainer
 
 # GPT-2 small's width and vocabulary; fewer layers, so that it fits the hour of a small machine

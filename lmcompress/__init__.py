@@ -1,16 +1,27 @@
-"""lmcompress: compresses transformer language models with little loss of accuracy.
+"""lmcompress: compresses transformer language models by distillation, pruning and quantization, in Hugging Face terms.
 
 Importing this package tells Transformers how to load what it writes: afterwards, ``AutoModel*.from_pretrained``
-rebuilds compressed checkpoints like any others.
+rebuilds compressed checkpoints like any others. The import itself costs next to nothing: torch and Transformers are
+imported when something needs them, so that ``lmcompress --help`` is instant.
 """
 
-from lmcompress.checkpoint.config import CompressionConfig
-from lmcompress.checkpoint.loader import register
-from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError, UnknownFamilyError
-from lmcompress.families import anatomy_of
-from lmcompress.model import CompressedModel
+from __future__ import annotations
 
-register()
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError, UnknownFamilyError
+
+if TYPE_CHECKING:
+    from lmcompress.checkpoint.config import CompressionConfig
+    from lmcompress.families import anatomy_of
+    from lmcompress.model import CompressedModel
 
 __version__ = "0.1.0"
 
@@ -24,3 +35,81 @@ __all__ = [
     "__version__",
     "anatomy_of",
 ]
+
+_LAZY = {
+    "CompressedModel": "lmcompress.model",
+    "CompressionConfig": "lmcompress.checkpoint.config",
+    "anatomy_of": "lmcompress.families",
+}
+_QUANTIZERS = "transformers.quantizers.auto"
+
+
+class _OnFirstUse:
+    """What Transformers' tables of quantizers hold for "lmcompress": imports the loader when a checkpoint needs it."""
+
+    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """A :class:`~lmcompress.checkpoint.config.CompressionConfig`: the entry in the table of configs.
+
+        Args:
+            *args: of ``CompressionConfig.from_dict``.
+            **kwargs: likewise.
+        """
+        return self._loader().CompressionConfig.from_dict(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._loader().LmcompressQuantizer(*args, **kwargs)
+
+    def _loader(self) -> Any:
+        loader = importlib.import_module("lmcompress.checkpoint.loader")
+        loader.register()
+        return loader
+
+
+class _RegisterWithTransformers(MetaPathFinder):
+    """Enters the loader into Transformers' tables as soon as Transformers has made them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of the module with the tables, with the entry added after it is executed; None for all others.
+
+        Args:
+            fullname: of the module that is imported.
+            path: of its package.
+            target: not used.
+        """
+        spec = PathFinder.find_spec(fullname, path) if fullname == _QUANTIZERS else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(quantizers: ModuleType) -> None:
+    # what a self-loading checkpoint registered earlier checks less than this, and gives way
+    quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING["lmcompress"] = _OnFirstUse()
+    quantizers.AUTO_QUANTIZER_MAPPING["lmcompress"] = _OnFirstUse()
+
+
+if _QUANTIZERS in sys.modules:
+    _register(sys.modules[_QUANTIZERS])
+else:
+    sys.meta_path.insert(0, _RegisterWithTransformers())
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
+
+_SPELLING: ContextVar[Mapping[str, str] | None] = ContextVar("_SPELLING", default=None)
 
 
 class LmcompressError(ValueError):
@@ -40,3 +44,39 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Valid are: {', '.join(names)}"
+
+
+@contextmanager
+def arguments_called(spelling: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, messages name arguments as they are written where the user is; the outermost block wins.
+
+    Args:
+        spelling: name of an argument in Python to what the user wrote: ``{"text_columns": "--text-column"}``.
+    """
+    token = _SPELLING.set(_SPELLING.get() or spelling)
+    try:
+        yield
+    finally:
+        _SPELLING.reset(token)
+
+
+def argument(name: str, value: str | None = None) -> str:
+    """An argument as the reader of a message can write it: as in Python, or as :func:`arguments_called` says.
+
+    Args:
+        name: of the argument in Python.
+        value: to give it, as Python writes it, or empty for any; None: the name alone.
+
+    Example:
+        >>> argument("kind"), argument("kind", "'causal_lm'")
+        ('kind', "kind='causal_lm'")
+        >>> with arguments_called({"kind": "--kind"}):
+        ...     argument("kind", "'causal_lm'")
+        "--kind 'causal_lm'"
+    """
+    known = (_SPELLING.get() or {}).get(name)
+    if value is None:
+        return known or name
+    if known is None:
+        return f"{name}={value}"
+    return f"{known}{' ' if known.startswith('-') else ': '}{value}".rstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,22 +61,36 @@ class Step:
     retain_graph: bool = False
 
 
-class Method(Protocol):
-    """A compression method, as the trainer sees it. Methods do not know one another.
+class Method:
+    """A compression method, as the trainer sees it; by default it adds nothing to a step.
 
-    A method may also have ``settle()``, called on all before any is finished: what it does is decided from then on. One
-    that cuts the model when it is finished says so with ``changes_shapes = True``, one that says what values single
-    weights may have with ``changes_values = True``, and with ``folds = True`` one that multiplies weights by numbers
-    other than 0 and 1 in the end.
+    Methods do not know one another. They may look at what others declare below.
+
+    Attributes:
+        name: for messages, and the key of the method's state in training checkpoints.
+        changes_shapes: whether :meth:`finish` cuts the model.
+        changes_values: whether it says what values single weights may have.
     """
 
     name: str
+    changes_shapes: bool = False
+    changes_values: bool = False
+
+    @property
+    def folds(self) -> bool:
+        """Whether :meth:`finish` multiplies weights by numbers other than 0 and 1."""
+        return False
+
+    @property
+    def max_norm(self) -> float | None:
+        """Gradient norm to which the parameters of :meth:`parameter_groups` are clipped; None: as the model."""
+        return None
 
     def prepare(self, trainer: Any) -> None:
         """Called once, before the optimizer is made: check the model and the data, put hooks, move teachers.
 
         Args:
-            trainer: the :class:`~lmcompress.trainers.CompressionTrainer`.
+            trainer: the :class:`~lmcompress.trainers.CompressionTrainer`; its ``student`` is the model, not wrapped.
         """
 
     def before_forward(self, step: Step) -> None:
@@ -95,26 +109,23 @@ class Method(Protocol):
         Returns:
             The terms, their names unlike those of other methods.
         """
+        return {}
 
     def label_weight(self, progress: float) -> float:
-        """What the loss on the labels is multiplied by; 1 for a method that has no opinion.
+        """What the loss on the labels is multiplied by, at least 0.
 
         Args:
             progress: share of the training done, in [0, 1].
-
-        Returns:
-            A factor, at least 0.
         """
+        return 1.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters that are not the model's, as optimizer groups (``params``, optionally ``lr``)."""
+        return []
 
     def modules(self) -> dict[str, nn.Module]:
         """Modules whose state belongs into training checkpoints, by name; never part of a final checkpoint."""
-
-    @property
-    def max_norm(self) -> float | None:
-        """Gradient norm to which the parameters of :meth:`parameter_groups` are clipped; None: as the model."""
+        return {}
 
     def set_active(self, active: bool) -> None:
         """Called with False around evaluation, so that hooks keep nothing.
@@ -123,65 +134,15 @@ class Method(Protocol):
             active: whether the next forward passes train.
         """
 
+    def settle(self) -> None:
+        """Called on all methods before any is finished: what it does is decided from then on."""
+
     def finish(self) -> None:
         """Called after training: take hooks away, make the work permanent."""
 
 
-class SteppedMethod:
-    """What methods have in common that act before and after optimizer steps: of all the rest, nothing.
-
-    A subclass has a name, prepares, and finishes; it overrides what it does. The trainer's events reach it by
-    :class:`StepCallback`.
-
-    Attributes:
-        max_norm: gradients of its own parameters are clipped as the model's.
-    """
-
-    max_norm: float | None = None
-
-    def before_forward(self, step: Step) -> None:
-        """Nothing.
-
-        Args:
-            step: without ``outputs`` yet.
-        """
-
-    def loss_terms(self, step: Step) -> dict[str, Term]:
-        """No terms.
-
-        Args:
-            step: with the student's ``outputs``.
-
-        Returns:
-            Nothing is added to the loss.
-        """
-        return {}
-
-    def label_weight(self, progress: float) -> float:
-        """The loss on the labels stays as it is.
-
-        Args:
-            progress: share of the training done, in [0, 1].
-
-        Returns:
-            1.
-        """
-        return 1.0
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """None: what is trained are the model's own weights."""
-        return []
-
-    def modules(self) -> dict[str, nn.Module]:
-        """None: there is no state."""
-        return {}
-
-    def set_active(self, active: bool) -> None:
-        """Nothing: the model is evaluated as it is trained.
-
-        Args:
-            active: whether the next forward passes train.
-        """
+class SteppedMethod(Method):
+    """A method that also acts before and after optimizer steps, of which :class:`StepCallback` tells it."""
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
         """When training begins or goes on, with a checkpoint's state in place.

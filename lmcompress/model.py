@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,35 +25,25 @@ from lmcompress.checkpoint.config import (
 )
 from lmcompress.checkpoint.encoding import encoding_of, weight_count
 from lmcompress.checkpoint.layers import layers_of
+from lmcompress.checkpoint.saving import (
+    Batch,
+    Equivalence,
+    check_round_trip,
+    outputs_of,
+    push_folder,
+    random_batches,
+    replaced_folder,
+)
 from lmcompress.checkpoint.self_loader import write_self_loader
 from lmcompress.checkpoint.streams import store_as_streams
 from lmcompress.checkpoint.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
 from lmcompress.entropy_coding import CODERS, Coder
-from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
+from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.families import Anatomy, anatomy_of
-from lmcompress.nn.quantized_attention import ATTENTION
 
 SaveFormat = Literal["native", "vanilla", "self_loading"]
-Batch = Mapping[str, Tensor]
 
 REPORT_FILE = "lmcompress.json"
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """What the equivalence gate measured.
-
-    Attributes:
-        max_error: greatest absolute difference of any output between before and after.
-        relative_error: that over the greatest absolute output before.
-        batches: how many batches were compared.
-        inputs: ``"given"`` where the caller gave batches, ``"random"`` where token ids were drawn.
-    """
-
-    max_error: float
-    relative_error: float
-    batches: int
-    inputs: str
 
 
 class CompressedModel:
@@ -70,7 +57,7 @@ class CompressedModel:
         provenance: where the model comes from; default: what it says itself.
 
     Raises:
-        UnknownFamilyError: the family is not known.
+        UnknownFamilyError: If the family is not known.
     """
 
     def __init__(self, model: PreTrainedModel, provenance: Provenance | None = None) -> None:
@@ -107,16 +94,10 @@ class CompressedModel:
             **kwargs: for ``from_pretrained``.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or its config contradicts itself.
+            CheckpointError: If the checkpoint is damaged, or its config contradicts itself.
         """
-        config = AutoConfig.from_pretrained(
-            path,
-            **{
-                k: v
-                for k, v in kwargs.items()
-                if k in ("revision", "token", "cache_dir", "subfolder", "local_files_only")
-            },
-        )
+        where = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+        config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in where})
         stock_structure(config)  # absurd sizes are refused before a skeleton is built
         recorded_compression(config)
         loader = auto_class if auto_class is not None else _class_of(config)
@@ -195,21 +176,21 @@ class CompressedModel:
         report: Mapping[str, Any] | None = None,
         write_more: Callable[[Path], None] | None = None,
     ) -> Equivalence:
-        """Write a checkpoint, once it is shown to answer as the model in memory does.
+        """Write a checkpoint, once a round-trip check has shown that it answers as the model in memory does.
 
         Everything is written beside ``folder``, reloaded, compared on ``batches``, and renamed to ``folder`` only
         then: whatever fails, what was at ``folder`` before is still there, whole.
 
         Args:
             folder: where the checkpoint goes.
-            format: ``native`` needs ``import lmcompress`` to load; ``vanilla`` is a stock checkpoint for shapes that
-                a stock config
-                can express; ``self_loading`` carries a loader for those who pass ``trust_remote_code=True``.
+            format: ``native`` needs ``import lmcompress`` to load; ``vanilla`` is a stock checkpoint, for architectures
+                expressible in a stock config; ``self_loading`` carries a loader for those who pass
+                ``trust_remote_code=True``.
             tokenizer: saved beside the model.
             batches: inputs to compare on, real ones at best; default: two batches of random token ids.
             reference: outputs of the model as it was trained, before anything was cut, for the same ``batches``
                 (see :func:`outputs_of`); default: those of the model now.
-            tolerance: greatest difference allowed, relative to the greatest output.
+            tolerance: max abs difference of outputs that is allowed, relative to the max abs output.
             storage: a coder of :data:`lmcompress.entropy_coding.CODERS` makes tensors entropy-coded streams, which
                 changes no bit of any weight: pruned, shared and packed ones become smaller files; ``plain`` makes none;
                 the default does what was done to the checkpoint that the model came from.
@@ -220,35 +201,11 @@ class CompressedModel:
             What was measured.
 
         Raises:
-            EquivalenceError: the reloaded model answers differently; nothing was written.
-            LmcompressError: ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights or
+            EquivalenceError: If the reloaded model answers differently; nothing was written.
+            LmcompressError: If ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights or
                 compact layers, either with streams, or the disk is full; nothing was written.
         """
-        if storage not in (*CODERS, "plain", "as loaded"):
-            raise LmcompressError(f"storage must be {', '.join(CODERS)}, plain or 'as loaded', got {storage!r}")
-        if format != "native" and storage in CODERS:
-            raise LmcompressError(
-                f"streams (storage={storage!r}) need `import lmcompress` to be loaded, format must be native, got "
-                f"{format!r}; take storage='plain'"
-            )
-        coder = self.storage if storage == "as loaded" else None if storage == "plain" else storage
-        coder = coder if format == "native" else None
-        if format not in ("native", "vanilla", "self_loading"):
-            raise LmcompressError(f"format must be native, vanilla or self_loading, got {format!r}")
-        if format == "vanilla" and (obstacle := self.why_not_vanilla()):
-            raise LmcompressError(
-                f"this model has no vanilla form: {obstacle}. Save it as native or self_loading instead"
-            )
-        if format == "self_loading" and encoding_of(self.model) is not None:
-            raise LmcompressError(
-                "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
-                "has no kernels for packed weights. Save it as native, which `import lmcompress` loads"
-            )
-        if format == "self_loading" and layers_of(self.model):
-            raise LmcompressError(
-                "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
-                "knows no compact layers. Save it as native, which `import lmcompress` loads"
-            )
+        coder = self._coder_for(format, storage)
         inputs = "random" if batches is None else "given"
         batches = random_batches(self.model) if batches is None else list(batches)
         before = list(reference) if reference is not None else outputs_of(self.model, batches)
@@ -261,7 +218,9 @@ class CompressedModel:
                 write_self_loader(self.model, temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-            measured = self._gate(temporary, format, batches, before, tolerance, inputs)
+            measured = check_round_trip(
+                self.model, temporary, batches, before, tolerance=tolerance, inputs=inputs, format=format
+            )
             everything = dict(report or {}) | {"model": self.report(), "equivalence": vars(measured), "format": format}
             (temporary / REPORT_FILE).write_text(json.dumps(everything, indent=2, default=str), encoding="utf-8")
             (temporary / "README.md").write_text(model_card(everything), encoding="utf-8")
@@ -285,6 +244,31 @@ class CompressedModel:
             folder = Path(scratch) / "model"
             self.save_pretrained(folder, **save)
             return push_folder(folder, repo_id, private=private, token=token)
+
+    def _coder_for(self, format: SaveFormat, storage: Coder | Literal["plain", "as loaded"]) -> Coder | None:
+        """The coder of the streams to write, once format and storage are known to suit the model."""
+        if storage not in (*CODERS, "plain", "as loaded"):
+            raise LmcompressError(f"storage must be {', '.join(CODERS)}, plain or 'as loaded', got {storage!r}")
+        if format not in get_args(SaveFormat):
+            raise LmcompressError(f"format must be native, vanilla or self_loading, got {format!r}")
+        if format == "native":
+            return self.storage if storage == "as loaded" else None if storage == "plain" else storage
+        if storage in CODERS:
+            raise LmcompressError(
+                f"streams (storage={storage!r}) need `import lmcompress` to be loaded, format must be native, got "
+                f"{format!r}; take storage='plain'"
+            )
+        if format == "vanilla" and (obstacle := self.why_not_vanilla()):
+            raise LmcompressError(
+                f"this model has no vanilla form: {obstacle}. Save it as native or self_loading instead"
+            )
+        lacks = "has no kernels for packed weights" if encoding_of(self.model) else "knows no compact layers"
+        if format == "self_loading" and (encoding_of(self.model) or layers_of(self.model)):
+            raise LmcompressError(
+                "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
+                f"{lacks}. Save it as native, which `import lmcompress` loads"
+            )
+        return None
 
     @contextmanager
     def _config_for(self, format: SaveFormat, coder: Coder | None) -> Iterator[None]:
@@ -311,39 +295,6 @@ class CompressedModel:
                 elif hasattr(config, name):
                     delattr(config, name)
 
-    def _gate(
-        self,
-        folder: Path,
-        format: SaveFormat,
-        batches: Sequence[Batch],
-        before: Sequence[Tensor],
-        tolerance: float,
-        inputs: str,
-    ) -> Equivalence:
-        attention = self.model.config._attn_implementation
-        # that one the loader chooses by itself
-        attention = None if attention == ATTENTION else attention
-        reloaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype, attn_implementation=attention)
-        reloaded.to(self.model.device)
-        after = outputs_of(reloaded, batches)
-        if [a.shape for a in after] != [b.shape for b in before]:
-            raise EquivalenceError(
-                f"the model reloaded from disk ({format}) answers in shapes {[tuple(a.shape) for a in after]}, the "
-                f"one in memory in {[tuple(b.shape) for b in before]}; nothing was written"
-            )
-        # max of a tensor, not Python's, which would lose a NaN behind a number
-        error = float(torch.stack([(a - b).abs().max() for a, b in zip(after, before, strict=True)]).max())
-        scale = float(torch.stack([b.abs().max() for b in before]).max())
-        relative = error / scale if scale > 0 else error
-        # written this way round so that NaN fails
-        if not relative <= tolerance:
-            raise EquivalenceError(
-                f"the model reloaded from disk ({format}) differs from the one in memory by {error:.3g} "
-                f"({relative:.3g} relative, allowed {tolerance:.3g}) on {len(batches)} batches; nothing was written. "
-                "If the model answers NaN, training diverged; otherwise please report this with the recipe."
-            )
-        return Equivalence(max_error=error, relative_error=relative, batches=len(batches), inputs=inputs)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -360,149 +311,6 @@ class CompressedModel:
         return f"CompressedModel({type(self.model).__name__}, blocks=[{blocks}]{hidden})"
 
 
-def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
-    """The first output (logits, or the last hidden state) of a model for each batch, in float32 on the CPU.
-
-    Args:
-        model: put to evaluation mode for the time and back.
-        batches: model inputs; entries the model does not take (labels, teacher inputs) are left out.
-
-    Returns:
-        One tensor per batch; padded positions are zero.
-    """
-    wanted = ("input_ids", "attention_mask", "token_type_ids")
-    training = model.training
-    # after mixed-precision training, accelerate leaves its autocast around forward; what is saved has none
-    forward = getattr(model, "_original_forward", model)
-    model.eval()
-    outputs = []
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                inputs = {name: batch[name].to(model.device) for name in wanted if name in batch}
-                if not _takes_token_types(model):
-                    inputs.pop("token_type_ids", None)
-                answer = forward(**inputs)
-                first = answer["logits"] if "logits" in answer else answer[0]
-                mask = batch.get("attention_mask")
-                if mask is not None and first.dim() == 3 and first.shape[:2] == mask.shape:
-                    first = first * mask.to(first).unsqueeze(-1)
-                outputs.append(first.float().cpu())
-    finally:
-        model.train(training)
-    return outputs
-
-
-def random_batches(
-    model: PreTrainedModel, *, count: int = 2, rows: int = 4, length: int = 32, seed: int = 0
-) -> list[Batch]:
-    """Batches of random token ids, the last of them with padding on the right.
-
-    Args:
-        model: its vocabulary and number of positions bound the ids and the length.
-        count: how many batches.
-        rows: rows of each; one where the model cannot take more, for want of a padding token.
-        length: tokens of each row, at most half of the model's positions.
-        seed: of the generator.
-
-    Returns:
-        Dictionaries with ``input_ids`` and ``attention_mask``, ``(rows, length)`` int64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    anatomy = anatomy_of(model)
-    headless = model.get_output_embeddings() is None
-    if anatomy.family.causal and headless and model.config.pad_token_id is None:
-        rows = 1  # GPT-2 with a task head finds the last token by the padding and takes single rows only without it
-    length = max(2, min(length, int(getattr(model.config, "max_position_embeddings", length)) // 2))
-    batches: list[Batch] = []
-    for index in range(count):
-        mask = torch.ones(rows, length, dtype=torch.long)
-        if index == count - 1:
-            mask[1:, length // 2 :] = 0
-        # id 1 is RoBERTa's padding, from which it counts positions
-        ids = torch.randint(2, int(model.config.vocab_size), (rows, length), generator=generator)
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
-
-
-@contextmanager
-def replaced_folder(folder: Path, *, marker: str = "config.json") -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes when it does not.
-
-    Args:
-        folder: may exist; it is replaced as a whole, and untouched until then.
-        marker: a file that an existing folder must hold, so that no folder of another kind is ever replaced.
-
-    Yields:
-        The temporary folder, on the same file system.
-
-    Raises:
-        LmcompressError: ``folder`` is a file, or holds files but no ``marker``, or its place cannot be
-            written (a full disk, no permission).
-    """
-    folder = folder.resolve()
-    if folder.is_file():
-        raise LmcompressError(f"{folder} is a file; a checkpoint is a folder, name another path")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise LmcompressError(
-            f"{folder} holds files but no {marker}, and would be replaced as a whole; name a new folder or an empty one"
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    except OSError as error:
-        raise LmcompressError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if folder.exists():
-            old = temporary.with_suffix(".old")
-            os.replace(folder, old)
-            try:
-                os.replace(temporary, folder)
-            except BaseException:
-                os.replace(old, folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_error(error):
-            raise LmcompressError(
-                f"could not write {folder}: {error}. Nothing was changed there; free some space or name another path"
-            ) from error
-        raise
-
-
-def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a saved checkpoint, model card and report included.
-
-    Args:
-        folder: as :meth:`CompressedModel.save_pretrained` wrote it.
-        repo_id: ``"user/name"``; made if it is not there.
-        private: whether a repository made now is private.
-        token: of the Hub; default: the one logged in with.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        LmcompressError: ``folder`` holds no checkpoint.
-    """
-    if not (folder / "config.json").is_file():
-        raise LmcompressError(
-            f"{folder} holds no checkpoint (no config.json); push the folder that a run wrote its model to"
-        )
-    # imported here: tests and offline use replace it, and a login is only needed now
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload with lmcompress")
-    return str(commit)
-
-
 def library_version() -> str:
     """The version of lmcompress that is installed."""
     return version("lmcompress")
@@ -514,25 +322,7 @@ def _public_name(model: PreTrainedModel) -> str:
     return (Path(name).name if Path(name).exists() else name)[:1024]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _is_disk_error(error: BaseException) -> bool:
-    # safetensors reports a full disk as its own error type, with the words of the system's
-    # transformers raises OSErrors of its own, without a number, for what is no trouble of the disk
-    return (isinstance(error, OSError) and error.errno is not None) or "No space left" in str(error)
-
-
-def _takes_token_types(model: PreTrainedModel) -> bool:
-    return anatomy_of(model).family.token_type_embeddings != ""
-
-
 def _class_of(config: Any) -> Any:
-    import transformers
-
     name = (config.architectures or [""])[0]
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, PreTrainedModel):

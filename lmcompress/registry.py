@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from pydantic_core import CoreSchema, core_schema
+
 from lmcompress.errors import LmcompressError, nearest
 
 P = TypeVar("P")
@@ -102,6 +104,35 @@ class Registry(Mapping[str, P], Generic[P]):
         raise LmcompressError(f"{self.kind} {name}: must be {self._wanted}, got {type(part).__name__}")
 
 
+class PartField:
+    """Makes a field of a pydantic model take a part of a registry: ``Annotated[str | Match, PartField(MATCHES)]``.
+
+    The value stays as it was given, a name or an object, but for being looked up; saved, it is its name.
+
+    Args:
+        registry: of the parts.
+        *words: further values that are no parts, such as ``"auto"``.
+    """
+
+    def __init__(self, registry: Registry[Any], *words: str) -> None:
+        self.registry = registry
+        self.words = words
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._checked, serialization=core_schema.plain_serializer_function_ser_schema(self.registry.name_of)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        own = {"type": "string", "pattern": f"^.+{SEPARATOR}.+$"}
+        return {"anyOf": [{"enum": [*self.words, *self.registry]}, own]}
+
+    def _checked(self, part: Any) -> Any:
+        if part not in self.words:
+            self.registry.resolve(part)
+        return part
+
+
 def imported(name: str, kind: str) -> Any:
     """What ``module:attribute`` names. The module is looked for where Python looks, then in the current folder.
 
@@ -136,4 +167,4 @@ def _public(module: Any) -> list[str]:
     return [name for name in vars(module) if not name.startswith("_")]
 
 
-__all__ = ["SEPARATOR", "Registry", "imported"]
+__all__ = ["SEPARATOR", "PartField", "Registry", "imported"]

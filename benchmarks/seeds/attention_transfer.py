@@ -32,7 +32,7 @@ from distillation import BUDGET, LAYERS, MATCHED, arguments
 from transformers import set_seed
 
 from lmcompress.distillation import Distillation, DistillationConfig, Match, StoredTeacher
-from lmcompress.students.depth import by_layers
+from lmcompress.students.layers import by_layers
 from lmcompress.trainers import CompressionTrainer
 
 TASKS = ("mrpc", "rte")

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 
 def model_card(report: Mapping[str, Any]) -> str:
     """A model card in Markdown, with the metadata block that the Hub reads.
@@ -21,6 +18,10 @@ def model_card(report: Mapping[str, Any]) -> str:
     Returns:
         The card's text.
     """
+    # imported here: a model is loaded and served without them
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("lmcompress.checkpoint", "templates"),
         undefined=StrictUndefined,

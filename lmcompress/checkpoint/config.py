@@ -1,395 +1,68 @@
-"""CompressionConfig: what has been done to a model, as validated data."""
+"""CompressionConfig: what has been done to a model, as ``config.json`` has it under ``quantization_config``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lmcompress.checkpoint.schema import (
+    MAX_BLOCKS,
+    MAX_HEADS,
+    MAX_WIDTH,
+    ActivationEncoding,
+    AttentionEncoding,
+    BlockShape,
+    CompactLayer,
+    Encoding,
+    FactorizedEmbeddings,
+    GridEncoding,
+    GroupedLayers,
+    Layers,
+    LowRankLayers,
+    Provenance,
+    SeparableLayers,
+    SharedBlocks,
+    Storage,
+    Strict,
+    Structure,
+    WeightEncoding,
+)
 from lmcompress.errors import CheckpointError
-from lmcompress.numerics.grids import PER_TENSOR, Granularity, Grid, PerGroup, PerRow
-from lmcompress.numerics.packing import container_for
 
-# 1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own. 3: packed weights.
-# 4: compact layers, streams in place of tensors
 FORMAT_VERSION = 4
+"""1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own. 3: packed weights. 4:
+compact layers, streams in place of tensors."""
+
 QUANT_METHOD = "lmcompress"
-MAX_BLOCKS, MAX_HEADS, MAX_WIDTH = 1024, 1024, 1 << 20
-MAX_MODULES = 1 << 16
+"""The name of the format in Transformers' tables."""
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class BlockShape(_Strict):
-    """The shape of one Transformer block.
-
-    Attributes:
-        heads: attention heads kept; with 0, the attention's answer is the bias of its output projection.
-        ffn: neurons of the feed-forward network kept; with 0, its answer is the bias of its second matrix.
-        source: number of the block in the model this one was cut from, counted from 0; only for people to read.
-    """
-
-    heads: Annotated[int, Field(ge=0, le=MAX_HEADS)]
-    ffn: Annotated[int, Field(ge=0, le=MAX_WIDTH)]
-    source: Annotated[int, Field(ge=0, lt=MAX_BLOCKS)] | None = None
-
-
-class Structure(_Strict):
-    """The shapes of all blocks, in order.
-
-    Blocks are numbered, not named by path: the same map holds for a model with a head and without one.
-
-    Attributes:
-        head_size: width of one attention head, the same everywhere.
-        blocks: one shape per block; as many as the config says the model has layers.
-        hidden: width of the residual stream, where it is not the one that the stock config says.
-    """
-
-    head_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    blocks: Annotated[tuple[BlockShape, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
-    hidden: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
-
-    @field_validator("blocks", mode="before")
-    @classmethod
-    def _list_from_json(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-
-class ActivationEncoding(_Strict):
-    """What happens to an activation before it enters a product.
-
-    Attributes:
-        bits: 8 or 4.
-        symmetric: whether levels lie around 0; else the codes are 0 to 2^bits - 1 with a whole zero point.
-        granularity: of dynamic ranges: one for the ``tensor``, or one for each ``token``, the last axis.
-        range: ``dynamic``, taken anew from every input; ``static``: scale and zero point are tensors of the checkpoint,
-            as ranges that were calibrated or learned end.
-        clip: of dynamic ranges: what is beyond ±clip is cut beforehand (TernaryBERT's 2.5); ``None`` cuts nothing.
-        full: of symmetric static ranges: the codes are -2^(bits-1) to 2^(bits-1) - 1, as learned ones are; else the
-            lowest of these is left out.
-    """
-
-    bits: Literal[8, 4]
-    symmetric: bool = True
-    granularity: Literal["tensor", "token"] = "tensor"
-    range: Literal["dynamic", "static"] = "dynamic"
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    full: bool = False
-
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return _no_lookalike(value)
-
-    @model_validator(mode="after")
-    def _belongs_together(self) -> ActivationEncoding:
-        if self.range == "static" and (self.granularity != "tensor" or self.clip is not None):
-            raise ValueError("a static range must have granularity 'tensor' and no clip; its scale is a tensor")
-        if self.full and not (self.range == "static" and self.symmetric):
-            raise ValueError("full is for symmetric static ranges only, the others have their codes by themselves")
-        return self
-
-
-class GridEncoding(_Strict):
-    """The integers that a code may be: ``levels`` of them from ``low``, ``stride`` apart; they fit one byte.
-
-    Attributes:
-        low: the least code.
-        levels: how many there are.
-        stride: from one to the next.
-    """
-
-    low: Annotated[int, Field(ge=-128, le=255)]
-    levels: Annotated[int, Field(ge=2, le=256)]
-    stride: Annotated[int, Field(ge=1, le=255)] = 1
-
-    @model_validator(mode="after")
-    def _fits_a_byte(self) -> GridEncoding:
-        self.grid()
-        return self
-
-    def grid(self) -> Grid:
-        """The same as lmcompress.numerics has it."""
-        return Grid(self.low, self.levels, self.stride)
-
-
-class WeightEncoding(_Strict):
-    """How the weights of some modules lie in the checkpoint; weights are seen as ``(out, in)``, embeddings by word.
-
-    Attributes:
-        grid: what codes may be.
-        container: how codes lie in bytes, see :mod:`lmcompress.numerics.packing`.
-        granularity: which weights share a scale: the ``tensor``, each ``row``, or each so many neighbours of a row.
-        zero_points: whether there are zero points beside the scales.
-        inputs: what happens to the module's input; of the word embeddings, to that of a head which is tied to them.
-        modules: paths of the modules relative to the base model; those of a task head by their own names.
-    """
-
-    grid: GridEncoding
-    container: Literal[1, 2, 3, 4, 8, "base3"]
-    granularity: Literal["tensor", "row"] | Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    zero_points: bool = False
-    inputs: ActivationEncoding | None = None
-    modules: Annotated[
-        tuple[Annotated[str, Field(max_length=256, pattern=r"^\w+(\.\w+)*$")], ...],
-        Field(min_length=1, max_length=MAX_MODULES),
-    ]
-
-    @field_validator("container", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return _no_lookalike(value)
-
-    @field_validator("modules", mode="before")
-    @classmethod
-    def _list_from_json(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _belongs_together(self) -> WeightEncoding:
-        smallest = container_for(self.grid.grid())
-        levels = 3 if self.container == "base3" else 2**self.container
-        if self.grid.levels > levels:
-            raise ValueError(
-                f"container {self.container!r} holds {levels} levels, the grid has {self.grid.levels}: at least "
-                f"{smallest!r} is needed"
-            )
-        if self.zero_points and self.grid.low < 0:
-            raise ValueError("zero points belong to a grid whose codes are 0 or more")
-        return self
-
-    def grouping(self) -> Granularity:
-        """The granularity as lmcompress.numerics has it."""
-        if isinstance(self.granularity, int):
-            return PerGroup(self.granularity)
-        return PER_TENSOR if self.granularity == "tensor" else PerRow()
-
-
-class AttentionEncoding(_Strict):
-    """What happens in the attention of every block to what enters its two products; ``None`` leaves it as it is.
-
-    Attributes:
-        queries, keys: of the product before the softmax.
-        values, probabilities: of the product after it.
-    """
-
-    queries: ActivationEncoding | None = None
-    keys: ActivationEncoding | None = None
-    values: ActivationEncoding | None = None
-    probabilities: ActivationEncoding | None = None
-
-
-class Encoding(_Strict):
-    """How the tensors of a checkpoint stand for weights, and what happens to activations.
-
-    Attributes:
-        weights: one entry for each way that there is; no module is in two of them.
-        attention: what happens within attention, the same in all blocks.
-    """
-
-    weights: Annotated[tuple[WeightEncoding, ...], Field(max_length=MAX_MODULES)] = ()
-    attention: AttentionEncoding | None = None
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _list_from_json(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _each_module_once(self) -> Encoding:
-        seen: set[str] = set()
-        for path in (path for entry in self.weights for path in entry.modules):
-            if path in seen:
-                raise ValueError(f"module {path} is encoded twice; a module has one encoding")
-            seen.add(path)
-        return self
-
-    def by_module(self) -> dict[str, WeightEncoding]:
-        """The entry of each module, by its path."""
-        return {path: entry for entry in self.weights for path in entry.modules}
-
-
-ModulePaths = Annotated[
-    tuple[Annotated[str, Field(max_length=256, pattern=r"^\w+(\.\w+)*$")], ...],
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-    Field(min_length=1, max_length=MAX_MODULES),
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_BLOCKS",
+    "MAX_HEADS",
+    "MAX_WIDTH",
+    "QUANT_METHOD",
+    "ActivationEncoding",
+    "AttentionEncoding",
+    "BlockShape",
+    "CompactLayer",
+    "CompressionConfig",
+    "Encoding",
+    "FactorizedEmbeddings",
+    "GridEncoding",
+    "GroupedLayers",
+    "LowRankLayers",
+    "Provenance",
+    "SeparableLayers",
+    "SharedBlocks",
+    "Storage",
+    "Structure",
+    "WeightEncoding",
+    "recorded_compression",
 ]
-"""Paths relative to the base model."""
-
-BlockNumbers = Annotated[
-    tuple[Annotated[int, Field(ge=0, lt=MAX_BLOCKS)], ...],
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-    Field(min_length=1, max_length=MAX_BLOCKS),
-]
-"""Numbers of blocks, counted from 0."""
-
-
-class LowRankLayers(_Strict):
-    """Matrices that are products of two: :class:`~lmcompress.nn.LowRankLinear`.
-
-    Attributes:
-        kind: what they are.
-        rank: width between the two.
-        modules: where they are.
-    """
-
-    kind: Literal["low_rank"]
-    rank: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    modules: ModulePaths
-
-
-class FactorizedEmbeddings(_Strict):
-    """Tables of words that are a narrow table and a matrix: :class:`~lmcompress.nn.FactorizedEmbedding`.
-
-    Attributes:
-        kind: what they are.
-        rank: width of the table.
-        modules: where they are.
-    """
-
-    kind: Literal["factorized_embedding"]
-    rank: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    modules: ModulePaths
-
-
-class GroupedLayers(_Strict):
-    """Matrices of diagonal blocks: :class:`~lmcompress.nn.GroupedLinear`.
-
-    Attributes:
-        kind: what they are.
-        groups: how many blocks.
-        input_order: whether the checkpoint has an order in which the input is read.
-        output_order: whether it has one in which the output is given.
-        modules: where they are.
-    """
-
-    kind: Literal["grouped"]
-    groups: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    input_order: bool = False
-    output_order: bool = False
-    modules: ModulePaths
-
-
-class SeparableLayers(_Strict):
-    """Blocks that mix neighbours and do not attend: :class:`~lmcompress.nn.SeparableMixing`.
-
-    Attributes:
-        kind: what they are.
-        kernel: how many positions each looks at.
-        blocks: their numbers.
-    """
-
-    kind: Literal["separable"]
-    kernel: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    blocks: BlockNumbers
-
-
-class SharedBlocks(_Strict):
-    """Blocks that have the parameters of an earlier one.
-
-    Attributes:
-        kind: what they are.
-        sources: for each block of the model the one whose parameters it has; its own number where they are its own.
-    """
-
-    kind: Literal["shared"]
-    sources: BlockNumbers
-
-    @model_validator(mode="after")
-    def _sources_own_theirs(self) -> SharedBlocks:
-        for block, source in enumerate(self.sources):
-            if source > block or self.sources[source] != source:
-                raise ValueError(f"block {block} must have its own parameters or an earlier owner's, got {source}")
-        return self
-
-
-CompactLayer = Annotated[
-    LowRankLayers | FactorizedEmbeddings | GroupedLayers | SeparableLayers | SharedBlocks, Field(discriminator="kind")
-]
-"""One kind of compact layer, and where it is."""
-
-
-class Layers(_Strict):
-    """What takes the place of matrices, attention and blocks of a stock model.
-
-    Attributes:
-        entries: one for each kind and size that there is; no module is in two of them.
-    """
-
-    entries: Annotated[tuple[CompactLayer, ...], Field(max_length=MAX_MODULES)]
-
-    @field_validator("entries", mode="before")
-    @classmethod
-    def _list_from_json(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Layers:
-        seen: set[str | int] = set()
-        shared = 0
-        for entry in self.entries:
-            shared += isinstance(entry, SharedBlocks)
-            places: tuple[str | int, ...] = ()
-            if isinstance(entry, SeparableLayers):
-                places = entry.blocks
-            elif not isinstance(entry, SharedBlocks):
-                places = entry.modules
-            for place in places:
-                if place in seen:
-                    raise ValueError(f"{place} is replaced twice; a module or block is replaced once")
-                seen.add(place)
-        if shared > 1:
-            raise ValueError("blocks are shared in one way or not at all, got several entries")
-        return self
-
-
-class Storage(_Strict):
-    """Which tensors of a checkpoint are entropy-coded streams; the rest is as it would be without.
-
-    Attributes:
-        coder: that made them, see :data:`lmcompress.entropy_coding.CODERS`; a stream says itself how it is read.
-        streams: bytes of each stream, by the name of its tensor in the file. A model in memory has none, and keeps the
-            coder for the next time it is saved.
-    """
-
-    coder: Literal["auto", "zstd", "huffman"] = "auto"
-    streams: Annotated[
-        dict[Annotated[str, Field(max_length=256)], Annotated[int, Field(ge=1, le=1 << 40)]],
-        Field(max_length=MAX_MODULES),
-    ] = {}
-
-
-class Provenance(_Strict):
-    """Where a model comes from. Nothing here changes how it is loaded.
-
-    Attributes:
-        library_version: lmcompress that wrote the checkpoint.
-        base_model: name or path of the model that was compressed.
-        recipe: name of the recipe, if there was one.
-        methods: what was applied, in order.
-    """
-
-    library_version: Annotated[str, Field(max_length=64)] = ""
-    base_model: Annotated[str, Field(max_length=1024)] = ""
-    recipe: Annotated[str, Field(max_length=1024)] = ""
-    methods: Annotated[tuple[str, ...], Field(max_length=64)] = ()
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _list_from_json(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -405,8 +78,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: refused, with the names that are known.
 
     Raises:
-        CheckpointError: a value of a wrong type or out of range, an unknown key, a version of the future, or shapes
-            or encodings that the version did not have.
+        CheckpointError: If a value has a wrong type or is out of range, a key is unknown, the version is of the
+            future, or did not have such shapes, encodings, layers or streams.
     """
 
     def __init__(
@@ -438,28 +111,24 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.structure = _validated(Structure, structure)
-        if format_version == 1 and self.structure is not None:
-            _refuse_second_version(self.structure)
         self.encoding = _validated(Encoding, encoding)
-        if format_version < 3 and self.encoding is not None:
-            raise CheckpointError(
-                f"quantization_config says format version {format_version} and has an encoding, which came with "
-                "version 3: the config is damaged; load the checkpoint as it was written"
-            )
         built = None if layers is None else _validated(Layers, {"entries": layers})
         self.layers: tuple[CompactLayer, ...] = () if built is None else built.entries
-        if format_version < 4 and self.layers:
-            raise CheckpointError(
-                f"quantization_config says format version {format_version} and has compact layers, which came with "
-                "version 4: the config is damaged; load the checkpoint as it was written"
-            )
         self.storage = _validated(Storage, storage)
-        if format_version < 4 and self.storage is not None:
-            raise CheckpointError(
-                f"quantization_config says format version {format_version} and has streams, which came with version 4: "
-                "the config is damaged; load the checkpoint as it was written"
-            )
         self.provenance = _validated(Provenance, provenance) or Provenance()
+        blocks, hidden = (self.structure.blocks, self.structure.hidden) if self.structure else ((), None)
+        for what, since, there in (
+            ("a block with 0 heads or neurons", 2, any(block.heads == 0 or block.ffn == 0 for block in blocks)),
+            ("a hidden size of its own", 2, hidden is not None),
+            ("an encoding", 3, self.encoding is not None),
+            ("compact layers", 4, self.layers),
+            ("streams", 4, self.storage is not None),
+        ):
+            if there and format_version < since:
+                raise CheckpointError(
+                    f"quantization_config says format version {format_version} and has {what}, which came with version "
+                    f"{since}: the config is damaged; load the checkpoint as it was written"
+                )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -481,14 +150,13 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         values: dict[str, Any] = {"quant_method": self.quant_method, "format_version": self.format_version}
         if self.structure is not None:
             values["structure"] = self.structure.model_dump(mode="json", exclude_none=True)
-        if self.encoding is not None:
-            values["encoding"] = self.encoding.model_dump(mode="json", exclude_defaults=True)
         if self.layers:
             values["layers"] = [entry.model_dump(mode="json", exclude_defaults=True) for entry in self.layers]
-        if self.storage is not None:
-            values["storage"] = self.storage.model_dump(mode="json", exclude_defaults=True)
-        provenance = self.provenance.model_dump(mode="json", exclude_defaults=True)
-        return values | ({"provenance": provenance} if provenance else {})
+        for name in ("encoding", "storage", "provenance"):
+            said = getattr(self, name)
+            if said is not None and said != Provenance():
+                values[name] = said.model_dump(mode="json", exclude_defaults=True)
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`."""
@@ -508,7 +176,7 @@ def recorded_compression(config: Any) -> CompressionConfig | None:
         config: of a model, loaded or about to be.
 
     Raises:
-        CheckpointError: it says something that cannot be.
+        CheckpointError: If it says something that cannot be.
     """
     value = getattr(config, "quantization_config", None)
     if value is None or isinstance(value, CompressionConfig):
@@ -518,23 +186,7 @@ def recorded_compression(config: Any) -> CompressionConfig | None:
     return CompressionConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
 
 
-def _no_lookalike(value: Any) -> Any:
-    """The value, or a text for what equals a number and is none: True == 1, 8.0 == 8."""
-    return repr(value) if isinstance(value, (bool, float)) else value
-
-
-def _refuse_second_version(structure: Structure) -> None:
-    newer = "a hidden size of its own" if structure.hidden is not None else ""
-    if any(block.heads == 0 or block.ffn == 0 for block in structure.blocks):
-        newer = "a block with 0 heads or neurons"
-    if newer:
-        raise CheckpointError(
-            f"quantization_config says format version 1 and {newer}, which came with version 2: the config is damaged; "
-            "load the checkpoint as it was written"
-        )
-
-
-def _validated(schema: type[_Strict], value: Any) -> Any:
+def _validated(schema: type[Strict], value: Any) -> Any:
     if value is None or isinstance(value, schema):
         return value
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from lmcompress.checkpoint.layers import layers_of
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError, nearest
 from lmcompress.families import anatomy_of, is_conv1d, weight_view
+from lmcompress.families.weights import is_matrix, modules_by_path
 from lmcompress.nn.packed import InputRange, Layout, Packed, PackedConv1D, PackedEmbedding, PackedLinear, TiedHead
 from lmcompress.nn.quantized_attention import AttentionQuantizers, quantize_attention, release_attention
 from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
@@ -38,7 +39,7 @@ class Packable(NamedTuple):
     """A quantized weight, and what happens to the input of its module.
 
     Attributes:
-        quantized: of the weight as ``(out, in)``; of an embedding by word.
+        quantized: of the weight as ``(out, in)``; of an embedding by token.
         inputs: what happens to the input; of word embeddings, to that of the head which is tied to them.
         input_range: scale and zero point, where the range of ``inputs`` is static.
         container: how codes lie in bytes; the smallest that holds them, if None.
@@ -59,13 +60,11 @@ def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
     Args:
         model: of a known family.
     """
-    prefix = model.base_model_prefix + "."
     head = tied_head(model)
     return {
-        name.removeprefix(prefix): module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding, Packed)) or is_conv1d(module)
-        if module is not head
+        path: module
+        for path, module in modules_by_path(model).items()
+        if (is_matrix(module) or isinstance(module, Packed)) and module is not head
     }
 
 
@@ -83,26 +82,27 @@ def tied_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def pack_model(
-    model: PreTrainedModel, parts: Mapping[str, Packable], attention: AttentionEncoding | None = None
+    model: PreTrainedModel,
+    parts: Mapping[str, Packable] | Iterable[tuple[str, Packable]],
+    attention: AttentionEncoding | None = None,
 ) -> None:
     """Put codes in the place of weights, and say so in the model's config.
 
     A head that is tied to packed embeddings reads their codes from then on.
 
     Args:
-        model: changed in place, once everything has been checked; its parametrizations must be gone.
-        parts: what to pack, by path (:func:`matrices`).
+        model: changed in place, once everything has been checked; without parametrizations.
+        parts: what to pack, by path (:func:`matrices`); pairs of path and part are iterated once, so that no more
+            than one matrix need be held quantized.
         attention: what happens within attention, to be said in the config.
 
     Raises:
-        LmcompressError: there is nothing to pack, no such module, a weight of another shape, weights that are not
-            finite, or a static range without its scale.
+        LmcompressError: If there is nothing to pack, no such module, a weight of another shape, weights are not finite,
+            or a static range comes without its scale.
     """
-    if not parts:
-        raise LmcompressError("there must be at least one module to pack, got none; nothing would be quantized")
     known, head = matrices(model), tied_head(model)
     replaced: dict[str, Packed] = {}
-    for path, part in parts.items():
+    for path, part in parts.items() if isinstance(parts, Mapping) else parts:
         if path not in known:
             raise LmcompressError(f"there is no module {path} to pack{nearest(path, known)}")
         old = known[path]
@@ -115,6 +115,8 @@ def pack_model(
         new = _place_for(old, _described(path, part), path)
         new.fill(part.quantized, part.input_range)
         replaced[path] = new
+    if not replaced:
+        raise LmcompressError("there must be at least one module to pack, got none; nothing would be quantized")
     for path, module in replaced.items():
         _replace(model, known[path], module)
     _tie(model)
@@ -131,8 +133,8 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
         encoding: as a checkpoint's config names it.
 
     Raises:
-        CheckpointError: it names a module that the model has not, though the checkpoint was written by a model of this
-            class or the module is of the backbone; or one that cannot be packed as it says.
+        CheckpointError: If it names a module that the model does not have, though the checkpoint was written by a model
+            of this class or the module is of the backbone; or one that cannot be packed as it says.
     """
     known = matrices(model)
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
@@ -148,8 +150,8 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
                 raise CheckpointError(f"quantization_config.encoding does not fit module {path}: {error}") from error
         elif same_class or path.startswith(backbone):
             raise CheckpointError(
-                f"quantization_config.encoding names a module {path}, which this {type(model).__name__} has not or "
-                "cannot pack: the config is damaged; load the checkpoint as it was written"
+                f"quantization_config.encoding names a module {path}, which this {type(model).__name__} does not have "
+                "or cannot pack: the config is damaged; load the checkpoint as it was written"
             )
     _tie(model)
     if encoding.attention is not None:
@@ -169,7 +171,7 @@ def check_encoded(model: PreTrainedModel) -> None:
         model: with its values; what is on ``meta`` is left out.
 
     Raises:
-        CheckpointError: some are.
+        CheckpointError: If some are.
     """
     for name, module in model.named_modules():
         if isinstance(module, Packed) and not module.weight.is_meta:
@@ -231,7 +233,7 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
 
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
-    """A dense model with the weights that the codes stand for; inputs of products are no longer quantized.
+    """A dense model with the weights that the codes stand for; activations are no longer quantized.
 
     Args:
         model: packed or not; left as it is.

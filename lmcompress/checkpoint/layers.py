@@ -22,7 +22,7 @@ from lmcompress.checkpoint.config import (
 )
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.families import Hollow, anatomy_of, in_features, is_conv1d, new_projection, out_features
+from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, is_conv1d, new_projection, out_features
 from lmcompress.families.mixing import mix_locally, mixing_of
 from lmcompress.families.narrow import READ_STREAM, WRITE_STREAM
 from lmcompress.families.tied_blocks import empty_shared, fill_shared, shared_sources
@@ -50,28 +50,15 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
         One entry for each kind and size; that of shared blocks is the last.
 
     Raises:
-        LmcompressError: two blocks have some parameters in common, and not all.
+        LmcompressError: If two blocks have some parameters in common, and not all.
     """
     anatomy = anatomy_of(model)
     prefix = model.base_model_prefix + "."
     kinds: dict[CompactLayer, list[str]] = {}
     for name, module in model.named_modules():
-        path = name.removeprefix(prefix)
-        kind: CompactLayer | None = None
-        if isinstance(module, LowRankLinear):
-            kind = LowRankLayers(kind="low_rank", rank=module.rank, modules=("x",))
-        elif isinstance(module, FactorizedEmbedding):
-            kind = FactorizedEmbeddings(kind="factorized_embedding", rank=module.rank, modules=("x",))
-        elif isinstance(module, GroupedLinear):
-            kind = GroupedLayers(
-                kind="grouped",
-                groups=module.groups,
-                input_order=module.input_order is not None,
-                output_order=module.output_order is not None,
-                modules=("x",),
-            )
+        kind = _kind_of(module)
         if kind is not None:
-            kinds.setdefault(kind, []).append(path)
+            kinds.setdefault(kind, []).append(name.removeprefix(prefix))
     entries = [kind.model_copy(update={"modules": tuple(paths)}) for kind, paths in kinds.items()]
     kernels: dict[int, list[int]] = {}
     for index, block in enumerate(anatomy.blocks):
@@ -82,6 +69,19 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
     sources = shared_sources(list(anatomy.block_list))
     shared = [SharedBlocks(kind="shared", sources=sources)] if sources != tuple(range(len(sources))) else []
     return (*mixings, *entries, *shared)
+
+
+def _kind_of(module: nn.Module) -> LowRankLayers | FactorizedEmbeddings | GroupedLayers | None:
+    """The entry of one compact module, whose place is still to be filled in."""
+    place = ("x",)
+    if isinstance(module, LowRankLinear):
+        return LowRankLayers(kind="low_rank", rank=module.rank, modules=place)
+    if isinstance(module, FactorizedEmbedding):
+        return FactorizedEmbeddings(kind="factorized_embedding", rank=module.rank, modules=place)
+    if isinstance(module, GroupedLinear):
+        orders = {"input_order": module.input_order is not None, "output_order": module.output_order is not None}
+        return GroupedLayers(kind="grouped", groups=module.groups, modules=place, **orders)
+    return None
 
 
 def record_layers(model: PreTrainedModel) -> None:
@@ -113,7 +113,7 @@ def refuse_compact(model: PreTrainedModel, what: str) -> None:
         what: would be done, such as ``"cut"``.
 
     Raises:
-        LmcompressError: it has some.
+        LmcompressError: If it has some.
     """
     found = layers_of(model)
     if found:
@@ -134,7 +134,7 @@ def replace_skeleton(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> 
         layers: as a checkpoint's config names them.
 
     Raises:
-        CheckpointError: it names what the model has not, or sizes that do not fit.
+        CheckpointError: If the config names what the model has not, or sizes that do not fit.
     """
     try:
         for entry in layers:
@@ -156,7 +156,7 @@ def finish_replaced(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> N
         layers: as for :func:`replace_skeleton`.
 
     Raises:
-        CheckpointError: orders that are none, sizes that are not the modules', or other blocks that share.
+        CheckpointError: If an order is no permutation, a size is not the module's, or other blocks share.
     """
     for name, module in compact_modules(model).items():
         if not any(tensor.is_meta for tensor in module.buffers()):
@@ -207,7 +207,7 @@ def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMi
         kernel: how many positions it looks at.
 
     Raises:
-        LmcompressError: the block has no heads, or its values are compact already.
+        LmcompressError: If the block has no heads, or its values are compact already.
     """
     family, block = anatomy_of(model).family, anatomy_of(model).blocks[index]
     if mixing_of(block) is not None:
@@ -264,14 +264,14 @@ def check_replaceable(module: nn.Module, path: str) -> None:
         path: for the error.
 
     Raises:
-        LmcompressError: it is packed, compact, pruned to nothing, parametrized, or something else.
+        LmcompressError: If it is packed, compact, pruned to nothing, parametrized, or something else.
     """
     reason = None
     if isinstance(module, Packed):
         reason = "it is packed; make the dense model that lmcompress.checkpoint.encoding.unpacked(model) gives compact"
     elif isinstance(module, Compact):
         reason = f"it is a {type(module).__name__} already"
-    elif isinstance(module, Hollow):
+    elif isinstance(module, ZeroWidthLinear):
         reason = "pruning has left nothing of it"
     elif is_parametrized(module):
         reason = "something else has parametrized it; take that away first"

@@ -7,11 +7,9 @@ weight loading, ``is_serializable``, ``is_trainable``, ``is_qat_trainable``.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -22,13 +20,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from lmcompress.checkpoint.config import QUANT_METHOD, CompressionConfig
 from lmcompress.checkpoint.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
+from lmcompress.checkpoint.files import Stored, safetensors_header
 from lmcompress.checkpoint.layers import finish_replaced, replace_skeleton
-from lmcompress.checkpoint.streams import Place, decode_streams, open_streams, stream_places
+from lmcompress.checkpoint.streams import Place, decode_streams, open_streams
 from lmcompress.checkpoint.structure import shape_skeleton
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.families import anatomy_of
 
-MAX_HEADER_BYTES = 100_000_000
 _STORED_AS = {torch.uint8: "U8", torch.float32: "F32"}
 
 
@@ -40,53 +38,49 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._expected: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._streams: list[Place] = []
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        structure = self.quantization_config.structure
-        if structure is not None:
-            shape_skeleton(model, structure)
-        replace_skeleton(model, self.quantization_config.layers)
-        if self.quantization_config.encoding is not None:
-            encode_skeleton(model, self.quantization_config.encoding)
+        config = self.quantization_config
+        if config.structure is not None:
+            shape_skeleton(model, config.structure)
+        replace_skeleton(model, config.layers)
+        if config.encoding is not None:
+            encode_skeleton(model, config.encoding)
         encoded = encoded_names(model)
-        self._expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self._expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
         files = [Path(file) for file in checkpoint_files or ()]
-        if self.quantization_config.storage is not None and self.quantization_config.storage.streams:
+        if config.storage is not None and config.storage.streams:
             _refuse_offloading(kwargs.get("device_map"))
-            fixed = encoded.union(_backbone_names(model))
-            self._streams = open_streams(model, self.quantization_config.storage, files, fixed)
+            self._streams = open_streams(model, config.storage, files, encoded.union(_backbone_names(model)))
         if checkpoint_files is not None:
-            check_files(model, files, encoded | stream_places(self._streams))
+            check_files(model, files, encoded.union(place.name for place in self._streams))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        decode_streams(model, self._streams)
+        config = self.quantization_config
+        if config.storage is not None and config.storage.streams:
+            decode_streams(model, self._streams)
+            # what is written from memory by others than lmcompress has no streams
+            config.storage = config.storage.model_copy(update={"streams": {}})
         # transformers 5.17 replaces a parameter by whatever shape the file has as soon as any quantizer is present
-        for name, tensor in model.state_dict().items():
-            if name in self._expected and tuple(tensor.shape) != self._expected[name]:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            shape, dtype = self._expected.get(name, (tuple(tensor.shape), tensor.dtype))
+            if tuple(tensor.shape) != shape:
                 # other tensors were compared before loading: this one is of a head
                 raise CheckpointError(
-                    f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint, {self._expected[name]} here: "
+                    f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint, {shape} here: "
                     f"transformers {transformers.__version__} cannot replace the head of a compressed checkpoint by "
                     "one of another width. Use a newer one, or load with AutoModel, save that and load it for the task"
                 )
-        # and leaves its numbers in the type that the file has
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            wanted = self._dtypes.get(name, tensor.dtype)
-            if tensor.is_floating_point() and wanted.is_floating_point and tensor.dtype != wanted:
-                tensor.data = tensor.data.to(wanted)
+            # and leaves its numbers in the type that the file has
+            if tensor.is_floating_point() and dtype.is_floating_point and tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
         # on the way through the stock loader the config is given back as it was read, source numbers included
-        config = self.quantization_config
         model.config.quantization_config = config
-        if config.storage is not None:
-            # what is written from memory by others than lmcompress has no streams
-            config.storage = config.storage.model_copy(update={"streams": {}})
         finish_replaced(model, config.layers)
         if config.encoding is not None:
             check_encoded(model)
@@ -122,13 +116,6 @@ def register() -> None:
     register_quantizer(QUANT_METHOD)(LmcompressQuantizer)
 
 
-class Stored(NamedTuple):
-    """What a file says of a tensor: its shape, and its type as safetensors calls it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def _refuse_offloading(device_map: Any) -> None:
     """Accelerate reads what is on disk when it is needed, and would read streams."""
     if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -136,44 +123,6 @@ def _refuse_offloading(device_map: Any) -> None:
             "device_map must leave nothing on disk, the tensors of this checkpoint are streams that are decoded in "
             "memory; load it without, save that with storage='plain', and load this one"
         )
-
-
-def safetensors_header(file: Path) -> dict[str, Stored]:
-    """Names, shapes and types of the tensors in a safetensors file, with the file's length checked against them.
-
-    Args:
-        file: path of the file; only its header is read.
-
-    Returns:
-        Shape and type by name.
-
-    Raises:
-        CheckpointError: it is not a whole safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"{file} is not a safetensors file, or is cut off ({size} bytes); fetch or copy it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            stored = {
-                name: Stored(tuple(int(n) for n in entry["shape"]), str(entry.get("dtype")))
-                for name, entry in entries.items()
-            }
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{file} has a damaged header ({error}); fetch or copy it again") from error
-    if end != size - 8 - length:
-        raise CheckpointError(
-            f"{file} should have {end} bytes of tensors and has {size - 8 - length}: it is cut off or was changed; "
-            "fetch or copy it again"
-        )
-    return stored
 
 
 def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable[str]) -> None:
@@ -188,7 +137,7 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable
         encoded: names of the tensors that are codes, scales or streams, which nothing may cast.
 
     Raises:
-        CheckpointError: a file is damaged, a tensor is missing or has another shape, or one of a block is too many.
+        CheckpointError: If a file is damaged, a tensor is missing or has another shape, or a block has one too many.
     """
     paths = list(files)
     if any(path.suffix != ".safetensors" for path in paths):

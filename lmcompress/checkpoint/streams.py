@@ -34,7 +34,7 @@ def store_as_streams(folder: Path, coder: Coder) -> Storage:
         What the config says now.
 
     Raises:
-        LmcompressError: no such coder, or a checkpoint that is not of lmcompress.
+        LmcompressError: If the coder is unknown, or the checkpoint is not of lmcompress.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     described = config.get("quantization_config")
@@ -94,7 +94,7 @@ def open_streams(
         For :func:`decode_streams`.
 
     Raises:
-        CheckpointError: a stream of a head is damaged.
+        CheckpointError: If a stream of a head is damaged.
     """
     # Transformers makes the bias of a tied head as long as the tied matrix, which is a stream for now
     model._adjust_bias = lambda *_: None
@@ -125,7 +125,7 @@ def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
         places: from :func:`open_streams`.
 
     Raises:
-        CheckpointError: a stream is damaged, or of a tensor of another shape or kind.
+        CheckpointError: If a stream is damaged, or of a tensor of another shape or kind.
     """
     model.__dict__.pop("_adjust_bias", None)
     # a head that is tied to the embeddings got their stream as well
@@ -148,15 +148,6 @@ def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
         for owner, slot in holders[id(stream)]:
             kept = _put(owner, slot, tensor if kept is None else kept)
         del stream
-
-
-def stream_places(places: list[Place]) -> set[str]:
-    """Names of the tensors that are streams until they are decoded.
-
-    Args:
-        places: from :func:`open_streams`.
-    """
-    return {place.name for place in places}
 
 
 def _stream_shapes(files: Iterable[Path], names: Collection[str], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -1,28 +1,42 @@
-"""Shapes of a model: reading them, giving them to a skeleton, cutting weights down to them."""
+"""Shapes of a model: reading them off, saying them in a config, giving them to a skeleton."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lmcompress.checkpoint.config import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure, recorded_compression
-from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.families import (
-    Block,
-    anatomy_of,
-    config_value,
-    family_of,
-    narrow_stream,
-    new_projection,
-    stream_axes,
-    weight_view,
+from lmcompress.checkpoint.cutting import (
+    drop_heads,
+    drop_neurons,
+    hidden_axes,
+    keep_heads,
+    keep_hidden,
+    keep_layers,
+    keep_neurons,
 )
-from lmcompress.families.narrow import accompany, companion_of
-from lmcompress.families.tied_blocks import shared_sources
-from lmcompress.nn import Compact
+from lmcompress.errors import CheckpointError
+from lmcompress.families import FAMILIES, Family, anatomy_of, config_value, family_of
+from lmcompress.families.shaping import shape_model
+
+__all__ = [
+    "HEAD_ATTRIBUTES",
+    "PATHS",
+    "drop_heads",
+    "drop_neurons",
+    "hidden_axes",
+    "keep_heads",
+    "keep_hidden",
+    "keep_layers",
+    "keep_neurons",
+    "recorded_structure",
+    "same_shapes",
+    "set_stock_shapes",
+    "shape_skeleton",
+    "stated_structure",
+    "stock_structure",
+    "structure_of",
+    "why_not_vanilla",
+]
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -48,11 +62,11 @@ def same_shapes(one: Structure, other: Structure) -> bool:
         one: some shapes.
         other: those they are compared with.
     """
-    bare = [
+    compared = [
         (shapes.head_size, shapes.hidden, [(block.heads, block.ffn) for block in shapes.blocks])
         for shapes in (one, other)
     ]
-    return bare[0] == bare[1]
+    return compared[0] == compared[1]
 
 
 def recorded_structure(model: PreTrainedModel) -> Structure:
@@ -90,7 +104,7 @@ def stock_structure(config: PretrainedConfig) -> Structure:
         config: a stock config of a known family.
 
     Raises:
-        CheckpointError: it asks for no blocks or for absurdly many, or for sizes that no model has.
+        CheckpointError: If it asks for no blocks or for absurdly many, or for sizes that no model has.
     """
     family = family_of(config)
     heads = config_value(config, family, "num_heads")
@@ -114,7 +128,7 @@ def stock_structure(config: PretrainedConfig) -> Structure:
 
 
 def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | None:
-    """Why a stock config cannot express these shapes, or None where it can.
+    """Why these shapes are not expressible in a stock config, or None where they are.
 
     A stock config has one head count, one FFN width and one hidden size, which must be the head count times the head
     size. The number of blocks is free, and so is the FFN width as long as it is the same everywhere.
@@ -161,7 +175,7 @@ def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | Non
 
 
 def set_stock_shapes(config: PretrainedConfig, structure: Structure) -> None:
-    """Write into ``config`` what a stock config can say of the shapes.
+    """Write into ``config`` what is expressible in a stock config.
 
     That is the number of blocks; the FFN width, if it is the same everywhere; and hidden size and number of heads, if
     all blocks have as many heads as the hidden size over the head size. A hidden size that it cannot say stays as it
@@ -204,7 +218,7 @@ def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
         structure: as a checkpoint's config names it.
 
     Raises:
-        CheckpointError: the number of blocks or the head size is not the model's, or the hidden size is greater.
+        CheckpointError: If the number of blocks or the head size is not the model's, or the hidden size is greater.
     """
     blocks = anatomy_of(model).blocks
     if len(blocks) != len(structure.blocks):
@@ -223,190 +237,22 @@ def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
             f"config.json says a hidden size of {hidden}, quantization_config.structure of {structure.hidden}, which "
             "must not be greater: the config is damaged; load the checkpoint as it was written"
         )
-    for block, shape in zip(blocks, structure.blocks, strict=True):
-        _shape_block(block, shape)
-    if structure.hidden is not None and structure.hidden != hidden:
-        keep_hidden(model, range(structure.hidden))
+    shapes = structure.model_dump()
+    shapes["hidden"] = None if structure.hidden == hidden else structure.hidden
+    shape_model(model, shapes, PATHS[model.config.model_type], HEAD_ATTRIBUTES[model.config.model_type])
 
 
-def _shape_block(block: Block, shape: BlockShape) -> None:
-    if shape.heads != block.num_heads:
-        width = shape.heads * block.head_size
-        hidden = weight_view(block.get("attention_out")).shape[0]
-        for part, parallel in (("qkv", 3), ("query", 1), ("key", 1), ("value", 1)):
-            if getattr(block.family, part):
-                old = block.get(part)
-                block.replace(part, new_projection(old, in_width=weight_view(old).shape[1], out_width=parallel * width))
-        block.replace("attention_out", new_projection(block.get("attention_out"), in_width=width, out_width=hidden))
-        block.set_heads(shape.heads)
-    if shape.ffn != block.ffn_width:
-        old_in, old_out = block.get("ffn_in"), block.get("ffn_out")
-        block.replace("ffn_in", new_projection(old_in, in_width=weight_view(old_in).shape[1], out_width=shape.ffn))
-        block.replace("ffn_out", new_projection(old_out, in_width=shape.ffn, out_width=weight_view(old_out).shape[0]))
+def _head_attributes(family: Family) -> dict[str, tuple[int, int]]:
+    one, two = family.head_attributes(1, 1), family.head_attributes(1, 2)
+    return {name: (2 * one[name] - two[name], two[name] - one[name]) for name in one}
 
 
-def keep_heads(block: Block, heads: Sequence[int]) -> None:
-    """Cut a block's attention down to the given heads.
+_PARTS = (
+    "blocks", "attention", "query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out", "attention_tail",
+    "hidden_size", "num_layers",
+)  # fmt: skip
+PATHS = {name: {part: getattr(family, part) for part in _PARTS} for name, family in FAMILIES.items()}
+"""Of each family: what :func:`~lmcompress.families.shaping.shape_model` has to know of it."""
 
-    Args:
-        block: changed in place.
-        heads: numbers of the heads that stay, counted from 0 as they are now; at least one, as a block that loses them
-            all is asked for by :func:`drop_heads`.
-
-    Raises:
-        LmcompressError: no head is left, one is named twice, or one is not there.
-    """
-    _cut_heads(block, _indices(heads, block.num_heads, "heads"))
-
-
-def drop_heads(block: Block) -> None:
-    """Take all heads out of a block; its attention then answers with the bias of its output projection.
-
-    Args:
-        block: changed in place.
-    """
-    _cut_heads(block, torch.empty(0, dtype=torch.long))
-
-
-def keep_neurons(block: Block, neurons: Sequence[int]) -> None:
-    """Cut a block's feed-forward network down to the given neurons.
-
-    Args:
-        block: changed in place.
-        neurons: numbers of the neurons that stay, counted from 0; at least one, as a block that loses them all is
-            asked for by :func:`drop_neurons`.
-
-    Raises:
-        LmcompressError: none is left, one is named twice, or one is not there.
-    """
-    _cut_neurons(block, _indices(neurons, block.ffn_width, "neurons"))
-
-
-def drop_neurons(block: Block) -> None:
-    """Take all neurons out of a block; its feed-forward network then answers with the bias of its second matrix.
-
-    Args:
-        block: changed in place.
-    """
-    _cut_neurons(block, torch.empty(0, dtype=torch.long))
-
-
-def _cut_heads(block: Block, keep: torch.Tensor) -> None:
-    size = block.head_size
-    columns = (keep[:, None] * size + torch.arange(size)).flatten()
-    if block.family.qkv:
-        width = block.num_heads * size
-        fused = torch.cat([columns + offset * width for offset in range(3)])
-        block.replace("qkv", _slice(block.get("qkv"), out=fused))
-    else:
-        for part in ("query", "key", "value"):
-            block.replace(part, _slice(block.get(part), out=columns))
-    block.replace("attention_out", _slice(block.get("attention_out"), into=columns))
-    block.set_heads(len(keep))
-
-
-def _cut_neurons(block: Block, keep: torch.Tensor) -> None:
-    block.replace("ffn_in", _slice(block.get("ffn_in"), out=keep))
-    block.replace("ffn_out", _slice(block.get("ffn_out"), into=keep))
-
-
-def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Cut a model down to the given blocks, in the order given, and say so in its config.
-
-    Args:
-        model: changed in place.
-        layers: numbers of the blocks that stay, counted from 0; at least one.
-
-    Raises:
-        LmcompressError: none is left, one is named twice, or one is not there; or blocks share their parameters.
-    """
-    anatomy = anatomy_of(model)
-    if len(set(shared_sources(list(anatomy.block_list)))) < len(anatomy.block_list):
-        raise LmcompressError(
-            "cannot take blocks out of a model whose blocks share their parameters: choose the blocks first, and let "
-            "those that are left share"
-        )
-    keep = _indices(layers, len(anatomy.block_list), "layers")
-    parent, _, name = anatomy.family.blocks.rpartition(".")
-    kept = nn.ModuleList([anatomy.block_list[i] for i in keep.tolist()])
-    setattr(anatomy.base.get_submodule(parent), name, kept)
-    for index, block in enumerate(anatomy.blocks):
-        block.set_index(index)
-    setattr(model.config, anatomy.family.num_layers, len(kept))
-
-
-def keep_hidden(model: PreTrainedModel, dimensions: Sequence[int]) -> None:
-    """Cut the residual stream down to the given dimensions, everywhere that the hidden size of the config reaches.
-
-    That is embeddings, norms, every matrix that reads or writes the stream, and what the task's head has of the same
-    width: a pooler, the transform of a masked language model. Tied tensors stay tied. The config is left alone: where
-    the heads of the stock skeleton still fill its hidden size, nothing else builds that skeleton
-    (:func:`set_stock_shapes` writes the new one where it can).
-
-    Args:
-        model: changed in place.
-        dimensions: numbers of the dimensions that stay, counted from 0; at least one.
-
-    Raises:
-        LmcompressError: none is left, one is named twice, or one is not there; or the model has parameters that a
-            stock model of its class has not, of which nobody knows whether they follow the hidden size.
-    """
-    keep = _indices(dimensions, anatomy_of(model).hidden_size, "hidden dimensions")
-    narrow_stream(model, {name: axes for name, (_, axes) in hidden_axes(model).items()}, keep)
-
-
-def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, tuple[int, ...]]]:
-    """Which axes of which parameters are as wide as the residual stream.
-
-    Args:
-        model: of a known family, with or without a head, of whatever shapes.
-
-    Returns:
-        By name, tied parameters under each of their names: the parameter, and its axes as it is stored; none where the
-        parameter has nothing to do with the stream.
-
-    Raises:
-        LmcompressError: the model has parameters that a stock model of its class has not.
-    """
-    if any(isinstance(module, Compact) for module in model.modules()):
-        raise LmcompressError(
-            "cannot tell what follows the hidden size in a model that has compact layers: prune the dense model first, "
-            "and make what is left compact"
-        )
-    axes = stream_axes(model, vars(anatomy_of(model).family))
-    for name, found in axes.items():
-        if found is None:
-            raise LmcompressError(
-                f"a stock {type(model).__name__} has no parameter {name}, so nobody knows whether it follows the "
-                "hidden size. Prune hidden dimensions before adding modules, or prune other parts"
-            )
-    return {name: (parameter, axes[name] or ()) for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _indices(wanted: Sequence[int], available: int, what: str) -> torch.Tensor:
-    if not wanted or len(set(wanted)) != len(wanted) or min(wanted) < 0 or max(wanted) >= available:
-        raise LmcompressError(
-            f"{what} to keep must be at least one number in [0, {available - 1}], none twice; got {list(wanted)}"
-        )
-    return torch.tensor(list(wanted))
-
-
-def _slice(old: nn.Module, *, out: torch.Tensor | None = None, into: torch.Tensor | None = None) -> nn.Module:
-    weight, bias = weight_view(old).detach(), old.bias
-    device = weight.device
-    if out is not None:
-        weight = weight[out.to(device)]
-    if into is not None:
-        weight = weight[:, into.to(device)]
-    new = new_projection(old, in_width=weight.shape[1], out_width=weight.shape[0])
-    with torch.no_grad():
-        weight_view(new).copy_(weight)
-        if isinstance(bias, torch.Tensor):
-            assert isinstance(new.bias, torch.Tensor)
-            new.bias.copy_(bias if out is None else bias[out.to(device)])
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad_(getattr(old, name).requires_grad)
-    companion = companion_of(old)
-    if companion is not None:
-        accompany(new, companion if out is None else companion.rows(out))
-    return new.train(old.training)
+HEAD_ATTRIBUTES = {name: _head_attributes(family) for name, family in FAMILIES.items()}
+"""Of each family: attributes of the attention module as (a, b), for a * heads + b * heads * head size."""

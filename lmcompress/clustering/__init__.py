@@ -1,4 +1,4 @@
-"""Weight sharing: few values for many weights, found by k-means and then trained."""
+"""Weight clustering (weight sharing): codebooks found by k-means, then trained."""
 
 from lmcompress.clustering.config import SharingConfig, SharingRule
 from lmcompress.clustering.kmeans import Clusters, kmeans

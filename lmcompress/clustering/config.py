@@ -1,4 +1,4 @@
-"""What weight sharing is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""What weight clustering is asked to do, as validated data: used by recipes and by the Python API alike."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class SharingConfig(_Part):
         Count | None,
         Field(description="Values of each Linear or Conv1D beside zero; 32 are 5 bits; null leaves them alone."),
     ] = 32
-    convolution_clusters: Annotated[Count | None, Field(description="The same of each Conv2d; 256 are 8 bits.")] = 256
+    convolution_clusters: Annotated[Count | None, Field(description="Values of each Conv2d; 256 are 8 bits.")] = 256
     embedding_clusters: Annotated[
         Count | None,
-        Field(description="The same of the word embeddings, and with them of a head that is tied to them."),
+        Field(description="Values of the token embeddings, and with them of a head that is tied to them."),
     ] = 32
     rules: Annotated[tuple[SharingRule, ...], Field(description="For some matrices in place of the above.")] = ()
     initial: Annotated[
@@ -55,7 +55,7 @@ class SharingConfig(_Part):
     sensitivity: Annotated[
         bool,
         Field(
-            description="Whether clusters are weighed by the squared gradients of the weights on some rows of the "
+            description="Whether clusters are weighted by the squared gradients of the weights on some rows of the "
             "training data (SqueezeLLM); such matrices are clustered with more care for what the loss depends on."
         ),
     ] = False

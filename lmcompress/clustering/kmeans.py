@@ -12,7 +12,7 @@ from lmcompress.errors import LmcompressError
 
 Initial = Literal["linear", "density", "forgy"]
 MAX_CLUSTERS = 2**16
-# of the mean: a cluster of values that nobody is sensitive to still has a mean
+# of the mean: a cluster of values without sensitivity still has a mean
 _LEAST_WEIGHT = 1e-9
 
 
@@ -105,7 +105,7 @@ def kmeans(
 
     Args:
         values: any shape, finite.
-        clusters: how many, 1 to 65536; fewer come back where there are fewer distinct values, each then its own
+        clusters: how many, 1 to 65536; fewer are returned where there are fewer distinct values, each then its own
             centroid.
         initial: ``linear``: equal steps from the least value to the greatest; ``density``: equal steps of the
             cumulative distribution; ``forgy``: values drawn at random.
@@ -119,8 +119,8 @@ def kmeans(
         The clusters, none of which is empty.
 
     Raises:
-        LmcompressError: no values, values that are not finite, a number of clusters or iterations out of range, an
-            unknown start, or weights of another shape, below 0 or not finite.
+        LmcompressError: If there are no values, values are not finite, a number of clusters or iterations is out of
+            range, the start is unknown, or weights have another shape, are negative or not finite.
 
     Reference:
         Han, Mao & Dally, *Deep Compression*, ICLR 2016, https://arxiv.org/abs/1510.00149, section 3.1 and 3.2 (starts);
@@ -152,7 +152,7 @@ def kmeans(
     own = torch.searchsorted(_middles(centroids.double()), chosen)
     used = torch.bincount(own, minlength=len(centroids)) > 0
     if not bool(used.all()):
-        # iterations have run out: what nobody is nearest to goes
+        # iterations have run out: empty clusters are dropped
         centroids, own = centroids[used], (used.cumsum(0) - 1)[own]
     differences = (chosen - centroids.double()[own]).square()
     error = float((differences if heavy is None else differences * heavy).sum())

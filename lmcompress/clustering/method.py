@@ -1,4 +1,4 @@
-"""Weight sharing as a method of the trainer: many weights have few values, and these are what is trained."""
+"""Weight clustering as a method of the trainer: codebooks of the matrices are what is trained."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lmcompress.clustering.report import SharedMatrix, SharingReport
 from lmcompress.clustering.sensitivity import fisher_diagonal
 from lmcompress.errors import LmcompressError
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows
+from lmcompress.model import CompressedModel
+from lmcompress.numerics.errors import relative_error
 
 Batch = Mapping[str, Tensor]
 
@@ -72,7 +74,7 @@ class SharedWeight(nn.Module):
 
 
 class WeightSharing(SteppedMethod):
-    """Lets the weights of each matrix share few values, and trains these values.
+    """Clusters the weights of each matrix (weight sharing), and trains the codebook.
 
     When training begins every matrix is clustered. From then on weights only change with the value that they share: the
     gradient of a value is the sum of the gradients of its weights, and which weights belong to it stays as it is.
@@ -111,9 +113,9 @@ class WeightSharing(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: what :func:`~lmcompress.clustering.planning.plan` and
-                :func:`~lmcompress.clustering.kmeans.kmeans` refuse, a sensitivity without data, another method in the
-                run that cuts the model or changes single weights, or a best checkpoint that is to be loaded at the end.
+            LmcompressError: If :func:`~lmcompress.clustering.planning.plan` or
+                :func:`~lmcompress.clustering.kmeans.kmeans` refuses, a sensitivity has no data, another method in the
+                run cuts the model or changes single weights, or a best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
@@ -121,7 +123,7 @@ class WeightSharing(SteppedMethod):
                 "have the values of the last. Compare checkpoints after the run, or train for fewer steps"
             )
         for other in trainer.methods:
-            if getattr(other, "changes_shapes", False) or getattr(other, "changes_values", False):
+            if other.changes_shapes or other.changes_values:
                 raise LmcompressError(
                     f"{other.name} must be done in a stage before weights are shared, got it in one run: values are "
                     "shared by the matrices as they are"
@@ -141,7 +143,7 @@ class WeightSharing(SteppedMethod):
             batches: for the sensitivity.
 
         Raises:
-            LmcompressError: as :meth:`prepare`.
+            LmcompressError: If :meth:`prepare` would refuse it.
         """
         self._planned, self._untouched = plan(model, self.config)
         found = _clusters(model, self._planned, self.config, batches)
@@ -152,9 +154,7 @@ class WeightSharing(SteppedMethod):
             shared = SharedWeight(clusters).to(weight.device)
             shared.write(weight)
             self._shared[path] = shared
-            self._errors[path] = _relative_error(before, weight.detach())
-
-    # what the trainer calls in every step
+            self._errors[path] = relative_error(before, weight)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The codebooks; without weight decay."""
@@ -173,7 +173,7 @@ class WeightSharing(SteppedMethod):
         """Say what was done; the weights are what they shall be.
 
         Raises:
-            LmcompressError: something else has changed weights since the last step.
+            LmcompressError: If something else has changed weights since the last step.
         """
         if self.report is not None:
             return
@@ -184,8 +184,6 @@ class WeightSharing(SteppedMethod):
                     "quantizes weights must be done in a stage of its own"
                 )
         self.report = self._reported(trained=True)
-
-    # what the callback calls
 
     def before_optimizer_step(self) -> None:
         """Gradients of weights become those of the values they share.
@@ -206,12 +204,12 @@ class WeightSharing(SteppedMethod):
 
 
 def share_weights(
-    model: nn.Module, config: SharingConfig | None = None, batches: Iterable[Batch] | None = None
+    model: nn.Module | CompressedModel, config: SharingConfig | None = None, batches: Iterable[Batch] | None = None
 ) -> SharingReport:
-    """Let the weights of each matrix share few values, without training.
+    """Cluster the weights of each matrix, without training.
 
     Args:
-        model: a ``PreTrainedModel`` or any other module; its weights are changed in place.
+        model: a ``PreTrainedModel``, a ``CompressedModel`` or any other module; its weights are changed in place.
         config: how many values which matrix has; default: Deep Compression's.
         batches: with labels, best of one row each, where the config asks for sensitivity.
 
@@ -219,10 +217,10 @@ def share_weights(
         What was done.
 
     Raises:
-        LmcompressError: what :class:`WeightSharing` refuses; the model is as it was then.
+        LmcompressError: If :class:`WeightSharing` refuses the config or the data; the model is then unchanged.
     """
     method = WeightSharing(config)
-    method.attach(model, batches)
+    method.attach(model.model if isinstance(model, CompressedModel) else model, batches)
     return method._reported(trained=False)
 
 
@@ -265,8 +263,3 @@ def _row(planned: Planned, error: float) -> SharedMatrix:
         bits=8 * weight.element_size(),
         error=error,
     )
-
-
-def _relative_error(before: Tensor, after: Tensor) -> float:
-    norm = float(before.float().square().sum())
-    return float((before.float() - after.float()).square().sum()) / norm if norm > 0 else 0.0

@@ -35,7 +35,8 @@ def plan(model: nn.Module, config: SharingConfig) -> tuple[list[Planned], dict[s
         What shares, in the order of the model, and path to reason of what does not.
 
     Raises:
-        LmcompressError: a rule that names nothing, a matrix that something else has parametrized, or nothing to share.
+        LmcompressError: If a rule names nothing, something else has parametrized a matrix, or nothing would share
+            values.
     """
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)

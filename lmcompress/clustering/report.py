@@ -1,4 +1,4 @@
-"""What weight sharing did, as data and as a table."""
+"""What weight clustering did, as data and as a table."""
 
 from __future__ import annotations
 

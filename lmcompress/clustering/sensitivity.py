@@ -31,7 +31,7 @@ def fisher_diagonal(
         For each weight a tensor of its shape, float32, at least 0.
 
     Raises:
-        LmcompressError: there are no batches, or the model gives no loss on them.
+        LmcompressError: If there are no batches, or the model gives no loss on them.
 
     Reference:
         Kim et al., *SqueezeLLM*, ICML 2024, https://arxiv.org/abs/2306.07629, section 4.1, equation 4.

@@ -198,7 +198,7 @@ def nearest_words(
         neighbours by word, nearest first. Words consist of letters only and have two at least.
 
     Raises:
-        LmcompressError: ``count`` < 1, or the vocabulary has no two words, or the embeddings fewer rows than the
+        LmcompressError: If ``count`` < 1, the vocabulary has no two words, or the embeddings have fewer rows than the
             tokenizer has tokens.
 
     Example:
@@ -231,7 +231,7 @@ def whole_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
         tokenizer: any.
 
     Raises:
-        LmcompressError: there are not two of them.
+        LmcompressError: If there are not two of them.
     """
     texts = dict.fromkeys(tokenizer.decode([token]).strip() for token in range(len(tokenizer)))
     candidates = [text for text in texts if len(text) > 1 and text.isalpha()]
@@ -276,7 +276,7 @@ def augment(
         ``len(dataset) * (1 + copies)`` rows, the old ones first and in their order.
 
     Raises:
-        LmcompressError: a column is missing or holds no strings, there are no operations, or ``copies`` < 1.
+        LmcompressError: If a column is missing or holds no strings, there are no operations, or ``copies`` < 1.
 
     Example:
         >>> rows = Dataset.from_dict({"text": ["a b"], "label": [1]})

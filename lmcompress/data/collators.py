@@ -39,7 +39,7 @@ class Padding:
             the padding.
 
         Raises:
-            LmcompressError: it has neither.
+            LmcompressError: If it has neither.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
@@ -85,14 +85,14 @@ class Collator:
             where there is nothing to predict.
 
         Raises:
-            LmcompressError: rows have a teacher's inputs, and its tokenizer was not given.
+            LmcompressError: If rows have a teacher's inputs, and its tokenizer was not given.
         """
         batch = {}
         for key in rows[0]:
             values = [row[key] for row in rows]
-            bare = key.removeprefix(TEACHER_PREFIX)
-            if bare != key and bare in _INPUTS:
-                batch[key] = self._pad(values, self._teacher().values[bare], self._teacher().on_the_left)
+            name = key.removeprefix(TEACHER_PREFIX)
+            if name != key and name in _INPUTS:
+                batch[key] = self._pad(values, self._teacher().values[name], self._teacher().on_the_left)
             elif key in _INPUTS:
                 batch[key] = self._pad(values, self.padding.values[key], self.padding.on_the_left)
             elif key == "labels":
@@ -144,7 +144,7 @@ def collator(
         a function from rows to a batch; see :class:`Collator`.
 
     Raises:
-        LmcompressError: a tokenizer has nothing to pad with, or ``pad_to_multiple_of`` < 1.
+        LmcompressError: If a tokenizer has nothing to pad with, or ``pad_to_multiple_of`` < 1.
     """
     if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
         raise LmcompressError(f"pad_to_multiple_of must be >= 1, got {pad_to_multiple_of}")

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 
 from lmcompress.data.tasks import TaskKind
-from lmcompress.errors import LmcompressError, nearest
+from lmcompress.errors import LmcompressError, argument, nearest
 
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("premise", "hypothesis"),
@@ -20,10 +20,16 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("tokens",),
     ("sentence",),
     ("text",),
+    ("review",),
+    ("content",),
+    ("body",),
 )
 """Names looked for when no text columns are given; the first that are all there win."""
 
-LABEL_COLUMNS = ("label", "labels", "ner_tags", "pos_tags", "chunk_tags", "tags", "score")
+LABEL_COLUMNS = (
+    *("label", "labels", "ner_tags", "pos_tags", "chunk_tags", "tags", "score"),
+    *("sentiment", "class", "category", "target"),
+)
 """Names looked for when no label column is given."""
 
 
@@ -51,7 +57,9 @@ def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None
     for usual in TEXT_COLUMNS:
         if set(usual) <= set(columns):
             return usual
-    raise LmcompressError(f"no text column found among: {', '.join(columns)}; name one or two with text_columns=")
+    raise LmcompressError(
+        f"no text column found among: {', '.join(columns)}; name one or two with {argument('text_columns', '')}"
+    )
 
 
 def find_label_column(
@@ -80,7 +88,9 @@ def find_label_column(
     """
     if kind is TaskKind.CAUSAL_LM:
         if label_column is not None:
-            raise LmcompressError(f"a causal_lm task has no label column, got label_column={label_column!r}")
+            raise LmcompressError(
+                f"a causal_lm task has no label column, got {argument('label_column', repr(label_column))}"
+            )
         return None
     if label_column is not None:
         check_column(label_column, columns)
@@ -91,7 +101,8 @@ def find_label_column(
     if kind is None and list(columns) == list(text_columns) and len(columns) == 1:
         return None
     raise LmcompressError(
-        f"no label column found among: {', '.join(columns)}; name it with label_column=, or give kind='causal_lm'"
+        f"no label column found among: {', '.join(columns)}; name it with {argument('label_column', '')}, or give "
+        f"{argument('kind', repr(TaskKind.CAUSAL_LM.value))}"
     )
 
 

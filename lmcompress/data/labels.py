@@ -32,7 +32,7 @@ def find_label_names(train: Dataset, column: str, kind: TaskKind) -> tuple[str, 
         None for ``regression``.
 
     Raises:
-        LmcompressError: there are fewer than two classes, or a row has no label.
+        LmcompressError: If there are fewer than two classes, or a row has no label.
     """
     if kind is TaskKind.REGRESSION:
         return None
@@ -69,7 +69,7 @@ def encode_labels(dataset: Dataset, task: Task, split: str) -> Dataset:
         the same rows, in their order; the label column comes last.
 
     Raises:
-        LmcompressError: a label is missing, unknown, out of range or not a number; the message names row and value.
+        LmcompressError: If a label is missing, unknown, out of range or not a number; the message names row and value.
     """
     column = task.label_column
     assert column is not None, "only tasks with labels have labels encoded"

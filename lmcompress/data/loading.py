@@ -13,9 +13,18 @@ from lmcompress.data.columns import check_column, check_texts, find_label_column
 from lmcompress.data.embedded import EMBEDDED_SETS, embedded_splits
 from lmcompress.data.glue import EVALUATION_ONLY, GLUE_HUB_ID, GLUE_TASKS
 from lmcompress.data.labels import encode_labels, find_label_names, labels_are_hidden
-from lmcompress.data.sources import InMemory, Source, from_folder, from_hub, from_memory, is_data_file, read_files
+from lmcompress.data.sources import (
+    TRAIN_SPLIT,
+    InMemory,
+    Source,
+    from_folder,
+    from_hub,
+    from_memory,
+    is_data_file,
+    read_files,
+)
 from lmcompress.data.tasks import Task, TaskData, TaskKind, task_kind
-from lmcompress.errors import LmcompressError, nearest
+from lmcompress.errors import LmcompressError, argument, nearest
 
 HELD_OUT_SHARE = 0.1
 """Share of the training rows that becomes ``validation`` where a source has none."""
@@ -52,7 +61,7 @@ def load_task(
             are classes, other numbers are scores, lists are several labels, or one for each word).
         splits: ``train``, ``validation``, ``test``, ``validation_<name>`` to what the source calls them; default: by
             their names, and all of them.
-        limit: at most so many rows of each split, drawn with a fixed seed and left in order.
+        limit: at most n rows of each split, drawn with a fixed seed and left in order.
 
     Returns:
         Rows with the text columns and the label column only. Labels are numbers: int64 classes, float32 scores,
@@ -60,7 +69,7 @@ def load_task(
         out (of a single text, the last tenth). ``notes`` says what was done.
 
     Raises:
-        LmcompressError: a name is unknown, a file or column missing, a split empty, a text not a string, a label
+        LmcompressError: If a name is unknown, a file or column missing, a split empty, a text not a string, a label
             missing, not a number, out of range, or named otherwise than in training. Messages name row and value.
 
     Example:
@@ -75,12 +84,13 @@ def load_task(
     prefix, _, rest = name.partition("/")
     if prefix in ("glue", "embedded") and not Path(name).exists():
         if text_columns is not None or label_column is not None or kind is not None:
-            raise LmcompressError(f"{name} fixes its own columns and kind; leave out text_columns, label_column, kind")
+            given = ", ".join(argument(word) for word in ("text_columns", "label_column", "kind"))
+            raise LmcompressError(f"{name} fixes its own columns and kind; leave out {given}")
         task, source = _glue(rest, data, splits) if prefix == "glue" else _embedded(rest, data, splits)
     else:
         source = _used_splits(name, _own_source(name, data, splits))
         task = _describe(name, source, text_columns, label_column, kind)
-    return _limit(_assemble(task, source), limit)
+    return limit_rows(_assemble(task, source), limit)
 
 
 def _glue(name: str, data: str | Path | InMemory | None, splits: Mapping[str, str] | None) -> tuple[Task, Source]:
@@ -94,7 +104,9 @@ def _embedded(name: str, data: str | Path | InMemory | None, splits: Mapping[str
     if name not in EMBEDDED_SETS:
         raise LmcompressError(f"no embedded data set {name!r}{nearest(name, EMBEDDED_SETS)}")
     if data is not None:
-        raise LmcompressError(f"embedded/{name} is in the package; leave out data, or choose another name")
+        raise LmcompressError(
+            f"embedded/{name} is in the package; leave out {argument('data')}, or choose another name"
+        )
     kind, text_columns, label_column = EMBEDDED_SETS[name]
     source = from_memory(embedded_splits(name), splits)
     return _describe(f"embedded/{name}", source, text_columns, label_column, kind), source
@@ -107,7 +119,9 @@ def _glue_source(name: str, data: str | Path | InMemory | None, splits: Mapping[
         return from_memory(data, splits)
     folder = Path(data) / "glue" / name
     if not folder.is_dir():
-        raise LmcompressError(f"no folder {folder}; data= must hold glue/{name}/ with its splits as files")
+        raise LmcompressError(
+            f"no folder {folder}; {argument('data', '')} must hold glue/{name}/ with its splits as files"
+        )
     return from_folder(folder, splits)
 
 
@@ -132,7 +146,8 @@ def _used_splits(name: str, source: Source) -> Source:
     used = {split: rows for split, rows in source.splits.items() if _is_split_name(split)}
     if not used:
         raise LmcompressError(
-            f"{name} has no train split, only: {', '.join(source.splits)}; choose with splits={{'train': ...}}"
+            f"{name} has no train split, only: {', '.join(source.splits)}; choose with "
+            f"{argument('splits', TRAIN_SPLIT)}"
         )
     for split, rows in used.items():
         if not rows.num_rows:
@@ -181,7 +196,7 @@ def _assemble(task: Task, source: Source) -> TaskData:
         return _evaluation_only(task, checked, notes)
     if "train" not in checked:
         raise LmcompressError(
-            f"{task.name} has no train split, only: {', '.join(splits)}; choose with splits={{'train': ...}}"
+            f"{task.name} has no train split, only: {', '.join(splits)}; choose with {argument('splits', TRAIN_SPLIT)}"
         )
     if "validation" not in checked:
         checked["train"], checked["validation"], note_text = _hold_out(checked["train"], task)
@@ -260,7 +275,14 @@ def _cut_text(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _limit(data: TaskData, limit: int | None) -> TaskData:
+def limit_rows(data: TaskData, limit: int | None, *, first: bool = False) -> TaskData:
+    """At most ``limit`` rows of each split, in their order; ``notes`` names the splits that were cut.
+
+    Args:
+        data: any.
+        limit: rows of a split; None: all.
+        first: the first ones, instead of some drawn with a fixed seed.
+    """
     if limit is None:
         return data
     cut = [split for split, rows in data.splits().items() if rows.num_rows > limit]
@@ -268,10 +290,13 @@ def _limit(data: TaskData, limit: int | None) -> TaskData:
     def draw(split: str, rows: Dataset) -> Dataset:
         if split not in cut:
             return rows
+        if first:
+            return rows.select(range(limit))
         chosen = np.random.default_rng(_SEED).permutation(rows.num_rows)[:limit]
         return rows.select(np.sort(chosen))
 
-    notes = tuple(f"{split} is a subset ({limit} rows drawn with seed {_SEED})" for split in cut)
+    which = f"the first {limit} blocks" if first else f"{limit} rows drawn with seed {_SEED}"
+    notes = tuple(f"{split} is a subset ({which})" for split in cut)
     return replace(data.map_splits(draw), notes=(*data.notes, *notes))
 
 

@@ -16,13 +16,16 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from lmcompress.data.columns import string_features
-from lmcompress.errors import LmcompressError, nearest
+from lmcompress.errors import LmcompressError, argument, nearest
 
 Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]] | str | Path
 """One split: a data set, a list of rows, or a file."""
 
 InMemory: TypeAlias = Mapping[str, Rows] | Dataset | Sequence[Mapping[str, Any]]
 """Splits by name (a :class:`~datasets.DatasetDict`, too), or training rows alone."""
+
+TRAIN_SPLIT = "{'train': ...}"
+"""How messages show which file or split is trained on."""
 
 _COMPRESSION: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -59,7 +62,7 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
         the splits, named as lmcompress names them.
 
     Raises:
-        LmcompressError: there are no such files, two are for one split, or a wanted one is missing.
+        LmcompressError: If there are no such files, two are for one split, or a wanted one is missing.
     """
     files = {path: _stem(path) for path in sorted(folder.iterdir()) if _format(path)}
     if not files:
@@ -77,7 +80,7 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
         if split in paths and not is_shard:
             raise LmcompressError(
                 f"two files for split {split!r} in {folder}: {paths[split][0].name} and {path.name}; "
-                f"choose with splits={{{split!r}: ...}}"
+                f"choose with {argument('splits', f'{{{split!r}: ...}}')}"
             )
         paths.setdefault(split, []).append(path)
         if rest and not is_shard:
@@ -85,7 +88,7 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
     if not paths:
         raise LmcompressError(
             f"no file in {folder} is named train, validation or test, but there are: "
-            f"{', '.join(path.name for path in files)}; choose with splits={{'train': ...}}"
+            f"{', '.join(path.name for path in files)}; choose with {argument('splits', TRAIN_SPLIT)}"
         )
     return Source({split: read_files(shards) for split, shards in paths.items()}, tuple(notes))
 
@@ -102,7 +105,7 @@ def from_hub(repository: str, configuration: str | None, wanted: Mapping[str, st
         the splits, named as lmcompress names them.
 
     Raises:
-        LmcompressError: it can't be had; the message holds the cause.
+        LmcompressError: If it can't be had; the message holds the cause.
     """
     spelled = repository + (f":{configuration}" if configuration else "")
     try:
@@ -110,7 +113,7 @@ def from_hub(repository: str, configuration: str | None, wanted: Mapping[str, st
     except (OSError, ValueError) as error:
         raise LmcompressError(
             f"could not load {spelled!r} from the Hub ({type(error).__name__}: {error}). It is no file or folder here, "
-            "either; without a network, give a folder with data="
+            f"either; without a network, give a folder with {argument('data', '')}"
         ) from error
     if wanted is not None:
         sliced = sorted(name for name, spec in wanted.items() if "[" in spec)
@@ -130,7 +133,7 @@ def from_memory(data: InMemory, wanted: Mapping[str, str] | None = None) -> Sour
         the splits, named as lmcompress names them.
 
     Raises:
-        LmcompressError: the rows are of no known type, or a wanted key is missing.
+        LmcompressError: If the rows are of no known type, or a wanted key is missing.
     """
     named = data if isinstance(data, Mapping) else {"train": data}
     if wanted is not None:
@@ -154,7 +157,7 @@ def read_files(paths: Sequence[Path]) -> Dataset:
         the rows as they are, nothing checked.
 
     Raises:
-        LmcompressError: a file is missing, empty, damaged, or of an unknown format.
+        LmcompressError: If a file is missing, empty, damaged, or of an unknown format.
     """
     kind = _format(paths[0])
     if missing := [str(path) for path in paths if not path.is_file()]:

@@ -51,7 +51,7 @@ def task_kind(name: str) -> TaskKind:
         the kind.
 
     Raises:
-        LmcompressError: there is no such kind.
+        LmcompressError: If there is no such kind.
 
     Example:
         >>> str(task_kind("regression"))
@@ -76,7 +76,7 @@ class Task:
         metrics: names of metrics, the main one first; empty means those that suit the kind.
 
     Raises:
-        LmcompressError: the fields do not fit together.
+        LmcompressError: If the fields do not fit together.
 
     Example:
         >>> task = Task("tone", "classification", ("text",), "label", ("bad", "good"))

@@ -32,7 +32,7 @@ def pack_blocks(
         each of ``block_size`` numbers a row.
 
     Raises:
-        LmcompressError: the text is shorter than a block, or the tokenizer has no ``eos_token``.
+        LmcompressError: If the text is shorter than a block, or the tokenizer has no ``eos_token``.
     """
     if block_size < 2:
         raise LmcompressError(f"block_size must be >= 2, got {block_size}: a token is predicted from those before it")

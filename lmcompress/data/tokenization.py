@@ -52,8 +52,8 @@ def tokenize(
         the same task and splits; columns are model inputs, those of the teacher, and ``labels``.
 
     Raises:
-        LmcompressError: a tokenizer is not a fast one, can't take ``max_length`` tokens, can't take words; or a causal
-            teacher has another tokenizer.
+        LmcompressError: If a tokenizer is not a fast one, can't take ``max_length`` tokens or can't take words, or a
+            causal teacher has another tokenizer.
     """
     task, teacher = task_data.task, teacher_tokenizer
     for each in (tokenizer, teacher):

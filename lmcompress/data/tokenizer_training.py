@@ -1,4 +1,4 @@
-"""Small tokenizers trained on the spot, for examples and tests that start from nothing."""
+"""Small tokenizers trained on the spot, for examples and tests that train from scratch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_tokenizer(
         a fast tokenizer that ``save_pretrained`` writes as any other.
 
     Raises:
-        LmcompressError: the kind is unknown, or ``vocab_size`` is too small for the characters that there are.
+        LmcompressError: If the kind is unknown, or ``vocab_size`` is too small for the characters that there are.
 
     Example:
         >>> tokenizer = train_tokenizer(["a cat and a hat"], kind="wordpiece", vocab_size=40)

@@ -1,10 +1,13 @@
 """Distillation: losses, matches, teachers, and the method that puts them into a training run."""
 
 from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatch, Match, TemperatureSchedule
+from lmcompress.distillation.losses.registry import LogitLoss
+from lmcompress.distillation.matches.registry import MatchLoss
 from lmcompress.distillation.method import Distillation
 from lmcompress.distillation.presets import quantgpt, ternarybert
 from lmcompress.distillation.store import TeacherStore
-from lmcompress.distillation.teachers import LiveTeacher, StoredTeacher, load_teacher
+from lmcompress.distillation.store.teacher import StoredTeacher
+from lmcompress.distillation.teachers import LiveTeacher, load_teacher
 from lmcompress.distillation.textbrewer import read_textbrewer
 
 __all__ = [
@@ -13,7 +16,9 @@ __all__ = [
     "DistillationConfig",
     "EmdMatch",
     "LiveTeacher",
+    "LogitLoss",
     "Match",
+    "MatchLoss",
     "StoredTeacher",
     "TeacherStore",
     "TemperatureSchedule",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LogitLoss = Literal["auto", "kl", "ce", "reverse_kl", "jsd", "mse"]
-WeightSchedule = Literal["constant", "linear_decay", "linear_growth", "cosine_decay"]
+from lmcompress.distillation.losses.registry import LOGIT_LOSSES, LogitLoss
+from lmcompress.distillation.matches.registry import MATCHES, MatchLoss
+from lmcompress.distillation.schedules import WEIGHT_SCHEDULES
+from lmcompress.registry import PartField
+
+LogitLossPart = Annotated[str | LogitLoss, PartField(LOGIT_LOSSES, "auto")]
+MatchPart = Annotated[str | MatchLoss, PartField(MATCHES)]
+WeightSchedule = Annotated[str | Callable[[float], float], PartField(WEIGHT_SCHEDULES)]
+"""Factor of a weight over training: constant, linear_decay, linear_growth, cosine_decay, or one of your own."""
 
 
 class _Part(BaseModel):
@@ -31,7 +39,11 @@ class Match(_Part):
     """One comparison of a student's feature with a teacher's."""
 
     loss: Annotated[
-        str, Field(description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …")
+        MatchPart,
+        Field(
+            description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …; or "
+            "module:attribute of one of your own."
+        ),
     ]
     student: Annotated[
         int | tuple[int, ...] | Literal["nearest"],
@@ -160,10 +172,10 @@ class DistillationConfig(_Part):
     """
 
     loss: Annotated[
-        LogitLoss,
+        LogitLossPart,
         Field(
-            description="Of the logits. auto: KL for classes and tokens, mean squared error for regression, "
-            "Bernoulli KL for multi-label."
+            description="Loss on the logits: kl, ce, reverse_kl, jsd, mse, or module:attribute of one of your own. "
+            "auto: KL for classes and tokens, mean squared error for regression, Bernoulli KL for multi-label."
         ),
     ] = "auto"
     temperature: Annotated[float, Field(gt=0, description="Softens teacher and student alike; usually 1 to 8.")] = 4.0

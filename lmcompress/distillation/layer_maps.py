@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which of the teacher: fixed maps, the nearest in order, earth mover's flow.
+"""Which layer of the student learns from which of the teacher: fixed maps, and the nearest in order.
 
 A map is a list of ``(student_layer, teacher_layer)``. Layers are indices of hidden states: 0 is the output of the
 embeddings, ``i`` that of block ``i``, counted from 1.
@@ -6,17 +6,12 @@ embeddings, ``i`` that of block ``i``, counted from 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lmcompress.distillation.matches import hidden_mse
 from lmcompress.errors import LmcompressError
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 LayerMap = list[tuple[int, int]]
 """``[(student_layer, teacher_layer), ...]``."""
@@ -240,159 +235,6 @@ def nearest_kept(kept: Sequence[int], teacher_layers: Sequence[int]) -> LayerMap
     return nearest_in_order(distances, range(1, len(kept) + 1), teacher_layers)
 
 
-def earth_mover_flow(
-    cost: Tensor, student_weights: Tensor | None = None, teacher_weights: Tensor | None = None
-) -> Tensor:
-    r"""The cheapest transport of knowledge between layers: the flow of the earth mover's distance.
-
-    .. math:: \arg\min_{f \ge 0} \sum_{ij} f_{ij} c_{ij}, \quad \sum_j f_{ij} = w^S_i, \; \sum_i f_{ij} = w^T_j
-
-    Solved exactly (network simplex, POT) in float64 on the CPU.
-
-    Args:
-        cost: ``(S, T)`` or ``(batch, S, T)`` finite: the distance of each student layer from each teacher layer.
-        student_weights: ``(S,)`` >= 0, scaled to sum 1; default all equal.
-        teacher_weights: ``(T,)`` likewise.
-
-    Returns:
-        The flow, of the shape and on the device of ``cost``, float32, without gradient; each sums to 1.
-
-    Raises:
-        LmcompressError: a cost that is not finite or of another shape, or weights that are no distribution.
-        ImportError: POT is not installed.
-
-    Reference:
-        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3.
-
-    Example:
-        >>> earth_mover_flow(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-        tensor([[0.5000, 0.0000],
-                [0.0000, 0.5000]])
-    """
-    ot = _import_ot()
-    if cost.dim() not in (2, 3):
-        raise LmcompressError(f"cost must be (student layers, teacher layers), got shape {tuple(cost.shape)}")
-    if not torch.isfinite(cost).all():
-        raise LmcompressError("costs between layers must be finite; did training diverge?")
-    student = _distribution(student_weights, cost.shape[-2], "student").numpy()
-    teacher = _distribution(teacher_weights, cost.shape[-1], "teacher").numpy()
-    matrices = cost.detach().double().cpu().reshape(-1, *cost.shape[-2:])
-    flows = [torch.from_numpy(ot.emd(student, teacher, matrix.numpy())) for matrix in matrices]
-    return torch.stack(flows).reshape(cost.shape).to(device=cost.device, dtype=torch.float32)
-
-
-def emd_hidden_mse(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Tensor,
-    *,
-    projection: Callable[[Tensor], Tensor] | None = None,
-    student_weights: Tensor | None = None,
-    teacher_weights: Tensor | None = None,
-) -> Tensor:
-    r"""Earth mover's distance between the layers of two models, with squared distances of hidden states as costs.
-
-    .. math:: \sum_{ij} f_{ij} \sum_l m_l \frac{1}{d} \| W s^i_l - t^j_l \|_2^2
-
-    The flow :math:`f` is found for each example by itself (so that 8 x 1 equals 1 x 8) and taken as constant: no
-    gradient flows through it.
-
-    Args:
-        student: ``(batch, length, d_s)`` for each student layer that takes part.
-        teacher: ``(batch, length, d_t)`` for each teacher layer that takes part.
-        mask: ``(batch, length)``, 1 = real token.
-        projection: from the student's width to the teacher's, one for all layers; may be left out if they are equal.
-        student_weights: ``(S,)``, see :func:`earth_mover_flow`.
-        teacher_weights: ``(T,)``.
-
-    Returns:
-        ``(batch,)`` float32 sums over tokens (unit ``tokens``); 0 where the layers are the same sets.
-
-    Raises:
-        LmcompressError: no layers, or shapes that differ.
-        ImportError: POT is not installed.
-
-    Reference:
-        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3. Theirs finds one flow for the batch.
-    """
-    costs = emd_costs(student, teacher, mask, projection=projection)
-    return (earth_mover_flow(costs, student_weights, teacher_weights) * costs).sum(dim=(1, 2))
-
-
-def emd_costs(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Tensor,
-    *,
-    projection: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    r"""Distances of all student layers from all teacher layers: :math:`\sum_l m_l \frac{1}{d} \|W s^i_l - t^j_l\|^2`.
-
-    Args:
-        student: ``(batch, length, d_s)`` for each student layer.
-        teacher: ``(batch, length, d_t)`` for each teacher layer.
-        mask: ``(batch, length)``, 1 = real token.
-        projection: from the student's width to the teacher's.
-
-    Returns:
-        ``(batch, S, T)`` float32 sums over tokens, with gradient to the student.
-
-    Raises:
-        LmcompressError: no layers, or shapes that differ.
-    """
-    if len(student) == 0 or len(teacher) == 0:
-        raise LmcompressError(f"need layers on both sides, got {len(student)} of the student, {len(teacher)} teacher's")
-    projected = [hidden if projection is None else projection(hidden) for hidden in student]
-    return torch.stack([torch.stack([hidden_mse(s, t, mask) for t in teacher], dim=-1) for s in projected], dim=1)
-
-
-def cost_attention(
-    flow: Tensor, cost: Tensor, student_weights: Tensor, teacher_weights: Tensor, *, eps: float = 1e-12
-) -> tuple[Tensor, Tensor]:
-    r"""BERT-EMD's update of layer weights: layers that are cheap to match get more weight.
-
-    .. math:: C_i = \frac{\sum_j f_{ij} c_{ij}}{w_i}, \quad w_i' = \frac{1 / C_i}{\sum_k 1 / C_k}
-
-    for the student's layers, and the same with rows and columns changed for the teacher's. The caller keeps the
-    weights between steps, as part of its training state.
-
-    Args:
-        flow: ``(S, T)`` or ``(batch, S, T)``, of :func:`earth_mover_flow`; a batch is averaged.
-        cost: of the same shape.
-        student_weights: ``(S,)`` > 0, those the flow was found with.
-        teacher_weights: ``(T,)`` > 0.
-        eps: the least cost that is divided by.
-
-    Returns:
-        New student weights ``(S,)`` and teacher weights ``(T,)``, float32, each summing to 1, without gradient.
-
-    Raises:
-        LmcompressError: the shapes do not fit, or a weight is not > 0.
-
-    Reference:
-        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3 (cost attention), in the form of the
-        authors' code. A layer of no cost gets the greatest weight here; in the code it gets none.
-
-    Example:
-        >>> flow, cost = torch.eye(2) / 2, torch.tensor([[1.0, 9.0], [9.0, 3.0]])
-        >>> cost_attention(flow, cost, torch.full((2,), 0.5), torch.full((2,), 0.5))[0]
-        tensor([0.7500, 0.2500])
-    """
-    if flow.shape != cost.shape or flow.shape[-2:] != (len(student_weights), len(teacher_weights)):
-        raise LmcompressError(
-            f"flow and cost must have shape (..., {len(student_weights)}, {len(teacher_weights)}), as there are "
-            f"weights; got {tuple(flow.shape)} and {tuple(cost.shape)}"
-        )
-    if not bool((student_weights > 0).all() and (teacher_weights > 0).all()):
-        raise LmcompressError("layer weights must be > 0: a layer that no flow reaches has no cost to learn from")
-    work = (flow.detach() * cost.detach()).double().reshape(-1, *flow.shape[-2:]).mean(dim=0)
-    updated = []
-    for paid, weights in ((work.sum(dim=1), student_weights), (work.sum(dim=0), teacher_weights)):
-        inverse = 1 / (paid / weights.detach().to(paid)).clamp(min=eps)
-        updated.append((inverse / inverse.sum()).float())
-    return updated[0], updated[1]
-
-
 def _check_depths(student_layers: int, teacher_layers: int) -> None:
     if not 1 <= student_layers <= teacher_layers:
         raise LmcompressError(
@@ -409,21 +251,3 @@ def _resolve(index: int, layers: int, side: str, pair: Sequence[int]) -> int:
             f"it must be in [0, {layers}] (0 = embeddings) or negative from the end"
         )
     return resolved
-
-
-def _distribution(weights: Tensor | None, layers: int, side: str) -> Tensor:
-    if weights is None:
-        return torch.full((layers,), 1 / layers, dtype=torch.float64)
-    weights = weights.detach().double().cpu()
-    if weights.shape != (layers,) or not bool((weights >= 0).all() and 0 < weights.sum() < float("inf")):
-        raise LmcompressError(f"{side} weights must be {layers} numbers >= 0 with a sum > 0, got {weights.tolist()}")
-    return weights / weights.sum()
-
-
-def _import_ot() -> ModuleType:
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError('the earth mover\'s flow needs POT: pip install "lmcompress[emd]"') from error
-    module: Any = ot
-    return module

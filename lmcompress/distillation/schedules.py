@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError
+from lmcompress.registry import Registry
 
 WeightSchedule = Callable[[float], float]
 """``progress in [0, 1] -> factor in [0, 1]``, which scales the configured weight and does not replace it."""
@@ -88,13 +89,18 @@ def cosine_decay(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * _check_progress(progress)))
 
 
-WEIGHT_SCHEDULES: dict[str, WeightSchedule] = {
-    "constant": constant,
-    "linear_decay": linear_decay,
-    "linear_growth": linear_growth,
-    "cosine_decay": cosine_decay,
-}
-"""The weight schedules by name, for recipes."""
+WEIGHT_SCHEDULES: Registry[WeightSchedule] = Registry(
+    "weight schedule",
+    {
+        "constant": constant,
+        "linear_decay": linear_decay,
+        "linear_growth": linear_growth,
+        "cosine_decay": cosine_decay,
+    },
+    callable,
+    "a function of the share of training done",
+)
+"""The weight schedules by name, for configurations and recipes."""
 
 
 def constant_temperature(student_logits: Tensor, base: float) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.distillation.capture import Capture, Feature, Features, resolve, shape_of
-from lmcompress.distillation.store import TeacherStore, expand_top_k
+from lmcompress.activations.capture import Capture, Feature, Features, resolve, shape_of
 from lmcompress.distillation.vocabulary import TeacherChunk
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
@@ -212,109 +211,6 @@ class LiveTeacher:
         if self._capture is not None:
             self._capture.remove()
         self._capture, self._features, self._logits = None, set(), False
-
-
-class StoredTeacher:
-    """A teacher whose answers were written to disk before.
-
-    Args:
-        store: an opened store.
-    """
-
-    model = None
-
-    def __init__(self, store: TeacherStore) -> None:
-        self.store = store
-        self._features: set[Feature] = set()
-        self._causal = False
-
-    def resolve(self, kind: str, layer: int) -> Feature:
-        """A feature with its layer counted from the beginning; see :class:`Teacher`.
-
-        Args:
-            kind: of feature.
-            layer: negative counts from the end.
-
-        Returns:
-            ``(kind, layer)``.
-
-        Raises:
-            LmcompressError: the store lacks it.
-        """
-        feature = (kind, layer if layer >= 0 else self.store.meta.layers + 1 + layer)
-        if feature not in self.store.features:
-            there = ", ".join(f"{kind} {layer}" for kind, layer in self.store.features) or "no features"
-            raise LmcompressError(
-                f"the teacher store {self.store.folder} has no {kind} of layer {layer}, it has {there}: build it again "
-                "with the features that are matched"
-            )
-        return feature
-
-    def shape_of(self, feature: Feature) -> tuple[int, ...]:
-        """Sizes of a feature of one row; see :class:`Teacher`.
-
-        Args:
-            feature: resolved.
-
-        Returns:
-            The shape without the batch axis.
-        """
-        return {(info.kind, info.layer): info.shape for info in self.store.meta.features}[feature]
-
-    def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
-        """Remember what will be asked for; see :class:`Teacher`.
-
-        Args:
-            features: resolved.
-            logits: they are always there.
-            causal: whether chunks are wanted.
-            device: answers come on the batch's device.
-        """
-        self._features.update(features)
-        self._causal = causal
-
-    def answer(self, batch: Mapping[str, Any], autocast: Autocast) -> Answers:
-        """Look the batch up; see :class:`Teacher`.
-
-        Args:
-            batch: the whole batch.
-            autocast: not needed.
-
-        Returns:
-            Logits, or what gives them in chunks, and the features.
-        """
-        found = self.store.lookup(batch, sorted(self._features))
-        if found.top_k is None:
-            logits = found.logits
-            assert logits is not None
-            if not self._causal:
-                return Answers(logits, None, found.features)
-            flat = logits.flatten(0, 1)
-
-            def full(rows: Tensor) -> TeacherChunk:
-                selected = flat[rows]
-                return lambda start, stop: selected[start:stop].float()
-
-            return Answers(None, full, found.features)
-        top = found.top_k
-        if not self._causal:
-            return Answers(top.logits(), None, found.features)
-        values, indices, total = top.values.flatten(0, -2), top.indices.flatten(0, -2), top.logsumexp.flatten()
-
-        def sparse(rows: Tensor) -> TeacherChunk:
-            kept = values[rows], indices[rows], total[rows]
-
-            def logits(start: int, stop: int) -> Tensor:
-                chosen = [part[start:stop] for part in kept]
-                return expand_top_k(chosen[0], chosen[1], chosen[2], top.vocab_size)
-
-            return logits
-
-        return Answers(None, sparse, found.features)
-
-    def release(self) -> None:
-        """Forget what was asked for; see :class:`Teacher`."""
-        self._features.clear()
 
 
 def load_teacher(

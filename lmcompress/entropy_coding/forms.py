@@ -1,4 +1,4 @@
-"""How a tensor becomes arrays of symbols, to the bit: what is coded is its bit patterns, so NaN and -0.0 come back.
+"""How a tensor becomes arrays of symbols, bit-exact: its bit patterns are coded, NaN and -0.0 too.
 
 ============ ====================================================== ===============================================
 form         arrays of symbols                                      for
@@ -11,21 +11,21 @@ form         arrays of symbols                                      for
 ============ ====================================================== ===============================================
 
 ``…`` is ``planes`` or ``codebook``. Gaps are Deep Compression's relative indices (section 2, figure 2); where one is
-longer than a symbol can say, the paper stores a zero weight, and we a symbol that says "so many more", which needs no
+longer than a symbol can say, the paper stores a zero weight, and we a symbol that says "255 more", which needs no
 weight.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmcompress.entropy_coding.symbols import Part, Symbols, index_width
 from lmcompress.errors import CheckpointError, LmcompressError
 
 Form = Literal["plain", "planes", "codebook", "mask_planes", "mask_codebook", "gaps_planes", "gaps_codebook"]
@@ -44,20 +44,6 @@ _PATTERN = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # numbers that are put in place at a time: an index into an array has 8 bytes
 _BLOCK = 1 << 16
 
-Symbols = NDArray[np.unsignedinteger]
-
-
-class Part(NamedTuple):
-    """An array of symbols.
-
-    Attributes:
-        symbols: ``(n,)`` unsigned.
-        width: bits of a symbol in a fixed-width code: 1, 2, 4, 8 or 16.
-    """
-
-    symbols: Symbols
-    width: int
-
 
 def patterns(tensor: Tensor) -> Symbols:
     """The bit patterns of a tensor's numbers.
@@ -70,7 +56,7 @@ def patterns(tensor: Tensor) -> Symbols:
         CPU and without gaps.
 
     Raises:
-        LmcompressError: a type that is not among them, a sparse tensor, or one without numbers.
+        LmcompressError: If its type is not among them, it is sparse, or it is on ``meta`` and has no numbers.
     """
     if tensor.is_meta:
         raise LmcompressError("a tensor must have numbers to be coded, got one on the meta device")
@@ -151,7 +137,7 @@ def check_sizes(form: Form, sizes: Sequence[tuple[int, int]], size: int, count: 
         count: how many numbers the tensor has.
 
     Raises:
-        CheckpointError: they are too many or too few, too long, or of another width.
+        CheckpointError: If they are too many or too few, too long, or of another width.
     """
     where, _, what = form.rpartition("_")
     places, numbers = (sizes[:1], sizes[1:]) if where else ([], sizes)
@@ -183,7 +169,7 @@ def join(parts: Iterable[Part], form: Form, found: Symbols) -> None:
         found: ``(count,)`` unsigned integers, to be filled.
 
     Raises:
-        CheckpointError: the arrays contradict one another.
+        CheckpointError: If the arrays contradict one another.
     """
     arrays = (part.symbols for part in parts)
     where, _, what = form.rpartition("_")
@@ -199,83 +185,6 @@ def join(parts: Iterable[Part], form: Form, found: Symbols) -> None:
         found[at] = numbers
     else:
         _spread(found, places, at, numbers)
-
-
-def index_width(values: int) -> int:
-    """Bits of an index in a codebook, of the widths that fill bytes.
-
-    Args:
-        values: how many the codebook has.
-
-    Returns:
-        1, 2, 4, 8 or 16.
-
-    Example:
-        >>> [index_width(n) for n in (1, 2, 3, 16, 17, 256, 257)]
-        [1, 1, 2, 4, 8, 8, 16]
-    """
-    return next(width for width in (1, 2, 4, 8, 16) if values <= 1 << width)
-
-
-def packed(part: Part) -> bytes:
-    """The symbols in a fixed-width code, those below 8 bits several to a byte, the first in the low bits.
-
-    Args:
-        part: an array of symbols.
-    """
-    symbols, width = part
-    if width == 16:
-        return symbols.astype("<u2").tobytes()
-    if width < 8:
-        many = 8 // width
-        padded = np.zeros(-(-len(symbols) // many) * many, np.uint8)
-        padded[: len(symbols)] = symbols
-        lanes = padded.reshape(-1, many)
-        symbols = np.zeros(len(lanes), np.uint8)
-        for lane in range(many):
-            symbols |= lanes[:, lane] << np.uint8(width * lane)
-    return symbols.astype(np.uint8).tobytes()
-
-
-def packed_size(count: int, width: int) -> int:
-    """Bytes that so many symbols take in a fixed-width code.
-
-    Args:
-        count: of symbols.
-        width: bits of a symbol.
-    """
-    return math.ceil(count * width / 8)
-
-
-def unpacked(data: bytes | memoryview, count: int, width: int) -> Symbols:
-    """The symbols again.
-
-    Args:
-        data: :func:`packed_size` bytes.
-        count: how many symbols.
-        width: bits of each.
-
-    Returns:
-        ``(count,)`` uint8, or uint16 where they have 16 bits.
-
-    Raises:
-        CheckpointError: data of another length.
-    """
-    if len(data) != packed_size(count, width):
-        raise CheckpointError(
-            f"{count} symbols of {width} bits must lie in {packed_size(count, width)} bytes, got {len(data)}: the data "
-            "is cut off or was changed"
-        )
-    if width == 16:
-        return np.frombuffer(data, "<u2").astype(np.uint16)
-    symbols = np.frombuffer(data, np.uint8)
-    if width == 8:
-        return symbols
-    many, mask = 8 // width, np.uint8((1 << width) - 1)
-    lanes = np.empty((len(symbols), many), np.uint8)
-    for lane in range(many):
-        lanes[:, lane] = (symbols >> np.uint8(width * lane)) & mask
-    return lanes.reshape(-1)[:count]
 
 
 def _numbers(found: Symbols, what: str) -> list[Part]:

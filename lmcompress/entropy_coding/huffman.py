@@ -110,7 +110,7 @@ def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
     codes = canonical_codes(lengths)
     sizes = np.zeros(-(-len(symbols) // CHUNK), np.int64)
     blocks: list[NDArray[np.uint8]] = []
-    # a bit takes a byte until it is packed: so many symbols at a time
+    # a bit takes a byte until it is packed: one part of the symbols at a time
     step = CHUNK * 512
     rest = np.zeros(0, np.uint8)
     for start in range(0, len(symbols), step):
@@ -147,8 +147,8 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.unsignedinteger]:
         ``(count,)`` uint8 where every symbol fits, otherwise uint16.
 
     Raises:
-        CheckpointError: cut, longer than it should be, with a table that is no prefix code, or with bits that are not
-            those of ``count`` symbols.
+        CheckpointError: If the data are cut off or too long, the table is no prefix code, or the bits are not those of
+            ``count`` symbols.
     """
     data = memoryview(data)
     if len(data) < _HEAD.size:

@@ -1,5 +1,6 @@
 """Evaluation: GLUE metrics, perplexity, size on disk, latency and memory. Needs no trainer and no network."""
 
+from lmcompress.activations.running import showing_progress as showing_progress
 from lmcompress.evaluation.memory import Memory as Memory
 from lmcompress.evaluation.memory import measure_peak_memory as measure_peak_memory
 from lmcompress.evaluation.memory import peak_memory as peak_memory

@@ -56,7 +56,7 @@ def peak_memory(function: Callable[..., Any], *args: Any, device: str | None = N
         the peak and what was held before the call.
 
     Raises:
-        LmcompressError: the device is another.
+        LmcompressError: If the device is another.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda":
@@ -92,7 +92,7 @@ def measure_peak_memory(
         baseline and peak, and their difference as ``used_bytes``.
 
     Raises:
-        LmcompressError: the class is unknown, the folder is not there, or the process failed.
+        LmcompressError: If the class is unknown, the folder is not there, or the process failed.
     """
     known = [name for name in dir(transformers) if name.startswith("AutoModel")]
     if auto_class not in known:

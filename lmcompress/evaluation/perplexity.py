@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -35,6 +35,8 @@ class Perplexity:
         num_predicted: tokens that were predicted, each once.
         num_words: words, and ends of lines where those count.
         num_bytes: of the text in UTF-8.
+        window_nll: summed negative log-likelihood of each window's predicted tokens, in the order of the text.
+        window_tokens: how many tokens each window predicts.
     """
 
     token_perplexity: float
@@ -45,6 +47,8 @@ class Perplexity:
     num_predicted: int
     num_words: int
     num_bytes: int
+    window_nll: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    window_tokens: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ def perplexity(
         perplexities and what they were counted over.
 
     Raises:
-        LmcompressError: the model is not causal, there are fewer than 2 tokens, a stride or length is out of range, or
-            an id is outside the vocabulary.
+        LmcompressError: If the model is not causal, there are fewer than 2 tokens, a stride or length is out of range,
+            or an id is outside the vocabulary.
 
     Reference:
         Hugging Face, *Perplexity of fixed-length models*, https://huggingface.co/docs/transformers/perplexity.
@@ -111,9 +115,11 @@ def perplexity(
         raise LmcompressError(f"batch_size must be >= 1, got {batch_size}")
     length = _max_length(model, max_length)
     spans = list(windows(len(ids), length, length if stride is None else stride))
-    nll = _nll_sum(model, ids, spans, batch_size, progress)
-    num_predicted = sum(span.stop - span.first for span in spans)
-    return _summary(nll / num_predicted, len(ids), num_predicted, count_words(text, line_ends=count_line_ends), text)
+    nll = _window_nll(model, ids, spans, batch_size, progress)
+    tokens = tuple(span.stop - span.first for span in spans)
+    num_words = count_words(text, line_ends=count_line_ends)
+    summary = _summary(sum(nll) / sum(tokens), len(ids), sum(tokens), num_words, text)
+    return replace(summary, window_nll=tuple(nll), window_tokens=tokens)
 
 
 def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
@@ -128,7 +134,7 @@ def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
         windows in order; where ``stride < max_length``, all tokens but the text's first are predicted.
 
     Raises:
-        LmcompressError: ``max_length`` is below 2, or ``stride`` not in [1, ``max_length``].
+        LmcompressError: If ``max_length`` is below 2, or ``stride`` not in [1, ``max_length``].
 
     Example:
         >>> list(windows(5, 3, 2))
@@ -189,7 +195,9 @@ def _max_length(model: PreTrainedModel, max_length: int | None) -> int:
     return max_length
 
 
-def _nll_sum(model: PreTrainedModel, ids: Tensor, spans: list[Window], batch_size: int, progress: bool) -> float:
+def _window_nll(
+    model: PreTrainedModel, ids: Tensor, spans: list[Window], batch_size: int, progress: bool
+) -> list[float]:
     # windows of one length share a batch, so that nothing is padded: only the last can be shorter
     batches = [
         equal[i : i + batch_size]
@@ -197,7 +205,7 @@ def _nll_sum(model: PreTrainedModel, ids: Tensor, spans: list[Window], batch_siz
         for equal in [list(group)]
         for i in range(0, len(equal), batch_size)
     ]
-    total = 0.0
+    found: list[float] = []
     with evaluating(model):
         for batch in with_progress(batches, "perplexity", enabled=progress):
             inputs = torch.stack([ids[span.start : span.stop] for span in batch]).to(model.device)
@@ -206,8 +214,8 @@ def _nll_sum(model: PreTrainedModel, ids: Tensor, spans: list[Window], batch_siz
                 # position i predicts token i + 1; row by row, for a float32 copy of all logits would double the memory
                 first = span.first - span.start
                 nll = F.cross_entropy(row_logits[first - 1 : -1].float(), row_ids[first:], reduction="none")
-                total += nll.double().sum().item()
-    return total
+                found.append(nll.double().sum().item())
+    return found
 
 
 def _summary(nll: float, num_tokens: int, num_predicted: int, num_words: int, text: str) -> Perplexity:

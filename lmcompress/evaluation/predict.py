@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.evaluation.metrics import Array, Ragged, compute_metrics, predictions_from_logits
 
 Row: TypeAlias = Mapping[str, Any]
@@ -50,7 +50,7 @@ def predict(
         tokens, ``(batch, length, classes)`` in the model, both are lists with one array per row, without its padding.
 
     Raises:
-        LmcompressError: the data set is empty, batches have no labels, or the model has no logits.
+        LmcompressError: If the data set is empty, batches have no labels, or the model has no logits.
     """
     if len(dataset) == 0:
         raise LmcompressError("the data set must have rows, got none")

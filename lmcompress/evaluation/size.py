@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.encoding import encoded_names
+from lmcompress.checkpoint.encoding import encoded_names, weight_count
+from lmcompress.checkpoint.files import safetensors_header
 from lmcompress.entropy_coding import StreamInfo, describe
 from lmcompress.errors import CheckpointError
 from lmcompress.nn.packed import Packed, PackedEmbedding
+
+parameter_count = weight_count
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,9 +37,6 @@ OTHER_FILES = (
     "tokenizer.model",
 )
 """What a model and its tokenizer are loaded from, beside the weights."""
-
-# the limit of the format, https://github.com/huggingface/safetensors: a greater one is an attack or a damaged file
-MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def size_on_disk(folder: str | Path) -> Size:
         the bytes, altogether and by file.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or some that the index names are missing.
+        CheckpointError: If there are no safetensors weights, or some that the index names are missing.
     """
     path = Path(folder)
     weights = {file.name: file.stat().st_size for file in _weight_files(path)}
@@ -160,22 +157,6 @@ def size_on_disk(folder: str | Path) -> Size:
     other = {name: (path / name).stat().st_size for name in names if (path / name).is_file()}
     by_file = dict(sorted({**weights, **other}.items(), key=lambda item: -item[1]))
     return Size(sum(by_file.values()), sum(weights.values()), sum(other.values()), by_file)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Numbers in the model's parameters, tied ones once; buffers, such as packed weights, are not parameters.
-
-    Args:
-        model: any, on any device, ``meta`` too.
-
-    Returns:
-        their count.
-
-    Example:
-        >>> parameter_count(nn.Linear(3, 2))
-        8
-    """
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def tensor_table(folder: str | Path) -> list[TensorInfo]:
@@ -188,9 +169,13 @@ def tensor_table(folder: str | Path) -> list[TensorInfo]:
         one entry per tensor, in the order of the files and their data.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or a header is not one.
+        CheckpointError: If there are no safetensors weights, or a file is damaged.
     """
-    return [tensor for file in _weight_files(Path(folder)) for tensor in _tensors(file)]
+    return [
+        TensorInfo(name, one.dtype, one.shape, math.prod(one.shape) * _bits(one.dtype) // 8, file.name)
+        for file in _weight_files(Path(folder))
+        for name, one in safetensors_header(file).items()
+    ]
 
 
 def stream_table(folder: str | Path) -> dict[str, StreamInfo]:
@@ -203,7 +188,7 @@ def stream_table(folder: str | Path) -> dict[str, StreamInfo]:
         by name, in the order of the files; empty where no tensor is a stream.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or a stream is damaged.
+        CheckpointError: If there are no safetensors weights, or a stream is damaged.
     """
     path = Path(folder)
     described = json.loads((path / "config.json").read_text("utf-8")).get("quantization_config") or {}
@@ -231,33 +216,6 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensors(file: Path) -> Iterator[TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{str(file)!r} is not a safetensors file: a header of {length} bytes in {size}")
-        raw = stream.read(length)
-    try:
-        header: dict[str, dict[str, Any]] = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = [_tensor(name, entry, file.name) for name, entry in header.items()]
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        tensors.sort(key=lambda tensor: header[tensor.name]["data_offsets"][0])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{str(file)!r} has a header that is not one of safetensors: {error!r}") from error
-    if max(ends, default=0) != size - 8 - length:
-        raise CheckpointError(
-            f"{str(file)!r} is cut off or damaged: its header tells of {max(ends, default=0)} bytes of data, "
-            f"it has {size - 8 - length}"
-        )
-    yield from tensors
-
-
-def _tensor(name: str, entry: dict[str, Any], file: str) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(axis) for axis in entry["shape"])
-    if end < begin or (math.prod(shape) == 0) != (end == begin):
-        raise ValueError(f"{name!r} of shape {shape} has {end - begin} bytes")
-    return TensorInfo(name, str(entry["dtype"]), shape, end - begin, file)
+def _bits(dtype: str) -> int:
+    """Bits of a number of a type as safetensors calls it: ``F8_E4M3`` has 8."""
+    return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]

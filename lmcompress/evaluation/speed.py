@@ -86,8 +86,8 @@ def compare_latency(
         a row for each batch size and model, in the order given, models within batch sizes.
 
     Raises:
-        LmcompressError: nothing to measure, an unknown mode, a length beyond a model's positions, or models on
-            several devices.
+        LmcompressError: If there is nothing to measure, the mode is unknown, the length is beyond a model's positions,
+            or models are on several devices.
     """
     _check(models, batch_sizes, sequence_length, repeats, warmup, mode, new_tokens)
     with _placed(models, device) as place, _threads(threads), torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The only place that knows what a BERT or a GPT-2 looks like.
+"""The only package that knows what a BERT or a GPT-2 looks like.
 
 A family is a :class:`Family`: the paths of its parts. To add one, write it in a file of this package and name it in
 :data:`FAMILIES`; ``tests/families.py`` has the line that puts it through every test.
@@ -23,14 +23,14 @@ from lmcompress.families.base import (
 from lmcompress.families.bert import BERT, ELECTRA, ROBERTA
 from lmcompress.families.distilbert import DISTILBERT
 from lmcompress.families.gpt2 import GPT2
-from lmcompress.families.narrow import Hollow, narrow_stream, stream_axes
+from lmcompress.families.narrow import ZeroWidthLinear, narrow_stream, stream_axes
 
 __all__ = [
     "FAMILIES",
     "Anatomy",
     "Block",
     "Family",
-    "Hollow",
+    "ZeroWidthLinear",
     "anatomy_of",
     "config_value",
     "family_of",
@@ -53,7 +53,7 @@ def family_of(config: PretrainedConfig) -> Family:
         config: any Transformers config.
 
     Raises:
-        UnknownFamilyError: nobody has described the family; the message names those that are there.
+        UnknownFamilyError: If the family is not described; the message names those that are.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -73,6 +73,6 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         model: a ``PreTrainedModel``, with or without a head.
 
     Raises:
-        UnknownFamilyError: as :func:`family_of`.
+        UnknownFamilyError: If the family is not described.
     """
     return Anatomy(model, family_of(model.config))

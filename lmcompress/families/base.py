@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families.narrow import Hollow, remove_heads
+from lmcompress.families.narrow import remove_heads
+from lmcompress.families.shaping import resized
 from lmcompress.nn.base import Compact
 from lmcompress.nn.embedding import FactorizedHead
 from lmcompress.nn.packed import Packed
@@ -144,7 +145,7 @@ class Block:
             part: such as ``"ffn_in"``.
 
         Raises:
-            LmcompressError: the family has no such part.
+            LmcompressError: If the family has no such part.
         """
         path = getattr(self.family, part)
         if not path:
@@ -204,7 +205,7 @@ class Block:
             remove_heads(attention, self.family.attention_tail)
 
     def set_index(self, index: int) -> None:
-        """Renumber the block, so that key/value caches stay dense when earlier blocks have gone."""
+        """Renumber the block, so that key/value caches stay dense when earlier blocks were removed."""
         for path in self.family.layer_index:
             parent, _, name = path.rpartition(".")
             setattr(self.module.get_submodule(parent), name, index)
@@ -276,14 +277,10 @@ def new_projection(
 
     Returns:
         The new module; on ``meta`` nothing is allocated. With a width of 0 it is a
-        :class:`~lmcompress.families.narrow.Hollow`, whose bias is zero.
+        :class:`~lmcompress.families.narrow.ZeroWidthLinear`, whose bias is zero.
+
+    Raises:
+        LmcompressError: If ``old`` has no matrix: it is packed, compact or something else.
     """
-    weight = _weight(old)
-    target = device if device is not None else weight.device
-    if in_width == 0 or out_width == 0:
-        return Hollow(in_width, out_width, old.bias is not None, device=target, dtype=weight.dtype)
-    if is_conv1d(old):
-        with torch.device(target):
-            conv = Conv1D(out_width, in_width)
-        return conv.to(weight.dtype)
-    return nn.Linear(in_width, out_width, bias=old.bias is not None, device=target, dtype=weight.dtype)
+    _weight(old)
+    return resized(old, in_width, out_width, device)

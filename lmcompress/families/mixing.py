@@ -7,18 +7,21 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmcompress.families.base import Block
+from lmcompress.families.narrow import Derived, derive
 from lmcompress.nn.separable import SeparableMixing
 
 
-class _Mixing:
+class _Mixing(Derived):
     """What attention does once it mixes neighbours; put before the family's own class by :func:`mix_locally`."""
+
+    prefix = "Mixing"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         module = cast(Any, self)
-        given = dict(zip(_argument_names(type(self).__mro__[2]), args, strict=False)) | kwargs
+        given = dict(zip(_argument_names(self.stock), args, strict=False)) | kwargs
         mixing: SeparableMixing = module.get_submodule(module.mixing_path)
         values, length = mixing.values(hidden_states), hidden_states.shape[1]
         past, cache = 0, given.get("past_key_values")
@@ -38,17 +41,13 @@ class _Mixing:
             weights = hidden_states.new_zeros(len(hidden_states), 0, length, past + length)
         return answer, weights
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time: copies and pickles name the class that it was made of
-        return _rebuilt, (type(self).__mro__[2],), self.__dict__.copy()
-
 
 def mix_locally(block: Block, mixing: SeparableMixing) -> None:
-    """Let a block's attention mix neighbours: its value projection becomes ``mixing``, queries and keys are gone.
+    """Let a block's attention mix neighbours: its value projection becomes ``mixing``, queries and keys are removed.
 
     Args:
         block: changed in place; the class of its attention becomes one that is derived from its own.
-        mixing: holds the product that gives the values.
+        mixing: holds the projection that gives the values.
     """
     family, attention = block.family, cast(Any, block.get("attention"))
     size = block.head_size
@@ -58,7 +57,7 @@ def mix_locally(block: Block, mixing: SeparableMixing) -> None:
         if path := getattr(family, part):
             parent, _, name = path.rpartition(".")
             delattr(block.module.get_submodule(parent), name)
-    attention.__class__ = cast(Any, _mixing_class)(type(attention))
+    derive(attention, _Mixing)
     attention.mixing_path = getattr(family, place).removeprefix(f"{family.attention}.")
     attention.mixing_tail, attention.mixing_head_size = family.attention_tail, size
 
@@ -88,17 +87,5 @@ def _visible(mask: Tensor | None, seen: int) -> Tensor | None:
 
 
 @cache
-def _mixing_class(stock: type) -> type:
-    # a subclass of the stock class: transformers finds attention by its class where it collects what attention returns
-    return type(f"Mixing{stock.__name__}", (_Mixing, stock), {"__module__": stock.__module__})
-
-
-@cache
 def _argument_names(stock: type) -> tuple[str, ...]:
     return tuple(inspect.signature(stock.forward).parameters)[2:]  # type: ignore[attr-defined]
-
-
-def _rebuilt(stock: type) -> nn.Module:
-    made = cast(Any, _mixing_class(stock))
-    module: nn.Module = made.__new__(made)
-    return module

@@ -1,4 +1,4 @@
-"""What models of odd shapes are made of: projections of nothing, attention without heads, a narrower residual stream.
+"""What irregular models are made of: projections of zero width, attention without heads, a narrower residual stream.
 
 What is here uses torch alone and no other module of lmcompress: the self-loading format carries its source text.
 """
@@ -21,8 +21,8 @@ WRITE_STREAM = ("attention_out", "ffn_out")
 _COMPANION = "_lmcompress_companion"
 
 
-class Hollow(nn.Module):
-    """A projection that reads nothing or writes nothing: its answer is its bias, and no matrix is multiplied.
+class ZeroWidthLinear(nn.Module):
+    """A projection of zero input or output width: its output is its bias, and no matrix is multiplied.
 
     The empty matrix is a buffer that is not saved: files hold no empty tensors, which Transformers would take for
     tensors that share memory.
@@ -70,8 +70,51 @@ class Hollow(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class _Headless:
+class Derived:
+    """Base of mixins that :func:`derive` puts before a module's own class.
+
+    The class is made at run time: copies and pickles name the mixin and the stock class that it was made of. It is a
+    subclass of the stock class, by which Transformers finds attention where it collects what attention returns.
+
+    Attributes:
+        prefix: of the name of the class that is made.
+        mixin: the mixin; of a class that was made.
+        stock: the class that the module had; likewise.
+    """
+
+    prefix: str
+    mixin: type[Derived]
+    stock: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (self.mixin, self.stock), self.__dict__.copy()
+
+
+def derive(module: nn.Module, mixin: type[Derived]) -> None:
+    """Put a mixin before a module's class.
+
+    Args:
+        module: changed in place.
+        mixin: whose methods come before those of the class.
+    """
+    module.__class__ = cast(Any, _derived)(mixin, type(module))
+
+
+@cache
+def _derived(mixin: Any, stock: type) -> Any:
+    names = {"__module__": stock.__module__, "mixin": mixin, "stock": stock}
+    return type(mixin.prefix + stock.__name__, (mixin, stock), names)
+
+
+def _rebuilt(mixin: Any, stock: type) -> Any:
+    made = _derived(mixin, stock)
+    return made.__new__(made)
+
+
+class _Headless(Derived):
     """What attention does once it has no heads; mixed into the family's own class by :func:`remove_heads`."""
+
+    prefix = "Headless"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         module = cast(Any, self)
@@ -91,21 +134,6 @@ class _Headless:
             weights = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], length)
         return answer, weights
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time: copies and pickles name the class that it was made of
-        return _rebuilt, (type(self).__mro__[2],), self.__dict__.copy()
-
-
-@cache
-def _headless_class(stock: type) -> type:
-    # a subclass of the stock class: transformers finds attention by its class where it collects what attention returns
-    return type(f"Headless{stock.__name__}", (_Headless, stock), {"__module__": stock.__module__})
-
-
-def _rebuilt(stock: type) -> Any:
-    made = _headless_class(stock)
-    return cast(Any, made).__new__(made)
-
 
 def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
     """Make a module of attention one that has no heads; its projections are somebody else's business.
@@ -115,7 +143,7 @@ def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
         tail: names of what it applies to the heads' output, in order; empty where it leaves that to others.
     """
     if not isinstance(attention, _Headless):
-        attention.__class__ = cast(Any, _headless_class)(type(attention))
+        derive(attention, _Headless)
         attention.tail = tuple(tail)  # type: ignore[assignment]
 
 
@@ -134,7 +162,7 @@ class Companion(Protocol):
 
 
 def companion_of(module: nn.Module) -> Any:
-    """What was given to :func:`accompany` and has gone with the module's rows since, or None.
+    """What was given to :func:`accompany` and has followed the module's rows since, or None.
 
     Args:
         module: any.
@@ -232,7 +260,7 @@ def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], 
             # every owner gets the same new one
             setattr(module, name, new.get(id(old), old))
         weight = getattr(module, "weight", None)
-        if isinstance(module, Hollow):
+        if isinstance(module, ZeroWidthLinear):
             # of an empty matrix no parameter tells the width
             width = len(keep)
             module.in_features, module.out_features = (0, width) if module.in_features == 0 else (width, 0)

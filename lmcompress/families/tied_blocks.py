@@ -28,7 +28,7 @@ def shared_sources(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
         Numbers counted from 0.
 
     Raises:
-        LmcompressError: two blocks have some parameters in common, and not all.
+        LmcompressError: If two blocks have some parameters in common, and not all.
     """
     owners: dict[int, int] = {}
     sources = []
@@ -92,7 +92,7 @@ def fill_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
         sources: for each block the one whose parameters it gets.
 
     Raises:
-        CheckpointError: the files name other blocks.
+        CheckpointError: If the files name other blocks.
     """
     for index, source in enumerate(sources):
         if source == index:

@@ -1,8 +1,8 @@
-"""The matrices of any model that methods on single weights may change, and which of them are meant by default."""
+"""The matrices of a model: where they are, what is tied to what, and which rule counts for which of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol, TypeVar
@@ -24,6 +24,8 @@ class _Names(Protocol):
 Rule = TypeVar("Rule", bound=_Names)
 
 PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
+EMBEDDINGS, HEAD, PROJECTION = "embeddings", "head", "embedding_projection"
+"""Parts of a block, and those outside of the blocks, as rules name them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +37,9 @@ class Weighted:
         module: a ``Linear``, ``Conv1D``, ``Conv2d`` or ``Embedding``.
         part: what the family calls it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
         block: number of its block, or None outside of the blocks.
-        default: whether a method takes it where nobody says which: in known families the projections of the blocks and
-            the word embeddings, in other models every ``Linear``, ``Conv1D`` and ``Conv2d``.
-        tied: paths of other modules that have the same weight.
+        default: whether a method takes it where no rule names it: in known families the projections of the blocks and
+            the token embeddings, in other models every ``Linear``, ``Conv1D`` and ``Conv2d``.
+        aliases: other modules that have the same weight, such as a head that is tied to the token embeddings.
     """
 
     path: str
@@ -45,7 +47,17 @@ class Weighted:
     part: str = ""
     block: int | None = None
     default: bool = False
-    tied: list[str] = field(default_factory=list)
+    aliases: list[Weighted] = field(default_factory=list)
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Paths of the other modules that have the same weight."""
+        return tuple(alias.path for alias in self.aliases)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a rule can name this module by: its path, and its part if it has one."""
+        return tuple(filter(None, (self.path, self.part)))
 
     @property
     def kind(self) -> Kind:
@@ -59,7 +71,7 @@ class Weighted:
         """The parameter, as it is stored.
 
         Raises:
-            LmcompressError: something else has parametrized it, or computes it.
+            LmcompressError: If something else has parametrized it, or computes it.
         """
         stored = self.module._parameters.get("weight")
         # a class of torch.nn only annotates its weight; one that has it as an attribute computes it
@@ -75,11 +87,27 @@ class Weighted:
 
         Args:
             pattern: ``*`` and ``?`` stand for any.
-
-        Returns:
-            Whether it does.
         """
-        return any(fnmatchcase(name, pattern) for name in (self.path, self.part, *self.tied) if name)
+        return any(fnmatchcase(name, pattern) for name in (*self.names, *self.tied))
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a model by path, the same with a task head and without: relative to the base model.
+
+    Args:
+        model: a ``PreTrainedModel``, or any other module, whose paths are those of ``named_modules``.
+    """
+    prefix = f"{model.base_model_prefix}." if isinstance(model, PreTrainedModel) else ""
+    return {name.removeprefix(prefix): module for name, module in model.named_modules()}
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module holds one matrix: a ``Linear``, ``Conv1D`` or ``Embedding``.
+
+    Args:
+        module: any.
+    """
+    return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
 
 
 def weighted_modules(model: nn.Module) -> list[Weighted]:
@@ -89,53 +117,60 @@ def weighted_modules(model: nn.Module) -> list[Weighted]:
         model: a ``PreTrainedModel`` of any family, or any other module.
 
     Returns:
-        The modules; what is tied to an earlier one is named there.
+        The modules; those tied to an earlier one are among its aliases.
     """
     parts = _parts(model)
-    prefix = f"{model.base_model_prefix}." if isinstance(model, PreTrainedModel) else ""
     found: dict[int, Weighted] = {}
-    for name, module in model.named_modules():
-        if not (isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)) or is_conv1d(module)):
+    for path, module in modules_by_path(model).items():
+        if not (is_matrix(module) or isinstance(module, nn.Conv2d)):
             continue
-        path = name.removeprefix(prefix) if prefix else name
         part, block = (parts or {}).get(id(module), ("", None))
-        meant = not isinstance(module, nn.Embedding) if parts is None else part in (*PARTS, "embeddings")
+        meant = not isinstance(module, nn.Embedding) if parts is None else part in (*PARTS, EMBEDDINGS)
+        weighted = Weighted(path, module, part, block, meant)
         weight = module._parameters.get("weight")
-        known = found.get(id(weight)) if weight is not None else None
-        if known is None:
-            found[id(module) if weight is None else id(weight)] = Weighted(path, module, part, block, meant)
-        else:
-            known.tied.append(path)
+        known = found.setdefault(id(module) if weight is None else id(weight), weighted)
+        if known is not weighted:
+            known.aliases.append(weighted)
     return list(found.values())
 
 
-def rules_by_path(candidates: Sequence[Weighted], rules: Sequence[Rule]) -> dict[str, Rule]:
+def rules_by_path(
+    candidates: Sequence[Weighted], rules: Sequence[Rule], refused: Mapping[str, str] | None = None
+) -> dict[str, Rule]:
     """Which rule counts for which matrix: of two that name it the later one.
 
     Args:
         candidates: of :func:`weighted_modules`.
         rules: in the order of the configuration.
+        refused: path to reason, of modules that no rule can change.
 
     Returns:
         Rules by path, of the matrices that any of them names.
 
     Raises:
-        LmcompressError: a rule that names no matrix.
+        LmcompressError: If a rule names no matrix, or only refused ones.
     """
     found: dict[str, Rule] = {}
     for rule in rules:
         matched = [candidate.path for candidate in candidates if candidate.matches(rule.modules)]
         if not matched:
-            names = {name for c in candidates for name in (c.path, c.part, *c.tied) if name}
+            for path, reason in (refused or {}).items():
+                if fnmatchcase(path, rule.modules):
+                    raise LmcompressError(f"the rule for {rule.modules!r} can do nothing: {path}: {reason}")
+            names = {name for c in candidates for name in (*c.names, *c.tied)}
+            # every block has the same paths: those of the first tell all
+            shown = {c.part for c in candidates if c.part} | {c.path for c in candidates if c.block in (None, 0)}
             raise LmcompressError(
-                f"the rule for {rule.modules!r} matches no matrix of this model{nearest(rule.modules, names)}"
+                f"the rule for {rule.modules!r} matches no matrix of this model"
+                f"{nearest(rule.modules, names).partition(' Valid are')[0]} Valid are: {', '.join(sorted(shown))}, and "
+                "the same in other blocks"
             )
         found |= dict.fromkeys(matched, rule)
     return found
 
 
 def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:
-    """Part and block by the module's identity; None where nobody knows the family."""
+    """Part and block by the module's identity; None where the family is unknown."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
@@ -149,9 +184,9 @@ def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:
                 # what stands in for a projection may be made of several
                 parts |= {id(module): (part, index) for module in block.get(part).modules()}
     for part, module in (
-        ("head", model.get_output_embeddings()),
-        ("embedding_projection", anatomy.embedding("embedding_projection")),
-        ("embeddings", anatomy.embedding("word_embeddings")),
+        (HEAD, model.get_output_embeddings()),
+        (PROJECTION, anatomy.embedding(PROJECTION)),
+        (EMBEDDINGS, anatomy.embedding("word_embeddings")),
     ):
         if module is not None:
             parts |= {id(inner): (part, None) for inner in module.modules()}

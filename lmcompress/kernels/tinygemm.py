@@ -1,4 +1,4 @@
-r"""Products with weights of 1 to 8 bits and inputs in bfloat16, on a GPU: torch's ``_weight_int4pack_mm`` (tinygemm).
+r"""Matmuls with weights of 1 to 8 bits and inputs in bfloat16, on a GPU: torch's ``_weight_int4pack_mm`` (tinygemm).
 
 The operation is what torchao, too, multiplies 4-bit weights by on CUDA. It multiplies tensor-core tiles of
 
@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 from lmcompress.numerics import packing
 from lmcompress.numerics.grids import Granularity, Grid, PerGroup, PerRow, PerTensor
-from lmcompress.numerics.matrix import Inputs, Matrix, Ready
 
 _GROUPS = (256, 128, 64, 32)
 # tiles of a row that lie together, each of 16: the widest loads
@@ -56,7 +56,7 @@ class Nibbles:
         codes: ``(planes * rows, columns)`` uint8, 0 to 15.
         scales_and_zeros: ``(columns / group, planes * rows, 2)``.
         group: neighbours that share a scale.
-        planes: how many matrices lie below one another; products with them add up.
+        planes: how many matrices lie below one another; matmuls with them add up.
         rows: of each plane, with those that fill it up.
         row_scales: ``(out,)`` float32, to multiply the result by; ``None`` where scales are among the above.
     """
@@ -80,7 +80,7 @@ def nibbles(matrix: Matrix, dtype: torch.dtype = torch.bfloat16) -> Nibbles:
         The matrix, on the same device.
 
     Raises:
-        CheckpointError: bytes are not those of the matrix's shape and grid.
+        CheckpointError: If bytes are not those of the matrix's shape and grid.
 
     Example:
         >>> codes = Matrix(torch.tensor([237, 81]).byte(), torch.ones(2, 1), None, (2, 5), Grid(-1, 3), "base3")
@@ -116,7 +116,7 @@ def nibbles(matrix: Matrix, dtype: torch.dtype = torch.bfloat16) -> Nibbles:
 
 @dataclass(frozen=True)
 class Tinygemm:
-    """torch's product of bfloat16 with codes of 4 bits, on CUDA.
+    """torch's matmul of bfloat16 with codes of 4 bits, on CUDA.
 
     Attributes:
         name: its name.
@@ -142,14 +142,14 @@ class Tinygemm:
             return f"a matrix of {matrix.shape} is too large for it"
         return None
 
-    def prepare(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Ready:
+    def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
         """The codes in the operation's layout: half a byte for each weight of up to 4 bits, a byte for others."""
         said, (out, width) = nibbles(matrix), matrix.shape
         packed, scales = _pack(said.codes), said.row_scales
         columns, trusted = said.codes.shape[1], replace(matrix, trusted=True)
         own_bias = None if bias is None else bias.detach().float()
 
-        def product(x: Tensor) -> Tensor:
+        def multiply(x: Tensor) -> Tensor:
             flat = x.reshape(-1, width)
             if flat.shape[0] * said.planes > _FEW_TOKENS:
                 # each 16 tokens read all codes again
@@ -161,7 +161,7 @@ class Tinygemm:
             y = y if own_bias is None else y + own_bias
             return y.reshape(*x.shape[:-1], out)
 
-        return product
+        return multiply
 
     def trouble(self, device: torch.device) -> str | None:
         """Why it does not work on a device: it is not made for it, fails, or multiplies wrongly.
@@ -187,7 +187,7 @@ class Tinygemm:
         """Whether every weight comes out where it belongs, from one token to more than a tile has."""
         device, (out, width) = matrix.packed.device, matrix.shape
         bias = torch.arange(out, device=device) % 4.0
-        multiply, values = self.prepare(matrix, bias, None, torch.bfloat16), matrix.values().double().cpu()
+        multiply, values = self.prepack(matrix, bias, None, torch.bfloat16), matrix.values().double().cpu()
         largest = values.abs().amax(dim=1) + bias.cpu().double()
         several = torch.arange(5 * width).reshape(5, width) % 5 - 2.0
         for x in (several[:1], several, *torch.eye(width).split(64)):

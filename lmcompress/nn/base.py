@@ -11,13 +11,13 @@ from lmcompress.errors import CheckpointError
 
 
 class Compact(nn.Module, ABC):
-    """A module in the place of one with a matrix, which it has not got.
+    """A module in the place of one with a matrix, which it does not have.
 
     ``weight`` is in every one of them a tensor of another shape than the matrix that it replaces, so that a loader that
     knows nothing of this refuses the file instead of leaving random weights in place.
 
     Args:
-        in_features: width of the input; of an embedding, the number of words.
+        in_features: width of the input; of an embedding, the number of tokens.
         out_features: width of the output.
     """
 
@@ -39,7 +39,7 @@ class Compact(nn.Module, ABC):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: there are some.
+            CheckpointError: If some are NaN or infinite.
         """
 
 
@@ -65,7 +65,7 @@ def check_sizes(found: Tensor, expected: tuple[int, ...], name: str) -> None:
         name: of the tensor, for the error.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: If they differ.
     """
     if found.is_floating_point() or found.tolist() != list(expected):
         raise CheckpointError(

@@ -13,15 +13,15 @@ class FactorizedEmbedding(Compact):
     """Words of ``rank`` numbers each, and one matrix that widens them: ``V·E + E·H`` numbers instead of ``V·H``.
 
     Args:
-        num_embeddings: words, V.
+        num_embeddings: tokens, V.
         embedding_dim: width of the answer, H.
         rank: width of the table, E, from 1 to H.
-        padding_idx: word whose row gets no gradient.
+        padding_idx: token whose row gets no gradient.
         device: of the tensors.
         dtype: of the parameters.
 
     Raises:
-        LmcompressError: the rank is out of range.
+        LmcompressError: If the rank is out of range.
 
     Reference:
         Lan et al., *ALBERT*, 2020, https://arxiv.org/abs/1909.11942, section 3.1, "Factorized embedding
@@ -56,7 +56,7 @@ class FactorizedEmbedding(Compact):
         return self.rank * self.embedding_dim
 
     def matrix(self) -> Tensor:
-        """The table that this stands for, ``(words, width)``, with gradient."""
+        """The table that this stands for, ``(tokens, width)``, with gradient."""
         return self.table.weight @ self.expand.weight.t()
 
     def check(self, name: str) -> None:
@@ -66,12 +66,12 @@ class FactorizedEmbedding(Compact):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: the checkpoint says others.
+            CheckpointError: If the checkpoint says others.
         """
         check_sizes(self.weight, (self.num_embeddings, self.rank, self.embedding_dim), f"{name}.weight")
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The words' vectors.
+        """The embeddings of tokens.
 
         Args:
             ids: ``(...)`` int64.
@@ -106,7 +106,7 @@ class FactorizedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the factors stand for, ``(words, width)``, with gradient; made anew whenever it is read."""
+        """The matrix that the factors stand for, ``(tokens, width)``, with gradient; made anew whenever it is read."""
         embedding: FactorizedEmbedding = self.__dict__["embedding"]
         if not embedding.table.weight.is_floating_point() or not embedding.expand.weight.is_floating_point():
             # Transformers asks for it while a checkpoint is loaded, when they may be streams that are not decoded yet
@@ -120,13 +120,13 @@ class FactorizedHead(nn.Module):
         return embedding.rank * (self.in_features + self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (T Uᵀ)ᵀ + b``, the narrow product first.
+        """``x (T Uᵀ)ᵀ + b``, the narrow matmul first.
 
         Args:
             x: ``(..., width)``.
 
         Returns:
-            ``(..., words)``.
+            ``(..., tokens)``.
         """
         embedding: FactorizedEmbedding = self.__dict__["embedding"]
         return nn.functional.linear(x @ embedding.expand.weight, embedding.table.weight, self.bias)

@@ -23,7 +23,7 @@ def channel_shuffle(width: int, groups: int) -> Tensor:
         ``(width,)`` int64: where each channel is taken from.
 
     Raises:
-        LmcompressError: groups that do not divide.
+        LmcompressError: If the groups do not divide the widths.
 
     Reference:
         Zhang et al., *ShuffleNet*, CVPR 2018, https://arxiv.org/abs/1707.01083, section 3.1.
@@ -44,7 +44,8 @@ def check_groups(groups: int, *widths: int) -> None:
         *widths: of input and output.
 
     Raises:
-        LmcompressError: fewer than 1, or a width that they do not divide; with numbers that would do.
+        LmcompressError: If there is not at least one group, or the groups do not divide a width; the message has
+            numbers that do.
     """
     if groups < 1 or any(width % groups for width in widths):
         fitting = [n for n in range(2, min(widths) + 1) if all(width % n == 0 for width in widths)][:8]
@@ -71,7 +72,7 @@ class GroupedLinear(Compact):
         dtype: of the parameters.
 
     Raises:
-        LmcompressError: groups that do not divide.
+        LmcompressError: If the groups do not divide the widths.
 
     Reference:
         Xie et al., *ResNeXt*, CVPR 2017, https://arxiv.org/abs/1611.05431, section 3.3; Iandola et al., *SqueezeBERT*,
@@ -131,7 +132,7 @@ class GroupedLinear(Compact):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: a channel is there twice, or not at all.
+            CheckpointError: If a channel is there twice, or not at all.
         """
         for side, order in (("input_order", self.input_order), ("output_order", self.output_order)):
             if order is None:
@@ -144,7 +145,7 @@ class GroupedLinear(Compact):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The products of all groups.
+        """The matmuls of all groups.
 
         Args:
             x: ``(..., in)``.

@@ -1,4 +1,4 @@
-"""A linear layer as a product of two."""
+"""A linear layer as two thinner ones in sequence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LowRankLinear(Compact):
         dtype: of the parameters.
 
     Raises:
-        LmcompressError: the rank is out of range.
+        LmcompressError: If the rank is out of range.
 
     Reference:
         Denil et al., *Predicting Parameters in Deep Learning*, 2013, https://arxiv.org/abs/1306.0543, section 2.
@@ -74,12 +74,12 @@ class LowRankLinear(Compact):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: the checkpoint says others.
+            CheckpointError: If the checkpoint says others.
         """
         check_sizes(self.weight, (self.in_features, self.rank, self.out_features), f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product.
+        """The output of both.
 
         Args:
             x: ``(..., in)``.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.kernels.dispatch import Product
+from lmcompress.kernels.matmul import Matmul
+from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.numerics.grids import Granularity, Grid
 from lmcompress.numerics.inputs import InputEncoding, check_input_range
-from lmcompress.numerics.matrix import Inputs, Matrix
 from lmcompress.numerics.packing import Container, check_scales, pack, packed_bytes, packed_shape, unpack
 from lmcompress.numerics.quantizers import Quantized
 
@@ -49,14 +49,14 @@ class Packed(nn.Module):
     """A matrix of codes, and what it takes to read them; the modules below say what is done with it.
 
     Args:
-        rows: outputs, or words.
-        columns: inputs, or the width of a word's vector.
+        rows: outputs, or tokens.
+        columns: inputs, or the width of a token's embedding.
         layout: how the matrix lies in its bytes.
-        inputs: what happens to the input of the product; None leaves it as it is.
+        inputs: how the input is quantized; None leaves it as it is.
         device: of the tensors, whose values are unset.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
     weight: Tensor
@@ -90,8 +90,8 @@ class Packed(nn.Module):
             input_range: scale and zero point of a static range.
 
         Raises:
-            LmcompressError: weights or scales that are NaN or infinite, another shape or layout, or a static range
-                that is not given.
+            LmcompressError: If weights or scales are NaN or infinite, shape or layout is another, or a static range is
+                not given.
         """
         static = self.inputs is not None and self.inputs.range == "static"
         if static != (input_range is not None):
@@ -140,12 +140,12 @@ class Packed(nn.Module):
             layout.granularity,
         )
 
-    def product_inputs(self) -> Inputs | None:
+    def matmul_inputs(self) -> Inputs | None:
         """What the kernels take: what happens to the input, with its range where that is static."""
         return None if self.inputs is None else Inputs(self.inputs, self.input_scale, self.input_zero_point)
 
     def dequantized(self) -> Tensor:
-        """The weights that the codes stand for, ``(out, in)`` float32: to the bit what they were quantized to."""
+        """The weights that the codes stand for, ``(out, in)`` float32: bit-exactly what they were quantized to."""
         return self.matrix().values()
 
     def check(self, name: str) -> None:
@@ -155,8 +155,8 @@ class Packed(nn.Module):
             name: of the module, for the error.
 
         Raises:
-            CheckpointError: codes beyond the grid, scales that are negative or not finite, zero points that are no
-                codes, or input ranges that none calibrates.
+            CheckpointError: If codes are beyond the grid, scales are negative or not finite, zero points are not codes,
+                or no calibration gives such input ranges.
         """
         try:
             check_scales(self.weight_scales, self.shape, self.layout.granularity)
@@ -175,7 +175,7 @@ class Packed(nn.Module):
             check_input_range(self.input_scale, self.input_zero_point, self.inputs, f"{name}'s input")
 
     def forget(self) -> None:
-        """Give back the memory of what was made ready for products, for the tensors are others now."""
+        """Free the memory of what was prepacked: the tensors are others now."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         scales = {name: getattr(self, name) for name in ("weight_scales", "input_scale")}
@@ -202,7 +202,7 @@ class Packed(nn.Module):
 
 
 class _PackedMatrix(Packed):
-    """What :class:`PackedLinear` and :class:`PackedConv1D` share: a product, and a bias."""
+    """What :class:`PackedLinear` and :class:`PackedConv1D` share: a matmul, and a bias."""
 
     bias: nn.Parameter | None
 
@@ -218,7 +218,7 @@ class _PackedMatrix(Packed):
         super().__init__(out_features, in_features, layout, inputs, device)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", bias)
-        self._product = Product()
+        self._matmul = Matmul()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x Wᵀ + b``, of the input quantized as the description says.
@@ -230,14 +230,14 @@ class _PackedMatrix(Packed):
             ``(..., out_features)`` of the dtype of ``x``.
 
         Raises:
-            LmcompressError: in training.
+            LmcompressError: If the model is in training mode with gradients enabled.
         """
         _refuse_training(self)
-        return self._product(x, self.matrix(), self.bias, self.product_inputs())
+        return self._matmul(x, self.matrix(), self.bias, self.matmul_inputs())
 
     def forget(self) -> None:
-        """Give back the memory of what was made ready for products, for the tensors are others now."""
-        self._product.reset()
+        """Free the memory of what was prepacked: the tensors are others now."""
+        self._matmul.reset()
 
 
 class PackedLinear(_PackedMatrix):
@@ -252,7 +252,7 @@ class PackedLinear(_PackedMatrix):
         device: of the codes, whose values are unset.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
 
@@ -268,7 +268,7 @@ class PackedConv1D(_PackedMatrix):
         device: of the codes, whose values are unset.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
     @property
@@ -286,8 +286,8 @@ class PackedEmbedding(Packed):
     """A packed ``nn.Embedding``: only the rows that are looked up are unpacked.
 
     Args:
-        num_embeddings: words.
-        embedding_dim: width of a word's vector.
+        num_embeddings: tokens.
+        embedding_dim: width of a token's embedding.
         layout: how the matrix lies in its bytes.
         inputs: what happens to the input of a head that is tied to it.
         padding_idx: kept for those who ask; it has no meaning without training.
@@ -295,7 +295,7 @@ class PackedEmbedding(Packed):
         dtype: of what is looked up; follows the casts of the model.
 
     Raises:
-        LmcompressError: a group size that does not divide.
+        LmcompressError: If the group size does not divide the rows.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class PackedEmbedding(Packed):
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The vectors of words.
+        """The embeddings of tokens.
 
         Args:
             ids: any shape, integers.
@@ -322,7 +322,7 @@ class PackedEmbedding(Packed):
             ``(*ids.shape, embedding_dim)`` of the dtype of the model.
 
         Raises:
-            LmcompressError: in training.
+            LmcompressError: If the model is in training mode with gradients enabled.
         """
         _refuse_training(self)
         return self.matrix().rows(ids).to(self.dtype)
@@ -335,7 +335,7 @@ class PackedEmbedding(Packed):
 
 
 class TiedHead(nn.Module):
-    """A head over the vocabulary that reads the codes of the word embeddings and has none of its own.
+    """A head over the vocabulary that reads the codes of the token embeddings and has none of its own.
 
     Args:
         embedding: whose codes they are; it stays a part of the model where it was, not of the head.
@@ -350,7 +350,7 @@ class TiedHead(nn.Module):
         self.register_parameter("bias", bias)
         # past nn.Module's own way, which would make it a submodule and save its tensors twice
         self.__dict__["embedding"] = embedding
-        self._product = Product()
+        self._matmul = Matmul()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x Eᵀ + b``, of the input quantized as the description says.
@@ -359,18 +359,18 @@ class TiedHead(nn.Module):
             x: ``(..., width)``, floating.
 
         Returns:
-            ``(..., words)`` of the dtype of ``x``.
+            ``(..., tokens)`` of the dtype of ``x``.
 
         Raises:
-            LmcompressError: in training.
+            LmcompressError: If the model is in training mode with gradients enabled.
         """
         embedding: PackedEmbedding = self.__dict__["embedding"]
         _refuse_training(embedding)
-        return self._product(x, embedding.matrix(), self.bias, embedding.product_inputs())
+        return self._matmul(x, embedding.matrix(), self.bias, embedding.matmul_inputs())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedHead:
         super()._apply(fn, recurse)
-        self._product.reset()
+        self._matmul.reset()
         return self
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Attention whose two products read quantized numbers: queries and keys, then probabilities and values.
+"""Attention whose two matmuls read quantized activations: queries and keys, then probabilities and values.
 
 The function is registered with transformers' ``AttentionInterface`` under :data:`ATTENTION`. A model uses it because
 its config names it, and each module of attention carries what quantizes for it; where nothing does, it is ``sdpa``.
@@ -26,7 +26,7 @@ ATTENTION = "lmcompress_quantized"
 
 Role = Literal["queries", "keys", "values", "probabilities"]
 ROLES: tuple[Role, ...] = ("queries", "keys", "values", "probabilities")
-"""What enters a product within attention."""
+"""The activations within attention."""
 
 _QUANTIZERS, _BEFORE, _GUARD = "attention_quantizers", "_attention_before", "_attention_guard"
 
@@ -37,19 +37,19 @@ class AttentionEncodings(Protocol):
 
     @property
     def queries(self) -> InputEncoding | None:
-        """Of the product before the softmax."""
+        """Operand of the matmul before the softmax."""
 
     @property
     def keys(self) -> InputEncoding | None:
-        """Of the product before the softmax."""
+        """Operand of the matmul before the softmax."""
 
     @property
     def values(self) -> InputEncoding | None:
-        """Of the product after it."""
+        """Operand of the matmul after the softmax."""
 
     @property
     def probabilities(self) -> InputEncoding | None:
-        """Of the product after it."""
+        """Operand of the matmul after the softmax."""
 
 
 class RoleQuantizers(Protocol):
@@ -132,7 +132,7 @@ def quantize_attention(model: PreTrainedModel, attentions: Iterable[nn.Module], 
         encodings: what happens, the same in all of them.
 
     Raises:
-        LmcompressError: attention is quantized already, or there is none.
+        LmcompressError: If attention is quantized already, or there is none.
     """
     modules = list(attentions)
     device = next(model.parameters()).device
@@ -148,7 +148,7 @@ def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers
         register: whether what quantizes becomes a submodule, whose state is the model's.
 
     Raises:
-        LmcompressError: attention is quantized already, or there is none.
+        LmcompressError: If attention is quantized already, or there is none.
     """
     if not quantizers:
         raise LmcompressError(

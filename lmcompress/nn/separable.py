@@ -1,4 +1,4 @@
-"""A convolution along the sequence for each channel, after a product for each position."""
+"""A convolution along the sequence for each channel, after a matmul at each position."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SeparableMixing(Compact):
     separable convolution; the value projection before it makes it MobileNetV2's inverted bottleneck where it widens.
 
     Args:
-        pointwise: the product for each position, ``(..., in) -> (..., channels)``.
+        pointwise: the matmul at each position, ``(..., in) -> (..., channels)``.
         in_features: width of its input.
         channels: width of its output.
         kernel: how many positions are looked at; odd where both sides are.
@@ -52,7 +52,7 @@ class SeparableMixing(Compact):
         dtype: of the parameters.
 
     Raises:
-        LmcompressError: a kernel below 1, or an even one that looks at both sides.
+        LmcompressError: If the kernel is below 1, or even and looks at both sides.
 
     Reference:
         Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.1; Wu et al., *Pay Less Attention
@@ -140,7 +140,7 @@ def check_kernel(kernel: int, causal: bool) -> None:
         causal: whether it ends at its own position.
 
     Raises:
-        LmcompressError: below 1, or even where it looks at both sides.
+        LmcompressError: If it is below 1, or even and looks at both sides.
     """
     if kernel < 1 or (not causal and kernel % 2 == 0):
         raise LmcompressError(

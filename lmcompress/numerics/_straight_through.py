@@ -14,14 +14,13 @@ from lmcompress.numerics.grids import Grid
 SMALLEST_SCALE = 1e-5
 """What a learned scale is at least, as in BiT's and ParetoQ's code; an optimizer may step below 0."""
 
-
 Inside = Literal["rounding", "level", "zero"]
 """What a number within the range teaches its unit: see :class:`Rule`."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How numbers go onto a grid whose unit is learned, and what of the gradient comes back.
+    """How numbers go onto a grid whose unit is learned, and the gradient of that.
 
     With u = x / unit, the code is the nearest to ``per_unit * u`` and the result ``(unit / per_unit) * code``. A number
     is *outside* where u <= low or u >= high.
@@ -155,7 +154,7 @@ def fake_quantize(x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
 
 
 def straight_through(x: Tensor, result: Tensor, outside: Tensor | None = None) -> Tensor:
-    """``result``, to the bit, with the gradient handed to ``x``, but for where ``outside`` (bool) is true."""
+    """``result``, bit-exact, with the gradient handed to ``x``, but for where ``outside`` (bool) is true."""
     return _StraightThrough.apply(x, result, outside)
 
 

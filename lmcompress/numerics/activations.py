@@ -15,27 +15,18 @@ to 2^b - 1 with a whole zero point, uint8: what is mostly on one side of 0, such
 comes out of a GELU. Ranges are widened to hold 0, so that a masked probability stays exactly 0.
 
 Arithmetic is float32 whatever the input's dtype and the autocast; the values come back as float32.
-
-Observers are values: :meth:`~MinMax.updated` gives a new one, and the order and size of batches make no difference.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError
-from lmcompress.numerics._straight_through import (
-    Rule,
-    at_least,
-    fake_quantize,
-    learned_affine,
-    straight_through,
-)
+from lmcompress.numerics._straight_through import Rule, at_least, fake_quantize, learned_affine, straight_through
 from lmcompress.numerics.grids import (
     PER_TENSOR,
     Grid,
@@ -47,15 +38,12 @@ from lmcompress.numerics.grids import (
     symmetric_grid,
     unsigned_grid,
 )
-from lmcompress.numerics.quantizers import Quantized, affine, check_percentile, search_shares
+from lmcompress.numerics.quantizers import Quantized, affine
 
 ActivationBits = Literal[4, 8]
 """Widths of activations."""
 
-_BITS: tuple[ActivationBits, ...] = (4, 8)
-_NO_DATA = (
-    "calibration needs data, got none: give it a few batches with tokens that are no padding, or use dynamic ranges"
-)
+BITS: tuple[ActivationBits, ...] = (4, 8)
 
 
 def dynamic(
@@ -88,7 +76,7 @@ def dynamic(
         Values and codes.
 
     Raises:
-        LmcompressError: other bits, a clip that is not > 0, or an input with NaN or infinity.
+        LmcompressError: If bits are neither 8 nor 4, the clip is not above 0, or the input has NaN or infinity.
 
     Note:
         TernaryBERT's code has a zero point that is no whole number, the least value itself, and clips to 2.5.
@@ -101,20 +89,20 @@ def dynamic(
         >>> dynamic(torch.tensor([[-7.0, 0.4, 1.6]]), bits=4).codes
         tensor([[-7,  0,  2]], dtype=torch.int8)
     """
-    check_bits(bits, _BITS)
+    check_bits(bits, BITS)
     cut, outside = x.float(), None
     if clip is not None:
         if not clip > 0:
             raise LmcompressError(f"clip must be > 0, got {clip}; leave it out to cut nothing")
         # NaN survives clipping, infinity does not
         if check:
-            _refuse(bool(torch.isfinite(x).all()))
+            refuse_unless(bool(torch.isfinite(x).all()))
         # a number at the end itself is not inside either, as in the code of the paper
         outside = cut.abs() >= clip
         cut = straight_through(cut, cut.detach().clamp(-clip, clip), outside)
     low, high = extremes(cut, granularity)
     if check:
-        _refuse(bool((torch.isfinite(low) & torch.isfinite(high)).all()))
+        refuse_unless(bool((torch.isfinite(low) & torch.isfinite(high)).all()))
     if not symmetric:
         return affine(cut, low, high, unsigned_grid(bits), granularity, cut=False)
     return _symmetric(cut, torch.maximum(high, -low), symmetric_grid(bits), granularity, pass_outside=True)
@@ -134,7 +122,7 @@ def static(x: Tensor, low: float, high: float, *, bits: ActivationBits = 8, symm
         Values and codes. NaN stays NaN.
 
     Raises:
-        LmcompressError: other bits, or a range that is empty, reversed, or not finite.
+        LmcompressError: If bits are neither 8 nor 4, or the range is empty, reversed or not finite.
 
     Reference:
         Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*,
@@ -144,7 +132,7 @@ def static(x: Tensor, low: float, high: float, *, bits: ActivationBits = 8, symm
         >>> static(torch.tensor([0.5, 9.0]), 0.0, 1.5, bits=4, symmetric=False).values
         tensor([0.5000, 1.5000])
     """
-    check_bits(bits, _BITS)
+    check_bits(bits, BITS)
     check_range(low, high)
     ends = torch.tensor([low, high], dtype=torch.float32, device=x.device)
     if not symmetric:
@@ -174,7 +162,7 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
         Values and codes. NaN stays NaN.
 
     Raises:
-        LmcompressError: other bits, or a state of another shape.
+        LmcompressError: If bits are neither 8 nor 4, or the state has another shape.
 
     Note:
         LSQ's N is the number of features of a layer. LSQ+ keeps β as it is; here it is rounded to a whole zero point,
@@ -189,7 +177,7 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
         >>> learned(torch.tensor([0.9, -9.0]), torch.tensor([[0.5]]), bits=4).values
         tensor([ 1., -4.])
     """
-    check_bits(bits, _BITS)
+    check_bits(bits, BITS)
     for name, state in (("the step", step), ("the offset", offset)):
         if state is not None and tuple(state.shape) != (1, 1):
             raise LmcompressError(f"{name} of activations must have shape (1, 1), got {tuple(state.shape)}")
@@ -223,13 +211,14 @@ def initial_step(x: Tensor, *, bits: ActivationBits = 8) -> Tensor:
         ``(1, 1)`` float32.
 
     Raises:
-        LmcompressError: other bits, or activations that are none, all zero, NaN or infinite.
+        LmcompressError: If bits are neither 8 nor 4, or there are no activations, or they are all zero, NaN or
+            infinite.
 
     Reference:
         Esser et al. 2020, https://arxiv.org/abs/1902.08153, section 2.1.
     """
-    check_bits(bits, _BITS)
-    _refuse(bool(torch.isfinite(x).all()))
+    check_bits(bits, BITS)
+    refuse_unless(bool(torch.isfinite(x).all()))
     mean = x.detach().float().abs().mean().reshape(1, 1)
     if not bool(mean > 0):
         raise LmcompressError(
@@ -251,12 +240,12 @@ def initial_range(low: float, high: float, *, bits: ActivationBits = 8) -> tuple
         Step and offset, ``(1, 1)`` float32 each: the range widened to hold 0.
 
     Raises:
-        LmcompressError: other bits, or a range that is empty, reversed, or not finite.
+        LmcompressError: If bits are neither 8 nor 4, or the range is empty, reversed or not finite.
 
     Reference:
         Bhalgat et al. 2020 (LSQ+), https://arxiv.org/abs/2004.09576, section 3.2.
     """
-    check_bits(bits, _BITS)
+    check_bits(bits, BITS)
     check_range(low, high)
     low, high = min(low, 0.0), max(high, 0.0)
     return torch.tensor([[(high - low) / unsigned_grid(bits).high]]), torch.tensor([[low]])
@@ -270,7 +259,7 @@ def check_range(low: float, high: float) -> None:
         high: the greatest.
 
     Raises:
-        LmcompressError: it is not finite, reversed, or 0 wide with 0 in it.
+        LmcompressError: If the range is not finite, reversed, or zero wide at 0.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise LmcompressError(f"an activation range must be finite, got [{low}, {high}]; calibrate again on sound data")
@@ -283,174 +272,20 @@ def check_range(low: float, high: float) -> None:
         )
 
 
-@dataclass(frozen=True)
-class MinMax:
-    """Least and greatest value seen.
+def refuse_unless(finite: bool) -> None:
+    """Refuse activations that are not finite.
 
-    Attributes:
-        low: infinity before the first batch.
-        high: minus infinity before the first batch.
-        count: values seen.
-
-    Example:
-        >>> MinMax().updated(torch.tensor([1.0, -2.0])).updated(torch.tensor([3.0])).range()
-        (-2.0, 3.0)
-    """
-
-    low: float = math.inf
-    high: float = -math.inf
-    count: int = 0
-
-    def updated(self, x: Tensor, mask: Tensor | None = None) -> MinMax:
-        """A new observer that has also seen ``x``.
-
-        Args:
-            x: activations, any floating dtype.
-            mask: of ``x``'s leading axes, true for what counts, such as tokens that are no padding.
-
-        Returns:
-            The observer.
-
-        Raises:
-            LmcompressError: activations that are NaN or infinite, or a mask of other axes.
-        """
-        x = _counted(x, mask)
-        if not x.numel():
-            return self
-        low, high = (float(end) for end in torch.aminmax(x))
-        return MinMax(min(self.low, low), max(self.high, high), self.count + x.numel())
-
-    def range(self) -> tuple[float, float]:
-        """Least and greatest value.
-
-        Returns:
-            Both, as floats.
-
-        Raises:
-            LmcompressError: nothing was seen, or nothing but zeros.
-        """
-        if not self.count:
-            raise LmcompressError(_NO_DATA)
-        check_range(self.low, self.high)
-        return self.low, self.high
-
-
-@dataclass(frozen=True, eq=False)
-class Histogram:
-    """How often values were seen, for percentiles and least squared error.
-
-    Bins are ``2 * reach / bins`` wide, from ``-reach`` to ``reach``, a power of 2 that doubles when a value is beyond:
-    then two bins become one, exactly, so that neither order nor size of batches makes a difference.
-
-    Attributes:
-        bins: how many, even.
-        exponent: of the reach, 2 to this power; ``None`` before the first value that is not 0.
-        counts: ``(bins,)`` int64.
-        extremes: least and greatest value.
+    Args:
+        finite: whether they are.
 
     Raises:
-        LmcompressError: a number of bins that is not even and at least 2.
-
-    Example:
-        >>> low, high = Histogram().updated(torch.arange(-50.0, 51.0)).percentile_range(90)
-        >>> round(low), round(high)
-        (-45, 45)
+        LmcompressError: If they are not.
     """
-
-    bins: int = 8192
-    exponent: int | None = None
-    counts: Tensor | None = None
-    extremes: MinMax = MinMax()
-
-    def __post_init__(self) -> None:
-        if self.bins < 2 or self.bins % 2:
-            raise LmcompressError(f"the number of bins must be even and at least 2, got {self.bins}")
-
-    def updated(self, x: Tensor, mask: Tensor | None = None) -> Histogram:
-        """A new observer that has also seen ``x``.
-
-        Args:
-            x: activations, any floating dtype.
-            mask: of ``x``'s leading axes, true for what counts, such as tokens that are no padding.
-
-        Returns:
-            The observer.
-
-        Raises:
-            LmcompressError: activations that are NaN or infinite, or a mask of other axes.
-        """
-        x = _counted(x, mask)
-        seen = self.extremes.updated(x)
-        if seen.count == self.extremes.count:
-            return self
-        greatest = max(abs(seen.low), abs(seen.high))
-        # frexp gives 2^e > greatest, so the greatest value has a bin; zeros alone wait in the least reach there is
-        exponent = math.frexp(greatest)[1] if greatest > 0 else -126
-        exponent = max(exponent, -126 if self.exponent is None else self.exponent)
-        counts = torch.zeros(self.bins, dtype=torch.int64, device=x.device)
-        if self.counts is not None and self.exponent is not None:
-            counts = _merged(self.counts.to(x.device), exponent - self.exponent)
-        # a power of 2 divides exactly, and in float64 no value lies beyond its bin
-        place = (x.double() * (self.bins / 2 / 2.0**exponent)).floor().long() + self.bins // 2
-        return Histogram(self.bins, exponent, counts + torch.bincount(place, minlength=self.bins), seen)
-
-    def percentile_range(self, percentile: float = 99.9) -> tuple[float, float]:
-        """The range that holds ``percentile`` % of the values, with as many below as above, to within a bin.
-
-        Args:
-            percentile: above 0, at most 100, which is least and greatest.
-
-        Returns:
-            Least and greatest value, as floats, not beyond what was seen.
-
-        Raises:
-            LmcompressError: a percentile that is none; nothing was seen, or nothing but zeros.
-        """
-        check_percentile(percentile)
-        counts, edges = self._bins()
-        share = counts.double().cumsum(0) / counts.sum()
-        tail = (1 - percentile / 100) / 2
-        first = int((share > tail + 1e-12).nonzero()[0])
-        last = int((share >= 1 - tail - 1e-12).nonzero()[0])
-        low = max(float(edges[first]), self.extremes.low)
-        high = min(float(edges[last + 1]), self.extremes.high)
-        check_range(low, high)
-        return low, high
-
-    def mse_range(self, *, bits: ActivationBits = 8, symmetric: bool = True) -> tuple[float, float]:
-        """The range whose levels have the least squared error, among those that shrink both ends alike.
-
-        Args:
-            bits: 8 or 4; a range belongs to its bits.
-            symmetric: whether levels lie around 0.
-
-        Returns:
-            Least and greatest value, as floats.
-
-        Raises:
-            LmcompressError: other bits; nothing was seen, or nothing but zeros.
-        """
-        check_bits(bits, _BITS)
-        counts, edges = self._bins()
-        low, high = self.extremes.range()
-        centres = ((edges[:-1] + edges[1:]) / 2).clamp(low, high)
-        weight = counts.double() / counts.sum()
-
-        def error(share: Tensor) -> Tensor:
-            ends = low * float(share), high * float(share)
-            values = static(centres.float(), *ends, bits=bits, symmetric=symmetric).values.double()
-            return (weight * (values - centres).square()).sum().reshape(1)
-
-        share = float(search_shares(error, torch.ones(1, dtype=torch.float64, device=counts.device)))
-        return low * share, high * share
-
-    def _bins(self) -> tuple[Tensor, Tensor]:
-        """Counts ``(bins,)`` and float64 edges ``(bins + 1,)``."""
-        if self.counts is None or self.exponent is None:
-            raise LmcompressError(_NO_DATA)
-        self.extremes.range()
-        steps = torch.arange(-(self.bins // 2), self.bins // 2 + 1, dtype=torch.float64, device=self.counts.device)
-        return self.counts, steps * (2.0**self.exponent / (self.bins / 2))
+    if not finite:
+        raise LmcompressError(
+            "activations must be finite to be quantized, got NaN or infinity; is the model sound in this dtype? "
+            "float16 overflows beyond 65504"
+        )
 
 
 def _symmetric(
@@ -459,34 +294,3 @@ def _symmetric(
     rule = Rule(grid, float(grid.high), -1.0, 1.0, pass_outside=pass_outside)
     values, levels = fake_quantize(x.float(), granularity.spread(alpha, x.shape), rule)
     return Quantized(values, alpha / grid.high, None, grid, granularity, levels, x.detach())
-
-
-def _merged(counts: Tensor, doublings: int) -> Tensor:
-    """Counts of bins 2^doublings times as wide, around the same middle."""
-    half = counts.shape[0] // 2
-    width = 2 ** min(doublings, 62)
-    merged = torch.zeros_like(counts)
-    # floor division sends bin -1 to -1 and 0 to 0: the middle stays an edge
-    place = torch.div(torch.arange(-half, half, device=counts.device), width, rounding_mode="floor") + half
-    return merged.index_add_(0, place, counts)
-
-
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """What counts of activations, flat float32, checked."""
-    x = x.detach().float()
-    if mask is not None:
-        if mask.shape != x.shape[: mask.dim()]:
-            raise LmcompressError(
-                f"a mask must have the leading axes of its activations, got {tuple(mask.shape)} for {tuple(x.shape)}"
-            )
-        x = x[mask.bool()]
-    _refuse(bool(torch.isfinite(x).all()))
-    return x.flatten()
-
-
-def _refuse(finite: bool) -> None:
-    if not finite:
-        raise LmcompressError(
-            "activations must be finite to be quantized, got NaN or infinity; is the model sound in this dtype? "
-            "float16 overflows beyond 65504"
-        )

@@ -23,7 +23,7 @@ class Grid:
     """The integers that a code may be: ``levels`` of them from ``low``, ``stride`` apart.
 
     A number is ``scale * code``, or ``scale * (code - zero_point)``. Every grid fits a signed or an unsigned byte, so
-    that codes go into integer matrix products as they are: also {-3, -1, 1, 3} of the four levels around 0 that
+    that codes go into integer matmuls as they are: also {-3, -1, 1, 3} of the four levels around 0 that
     ParetoQ has at 2 bits, in place of halves.
 
     Attributes:
@@ -32,7 +32,7 @@ class Grid:
         stride: from one code to the next; 2 for grids without a zero, whose codes are odd.
 
     Raises:
-        LmcompressError: a number of levels or codes that no byte holds.
+        LmcompressError: If no byte holds the number of levels or a code.
 
     Example:
         >>> Grid(low=-3, levels=4, stride=2).high, symmetric_grid(4)
@@ -97,7 +97,7 @@ def symmetric_grid(bits: Bits) -> Grid:
         The grid.
 
     Raises:
-        LmcompressError: 1 bit has no such grid, or a width that no packing has.
+        LmcompressError: If it is 1 bit, which has no such grid, or no packing has the bit-width.
 
     Reference:
         Tao et al. 2022 (QuantGPT), https://arxiv.org/abs/2203.10705: n = 2^(b-1) - 1.
@@ -121,7 +121,7 @@ def signed_grid(bits: Bits) -> Grid:
         The grid.
 
     Raises:
-        LmcompressError: 1 bit, or a width that no packing has.
+        LmcompressError: If it is 1 bit, or no packing has the bit-width.
     """
     if bits == "ternary" or bits == 1:
         return symmetric_grid(bits)
@@ -139,7 +139,7 @@ def unsigned_grid(bits: Bits) -> Grid:
         The grid.
 
     Raises:
-        LmcompressError: a width that no packing has.
+        LmcompressError: If no packing has the bit-width.
     """
     check_bits(bits)
     return Grid(low=0, levels=3 if bits == "ternary" else 2**bits)
@@ -160,7 +160,7 @@ def check_bits(bits: object, allowed: Sequence[Bits] = BITS) -> None:
         allowed: the widths that are right here.
 
     Raises:
-        LmcompressError: it is none of them.
+        LmcompressError: If it is none of them.
     """
     # True == 1 and 2.0 == 2, and neither is a width
     if isinstance(bits, (bool, float)) or bits not in allowed:
@@ -227,7 +227,7 @@ class PerGroup:
         size: numbers that share a scale, at least 1.
 
     Raises:
-        LmcompressError: ``size`` is no whole number from 1 up.
+        LmcompressError: If ``size`` is not an integer >= 1.
     """
 
     size: int

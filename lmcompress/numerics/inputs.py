@@ -71,7 +71,7 @@ def quantize_input(
         Values (float32), codes, scales and zero points; NaN stays NaN.
 
     Raises:
-        LmcompressError: a static range without its scale or zero point, or a dynamic one with them.
+        LmcompressError: If a static range comes without its scale or zero point, or a dynamic one with them.
 
     Example:
         >>> from lmcompress.checkpoint.config import ActivationEncoding
@@ -121,7 +121,7 @@ def static_range(low: float, high: float, encoding: InputEncoding) -> tuple[Tens
         Scale ``(1,)`` float32, and zero point ``(1,)`` uint8, or ``None`` where levels lie around 0.
 
     Raises:
-        LmcompressError: a range that is empty, reversed or not finite.
+        LmcompressError: If the range is empty, reversed or not finite.
 
     Example:
         >>> from lmcompress.checkpoint.config import ActivationEncoding
@@ -147,7 +147,7 @@ def check_input_range(scale: Tensor, zero_point: Tensor | None, encoding: InputE
         name: what they belong to, for the error.
 
     Raises:
-        CheckpointError: the scale is not finite or not above 0, or the zero point is no code.
+        CheckpointError: If the scale is not finite or not above 0, or the zero point is not a code.
     """
     value = float(scale)
     if not 0 < value < float("inf"):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.numerics.grids import Granularity, Grid
+from lmcompress.numerics.quantizers.base import Quantized
 
 Container = Literal[1, 2, 3, 4, 8, "base3"]
 """How codes lie in bytes: bits for each, or five ternary digits a byte."""
@@ -64,7 +65,7 @@ def packed_shape(shape: Sequence[int], container: Container) -> tuple[int, ...]:
         The shape of the uint8 tensor that :func:`pack` gives.
 
     Raises:
-        LmcompressError: no such container.
+        LmcompressError: If there is no such container.
 
     Example:
         >>> packed_shape((10, 768), "base3"), packed_shape((10, 768), 2), packed_shape((), 4)
@@ -75,6 +76,17 @@ def packed_shape(shape: Sequence[int], container: Container) -> tuple[int, ...]:
         return (*leading, -(-row // 5))
     _levels(container)
     return (*leading, -(-row * container // 8))
+
+
+def stored_bytes(quantized: Quantized) -> int:
+    """Bytes of codes, scales and zero points once they are packed.
+
+    Args:
+        quantized: any.
+    """
+    zero_points = 0 if quantized.zero_points is None else quantized.zero_points.numel()
+    codes = packed_bytes(tuple(quantized.values.shape), container_for(quantized.grid))
+    return codes + 4 * quantized.scales.numel() + zero_points
 
 
 def packed_bytes(shape: Sequence[int], container: Container) -> int:
@@ -88,7 +100,7 @@ def packed_bytes(shape: Sequence[int], container: Container) -> int:
         The number of bytes.
 
     Raises:
-        LmcompressError: no such container.
+        LmcompressError: If there is no such container.
 
     Example:
         >>> packed_bytes((768, 768), 4), packed_bytes((768, 768), "base3")
@@ -109,7 +121,8 @@ def pack(codes: Tensor, grid: Grid, container: Container | None = None) -> Tenso
         :func:`packed_shape` uint8 on the same device.
 
     Raises:
-        LmcompressError: no such container, one too small for the grid, or codes that are not integers of the grid.
+        LmcompressError: If there is no such container, it is too small for the grid, or codes are not integers of the
+            grid.
 
     Example:
         >>> pack(torch.tensor([[-1, 0, 1, 1, 1], [-1, -1, -1, -1, 0]]), Grid(low=-1, levels=3)).tolist()
@@ -147,16 +160,16 @@ def unpack(
         shape: of the codes.
         grid: what codes may be.
         container: as for :func:`pack`.
-        check: whether to look for codes that the grid has not, for which the host waits for a GPU; without, they come
+        check: whether to look for codes outside the grid, for which the host waits for a GPU; without, they come
             out as numbers beyond the grid.
 
     Returns:
         ``shape``, int8 for grids with negative codes, else uint8, on the same device.
 
     Raises:
-        CheckpointError: the bytes are too few or too many for the shape, lie otherwise, or are none that
-            :func:`pack` writes.
-        LmcompressError: no such container, or one too small for the grid.
+        CheckpointError: If the bytes are too few or too many for the shape, lie otherwise, or are not what :func:`pack`
+            writes.
+        LmcompressError: If there is no such container, or it is too small for the grid.
 
     Example:
         >>> unpack(torch.tensor([[237]], dtype=torch.uint8), (1, 5), Grid(low=-1, levels=3)).tolist()
@@ -191,7 +204,7 @@ def dequantize(
 
     .. math:: w = s \cdot c \quad \text{or} \quad w = s \cdot (c - z)
 
-    in float32: to the bit what the quantizer gave as ``values`` along with the codes.
+    in float32: bit-exactly what the quantizer gave as ``values`` along with the codes.
 
     Args:
         codes: any shape, integers.
@@ -204,8 +217,8 @@ def dequantize(
         ``codes``'s shape, float32.
 
     Raises:
-        LmcompressError: a group size that does not divide.
-        CheckpointError: scales or zero points of another shape, negative, or not finite.
+        LmcompressError: If the group size does not divide the rows.
+        CheckpointError: If scales or zero points have another shape, are negative, or not finite.
 
     Example:
         >>> from lmcompress.numerics.grids import PerRow
@@ -233,8 +246,8 @@ def check_scales(scales: Tensor, shape: Sequence[int], granularity: Granularity,
         name: what to call them in the error.
 
     Raises:
-        LmcompressError: a group size that does not divide.
-        CheckpointError: they have another shape, are negative, or not finite.
+        LmcompressError: If the group size does not divide the rows.
+        CheckpointError: If they have another shape, are negative, or not finite.
     """
     expected = granularity.scale_shape(shape)
     if tuple(scales.shape) != expected:

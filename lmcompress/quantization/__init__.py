@@ -5,7 +5,7 @@ from lmcompress.quantization.fake import FakeActivation, FakeQuantized, FakeWeig
 from lmcompress.quantization.method import Quantization
 from lmcompress.quantization.mixed import bits_sensitivity, choose_bits, mixed_precision
 from lmcompress.quantization.planning import Plan, Planned, plan
-from lmcompress.quantization.post_training import POST_TRAINING, quantize
+from lmcompress.quantization.ptq import POST_TRAINING, quantize
 from lmcompress.quantization.report import QuantizationReport, QuantizedMatrix
 
 __all__ = [

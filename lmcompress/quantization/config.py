@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
+from pydantic.json_schema import SkipJsonSchema
+from torch import Tensor
 
 from lmcompress.checkpoint.config import ActivationEncoding
 from lmcompress.numerics.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
-from lmcompress.numerics.quantizers import WeightQuantizer, check_percentile, quantizer_for
+from lmcompress.numerics.quantizers import Quantized, WeightQuantizer, check_percentile, quantizer_for, quantizer_name
 
 Default = Literal["default"]
+Percentile = Annotated[float, AfterValidator(check_percentile)]
 
 
 def width(bits: Bits) -> float:
@@ -36,33 +39,74 @@ class _Part(BaseModel):
 class WeightScheme(_Part):
     """How weights are quantized."""
 
-    quantizer: Annotated[str, Field(description="A key of lmcompress.numerics.QUANTIZERS.")] = "dynamic_scaling"
+    quantizer: Annotated[
+        str | SkipJsonSchema[InstanceOf[WeightQuantizer]],
+        PlainSerializer(quantizer_name),
+        Field(description="A key of lmcompress.numerics.QUANTIZERS, or module:attribute of a WeightQuantizer."),
+    ] = "dynamic_scaling"
     bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8
     granularity: Annotated[
         Literal["tensor", "row"] | Annotated[int, Field(ge=1, strict=True)],
         Field(
-            description="Which weights share a scale: tensor, row (one output; of an embedding one word), or so many "
-            "neighbours of a row, which must divide it."
+            description="Which weights share a scale: tensor, row (one output; of an embedding one token), or n for "
+            "groups of n neighbours in a row, whose length n must divide."
         ),
     ] = "tensor"
     percentile: Annotated[
-        float, Field(description="Of the quantizers percentile and asymmetric_percentile: per cent that are not cut.")
+        Percentile,
+        Field(description="For the quantizers percentile and asymmetric_percentile: per cent that are not clipped."),
     ] = 99.9
-
-    @field_validator("percentile")
-    @classmethod
-    def _per_cent(cls, value: float) -> float:
-        check_percentile(value)
-        return value
 
     @model_validator(mode="after")
     def _has_these_bits(self) -> WeightScheme:
         quantizer_for(self.quantizer, self.bits)
         return self
 
+    @property
+    def name(self) -> str:
+        """What messages and reports call the quantizer."""
+        return quantizer_name(self.quantizer)
+
     def function(self) -> WeightQuantizer:
         """The quantizer and what it needs."""
         return quantizer_for(self.quantizer, self.bits)
+
+    def initial_state(self, weight: Tensor) -> Tensor | None:
+        """The quantizer's first state for a weight, or None if it has none.
+
+        Args:
+            weight: ``(out, in)``, floating.
+
+        Raises:
+            LmcompressError: If weights are NaN or infinite, or the group size does not divide the rows.
+        """
+        quantizer = self.function()
+        if quantizer.initial is None:
+            return None
+        options = {"percentile": self.percentile} if quantizer.takes_percentile else {}
+        return quantizer.initial(weight.detach(), bits=self.bits, granularity=self.grouping(), **options)
+
+    def quantize(self, weight: Tensor, state: Tensor | None, **options: Tensor) -> Quantized:
+        """Values and codes of a weight.
+
+        Args:
+            weight: ``(out, in)``, floating.
+            state: of the quantizer, or None if it has none.
+            **options: further arguments of the quantizer, such as a curvature.
+        """
+        return self.function().function(weight, state, bits=self.bits, granularity=self.grouping(), **options)
+
+    def rounded(self, weight: Tensor) -> Quantized:
+        """A weight rounded to nearest, with the quantizer's first state and no gradient.
+
+        Args:
+            weight: ``(out, in)``, floating.
+
+        Raises:
+            LmcompressError: If weights are NaN or infinite, or the group size does not divide the rows.
+        """
+        weight = weight.detach()
+        return self.quantize(weight, self.initial_state(weight))
 
     def grouping(self) -> Granularity:
         """The granularity as lmcompress.numerics has it."""
@@ -72,7 +116,7 @@ class WeightScheme(_Part):
 
 
 class ActivationScheme(_Part):
-    """How activations are quantized before they enter a product."""
+    """How activations are quantized before a matmul."""
 
     bits: Annotated[Literal[8, 4], Field(description="8 or 4.")] = 8
     range: Annotated[
@@ -99,13 +143,9 @@ class ActivationScheme(_Part):
         Literal["minmax", "percentile", "mse"],
         Field(description="Of static ranges: which range of what was seen: all, percentile % of it, or least error."),
     ] = "minmax"
-    percentile: Annotated[float, Field(description="Of the calibration percentile: per cent that are not cut.")] = 99.99
-
-    @field_validator("percentile")
-    @classmethod
-    def _per_cent(cls, value: float) -> float:
-        check_percentile(value)
-        return value
+    percentile: Annotated[
+        Percentile, Field(description="For the calibration percentile: per cent that are not clipped.")
+    ] = 99.99
 
     @model_validator(mode="after")
     def _belongs_together(self) -> ActivationScheme:
@@ -171,8 +211,8 @@ class Rule(_Part):
     def _inputs_go_with_weights(self) -> Rule:
         if self.weights is None and isinstance(self.activations, ActivationScheme):
             raise ValueError(
-                f"the rule for {self.modules!r} must not quantize inputs of what it leaves dense: a product is of "
-                "whole numbers on both sides or on none; give it weights, or leave activations out"
+                f"the rule for {self.modules!r} must not quantize inputs of what it leaves dense: a matmul "
+                "has integers on both sides or on none; give it weights, or leave activations out"
             )
         return self
 
@@ -181,14 +221,14 @@ class QuantizationConfig(_Part):
     """What is quantized to what; the default is QuantGPT's at 8 bits."""
 
     weights: Annotated[
-        WeightScheme | None, Field(description="Of every projection in the blocks; null leaves them dense.")
+        WeightScheme | None, Field(description="Weights of every projection in the blocks; null leaves them dense.")
     ] = WeightScheme()
     embeddings: Annotated[
         WeightScheme | None,
-        Field(description="Of the word embeddings, and with them of a head that is tied to them; null: dense."),
+        Field(description="Token embeddings, and with them a head that is tied to them; null: dense."),
     ] = WeightScheme(granularity="row")
     activations: Annotated[
-        ActivationScheme | None, Field(description="Of what enters a product with quantized weights; null: none.")
+        ActivationScheme | None, Field(description="Inputs of matmuls with quantized weights; null: none.")
     ] = ActivationScheme()
     attention: Annotated[
         bool, Field(description="Whether queries, keys, values and attention probabilities are quantized too.")

@@ -12,16 +12,18 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.activations.walking import Batch, calibration_batches, valid_tokens
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
 from lmcompress.families import weight_view
+from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
-from lmcompress.quantization.planning import EMBEDDINGS, Planned, plan, relative_path
-from lmcompress.quantization.post_training import POST_TRAINING, rounding_of, stored_bytes
+from lmcompress.quantization.planning import Planned, plan
+from lmcompress.quantization.ptq.quantize import POST_TRAINING
 
 Evaluate = Callable[[PreTrainedModel], float]
 """From a model to one number that is less for a better one, such as a loss."""
@@ -69,7 +71,7 @@ def bits_sensitivity(
     Args:
         model: of a known family, dense.
         config: which matrices, by which quantizer and granularity; its bits do not matter.
-        batches: for the default measure: the divergence KL(dense ‖ quantized) of the outputs' classes or words, mean
+        batches: for the default measure: the divergence KL(dense ‖ quantized) of the outputs' classes or tokens, mean
             over tokens that are no padding; of a model without logits, or with one alone, the squared error over the
             squared norm.
         bits: the widths to try.
@@ -81,8 +83,8 @@ def bits_sensitivity(
         A row for each matrix and width, in the order of the model.
 
     Raises:
-        LmcompressError: neither batches nor ``evaluate``, no widths, a width that a quantizer has not, or what
-            :func:`~lmcompress.quantization.planning.plan` refuses.
+        LmcompressError: If neither batches nor ``evaluate`` nor bit-widths are given, a quantizer does not support a
+            bit-width, or :func:`~lmcompress.quantization.planning.plan` refuses the config.
 
     Reference:
         Dong, Yao, Gholami, Mahoney & Keutzer, *HAWQ: Hessian AWare Quantization of Neural Networks with
@@ -99,7 +101,7 @@ def bits_sensitivity(
     for matrix in planned.matrices:
         for width in bits:
             quantizer_for(matrix.weights.quantizer, width)
-    modules = {relative_path(model, name): module for name, module in model.named_modules()}
+    modules = modules_by_path(model)
     rows = []
     with FakeQuantized(model, planned) as fake, evaluating(model):
         fake.set_enabled(False)
@@ -108,12 +110,12 @@ def bits_sensitivity(
             own = fake.weights[matrix.path]
             weight = weight_view(modules[matrix.path])
             for width in bits:
-                quantized = rounding_of(matrix.weights.model_copy(update={"bits": width}))(weight)
-                own.settle(quantized)
+                quantized = matrix.weights.model_copy(update={"bits": width}).rounded(weight)
+                own.freeze(quantized)
                 own.enabled = True
                 harm = _divergence(model, own, data) if evaluate is None else float(evaluate(model)) - start
                 own.enabled = False
-                own.settle(None)
+                own.freeze(None)
                 rows.append(
                     BitsRow(matrix.path, matrix.part, width, harm, stored_bytes(quantized), quantized.values.numel())
                 )
@@ -139,8 +141,8 @@ def choose_bits(
         A width for each name.
 
     Raises:
-        LmcompressError: no names, names or widths that differ, a harm that is not finite, or a budget that even the
-            smallest widths exceed.
+        LmcompressError: If there are no names, names or bit-widths differ, a harm is not finite, or even the smallest
+            bit-widths exceed the budget.
 
     Example:
         >>> harms = {"a": {2: 9.0, 8: 0.0}, "b": {2: 1.0, 8: 0.0}}
@@ -170,10 +172,7 @@ def choose_bits(
         (harm - harm.min()) / spread + 1e-9 * size / size.sum(),
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size[None] / budget_bytes, -np.inf, 1),
-        ],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / budget_bytes, -np.inf, 1)],
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
@@ -199,10 +198,11 @@ def mixed_precision(
         budget_bytes: the budget as bytes of the quantized matrices, scales included. One of the two.
 
     Returns:
-        A config for :func:`~lmcompress.quantization.post_training.quantize`, or for training.
+        A config for :func:`~lmcompress.quantization.quantize`, or for training.
 
     Raises:
-        LmcompressError: no budget or two, rows of other matrices, or as :func:`choose_bits`.
+        LmcompressError: If there is no budget or two, rows are of other matrices, or :func:`choose_bits` finds no
+            choice.
     """
     if (bits_per_weight is None) == (budget_bytes is None):
         raise LmcompressError(

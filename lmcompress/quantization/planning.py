@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.layers import refuse_compact
-from lmcompress.errors import LmcompressError, nearest
-from lmcompress.families import Anatomy, Hollow, anatomy_of, is_conv1d
+from lmcompress.errors import LmcompressError
+from lmcompress.families import Anatomy, ZeroWidthLinear, anatomy_of, is_conv1d
+from lmcompress.families.weights import EMBEDDINGS, Weighted, modules_by_path, rules_by_path, weighted_modules
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
 
-BLOCK_PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
-EMBEDDINGS, HEAD = "embeddings", "head"
 _ONE_SIDED = ("ffn_out",)
 _READS_ALIKE = ("query", "key", "value")
 
@@ -61,7 +59,7 @@ class Plan:
         kinds: dict[str, list[str]] = {}
         for planned in self.matrices:
             scheme, inputs = planned.weights, planned.inputs
-            what = f"{scheme.quantizer} {scheme.bits} by {scheme.granularity}"
+            what = f"{scheme.name} {scheme.bits} by {scheme.granularity}"
             if inputs is not None:
                 what += f", inputs {inputs.bits} bits {inputs.range} {'' if inputs.symmetric else 'a'}symmetric"
             kinds.setdefault(what, []).append(planned.path)
@@ -74,25 +72,10 @@ class Plan:
         return "\n".join([*lines, *(f"dense: {_some(paths)}: {reason}" for reason, paths in reasons.items())])
 
 
-@dataclass
-class _Candidate:
-    """A module that could be quantized, and what it is."""
-
-    path: str
-    module: nn.Module
-    part: str = ""
-    block: int | None = None
-    tied: list[str] = field(default_factory=list)
-    tied_to: str = ""
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.path, self.part)))
-
-
 def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
     """Decide which module gets what; nothing is changed.
 
-    Quantized by default are the projections of the blocks, the word embeddings, and with these a head that is tied to
+    Quantized by default are the projections of the blocks, the token embeddings, and with these a head that is tied to
     them. Position and token type embeddings always stay dense, as do norms and biases; what else has a matrix (pooler,
     task head, projection of embeddings) does unless a rule names it.
 
@@ -104,46 +87,37 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
         The plan.
 
     Raises:
-        LmcompressError: a rule that names nothing or nothing that can be quantized, a group size that does not divide,
-            a matrix that something else has parametrized, or nothing to quantize.
+        LmcompressError: If a rule names nothing or nothing that can be quantized, a group size does not divide the
+            rows, something else has parametrized a matrix, or nothing would be quantized.
     """
     refuse_compact(model, "quantize")
-    candidates, dense = _candidates(model)
-    chosen = _rules_by_path(config.rules, candidates, dense)
-    matrices: dict[str, Planned] = {}
-    head_inputs: dict[str, ActivationScheme | None] = {}
+    anatomy = anatomy_of(model)
+    candidates, dense = _candidates(model, anatomy)
+    own = [replace(each, aliases=[]) for candidate in candidates for each in (candidate, *candidate.aliases)]
+    rules = rules_by_path(own, config.rules, dense)
+    _refuse_codes_of_their_own(config.rules, candidates, own)
+    matrices: list[Planned] = []
     for candidate in candidates:
-        rule = chosen.get(candidate.path)
-        if candidate.tied_to:
-            head_inputs[candidate.tied_to] = _activations(rule, config)
-            continue
-        weights = _weights(candidate, rule, config)
+        weights = _weights(candidate, rules.get(candidate.path), config)
         if isinstance(weights, str):
             dense[candidate.path] = weights
+            dense |= {path: f"it is tied to {candidate.path}, which stays dense" for path in candidate.tied}
             continue
-        inputs = None if candidate.part == EMBEDDINGS else _activations(rule, config)
+        # of the embeddings it is the head that reads an activation
+        readers = candidate.tied[-1:] if candidate.part == EMBEDDINGS else (candidate.path,)
+        inputs = next((_activations(rules.get(path), config) for path in readers), None)
         if inputs is not None:
             inputs = inputs.resolved(one_sided=candidate.part in _ONE_SIDED)
         _check(candidate, weights)
-        matrices[candidate.path] = Planned(
-            candidate.path, candidate.part, candidate.block, weights, inputs, tuple(candidate.tied)
-        )
-    for path, inputs in head_inputs.items():
-        if path in matrices:
-            resolved = None if inputs is None else inputs.resolved(one_sided=False)
-            matrices[path] = Planned(path, EMBEDDINGS, None, matrices[path].weights, resolved, matrices[path].tied)
-        else:
-            dense |= {c.path: f"it is tied to {path}, which stays dense" for c in candidates if c.tied_to == path}
+        matrices.append(Planned(candidate.path, candidate.part, candidate.block, weights, inputs, candidate.tied))
     if not matrices:
         raise LmcompressError(
             f"nothing of this {type(model).__name__} would be quantized: "
             + "; ".join(f"{path}: {reason}" for path, reason in list(dense.items())[:4])
             + ". Give the config weights or embeddings, or take the rules away that leave all dense"
         )
-    attention = config.attention_scheme()
-    if attention is not None and not any(block.num_heads for block in anatomy_of(model).blocks):
-        attention = None
-    return Plan(tuple(matrices.values()), attention, dense)
+    heads = any(block.num_heads for block in anatomy.blocks)
+    return Plan(tuple(matrices), config.attention_scheme() if heads else None, dense)
 
 
 def stored_weight(module: nn.Module) -> Tensor | None:
@@ -170,102 +144,44 @@ def reads_alike(part: str) -> bool:
     return part in _READS_ALIKE
 
 
-def relative_path(model: PreTrainedModel, name: str) -> str:
-    """The path of a module, the same with a task head and without.
-
-    Args:
-        model: that has it.
-        name: as ``named_modules`` gives it.
-
-    Returns:
-        The name without the base model's prefix.
-    """
-    return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _candidates(model: PreTrainedModel) -> tuple[list[_Candidate], dict[str, str]]:
-    anatomy = anatomy_of(model)
-    parts = _parts_by_module(anatomy)
+def _candidates(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Weighted], dict[str, str]]:
+    """What could be quantized, and path to reason of what cannot."""
     kept = {
         id(module): part.replace("_", " ")
         for part in ("position_embeddings", "token_type_embeddings")
         if (module := anatomy.embedding(part)) is not None
     }
-    words = anatomy.embedding("word_embeddings")
-    head = model.get_output_embeddings()
-    found: list[_Candidate] = []
-    by_weight: dict[int, _Candidate] = {}
-    dense: dict[str, str] = {}
-    for name, module in model.named_modules():
-        path = relative_path(model, name)
-        if isinstance(module, Hollow):
+    dense = {}
+    for path, module in modules_by_path(model).items():
+        if isinstance(module, ZeroWidthLinear):
             dense[path] = "pruned to nothing, it has no weights"
-            continue
-        if not (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
-            continue
-        if id(module) in kept:
+        elif id(module) in kept:
             dense[path] = f"{kept[id(module)]} always stay dense"
-            continue
-        weight = stored_weight(module)
-        if weight is None:
+    candidates = [
+        one for one in weighted_modules(model) if one.path not in dense and not isinstance(one.module, nn.Conv2d)
+    ]
+    for candidate in candidates:
+        if stored_weight(candidate.module) is None:
             raise LmcompressError(
-                f"{path} must hold its weight as a plain parameter to be quantized, got a {type(module).__name__} "
-                "without one: something else has parametrized it; take that away first"
+                f"{candidate.path} must hold its weight as a plain parameter to be quantized, got a "
+                f"{type(candidate.module).__name__} without one: something else has parametrized it; take that away "
+                "first"
             )
-        part, block = parts.get(id(module), ("", None))
-        if module is words:
-            part = EMBEDDINGS
-        elif module is head:
-            part = HEAD
-        assert module is not None
-        candidate = _Candidate(path, module, part, block)
-        owner = by_weight.setdefault(id(weight), candidate)
-        if owner is not candidate:
-            owner.tied.append(path)
-            candidate.tied_to = owner.path
-        found.append(candidate)
-    return found, dense
+    return candidates, dense
 
 
-def _parts_by_module(anatomy: Anatomy) -> dict[int, tuple[str, int | None]]:
-    parts: dict[int, tuple[str, int | None]] = {}
-    for index, block in enumerate(anatomy.blocks):
-        for part in BLOCK_PARTS:
-            if getattr(anatomy.family, part):
-                parts[id(block.get(part))] = (part, index)
-    projection = anatomy.embedding("embedding_projection")
-    if projection is not None:
-        parts[id(projection)] = ("embedding_projection", None)
-    return parts
-
-
-def _rules_by_path(rules: tuple[Rule, ...], candidates: list[_Candidate], dense: Mapping[str, str]) -> dict[str, Rule]:
-    chosen: dict[str, Rule] = {}
+def _refuse_codes_of_their_own(rules: Sequence[Rule], candidates: Sequence[Weighted], own: Sequence[Weighted]) -> None:
+    owners = {alias: candidate.path for candidate in candidates for alias in candidate.tied}
     for rule in rules:
-        matched = [c for c in candidates if any(fnmatchcase(name, rule.modules) for name in c.names())]
-        if not matched:
-            kept = next((path for path in dense if fnmatchcase(path, rule.modules)), None)
-            if kept is not None:
-                raise LmcompressError(f"the rule for {rule.modules!r} can do nothing: {kept}: {dense[kept]}")
-            names = {name for candidate in candidates for name in candidate.names()}
-            # each block has the same paths: the first tells all
-            shown = {c.part for c in candidates if c.part} | {c.path for c in candidates if c.block in (None, 0)}
-            hint = nearest(rule.modules, names).partition(" Valid are")[0]
+        matched = [one.path for one in own if one.matches(rule.modules)]
+        if rule.weights != "default" and all(path in owners for path in matched):
             raise LmcompressError(
-                f"the rule for {rule.modules!r} matches no module of this model{hint} Valid are: "
-                f"{', '.join(sorted(shown))}, and the same in other blocks"
+                f"the rule for {rule.modules!r} must leave weights at 'default': {matched[0]} is tied to "
+                f"{owners[matched[0]]} and has one set of codes with it; name {EMBEDDINGS!r} instead"
             )
-        tied = [c for c in matched if c.tied_to]
-        if len(tied) == len(matched) and rule.weights != "default":
-            raise LmcompressError(
-                f"the rule for {rule.modules!r} must leave weights at 'default': {tied[0].path} is tied to "
-                f"{tied[0].tied_to} and has one set of codes with it; name {EMBEDDINGS!r} instead"
-            )
-        chosen |= {candidate.path: rule for candidate in matched}
-    return chosen
 
 
-def _weights(candidate: _Candidate, rule: Rule | None, config: QuantizationConfig) -> WeightScheme | str:
+def _weights(candidate: Weighted, rule: Rule | None, config: QuantizationConfig) -> WeightScheme | str:
     """The scheme, or why there is none."""
     default = config.embeddings if candidate.part == EMBEDDINGS else config.weights
     if rule is not None:
@@ -273,7 +189,7 @@ def _weights(candidate: _Candidate, rule: Rule | None, config: QuantizationConfi
         if scheme is None:
             return f"the rule for {rule.modules!r} leaves it dense" if rule.weights is None else "the default is dense"
         return scheme
-    if candidate.part not in (*BLOCK_PARTS, EMBEDDINGS):
+    if not candidate.default:
         return "outside of the blocks; a rule that names it would quantize it"
     if default is None:
         return f"the config has no {'embeddings' if candidate.part == EMBEDDINGS else 'weights'}"
@@ -286,7 +202,7 @@ def _activations(rule: Rule | None, config: QuantizationConfig) -> ActivationSch
     return rule.activations
 
 
-def _check(candidate: _Candidate, scheme: WeightScheme) -> None:
+def _check(candidate: Weighted, scheme: WeightScheme) -> None:
     weight = stored_weight(candidate.module)
     assert weight is not None
     rows, columns = weight.shape if not is_conv1d(candidate.module) else (weight.shape[1], weight.shape[0])

@@ -10,6 +10,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from lmcompress.numerics.packing import stored_bytes
+from lmcompress.numerics.quantizers import Quantized
+from lmcompress.quantization.planning import Planned
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
@@ -46,6 +50,44 @@ class QuantizedMatrix:
     note: str = ""
 
 
+def matrix_row(
+    planned: Planned,
+    quantized: Quantized,
+    *,
+    method: str,
+    error: float,
+    measured: Literal["output", "weights"] = "weights",
+    note: str = "",
+) -> QuantizedMatrix:
+    """The row of one matrix.
+
+    Args:
+        planned: what it was to get.
+        quantized: what it got.
+        method: how it was rounded.
+        error: squared error over squared norm, of ``measured``.
+        measured: ``output`` or ``weights``.
+        note: why it was not done otherwise, or empty.
+    """
+    scheme, inputs = planned.weights, planned.inputs
+    fixed = 0 if inputs is None or inputs.range == "dynamic" else 4 if inputs.symmetric else 5
+    return QuantizedMatrix(
+        path=planned.path,
+        part=planned.part,
+        quantizer=scheme.name,
+        bits=scheme.bits,
+        granularity=scheme.granularity,
+        method=method,
+        error=error,
+        measured=measured,
+        weights=quantized.values.numel(),
+        bytes_before=quantized.values.numel() * quantized.source.element_size(),
+        bytes_after=stored_bytes(quantized) + fixed,
+        inputs=None if inputs is None else inputs.bits,
+        note=note,
+    )
+
+
 @dataclass(frozen=True)
 class QuantizationReport:
     """What was quantized to what, at which price.
@@ -62,10 +104,10 @@ class QuantizationReport:
         tokens: of the calibration data, padding left out.
         attention: bits of queries, keys, values and probabilities, or None.
         seconds: wall time, training not counted.
-        packed_error: after training, the greatest difference between the outputs of the model that was trained and the
+        packed_error: after training, the max abs difference between the outputs of the model that was trained and the
             packed one, relative to the greatest output; None where their shapes differ. Rounding of inputs may fall the
             other way.
-        drift: after training, how far learned scales and ranges have gone from their start, by kind of module.
+        drift: after training, the relative change of learned scales and ranges since their start, by kind of module.
     """
 
     method: str

@@ -3,7 +3,7 @@
 from lmcompress.recipes.loading import builtin_recipes, dump_recipe, load_recipe, parse_recipe, recipe_schema
 from lmcompress.recipes.planning import Plan, StagePlan, plan
 from lmcompress.recipes.runner import RunResult, run
-from lmcompress.recipes.schema import Recipe, Stage
+from lmcompress.recipes.schema import Recipe, Stage, register_part
 
 __all__ = [
     "Plan",
@@ -17,5 +17,6 @@ __all__ = [
     "parse_recipe",
     "plan",
     "recipe_schema",
+    "register_part",
     "run",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,17 +22,26 @@ from lmcompress.data import TaskKind
 from lmcompress.evaluation import (
     LatencyRow,
     compare_latency,
-    evaluate_classifier,
+    compute_metrics,
     machine,
     perplexity,
+    predict,
+    predictions_from_logits,
     size_on_disk,
     verdict,
 )
 from lmcompress.families import anatomy_of
 from lmcompress.model import REPORT_FILE
-from lmcompress.recipes.building import Materials, auto_class, text_of
+from lmcompress.recipes.building import auto_class
+from lmcompress.recipes.evidence import chance_level, evidence_of, module_bytes, training_log
 from lmcompress.recipes.files import write_json, write_text
+from lmcompress.recipes.materials import Materials, text_of
+from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics
+from lmcompress.recipes.parts import PARTS, StagePart
 from lmcompress.reporting import card_rows
+from lmcompress.reporting.evidence import encode
+
+STAGE_FILE = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,7 @@ class Entry:
         materials: rows with the model's own tokenizer.
         made_here: whether the folder was written by this run, with a report of its own.
         training: what its training came to, as JSON types; empty where it was not trained here.
-        compact: what each replacement did to it, as JSON types.
-        pruning: what pruning did to it, as JSON types.
-        quantization: what quantization did to it, as JSON types.
-        sparsity: which of its weights became zero, as JSON types.
-        sharing: which of its weights share values, as JSON types.
-        vocabulary: what became of its vocabulary, as JSON types.
+        done: what each part did to it, by its key, as JSON types; None where it did nothing.
     """
 
     name: str
@@ -58,12 +64,7 @@ class Entry:
     materials: Materials
     made_here: bool = False
     training: dict[str, Any] = field(default_factory=dict)
-    compact: list[dict[str, Any]] | None = None
-    pruning: dict[str, Any] | None = None
-    quantization: dict[str, Any] | None = None
-    sparsity: dict[str, Any] | None = None
-    sharing: dict[str, Any] | None = None
-    vocabulary: dict[str, Any] | None = None
+    done: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> dict[str, Any]:
@@ -83,25 +84,30 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
     cls = auto_class(task)
     loaded = {entry.name: cls.from_pretrained(entry.path).eval() for entry in entries}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [_row(entry, loaded[entry.name].to(device)) for entry in entries]
+    shared: dict[str, _Shared] = {split: _Shared() for split in recipe.evaluation.splits}
+    rows = [_row(entry, loaded[entry.name].to(device), shared) for entry in entries]
+    load = [_load()]
     latency = _latency(materials, loaded)
     for row in rows:
         row["latency"] = [entry for entry in latency if entry["model"] == row["name"]]
-    causal = task.kind is TaskKind.CAUSAL_LM
+    metric = measured_metrics(task)[0]
     return {
         "recipe": recipe.name,
         "description": recipe.description,
         "paper": recipe.paper,
         "task": task.name,
         "kind": task.kind.value,
-        "metric": "token_perplexity" if causal else task.metrics[0],
-        "lower_is_better": causal,
+        "metric": metric,
+        "lower_is_better": metric in LOWER_IS_BETTER,
         "split": recipe.evaluation.splits[0],
         "reference": reference,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": {name: version(name) for name in ("lmcompress", "torch", "transformers", "datasets", "tokenizers")},
         "seed": recipe.seed,
+        "chance": {split: found.chance for split, found in shared.items()},
+        "evidence": {split: found.evidence for split, found in shared.items()},
+        "latency": {"repeats": recipe.evaluation.repeats, "load_before": load[0], "load_after": _load()},
         "rows": rows,
         "notes": list(notes),
     }
@@ -115,19 +121,58 @@ def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[st
         model: on any device.
         split: its name.
     """
-    evaluation = materials.recipe.evaluation
-    if materials.task.kind is TaskKind.CAUSAL_LM:
+    return _examined(materials, model, split)[0]
+
+
+@dataclass
+class _Shared:
+    """What all models have in common on a split.
+
+    Attributes:
+        chance: score of a model that has learned nothing, by metric.
+        evidence: labels, packed.
+    """
+
+    chance: dict[str, float] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def _examined(
+    materials: Materials, model: PreTrainedModel, split: str
+) -> tuple[dict[str, float], dict[str, Any], _Shared]:
+    """Metrics of a model on a split, what they were computed from, and what other models share of that."""
+    evaluation, task = materials.recipe.evaluation, materials.task
+    if task.kind is TaskKind.CAUSAL_LM:
+        length, limit = materials.recipe.task.max_length, materials.recipe.task.limit
+        text: str | list[int] = text_of(materials.data, split)
+        if limit is not None:
+            text = materials.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: limit * length]
         found = perplexity(
             model,
             materials.tokenizer,
-            text_of(materials.data, split),
+            text,
             stride=evaluation.stride,
-            max_length=materials.recipe.task.max_length,
+            max_length=length,
             batch_size=evaluation.batch_size,
         )
-        return {name: float(getattr(found, name)) for name in ("token_perplexity", "word_perplexity", "bits_per_byte")}
-    rows, collate, kind = materials.rows().splits()[split], materials.collator(), materials.task.kind.value
-    return evaluate_classifier(model, rows, collate, kind, materials.task.metrics, evaluation.batch_size)
+        metrics = {name: float(getattr(found, name)) for name in measured_metrics(task)}
+        own = {"nll": encode(np.array(found.window_nll)), "tokens": encode(np.array(found.window_tokens))}
+        # every token as likely as any other
+        return metrics, own, _Shared({"token_perplexity": float(model.config.vocab_size)})
+    logits, labels = predict(model, materials.rows().splits()[split], materials.collator(), evaluation.batch_size)
+    said = predictions_from_logits(logits, task.kind.value)
+    own, others = evidence_of(said, labels)
+    return compute_metrics(task.metrics, said, labels), own, _Shared(chance_level(task, labels), others)
+
+
+def notes_of(entry: Entry) -> list[str]:
+    """What a reader of the table must know of how a model was made.
+
+    Args:
+        entry: a row.
+    """
+    notes = (note for part, report in _done(entry) for note in part.notes(report))
+    return [f"{entry.name}: {note}" for note in dict.fromkeys(notes)]
 
 
 def update_cards(report: Mapping[str, Any], folders: Sequence[Path]) -> None:
@@ -144,34 +189,41 @@ def update_cards(report: Mapping[str, Any], folders: Sequence[Path]) -> None:
         write_text(folder / "README.md", model_card(saved))
 
 
-def _row(entry: Entry, model: PreTrainedModel) -> dict[str, Any]:
+def _row(entry: Entry, model: PreTrainedModel, shared: dict[str, _Shared]) -> dict[str, Any]:
     # the size of a model that only the Hub has is not known
     size = size_on_disk(entry.path) if Path(entry.path).is_dir() else None
     saved = json.loads((Path(entry.path) / REPORT_FILE).read_text("utf-8")) if entry.made_here else {}
     structure = recorded_structure(model)
-    splits = entry.materials.recipe.evaluation.splits
+    examined = {split: _examined(entry.materials, model, split) for split in shared}
+    # the first model is the reference
+    for split, found in shared.items():
+        if not found.chance and not found.evidence:
+            shared[split] = examined[split][2]
     return {
         "name": entry.name,
         "role": entry.role,
         "folder": entry.path,
-        "metrics": {split: quality(entry.materials, model, split) for split in splits},
+        "metrics": {split: metrics for split, (metrics, _, _) in examined.items()},
+        "evidence": {split: own for split, (_, own, _) in examined.items()},
         "parameters": weight_count(model),
         "size_bytes": None if size is None else size.total_bytes,
         "weights_bytes": None if size is None else size.weights_bytes,
+        "modules": None if size is None else module_bytes(Path(entry.path), model),
         "hidden_size": anatomy_of(model).hidden_size,
         "head_size": structure.head_size,
         "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
         "equivalence": saved.get("equivalence"),
         "format": saved.get("format"),
         "training": entry.training,
-        "compact": entry.compact,
-        "pruning": entry.pruning,
-        "quantization": entry.quantization,
-        "sparsity": entry.sparsity,
-        "sharing": entry.sharing,
-        "vocabulary": entry.vocabulary,
+        "log": training_log(Path(entry.path), STAGE_FILE) if entry.made_here else [],
+        **{part.key: entry.done.get(part.key) for part in PARTS if part.reports},
+        "columns": {title: cell for part, report in _done(entry) for title, cell in part.columns(report).items()},
         "latency": [],
     }
+
+
+def _done(entry: Entry) -> list[tuple[StagePart[Any], Any]]:
+    return [(part, report) for part in PARTS if (report := entry.done.get(part.key))]
 
 
 def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
@@ -185,4 +237,9 @@ def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> lis
     return [{**vars(row), "verdict": words} for row, words in zip(measured, verdict(measured), strict=True)]
 
 
-__all__ = ["Entry", "measure", "quality", "update_cards"]
+def _load() -> float | None:
+    """Processes that wanted a core in the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+__all__ = ["STAGE_FILE", "Entry", "measure", "notes_of", "quality", "update_cards"]

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.layers import layers_of
 from lmcompress.data.augmentation import whole_words
-from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match
-from lmcompress.distillation.layer_maps import given, last, skip, uniform
-from lmcompress.distillation.matches import match_for
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import parameter_count
-from lmcompress.families import anatomy_of
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.vocabulary.embeddings import VocabularyReport
-from lmcompress.recipes.building import (
-    Materials,
-    base_model,
-    different_tokenizer,
-    gather,
-    is_stage,
-    make_student,
-    teacher_skeleton,
-)
-from lmcompress.recipes.compact import CompactPlan, plan_compact
-from lmcompress.recipes.pruning import PruningPlan, expected_model, plan_pruning, prune_stage_vocabulary
-from lmcompress.recipes.quantization import NO_VANILLA, QuantizationPlan, plan_quantization
-from lmcompress.recipes.schema import LayerLoss, Recipe, Stage, StageDistillation, with_controls
-from lmcompress.recipes.weights import check_weights
-
-Role = Literal["teacher", "student", "control", "pruned", "quantized", "shared", "compact", "model"]
+from lmcompress.recipes.building import base_model, is_stage
+from lmcompress.recipes.checks import check_run
+from lmcompress.recipes.materials import Materials, gather
+from lmcompress.recipes.parts.base import Planning
+from lmcompress.recipes.schema import Recipe, Stage, with_controls
 
 
 @dataclass(frozen=True)
@@ -55,16 +38,14 @@ class StagePlan:
         train_rows: rows or blocks trained on, augmentation included.
         steps: optimizer steps.
         vanilla_obstacle: why stock Transformers could not load it, or None.
-        distillation: with its layer maps spelled out; None for plain fine-tuning.
-        compact: what is replaced, and what that costs; None if nothing is.
-        pruning: its target as shapes; None if nothing is pruned.
-        quantization: which matrix gets what; None if nothing is quantized.
-        vocabulary: what becomes of the vocabulary; None if it stays.
+        plans: what each of its methods has planned, by the key of its :class:`~lmcompress.recipes.parts.StagePart`:
+            layer maps spelled out, shapes to be expected, which matrix gets what.
+        words: the same in sentences.
         materials: the rows as this stage's tokenizer, perhaps with a pruned vocabulary, makes them.
     """
 
     stage: Stage
-    role: Role
+    role: str
     start: str
     teachers: tuple[str, ...]
     shape: str
@@ -73,11 +54,8 @@ class StagePlan:
     train_rows: int
     steps: int
     vanilla_obstacle: str | None
-    distillation: DistillationConfig | None
-    compact: CompactPlan | None
-    pruning: PruningPlan | None
-    quantization: QuantizationPlan | None
-    vocabulary: VocabularyReport | None
+    plans: Mapping[str, Any]
+    words: tuple[str, ...]
     materials: Materials
 
 
@@ -123,16 +101,18 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
         The plan; :func:`~lmcompress.recipes.runner.run` carries it out.
 
     Raises:
-        LmcompressError: rows, labels, layers, vocabularies, shapes or targets do not fit; the message names the stage.
+        LmcompressError: If rows, labels, layers, vocabularies, shapes or targets do not fit; the message names the
+            stage.
     """
     place = run_folder(recipe, folder)
     materials = gather(recipe)
+    check_run(recipe, place, materials.task)
     materials.rows()
     planner = _Planner(recipe, materials, place, measure)
     plans = [planner.stage(stage, control_of) for stage, control_of in with_controls(recipe)]
     reference = next((t for p in plans for t in p.teachers), plans[0].stage.name)
     notes = [*materials.data.notes, *(note for entry in plans for note in entry.materials.rows().notes)]
-    return Plan(recipe, materials, tuple(plans), tuple(planner.outside), reference, tuple(dict.fromkeys(notes)))
+    return Plan(recipe, materials, tuple(plans), planner.outside, reference, tuple(dict.fromkeys(notes)))
 
 
 def run_folder(recipe: Recipe, folder: str | Path | None = None) -> Path:
@@ -150,14 +130,17 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, materials: Materials, folder: Path, measure: bool) -> None:
         self.recipe, self.materials, self.folder, self.measure = recipe, materials, folder, measure
-        self.names = {stage.name for stage, _ in with_controls(recipe)}
         distilled = [stage.distillation for stage in recipe.stages if stage.distillation is not None]
         self.used = {teacher for distillation in distilled for teacher in distillation.teachers}
         self.models: dict[str, PreTrainedModel] = {}
         self.staged: dict[str, Materials] = {}
-        self.outside: dict[str, PreTrainedModel] = {}
         self.unknown_ranks: set[str] = set()
-        self.packed = {stage.name for stage, _ in with_controls(recipe) if stage.quantization is not None}
+        self.coded: set[str] = set()
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Teachers that no stage trains."""
+        return tuple(name for name in self.models if name not in self.staged)
 
     def stage(self, stage: Stage, control_of: Stage | None) -> StagePlan:
         """Check one stage, and remember the model it leaves.
@@ -167,149 +150,94 @@ class _Planner:
             control_of: the stage it is the control of, if any.
         """
         try:
-            return self._checked(stage, control_of)
+            work = self._begun(stage)
+            return self._planned(work, control_of)
         except LmcompressError as error:
             raise type(error)(f"stage {stage.name!r}: {error}") from error
 
-    def _checked(self, stage: Stage, control_of: Stage | None) -> StagePlan:
+    def _begun(self, stage: Stage) -> Planning:
+        """The stage with the model that it trains, made from its start."""
         after = is_stage(stage.start)
-        if stage.start in self.packed:
+        if stage.start in self.coded:
             raise LmcompressError(
                 f"it starts from {stage.start!r}, whose weights are codes and can be neither trained nor cut: start "
                 "from the stage before, or do both in one stage"
             )
-        materials = self.staged[stage.start] if after else self.materials
-        # a copy: a stage that changes no shape must not rename its start
-        start = copy.deepcopy(self.models[stage.start]) if after else base_model(materials, meta=True)
-        vocabulary = None
-        if stage.vocabulary is not None:
-            tokenizer, vocabulary = prune_stage_vocabulary(start, materials, stage.vocabulary)
-            materials = materials.with_tokenizer(tokenizer)
-        self.staged[stage.name] = materials
-        model = make_student(start, stage.student, self.recipe.seed)
-        model.config.name_or_path = f"the model of stage {stage.name!r}"
-        compact = self._compact(stage, model)
-        teachers = list(stage.distillation.teachers) if stage.distillation else []
-        for name in teachers:
-            if name not in self.names and name not in self.outside:
-                self.outside[name] = teacher_skeleton(name, self.materials.task)
-        teacher_tokenizer = different_tokenizer(stage, self.staged, materials)
+        work = Planning(
+            recipe=self.recipe,
+            stage=stage,
+            folder=self.folder,
+            materials=self.staged[stage.start] if after else self.materials,
+            # a copy: a stage that changes no shape must not rename its start
+            model=copy.deepcopy(self.models[stage.start]) if after else base_model(self.materials, meta=True),
+            staged=self.staged,
+            models=self.models,
+            measure=self.measure,
+            unknown_ranks=stage.start in self.unknown_ranks,
+        )
+        name = f"the model of stage {stage.name!r}"
+        for part, spec in stage.parts():
+            work.plans[part.key] = part.prepare(spec, work)
+            # the next part may name the model in a message
+            work.model.config.name_or_path = name
+        work.model.config.name_or_path = name
+        return work
+
+    def _planned(self, work: Planning, control_of: Stage | None) -> StagePlan:
+        stage, materials = work.stage, work.materials
         if stage.augmentation is not None and stage.augmentation.replaces:
-            whole_words(teacher_tokenizer or materials.tokenizer)
-        config = self._distillation(stage, model, teachers)
-        rows = materials.rows(teacher_tokenizer=teacher_tokenizer).train.num_rows
+            whole_words(work.teacher_tokenizer or materials.tokenizer)
+        rows = materials.rows(teacher_tokenizer=work.teacher_tokenizer).train.num_rows
         rows *= 1 + (stage.augmentation.copies if stage.augmentation else 0)
-        steps = optimizer_steps(stage, rows)
-        pruning, obstacle = None, CompressedModel(model).why_not_vanilla()
-        if stage.pruning is not None:
-            pruning = plan_pruning(stage.pruning, model, materials, steps, folder=self.folder, measure=self.measure)
-            obstacle = pruning.obstacle
-            if pruning.expected is not None:
-                model = expected_model(model, pruning.expected)
-        check_weights(stage, model, self.materials.task, steps)
-        quantization = None
-        if stage.quantization is not None:
-            trains, prunes = stage.trains, stage.pruning is not None
-            quantization = plan_quantization(stage.quantization, model, self.recipe.seed, trains=trains, prunes=prunes)
-            obstacle = NO_VANILLA
-        self.models[stage.name] = model
-        if stage.save != "native" and layers_of(model):
-            raise LmcompressError(f"save: {stage.save} is not possible with compact layers; save it as native")
-        if stage.save == "vanilla" and obstacle:
-            raise LmcompressError(f"save: vanilla is not possible: {obstacle}; save it as native or self_loading")
-        shape = shape_in_words(CompressedModel(model))
-        parameters = parameter_count(model)
+        work.steps = optimizer_steps(stage, rows)
+        work.obstacle = CompressedModel(work.model).why_not_vanilla()
+        for part, spec in stage.parts():
+            if (planned := part.plan(spec, work)) is not None:
+                work.plans[part.key] = planned
+        self._remember(work)
+        _check_format(work)
+        shape, parameters = shape_in_words(CompressedModel(work.model)), parameter_count(work.model)
+        words = [words for part, _ in stage.parts() for words in part.words(work.plans[part.key])]
         return StagePlan(
             stage=stage,
-            role=self._role(stage, control_of, bool(teachers)),
+            role=self._role(stage, control_of),
             start=_start_name(self.recipe, stage),
-            teachers=tuple(teachers),
-            shape=shape if pruning is None or pruning.exact else f"about {shape}",
+            teachers=tuple(stage.distillation.teachers) if stage.distillation else (),
+            shape=shape if work.exact else f"about {shape}",
             parameters=parameters,
-            bytes_estimate=4 * parameters if quantization is None else quantization.bytes_estimate,
+            bytes_estimate=4 * parameters if work.bytes_estimate is None else work.bytes_estimate,
             train_rows=rows,
-            steps=steps,
-            vanilla_obstacle=obstacle,
-            distillation=config,
-            compact=compact,
-            pruning=pruning,
-            quantization=quantization,
-            vocabulary=vocabulary,
+            steps=work.steps,
+            vanilla_obstacle=work.obstacle,
+            plans={key: planned for key, planned in work.plans.items() if planned is not None},
+            words=tuple(words),
             materials=materials,
         )
 
-    def _compact(self, stage: Stage, model: PreTrainedModel) -> CompactPlan | None:
-        unknown = stage.start in self.unknown_ranks and bool(layers_of(model))
-        planned = None
-        if stage.compact is not None:
-            planned = plan_compact(stage.compact, model, unknown_before=unknown)
-            unknown = unknown or planned.unknown is not None
-        if unknown:
-            self.unknown_ranks.add(stage.name)
-        return planned
+    def _remember(self, work: Planning) -> None:
+        name = work.stage.name
+        self.models[name], self.staged[name] = work.model, work.materials
+        if work.unknown_ranks and layers_of(work.model):
+            self.unknown_ranks.add(name)
+        if any(part.codes for part, _ in work.stage.parts()):
+            self.coded.add(name)
 
-    def _distillation(self, stage: Stage, model: PreTrainedModel, teachers: list[str]) -> DistillationConfig | None:
-        if stage.distillation is None:
-            return None
-        known = [self.models.get(name) or self.outside[name] for name in teachers]
-        config = distillation_config(stage.distillation, model, known)
-        # on meta: all checks and no work
-        method = Distillation(config, [LiveTeacher(teacher) for teacher in known])
-        method.attach(model, torch.device("meta"), nullcontext)
-        method.finish()
-        return config
-
-    def _role(self, stage: Stage, control_of: Stage | None, taught: bool) -> Role:
+    def _role(self, stage: Stage, control_of: Stage | None) -> str:
         if stage.name in self.used:
             return "teacher"
         if control_of:
             return "control"
-        if taught:
+        if stage.distillation is not None:
             return "student"
-        if stage.quantization is not None:
-            return "quantized"
-        if stage.sharing is not None:
-            return "shared"
-        if stage.compact is not None:
-            return "compact"
-        return "pruned" if stage.pruning is not None or stage.sparsity is not None else "model"
+        return next((part.role for part, _ in reversed(stage.parts()) if part.role is not None), "model")
 
 
-def distillation_config(
-    distillation: StageDistillation, student: PreTrainedModel, teachers: list[PreTrainedModel]
-) -> DistillationConfig:
-    """A stage's distillation with its layer map spelled out as matches.
-
-    Args:
-        distillation: of the recipe.
-        student: for its number of blocks.
-        teachers: likewise.
-
-    Raises:
-        LmcompressError: the map does not fit the models, or a match has no such name.
-    """
-    own = {"teachers", "teacher_precision", "store", "layer_map", "losses"}
-    values = distillation.model_dump(exclude=own, exclude_unset=True)
-    matches = list(distillation.matches)
-    for entry in distillation.losses:
-        loss = LayerLoss(loss=entry) if isinstance(entry, str) else entry
-        if loss.which >= len(teachers):
-            raise LmcompressError(f"{loss.loss} names teacher {loss.which}; there are {len(teachers)}, from 0")
-        found = match_for(loss.loss, loss.on)
-        pairs = _pairs(distillation.layer_map, student, teachers[loss.which])
-        for mine, theirs in pairs:
-            # layer 0 is the embeddings, which have hidden states only
-            if found.feature != "hidden" and 0 in (mine, theirs):
-                continue
-            both = found.layers == 2
-            matches.append(
-                Match(
-                    student=(mine, mine) if both else mine,
-                    teacher=(theirs, theirs) if both else theirs,
-                    **loss.model_dump(),
-                )
-            )
-    return DistillationConfig(**values | {"matches": tuple(matches)})
+def _check_format(work: Planning) -> None:
+    save = work.stage.save
+    if save != "native" and layers_of(work.model):
+        raise LmcompressError(f"save: {save} is not possible with compact layers; save it as native")
+    if save == "vanilla" and work.obstacle:
+        raise LmcompressError(f"save: vanilla is not possible: {work.obstacle}; save it as native or self_loading")
 
 
 def shape_in_words(model: CompressedModel) -> str:
@@ -337,15 +265,6 @@ def optimizer_steps(stage: Stage, rows: int) -> int:
         return training.max_steps
     batches = math.ceil(rows / training.per_device_train_batch_size)
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
-
-
-def _pairs(layer_map: Any, student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[int, int]]:
-    depths = len(anatomy_of(student).block_list), len(anatomy_of(teacher).block_list)
-    if layer_map == "uniform":
-        return uniform(*depths)
-    if layer_map in ("skip", "last"):
-        return (skip if layer_map == "skip" else last)(*depths, include_last=True)
-    return given(layer_map, *depths)
 
 
 def _start_name(recipe: Recipe, stage: Stage) -> str:

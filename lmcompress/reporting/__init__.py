@@ -1,13 +1,13 @@
-"""Reports of a run: tables for the terminal and for cards, plots, and JSON, Markdown and HTML."""
+"""Reports of a run: tables for the terminal and for cards, and JSON, Markdown and HTML; several runs on one page."""
 
-from lmcompress.reporting.plots import frontier, importance_map, kept_map, sensitivity_curves, write_plots
+from lmcompress.reporting.compare import compare_runs
+from lmcompress.reporting.plots import importance_map, sensitivity_curves
 from lmcompress.reporting.report import report_html, report_markdown, write_report
 from lmcompress.reporting.tables import (
     card_rows,
     latency_table,
     plan_table,
     print_plan,
-    pruning_in_words,
     results_table,
     sensitivity_table,
     shape_table,
@@ -15,19 +15,16 @@ from lmcompress.reporting.tables import (
 
 __all__ = [
     "card_rows",
-    "frontier",
+    "compare_runs",
     "importance_map",
-    "kept_map",
     "latency_table",
     "plan_table",
     "print_plan",
-    "pruning_in_words",
     "report_html",
     "report_markdown",
     "results_table",
     "sensitivity_curves",
     "sensitivity_table",
     "shape_table",
-    "write_plots",
     "write_report",
 ]

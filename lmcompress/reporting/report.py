@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
-from lmcompress.reporting.plots import write_plots
+from lmcompress.reporting.models import collect, pick
+from lmcompress.reporting.page import run_view
+from lmcompress.reporting.sections import tradeoffs
+from lmcompress.reporting.svg import standalone
 from lmcompress.reporting.tables import card_rows, pruned_blocks
+from lmcompress.reporting.wording import tied
 
 
 def report_markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
@@ -24,14 +29,30 @@ def report_markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str
     return _environment().get_template("report.md.j2").render(r=report, table=_escaped_rows(report), plots=plots)
 
 
-def report_html(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """The report as one page of HTML, without scripts; what comes from data is escaped.
+def report_html(report: Mapping[str, Any], folder: Path | None = None) -> str:
+    """The report as one page of HTML that needs nothing else: style, figures and a short script are in it.
+
+    What comes from data is escaped. Without the script, all is shown; it changes the theme, copies, and opens the folds
+    for printing.
 
     Args:
-        report: of a run.
-        plots: paths of pictures, relative to the report.
+        report: of a run; those of earlier versions are shown without what they do not hold.
+        folder: of the run, where its recipe and the logs of its stages are looked up.
     """
-    return _environment().get_template("report.html.j2").render(r=report, table=card_rows(report), plots=plots)
+    return render("run.html.j2", v=run_view(report, folder))
+
+
+def render(template: str, **values: Any) -> str:
+    """A page.
+
+    Args:
+        template: name of a file in ``templates``.
+        **values: that it prints.
+    """
+    environment = _environment()
+    assert environment.loader is not None
+    css = environment.loader.get_source(environment, "page.css")[0]
+    return tied(environment.get_template(template).render(css=Markup(css), **values).lstrip())
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -41,17 +62,37 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
         report: of a run.
         folder: of the run.
     """
-    plots = [file.relative_to(folder).as_posix() for file in write_plots(report, folder / "plots")]
+    plots = write_plots(report, folder)
     metrics = {row["name"]: row["metrics"] for row in report["rows"]}
     for name, text in {
         "results.json": json.dumps(report, indent=2, default=str, ensure_ascii=False) + "\n",
         "metrics.json": json.dumps(metrics, indent=2) + "\n",
         "report.md": report_markdown(report, plots),
-        "report.html": report_html(report, plots),
+        "report.html": report_html(report, folder),
     }.items():
         temporary = folder / f".{name}.tmp"
         temporary.write_text(text, "utf-8")
         os.replace(temporary, folder / name)
+
+
+def write_plots(report: Mapping[str, Any], folder: Path) -> list[str]:
+    """Quality against size and against the latency at each batch size, as SVG in ``plots/``.
+
+    Args:
+        report: of a run.
+        folder: of the run.
+
+    Returns:
+        The files, relative to ``folder``; none for a single model.
+    """
+    models = collect(report)
+    files = []
+    for plot in tradeoffs(report, models, pick(report, models)):
+        file = folder / "plots" / (plot["title"].lower().replace(",", "").replace(" ", "_") + ".svg")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(standalone(str(plot["svgs"][0])), "utf-8")
+        files.append(file.relative_to(folder).as_posix())
+    return files
 
 
 def _escaped_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -62,7 +103,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("lmcompress.reporting", "templates"),
         undefined=StrictUndefined,
-        autoescape=select_autoescape(["html", "html.j2"]),
+        autoescape=select_autoescape(["html.j2"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )

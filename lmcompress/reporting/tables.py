@@ -21,6 +21,7 @@ def card_rows(report: Report) -> list[dict[str, str]]:
     rows = report["rows"]
     reference = next((row for row in rows if row["name"] == report["reference"]), rows[0])
     batches = sorted({entry["batch_size"] for row in rows for entry in row["latency"]})
+    titles = dict.fromkeys(title for row in rows for title in row.get("columns", {}))
     table = []
     for row in rows:
         cells = {
@@ -31,6 +32,7 @@ def card_rows(report: Report) -> list[dict[str, str]]:
             "parameters": f"{row['parameters']:,}",
             "MB on disk": "–" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.2f}",
         }
+        cells |= {title: row.get("columns", {}).get(title, "–") for title in titles}
         for batch in batches:
             cells[f"batch {batch}"] = _latency_cell(row, batch)
         table.append(cells)
@@ -113,31 +115,8 @@ def print_plan(plan: Any, console: Console) -> None:
     console.print(f"task: {data.task.name} ({data.task.kind}), rows: {splits}", highlight=False)
     console.print(plan_table(plan.stages))
     for entry in plan.stages:
-        terms = (
-            []
-            if entry.distillation is None
-            else [f"{m.loss} {m.student}←{m.teacher}" for m in entry.distillation.matches]
-        )
-        if terms:
-            console.print(f"{entry.stage.name}: matches {', '.join(terms)}", highlight=False)
-        if (vocabulary := entry.vocabulary) is not None:
-            console.print(
-                f"{entry.stage.name}: vocabulary {vocabulary.rows_before:,} → {vocabulary.rows_after:,} tokens, "
-                f"{vocabulary.bytes_saved / 1e6:.1f} MB less; {vocabulary.texts_changed:,} of {vocabulary.texts:,} "
-                "texts are cut into other pieces",
-                highlight=False,
-            )
-        if (compact := entry.compact) is not None:
-            for report in compact.reports:
-                console.print(f"{entry.stage.name}: {report}".replace("\n", "; "), highlight=False)
-            if compact.unknown is not None:
-                console.print(f"{entry.stage.name}: {compact.unknown}", highlight=False)
-        if (pruning := entry.pruning) is not None:
-            console.print(f"{entry.stage.name}: prunes {pruning_in_words(pruning.config)}", highlight=False)
-            if pruning.note is not None:
-                console.print(f"{entry.stage.name}: {pruning.note}", highlight=False)
-        if (quantization := entry.quantization) is not None:
-            console.print(f"{entry.stage.name}: quantizes {quantization_in_words(quantization)}", highlight=False)
+        for words in entry.words:
+            console.print(f"{entry.stage.name}: {words}", highlight=False)
         loads = (
             "stock Transformers can hold it (save: vanilla)"
             if entry.vanilla_obstacle is None
@@ -147,44 +126,6 @@ def print_plan(plan: Any, console: Console) -> None:
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     console.print("Nothing was trained. Parameters are exact where nothing else is said, MB are of float32 or packed.")
-
-
-def pruning_in_words(config: Any) -> str:
-    """What a pruning is asked to do, in a line.
-
-    Args:
-        config: :class:`~lmcompress.pruning.structured.config.PruningConfig`.
-
-    Example:
-        >>> from lmcompress.pruning.structured.config import PruningConfig
-        >>> pruning_in_words(PruningConfig(target={"sparsity": 0.5}))
-        'heads and neurons to sparsity 0.5, one_shot by fisher, ranking global'
-    """
-    target = config.target.model_dump(exclude_none=True)[config.target.kind]
-    amount = ", ".join(f"{key} {value}" for key, value in target.items()) if isinstance(target, dict) else target
-    own_scores = config.schedule.kind in ("iht", "hard_concrete", "movement", "group_lasso")
-    by = "" if own_scores else f" by {config.criterion_name}"
-    repair = "" if config.repair == "none" else f", repair {config.repair}"
-    parts = " and ".join(filter(None, [", ".join(config.parts[:-1]), config.parts[-1]]))
-    return f"{parts} to {config.target.kind} {amount}, {config.schedule.kind}{by}, ranking {config.ranking}{repair}"
-
-
-def quantization_in_words(planned: Any) -> str:
-    """What a quantization is asked to do, in a line.
-
-    Args:
-        planned: :class:`~lmcompress.recipes.quantization.QuantizationPlan`.
-    """
-    matrices, inputs = planned.plan.matrices, planned.config.activations
-    bits = [
-        "/".join(dict.fromkeys(str(one.weights.bits) for one in matrices if (one.part == "embeddings") == of_words))
-        for of_words in (False, True)
-    ]
-    how = "in training" if planned.method is None else planned.method
-    return (
-        f"weights {bits[0] or 'dense'}, embeddings {bits[1] or 'dense'}, activations "
-        f"{'float' if inputs is None else inputs.bits} ({how}): {len(matrices)} matrices"
-    )
 
 
 def pruned_blocks(pruning: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -315,5 +256,5 @@ def _latency_cell(row: Mapping[str, Any], batch: int) -> str:
 def _learns_from(entry: Any) -> str:
     if not entry.steps:
         return "nothing: no training"
-    with_labels = entry.distillation is None or entry.distillation.label_weight > 0
+    with_labels = "distillation" not in entry.plans or entry.plans["distillation"].label_weight > 0
     return ", ".join((*(("labels",) if with_labels else ()), *entry.teachers))

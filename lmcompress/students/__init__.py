@@ -2,20 +2,14 @@
 
 from lmcompress.students.costs import model_flops
 from lmcompress.students.cross_layer import share_layers
-from lmcompress.students.depth import (
-    NAMED_SHAPES,
-    NamedShape,
-    Student,
-    by_layers,
-    by_shape,
-    by_width,
-    choose_layers,
-    named,
-)
-from lmcompress.students.grouped import fold_shuffles, group
+from lmcompress.students.folding import fold_shuffles
+from lmcompress.students.grouped import group
+from lmcompress.students.layers import Student, by_layers, choose_layers
 from lmcompress.students.low_rank import factorize, factorize_embeddings
+from lmcompress.students.named_shapes import NAMED_SHAPES, NamedShape, named
 from lmcompress.students.report import CompactReport
 from lmcompress.students.separable import separate
+from lmcompress.students.shape import by_shape, by_width
 
 __all__ = [
     "NAMED_SHAPES",

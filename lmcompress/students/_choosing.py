@@ -15,7 +15,7 @@ from lmcompress.activations.walking import calibration_batches, valid_tokens, wi
 from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.checkpoint.layers import PARTS, check_replaceable
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.families import Hollow, anatomy_of, in_features
+from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features
 from lmcompress.families.mixing import mixing_of
 from lmcompress.families.tied_blocks import shared_sources
 
@@ -105,7 +105,7 @@ def projections(
                 left[path] = "its block mixes neighbours and does not attend"
                 continue
             module = block.get(part)
-            if isinstance(module, Hollow):
+            if isinstance(module, ZeroWidthLinear):
                 left[path] = "pruned to nothing"
                 continue
             check_replaceable(module, path)

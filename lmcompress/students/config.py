@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from lmcompress.students._choosing import Batch
 from lmcompress.students.cross_layer import share_layers
-from lmcompress.students.grouped import Shuffle, fold_shuffles, fold_where_possible, group
+from lmcompress.students.folding import fold_shuffles, fold_where_possible
+from lmcompress.students.grouped import Shuffle, group
 from lmcompress.students.low_rank import check_goal, factorize, factorize_embeddings
 from lmcompress.students.report import CompactReport
 from lmcompress.students.separable import separate

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.layers import PARTS
-from lmcompress.families import Hollow, anatomy_of, in_features, out_features
+from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, out_features
 from lmcompress.families.mixing import mixing_of
 from lmcompress.nn import Compact
 
@@ -48,4 +48,4 @@ def projection_macs(module: nn.Module) -> int:
     """
     if isinstance(module, Compact):
         return module.macs
-    return 0 if isinstance(module, Hollow) else in_features(module) * out_features(module)
+    return 0 if isinstance(module, ZeroWidthLinear) else in_features(module) * out_features(module)

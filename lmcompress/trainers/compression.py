@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lmcompress.checkpoint.structure import stock_structure, structure_of
-from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.method import UNITS, Method, Step, Term, Unit
 from lmcompress.model import CompressedModel
 from lmcompress.trainers.sampling import LengthGroupedSampler
+from lmcompress.trainers.state import load_state, save_state
 
-STATE_FILE = "lmcompress_training_state.safetensors"
 DEAD_STEPS = 50
 # what a teacher may take and the student not; Trainer takes columns away that the student does not know
 TEACHER_COLUMNS = ("token_type_ids", "teacher_input_ids", "teacher_attention_mask", "teacher_token_type_ids")
@@ -47,19 +45,19 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
     predicted.)
 
     Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints carry the state of the
-    methods and resume to the bit on a CPU; what is saved in the end is the student alone.
+    methods and resume bit-exact on a CPU; what is saved in the end is the student alone.
 
     Args:
         model: the student; a :class:`CompressedModel` is unwrapped.
         args: as for ``Trainer``.
         methods: what is done to the student; in the order in which they were made.
-        gradient_shares: every so many optimizer steps, also log each term's share of the norm of the student's gradient
+        gradient_shares: every n optimizer steps, also log each term's share of the norm of the student's gradient
             (``share_kd``, …); costs one more backward pass for each term then. 0: never.
         **kwargs: as for ``Trainer``.
 
     Raises:
-        LmcompressError: label smoothing, a loss function of one's own, or several GPUs in one process, none of which
-            the terms allow for.
+        LmcompressError: If label smoothing, a loss function of one's own, or several GPUs in one process are asked
+            for, none of which the terms allow for.
     """
 
     # our terms are divided by the counts of the whole step; transformers asks from 5.19 on, before that it divided
@@ -88,6 +86,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         self._silent_steps: dict[str, int] = {}
         self._shares: dict[str, float] = {}
         self._own_parameters: list[nn.Parameter] = []
+        self._reads = {id(model): _reading_of(model) for model in self._models()}
         super().__init__(student, args, **kwargs)
         if self.args.n_gpu > 1:
             raise LmcompressError(
@@ -155,7 +154,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             The loss, or ``(loss, outputs)``.
 
         Raises:
-            LmcompressError: there is nothing to train on, or a term has no gradient.
+            LmcompressError: If there is nothing to train on, or a term has no gradient.
         """
         if not model.training:
             outputs = model(**inputs)
@@ -234,7 +233,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             start_time: as for ``Trainer``.
 
         Raises:
-            LmcompressError: a term was exactly zero for 50 steps or more.
+            LmcompressError: If a term was exactly zero for 50 steps or more.
         """
         if "loss" in logs and self._logged:
             for name, logged in self._logged.items():
@@ -246,12 +245,14 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             self._logged, self._shares = {}, {}
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
-    def finish(self) -> None:
-        """Let every method make its work permanent and take its hooks away; the trainer is done then."""
+    def settle(self) -> None:
+        """Freeze what every method decided: the model computes from now on what it will after :meth:`finish`."""
         for method in self.methods:
-            settle = getattr(method, "settle", None)
-            if settle is not None:
-                settle()
+            method.settle()
+
+    def finish(self) -> None:
+        """Freeze what every method decided, materialize it and take the hooks away; the trainer is done then."""
+        self.settle()
         for method in self.methods:
             method.finish()
 
@@ -287,6 +288,10 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             for method in self.methods:
                 method.set_active(True)
 
+    def _models(self) -> list[Any]:
+        """All models that a batch may be for."""
+        return [self.student]
+
     def _model_for(self, batch: Mapping[str, Any]) -> Any:
         """The model, not wrapped, that this batch is for."""
         return self.student
@@ -307,12 +312,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         return Term(torch.where(count > 0, loss, torch.zeros_like(loss)) * count, "labels", weight)
 
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
-        student = self._model_for(batch)
-        if not isinstance(student, PreTrainedModel):
-            return _count_vector(batch, causal=False, shifted=False)
-        anatomy = anatomy_of(student)
-        # a classifier on GPT-2 is causal in its attention, but has no next token to predict
-        return _count_vector(batch, causal=anatomy.family.causal, shifted=anatomy.head is not None)
+        causal, shifted = self._reads[id(self._model_for(batch))]
+        return _count_vector(batch, causal=causal, shifted=shifted)
 
     def _check_gradients(self, terms: Mapping[str, Term]) -> None:
         for name, term in terms.items():
@@ -379,40 +380,15 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # here, and not after the checkpoint: older checkpoints go when it is complete, and this must not come later
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and (state := self._method_state()):
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(output_dir) / STATE_FILE)
+        if self.args.should_save:
+            save_state(self.methods, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_student(resume_from_checkpoint, model)
-        wanted = self._method_state()
-        file = Path(resume_from_checkpoint) / STATE_FILE
-        if not wanted and not file.is_file():
-            return
-        if not file.is_file():
-            raise CheckpointError(
-                f"{resume_from_checkpoint} has no {STATE_FILE}: it was written without these methods; start from the "
-                "beginning, or resume with the methods that wrote it"
-            )
-        state = load_file(file)
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
-            raise CheckpointError(
-                f"{file} holds the state of other methods: it has {sorted(state)[:6]}, these methods have "
-                f"{sorted(wanted)[:6]}"
-            )
-        with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(state[name])
+        load_state(self.methods, resume_from_checkpoint)
 
     def _load_student(self, folder: str, model: nn.Module | None) -> None:
         super()._load_from_checkpoint(folder, model)
-
-    def _method_state(self) -> dict[str, Tensor]:
-        return {
-            f"{method.name}.{number}.{part}.{name}": tensor
-            for number, method in enumerate(self.methods)
-            for part, module in method.modules().items()
-            for name, tensor in module.state_dict().items()
-        }
 
 
 @cache
@@ -429,6 +405,15 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def _reading_of(model: Any) -> tuple[bool, bool]:
+    """Whether a token sees only those before it, and whether each position predicts the next token."""
+    if not isinstance(model, PreTrainedModel):
+        return False, False
+    anatomy = anatomy_of(model)
+    # a classifier on GPT-2 is causal in its attention, but has no next token to predict
+    return anatomy.family.causal, anatomy.head is not None
+
+
 def _count_vector(batch: Mapping[str, Any], *, causal: bool, shifted: bool) -> Tensor:
     """How many of each unit a batch has, ``(len(UNITS),)``, in the order of ``UNITS``.
 
@@ -443,7 +428,7 @@ def _count_vector(batch: Mapping[str, Any], *, causal: bool, shifted: bool) -> T
     ids = batch["input_ids"] if "input_ids" in batch else next(v for v in batch.values() if isinstance(v, Tensor))
     mask = batch.get("attention_mask")
     mask = torch.ones(ids.shape[:2], device=ids.device) if mask is None else mask
-    # exact counts, so that sum / count of one micro-batch is its mean to the bit
+    # exact counts, so that sum / count of one micro-batch is its mean bit-exact
     lengths = mask.sum(-1).to(_exact(ids.device))
     pairs = (lengths * (lengths + 1) / 2 if causal else lengths * lengths).sum()
     labels = batch.get("labels")

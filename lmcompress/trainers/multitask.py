@@ -78,7 +78,7 @@ class MultiTaskStudent(nn.Module):
         return self.model_for(task)(**inputs)
 
 
-class MultiTaskDistillation:
+class MultiTaskDistillation(Method):
     """A method that hands every batch to the distillation of its task; terms are named ``task/term``.
 
     A step's loss is a mean over all that the step has of a unit, whatever its tasks.
@@ -100,7 +100,7 @@ class MultiTaskDistillation:
             trainer: a :class:`MultiTaskTrainer`.
 
         Raises:
-            LmcompressError: tasks that have no distillation, or one that does not fit; the message names the task.
+            LmcompressError: If tasks have no distillation, or one does not fit; the message names the task.
         """
         if set(self.methods) != set(trainer.student.models):
             raise LmcompressError(
@@ -133,18 +133,14 @@ class MultiTaskDistillation:
         Returns:
             By ``task/term``.
         """
-        return {
-            _named(self._task, n): _renamed(self._task, t) for n, t in self.methods[self._task].loss_terms(step).items()
-        }
+        terms = self.methods[self._task].loss_terms(step)
+        return {f"{self._task}/{name}": _renamed(self._task, term) for name, term in terms.items()}
 
     def label_weight(self, progress: float) -> float:
         """What the loss on the labels is multiplied by in the task of this batch.
 
         Args:
             progress: share of the training done.
-
-        Returns:
-            The factor.
         """
         return self.methods[self._task].label_weight(progress)
 
@@ -154,7 +150,7 @@ class MultiTaskDistillation:
 
     def modules(self) -> dict[str, nn.Module]:
         """Those of all tasks."""
-        return {_named(task, n): m for task, method in self.methods.items() for n, m in method.modules().items()}
+        return {f"{task}/{n}": m for task, method in self.methods.items() for n, m in method.modules().items()}
 
     @property
     def max_norm(self) -> float | None:
@@ -253,6 +249,9 @@ class MultiTaskTrainer(CompressionTrainer):
             else:
                 CompressedModel(model).save_pretrained(folder)
 
+    def _models(self) -> list[Any]:
+        return list(self.student.models.values())
+
     def _model_for(self, batch: Mapping[str, Any]) -> PreTrainedModel:
         model: PreTrainedModel = self.student.model_for(batch["task"])
         return model
@@ -280,10 +279,6 @@ def _share(first: PreTrainedModel, model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _named(task: str, name: str) -> str:
-    return f"{task}/{name}"
-
-
 def _renamed(task: str, term: Term) -> Term:
-    parts = None if term.parts is None else {_named(task, name): part for name, part in term.parts.items()}
+    parts = None if term.parts is None else {f"{task}/{name}": part for name, part in term.parts.items()}
     return replace(term, parts=parts)

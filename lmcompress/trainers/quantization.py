@@ -58,7 +58,7 @@ class QuantizationTrainer(CompressionTrainer):
         if teacher is None and distillation is not None:
             raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
         self.quantization = Quantization(quantization, calibration=calibration)
-        cutting = [method for method in methods if getattr(method, "changes_shapes", False)]
+        cutting = [method for method in methods if method.changes_shapes]
         others = [method for method in methods if method not in cutting]
         # gates are hooked first: what is quantized, and what distillation captures, is what they left
         first: list[Method] = [*cutting, self.quantization]

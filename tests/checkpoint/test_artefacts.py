@@ -13,7 +13,7 @@ from lmcompress.checkpoint.config import FORMAT_VERSION
 from lmcompress.kernels.dispatch import using
 from lmcompress.model import random_batches
 
-HERE = Path(__file__).parent / "artefacts"
+HERE = Path(__file__).parents[1] / "artefacts"
 ARTEFACTS = sorted(path.parent for path in HERE.glob("v*/*/expected.json"))
 
 

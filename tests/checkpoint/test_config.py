@@ -248,7 +248,7 @@ def test_an_encoding_that_contradicts_itself_is_refused(change, message):
 def test_the_first_version_has_no_shapes_of_the_second(change, what):
     structure = {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24}]}
     change(structure)
-    with pytest.raises(CheckpointError, match=f"says format version 1 and {what}, which came with version 2"):
+    with pytest.raises(CheckpointError, match=f"says format version 1 and has {what}, which came with version 2"):
         CompressionConfig.from_dict({"format_version": 1, "structure": structure})
 
 

@@ -1,6 +1,7 @@
 """selfloading: the loader that travels with a checkpoint works where lmcompress is not installed."""
 
 import ast
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ from families import FAMILIES, auto_class, cut_to_nothing, cut_unevenly, inputs,
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lmcompress import CompressedModel
+from lmcompress.checkpoint import travelling
 from lmcompress.checkpoint.config import FORMAT_VERSION
+from lmcompress.families import narrow, shaping
 
 _LOAD = """
 import json
@@ -89,6 +92,14 @@ def test_the_loader_is_python_and_names_both_classes(family, tmp_path):
     assert not any(name.startswith("lmcompress") for name in imported)
 
 
+@pytest.mark.parametrize(
+    "own", [narrow.narrow_stream, shaping.shape_model, travelling.register], ids=lambda f: f.__name__
+)
+def test_the_loader_is_the_source_text_of_what_lmcompress_itself_runs(own, tmp_path):
+    CompressedModel(make("bert")).save_pretrained(tmp_path / "m", format="self_loading")
+    assert inspect.getsource(own) in (tmp_path / "m" / "modeling_lmcompress.py").read_text()
+
+
 def test_the_loader_stays_with_the_checkpoint_through_a_copy(tmp_path):
     model = cut_unevenly(make("bert"))
     CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
@@ -147,7 +158,7 @@ def test_the_loader_refuses_packed_weights(only_the_loader):
 
 def test_the_loader_reads_the_first_format_version_too(only_the_loader):
     _, loader = only_the_loader(make("bert"))
-    artefacts = Path(__file__).parent / "artefacts" / "v1"
+    artefacts = Path(__file__).parents[1] / "artefacts" / "v1"
     for folder in artefacts.iterdir():
         expected = json.loads((folder / "expected.json").read_text())
         model = getattr(transformers, expected["class"]).from_pretrained(folder)

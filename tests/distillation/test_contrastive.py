@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from lmcompress import LmcompressError, anatomy_of
+from lmcompress.activations.capture import extract
 from lmcompress.distillation import (
     Contrast,
     Distillation,
@@ -26,15 +27,14 @@ from lmcompress.distillation import (
     quantgpt,
     ternarybert,
 )
-from lmcompress.distillation.capture import extract
 from lmcompress.distillation.contrastive import (
     MemoryBank,
     homogeneity,
     sampled,
     sequence_contrast,
     token_contrast,
-    token_scaling,
 )
+from lmcompress.distillation.losses import token_scaling
 from lmcompress.method import Step, Term
 from lmcompress.trainers import DistillationTrainer
 from lmcompress.trainers.multitask import _renamed
@@ -609,9 +609,10 @@ def test_batches_that_do_not_fit_are_refused():
     contrast = Contrast(level="sequence")
     assert run(attached(student, teacher, contrast=contrast), student, batch | other)["contrast"].total > 0
     without_ids = {k: v for k, v in batch.items() if k != "input_ids"}
-    features = ({method._contrast.student: output(student, batch)}, {method._contrast.teacher: output(teacher, batch)})
+    contrast = method._parts[0]
+    features = ({contrast.student[0]: output(student, batch)}, {contrast.teacher[0]: output(teacher, batch)})
     with pytest.raises(LmcompressError, match="needs the batch's input_ids"):
-        method._contrast.term(*features, without_ids, batch["attention_mask"], 0.0)
+        contrast.terms(*features, Step(student, without_ids, without_ids, 0.0), batch["attention_mask"])
     tokens = make("bert", "tokens", seed=1), make("bert", "tokens", seed=2)
     unlabelled = {k: v for k, v in batch.items() if k != "labels"}
     with pytest.raises(LmcompressError, match="token_scaling needs labels; the batch has none"):

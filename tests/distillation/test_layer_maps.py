@@ -9,11 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from lmcompress.distillation.emd import cost_attention, earth_mover_flow, emd_costs, emd_hidden_mse
 from lmcompress.distillation.layer_maps import (
-    cost_attention,
-    earth_mover_flow,
-    emd_costs,
-    emd_hidden_mse,
     given,
     last,
     nearest_in_order,

@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lmcompress import LmcompressError
+from lmcompress.activations.capture import extract
 from lmcompress.distillation import LiveTeacher, StoredTeacher, TeacherStore, load_teacher
-from lmcompress.distillation.capture import extract
 from lmcompress.distillation.teachers import teacher_inputs
 
 

@@ -25,7 +25,8 @@ from lmcompress.entropy_coding import (
     shannon_bits,
     stream_shape,
 )
-from lmcompress.entropy_coding.forms import DTYPES, FORMS, check_sizes, forms_for, index_width, join, patterns, split
+from lmcompress.entropy_coding.forms import DTYPES, FORMS, check_sizes, forms_for, join, patterns, split
+from lmcompress.entropy_coding.symbols import index_width
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.numerics.grids import Grid
 from lmcompress.numerics.packing import pack

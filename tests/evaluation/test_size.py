@@ -97,18 +97,18 @@ def header(content, data=b""):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"abc", "not a safetensors file: a header of -1 bytes in 3"),
-        (struct.pack("<Q", 2**63) + b"{}", "a header of 9223372036854775808 bytes in 10"),
-        (header(b"nonsense"), "header that is not one of safetensors"),
-        (header([1]), "header that is not one of safetensors"),
-        (header({"w": {"dtype": "F32"}}), "header that is not one of safetensors: KeyError"),
-        (header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 0]}}), "'w' of shape .* has -4 bytes"),
-        (header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234"), "8 bytes of data, it has 4"),
+        (b"abc", "header too small"),
+        (struct.pack("<Q", 2**63) + b"{}", "header too large"),
+        (header(b"nonsense"), "invalid JSON in header"),
+        (header([1]), "invalid JSON in header"),
+        (header({"w": {"dtype": "F32"}}), "missing field `shape`"),
+        (header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 0]}}), "invalid offset"),
+        (header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234"), "file not fully covered"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"is no whole safetensors file.*{message}.*; fetch or copy it again"):
         tensor_table(tmp_path)
 
 

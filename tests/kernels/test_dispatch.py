@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from lmcompress.checkpoint.config import ActivationEncoding
 from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.kernels import blockwise, matrix
 from lmcompress.kernels import dispatch as kernels
-from lmcompress.kernels.dispatch import Product, using
-from lmcompress.numerics import PerGroup, PerRow, PerTensor, matrix, pack, quantizer_for
+from lmcompress.kernels.dispatch import using
+from lmcompress.kernels.matmul import Matmul
+from lmcompress.kernels.matrix import Inputs, Matrix
+from lmcompress.numerics import PerGroup, PerRow, PerTensor, pack, quantizer_for
 from lmcompress.numerics.inputs import static_range
-from lmcompress.numerics.matrix import Inputs, Matrix
 from lmcompress.numerics.packing import container_for
 
 WORKING = [name for name, said in kernels.ladder().items() if said.startswith("works")]
@@ -96,7 +98,7 @@ def test_on_this_machine_more_than_the_reference_works():
 def test_every_kernel_multiplies_the_codes_of_every_input(kernel, given):
     x, weight, bias = torch.randn(3, 5, 33), torch.randn(13, 33), torch.randn(13)
     for name, bits in WEIGHTS:
-        matrix, inputs, product = matrix_of(weight, name, bits), inputs_of(given), Product()
+        matrix, inputs, product = matrix_of(weight, name, bits), inputs_of(given), Matmul()
         with using(kernel=kernel):
             assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
             assert_near(product(x[:1, :1], matrix, bias, inputs), expected(x[:1, :1], matrix, bias, inputs))
@@ -123,7 +125,7 @@ def test_of_any_size(kernel, granularity, tokens, width, out, given, weights, se
     # what cancels is lost of any sum: the operands say what rounding may be
     reach = (expected(x.abs(), matrix).abs().max() if tokens else torch.tensor(0.0)) + width
     with using(kernel=kernel):
-        result = Product()(x, matrix, bias, inputs)
+        result = Matmul()(x, matrix, bias, inputs)
     torch.testing.assert_close(result.double(), expected(x, matrix, bias, inputs), rtol=0, atol=2e-6 * float(reach))
 
 
@@ -136,7 +138,7 @@ def test_a_number_in_the_middle_moves_by_one_code_at_most(kernel, given):
     x = x.unsqueeze(0)
     matrix, inputs = matrix_of(torch.randn(5, 128)), inputs_of(given)
     with using(kernel=kernel):
-        result = Product()(x, matrix, None, inputs)
+        result = Matmul()(x, matrix, None, inputs)
     step = float(inputs.quantized(x).scales)
     assert ((result - expected(x, matrix, None, inputs)).abs() <= step * matrix.values().abs().sum(1)).all()
 
@@ -149,7 +151,7 @@ def test_zeros_give_the_bias(kernel, given):
     for name in ("minmax", "asymmetric_minmax"):
         bias = torch.randn(4)
         with using(kernel=kernel):
-            result = Product()(torch.zeros(2, 9), matrix_of(weight, name), bias, inputs_of(given))
+            result = Matmul()(torch.zeros(2, 9), matrix_of(weight, name), bias, inputs_of(given))
         torch.testing.assert_close(result, bias.expand(2, 4))
 
 
@@ -159,7 +161,7 @@ def test_zeros_give_the_bias(kernel, given):
 def test_small_and_large_inputs_keep_their_digits(kernel, size, given):
     x, matrix, inputs = torch.randn(4, 17) * size, matrix_of(torch.randn(6, 17)), inputs_of(ENCODINGS[given])
     with using(kernel=kernel):
-        assert_near(Product()(x, matrix, None, inputs), expected(x, matrix, None, inputs))
+        assert_near(Matmul()(x, matrix, None, inputs), expected(x, matrix, None, inputs))
 
 
 @pytest.mark.parametrize("kernel", WORKING)
@@ -169,7 +171,7 @@ def test_nan_and_infinity_show(kernel, wrong, given):
     x, matrix, inputs = torch.randn(3, 9), matrix_of(torch.randn(4, 9)), inputs_of(given)
     x[1, 2] = wrong
     with using(kernel=kernel):
-        result = Product()(x, matrix, None, inputs)
+        result = Matmul()(x, matrix, None, inputs)
     if given.range == "static" and wrong == torch.inf:
         # a given range cuts it
         assert_near(result, expected(x, matrix, None, inputs))
@@ -182,7 +184,7 @@ def test_nan_and_infinity_show(kernel, wrong, given):
 @pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), GROUPS], ids=str)
 def test_weights_only_and_groups_are_multiplied_by_the_reference(granularity):
     x, bias = torch.randn(2, 3, 16), torch.randn(7)
-    matrix, product = matrix_of(torch.randn(7, 16), "minmax", 4, granularity), Product()
+    matrix, product = matrix_of(torch.randn(7, 16), "minmax", 4, granularity), Matmul()
     assert_near(product(x, matrix, bias), expected(x, matrix, bias), 1e-6)
     assert product.kernel == "reference"
     if granularity == GROUPS:
@@ -194,11 +196,11 @@ def test_weights_only_and_groups_are_multiplied_by_the_reference(granularity):
 @pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), GROUPS], ids=str)
 @pytest.mark.parametrize("given", [None, *ENCODINGS.values()], ids=["weights only", *ENCODINGS])
 def test_low_memory_changes_no_result(monkeypatch, granularity, given):
-    monkeypatch.setattr(kernels, "_BLOCK_WEIGHTS", 64)
+    monkeypatch.setattr(blockwise, "BLOCK_WEIGHTS", 64)
     x, weight, bias = torch.randn(2, 3, 16), torch.randn(11, 16), torch.randn(11)
     inputs = None if given is None else inputs_of(given)
     for name, bits in WEIGHTS:
-        matrix, product = matrix_of(weight, name, bits, granularity), Product()
+        matrix, product = matrix_of(weight, name, bits, granularity), Matmul()
         with using(memory="low"):
             assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
             assert product(x[:0], matrix, bias, inputs).shape == (0, 3, 11)
@@ -207,14 +209,14 @@ def test_low_memory_changes_no_result(monkeypatch, granularity, given):
 
 
 def test_low_memory_unpacks_a_block_at_a_time(monkeypatch):
-    monkeypatch.setattr(kernels, "_BLOCK_WEIGHTS", 64)
+    monkeypatch.setattr(blockwise, "BLOCK_WEIGHTS", 64)
     codes, greatest = matrix_of(torch.randn(11, 16), bits=4), []
     unpack = matrix.unpack
     monkeypatch.setattr(
         matrix, "unpack", lambda _, shape, *a, **k: greatest.append(shape[0]) or unpack(_, shape, *a, **k)
     )
     with using(memory="low"):
-        Product()(torch.randn(2, 16), codes, None, inputs_of(encoding()))
+        Matmul()(torch.randn(2, 16), codes, None, inputs_of(encoding()))
     assert greatest == [4, 4, 3]
 
 
@@ -245,20 +247,20 @@ def test_rows_that_are_not_there_are_refused(row):
 def test_bytes_of_another_shape_are_refused():
     matrix = replace(matrix_of(torch.randn(20, 24)), shape=(20, 25))
     with pytest.raises(CheckpointError, match="shorter than the shape says"):
-        Product()(torch.randn(2, 25), matrix, None, inputs_of(encoding()))
+        Matmul()(torch.randn(2, 25), matrix, None, inputs_of(encoding()))
 
 
 def test_what_changes_is_made_ready_again():
     x, bias = torch.randn(2, 9), torch.randn(4)
-    matrix, inputs, product = matrix_of(torch.randn(4, 9)), inputs_of(ENCODINGS["static"]), Product()
+    matrix, inputs, product = matrix_of(torch.randn(4, 9)), inputs_of(ENCODINGS["static"]), Matmul()
 
     def check():
         assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
 
     check()
-    ready = product._ready
+    ready = product._prepacked
     check()
-    assert product._ready is ready
+    assert product._prepacked is ready
     for tensor in (matrix.scales, bias, inputs.scale):
         tensor.mul_(1.5)
         check()
@@ -274,7 +276,7 @@ def test_what_changes_is_made_ready_again():
 
 
 def test_another_description_of_the_input_is_another_product():
-    x, matrix, product = torch.randn(3, 9), matrix_of(torch.randn(4, 9)), Product()
+    x, matrix, product = torch.randn(3, 9), matrix_of(torch.randn(4, 9)), Matmul()
     for inputs in (None, inputs_of(encoding()), inputs_of(encoding(symmetric=False)), inputs_of(encoding(bits=4))):
         assert_near(product(x, matrix, None, inputs), expected(x, matrix, None, inputs))
 
@@ -283,18 +285,18 @@ def test_a_vector_is_taken_as_by_linear():
     x, matrix, inputs = torch.randn(9), matrix_of(torch.randn(4, 9)), inputs_of(encoding())
     for memory in ("fast", "low"):
         with using(memory=memory):
-            assert_near(Product()(x, matrix, None, inputs), expected(x, matrix, None, inputs))
+            assert_near(Matmul()(x, matrix, None, inputs), expected(x, matrix, None, inputs))
 
 
 def test_what_was_made_in_inference_mode_works():
     with torch.inference_mode():
-        x, matrix, product, inputs = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), Product(), inputs_of(encoding())
+        x, matrix, product, inputs = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), Matmul(), inputs_of(encoding())
         for _ in range(2):
             assert_near(product(x, matrix, None, inputs), expected(x, matrix, None, inputs))
 
 
 def test_what_was_made_ready_in_inference_mode_gives_gradients_later():
-    matrix, product, x = matrix_of(torch.randn(4, 9)), Product(), torch.randn(2, 9)
+    matrix, product, x = matrix_of(torch.randn(4, 9)), Matmul(), torch.randn(2, 9)
     for inputs in (None, inputs_of(encoding())):
         with torch.inference_mode():
             before = product(x, matrix, None, inputs)
@@ -305,14 +307,14 @@ def test_what_was_made_ready_in_inference_mode_gives_gradients_later():
 
 
 def test_copies_start_afresh():
-    product = Product()
+    product = Matmul()
     x, matrix, inputs = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), inputs_of(encoding())
     product(x, matrix, None, inputs)
     for other in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
         assert other.kernel == ""
         assert torch.equal(other(x, matrix, None, inputs), product(x, matrix, None, inputs))
     product.reset()
-    assert product.kernel == "" and product._ready is None
+    assert product.kernel == "" and product._prepacked is None
 
 
 @pytest.mark.parametrize("given", [None, *ENCODINGS.values()], ids=["weights only", *ENCODINGS])
@@ -320,7 +322,7 @@ def test_copies_start_afresh():
 def test_half_precision_comes_back_as_it_came(given, dtype):
     x, bias = torch.randn(2, 9).to(dtype), torch.randn(4).to(dtype)
     matrix, inputs = matrix_of(torch.randn(4, 9)), None if given is None else inputs_of(given)
-    result = Product()(x, matrix, bias, inputs)
+    result = Matmul()(x, matrix, bias, inputs)
     assert result.dtype == dtype
     assert_near(result, expected(x, matrix, bias, inputs), 0.02 if dtype == torch.bfloat16 else 0.003)
 
@@ -329,7 +331,7 @@ def test_half_precision_comes_back_as_it_came(given, dtype):
 def test_autocast_does_not_reach_a_quantized_product(kernel):
     x, matrix, inputs = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), inputs_of(encoding())
     with using(kernel=kernel), torch.autocast("cpu", torch.bfloat16):
-        result = Product()(x, matrix, None, inputs)
+        result = Matmul()(x, matrix, None, inputs)
     assert_near(result, expected(x, matrix, None, inputs))
 
 
@@ -339,7 +341,7 @@ def test_the_gradient_of_the_input_is_the_references(kernel, given):
     x, bias = torch.randn(3, 9, requires_grad=True), torch.randn(4)
     matrix, inputs = matrix_of(torch.randn(4, 9)), inputs_of(ENCODINGS[given])
     with using(kernel=kernel):
-        result = Product()(x, matrix, bias, inputs)
+        result = Matmul()(x, matrix, bias, inputs)
     gradient = torch.randn_like(result)
     (ours,) = torch.autograd.grad(result, x, gradient)
     wanted = F.linear(inputs.quantized(x).values, matrix.values(), bias)
@@ -350,7 +352,7 @@ def test_the_gradient_of_the_input_is_the_references(kernel, given):
 class _Module(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.matrix, self.inputs, self.product = matrix_of(torch.randn(4, 9)), inputs_of(encoding()), Product()
+        self.matrix, self.inputs, self.product = matrix_of(torch.randn(4, 9)), inputs_of(encoding()), Matmul()
 
     def forward(self, x):
         return self.product(x * 2, self.matrix, None, self.inputs) + 1
@@ -384,10 +386,10 @@ def test_a_graph_holds_no_range_of_its_example(how):
 def test_the_choice_is_made_once_and_said(fresh_choice, caplog):
     with caplog.at_level(logging.INFO, logger="lmcompress.kernels.dispatch"):
         for _ in range(2):
-            Product()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, inputs_of(encoding()))
+            Matmul()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, inputs_of(encoding()))
             kernels.ladder("cpu")
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith(f"int8 products on cpu go through {WORKING[0]}, those with weights alone ")
+    assert message.startswith(f"int8 matmuls on cpu go through {WORKING[0]}, those with weights alone ")
     assert "through reference where it takes them (" in message and "tinygemm: for CUDA devices" in message
 
 
@@ -395,14 +397,14 @@ def test_the_choice_is_made_once_and_said(fresh_choice, caplog):
 class _Broken:
     """A kernel that does not do what it should."""
 
-    prepare_with: object
+    prepack_with: object
     name: str = "fbgemm"
 
     def refusal(self, matrix, inputs, dtype):
         return None
 
-    def prepare(self, *arguments):
-        return self.prepare_with(*arguments)
+    def prepack(self, *arguments):
+        return self.prepack_with(*arguments)
 
 
 def _missing(*_):
@@ -410,15 +412,15 @@ def _missing(*_):
 
 
 def _off_by_a_code(*arguments):
-    ready = kernels.Reference().prepare(*arguments)
+    ready = kernels.Reference().prepack(*arguments)
     return lambda x: ready(x) + 64
 
 
 @pytest.mark.parametrize(("prepare", "said"), [(_missing, "no_such_product"), (_off_by_a_code, "results are wrong")])
 def test_a_kernel_that_is_missing_or_wrong_is_skipped(monkeypatch, fresh_choice, prepare, said):
-    monkeypatch.setattr(kernels, "LADDER", (_Broken(prepare), kernels.Reference()))
+    monkeypatch.setattr(kernels, "KERNELS", (_Broken(prepare), kernels.Reference()))
     assert said in kernels.ladder()["fbgemm"]
-    x, matrix, inputs, product = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), inputs_of(encoding()), Product()
+    x, matrix, inputs, product = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), inputs_of(encoding()), Matmul()
     assert_near(product(x, matrix, None, inputs), expected(x, matrix, None, inputs))
     assert product.kernel == "reference"
     with using(kernel="fbgemm"), pytest.raises(LmcompressError, match=f"does not work on cpu.*{said}.*reference"):
@@ -426,22 +428,22 @@ def test_a_kernel_that_is_missing_or_wrong_is_skipped(monkeypatch, fresh_choice,
 
 
 def test_without_vnni_codes_that_may_saturate_go_elsewhere(monkeypatch, fresh_choice):
-    test = kernels._self_test
+    test = kernels.self_test
 
     def saturating(kernel, device, greatest):
         return "its results are wrong" if kernel.name == "fbgemm" and greatest > 64 else test(kernel, device, greatest)
 
-    monkeypatch.setattr(kernels, "_self_test", saturating)
+    monkeypatch.setattr(kernels, "self_test", saturating)
     assert kernels.ladder()["fbgemm"] == "works up to codes of 64"
     for bits, uses in ((8, WORKING[1]), (4, "fbgemm")):
-        product = Product()
+        product = Matmul()
         product(torch.randn(2, 9), matrix_of(torch.randn(4, 9), bits=bits), None, inputs_of(encoding()))
         assert product.kernel == uses
 
 
 def test_the_self_test_sees_saturation():
     class Saturating(kernels.Reference):
-        def prepare(self, matrix, bias, inputs, dtype):
+        def prepack(self, matrix, bias, inputs, dtype):
             weight = matrix.codes().double()
 
             def ready(x):
@@ -453,8 +455,8 @@ def test_the_self_test_sees_saturation():
             return ready
 
     device = torch.device("cpu")
-    assert kernels._self_test(Saturating(), device, 127) == "its results are wrong on this device"
-    assert kernels._self_test(Saturating(), device, 64) is None
+    assert kernels.self_test(Saturating(), device, 127) == "its results are wrong on this device"
+    assert kernels.self_test(Saturating(), device, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -472,7 +474,7 @@ def test_unknown_settings_are_refused_and_leave_the_others(wrong, match):
     setattr(kernels.settings, *next(iter(wrong.items())))
     try:
         with pytest.raises(LmcompressError, match=match):
-            Product()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)))
+            Matmul()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)))
     finally:
         kernels.settings.memory, kernels.settings.kernel = before.memory, before.kernel
 
@@ -491,13 +493,13 @@ def test_integer_kernels_say_what_they_do_not_take(kernel):
     assert "groups" in kernel.refusal(groups, inputs_of(encoding()), torch.float32)
     assert kernel.refusal(matrix, inputs_of(encoding()), torch.float32) is None
     with pytest.raises(LmcompressError, match="use the reference"):
-        kernel.prepare(matrix, None, None, torch.float32)(torch.randn(1, 16))
+        kernel.prepack(matrix, None, None, torch.float32)(torch.randn(1, 16))
 
 
 def test_a_static_range_without_a_scale_is_refused():
     static = SimpleNamespace(**encoding(range="static").model_dump())
     with pytest.raises(LmcompressError, match="a static range must have a scale"):
-        Product()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, Inputs(static))
+        Matmul()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, Inputs(static))
 
 
 @pytest.mark.gpu
@@ -507,7 +509,7 @@ def test_on_a_gpu_the_product_is_that_of_the_cpu(given):
     for tokens in (1, 5, 40):
         x = torch.randn(tokens, 33)
         for name, bits in WEIGHTS:
-            matrix, inputs, product = matrix_of(weight, name, bits), inputs_of(given), Product()
+            matrix, inputs, product = matrix_of(weight, name, bits), inputs_of(given), Matmul()
             there = replace(
                 matrix, packed=matrix.packed.cuda(), scales=matrix.scales.cuda(),
                 zero_points=None if matrix.zero_points is None else matrix.zero_points.cuda(),

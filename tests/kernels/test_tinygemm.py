@@ -14,11 +14,12 @@ from lmcompress.checkpoint.config import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.kernels import dispatch as kernels
 from lmcompress.kernels import tinygemm
-from lmcompress.kernels.dispatch import Product, using
+from lmcompress.kernels.dispatch import using
+from lmcompress.kernels.matmul import Matmul
+from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.kernels.tinygemm import Tinygemm, nibbles
 from lmcompress.nn.packed import Layout, PackedLinear
 from lmcompress.numerics import Grid, PerGroup, PerRow, PerTensor, pack, quantizer_for
-from lmcompress.numerics.matrix import Inputs, Matrix
 from lmcompress.numerics.packing import container_for
 
 WEIGHTS = [
@@ -149,7 +150,7 @@ def test_what_is_not_taken_is_said():
 def test_on_a_cpu_it_is_not_tried():
     assert kernels.ladder("cpu")["tinygemm"] == "for CUDA devices"
     with using(kernel="tinygemm"), pytest.raises(LmcompressError, match="'tinygemm' does not work on cpu.*for CUDA"):
-        Product()(torch.randn(2, 96).bfloat16(), matrix_of(torch.randn(16, 96)))
+        Matmul()(torch.randn(2, 96).bfloat16(), matrix_of(torch.randn(16, 96)))
 
 
 def test_old_devices_are_not_tried(monkeypatch):
@@ -178,11 +179,11 @@ def test_the_ladder_takes_it_where_it_works(on_cpu, caplog):
         (small, torch.bfloat16, inputs, next(iter(kernels.ladder()))),
         (matrix_of(torch.randn(16, 96), granularity=PerGroup(48)), torch.bfloat16, None, "reference"),
     ):
-        product = Product()
+        product = Matmul()
         product(torch.randn(2, 96).to(x_dtype), matrix, None, given_inputs)
         assert product.kernel == kernel
     with using(kernel="reference"):
-        product = Product()
+        product = Matmul()
         product(torch.randn(2, 96).bfloat16(), small)
         assert product.kernel == "reference"
     with using(memory="low"):
@@ -197,7 +198,7 @@ def test_it_is_as_near_as_the_reference(on_cpu, granularity, biased, tokens):
     x, weight = torch.randn(tokens, 768).bfloat16(), torch.randn(13, 768)
     bias = torch.randn(13).bfloat16() if biased else None
     for name, bits in WEIGHTS:
-        matrix, product = matrix_of(weight, name, bits, granularity), Product()
+        matrix, product = matrix_of(weight, name, bits, granularity), Matmul()
         wanted = F.linear(x.double(), matrix.values().double(), None if bias is None else bias.double())
         given = product(x, matrix, bias)
         assert product.kernel == ("tinygemm" if taken(matrix) else "reference")
@@ -211,7 +212,7 @@ def test_shapes_and_views_of_inputs(on_cpu):
     whole = torch.randn(2 * 3 * 128 + 1).bfloat16()
     inputs = [whole[1:].view(2, 3, 128), whole[:128], whole[1:].view(128, 6).t(), whole[:0].view(0, 3, 128)]
     for x in inputs:
-        given = Product()(x, matrix, bias)
+        given = Matmul()(x, matrix, bias)
         wanted = F.linear(x.double(), matrix.values().double(), bias.double())
         assert given.shape == wanted.shape
         torch.testing.assert_close(given.double(), wanted, rtol=0.02, atol=0.1)
@@ -222,7 +223,7 @@ def test_for_many_tokens_floats_are_made(on_cpu, monkeypatch, bits):
     calls, multiply = [], tinygemm._multiply
     monkeypatch.setattr(tinygemm, "_multiply", lambda x, *rest: calls.append(len(x)) or multiply(x, *rest))
     most = 256 if bits == 4 else 128
-    matrix, product = matrix_of(torch.randn(16, 96), bits=bits), Product()
+    matrix, product = matrix_of(torch.randn(16, 96), bits=bits), Matmul()
     kernels.ladder()
     calls.clear()
     for tokens in (most, most + 1):
@@ -231,7 +232,7 @@ def test_for_many_tokens_floats_are_made(on_cpu, monkeypatch, bits):
 
 
 def test_gradients_of_inputs_are_the_references(on_cpu):
-    x, matrix, product = torch.randn(2, 96).bfloat16().requires_grad_(), matrix_of(torch.randn(16, 96)), Product()
+    x, matrix, product = torch.randn(2, 96).bfloat16().requires_grad_(), matrix_of(torch.randn(16, 96)), Matmul()
     product(x, matrix).sum().backward()
     assert product.kernel == "tinygemm"
     torch.testing.assert_close(x.grad.float(), matrix.values().sum(0).expand(2, 96), rtol=0.02, atol=0.1)
@@ -246,7 +247,7 @@ def test_a_module_uses_it(on_cpu):
     x = torch.randn(2, 5, 96).bfloat16()
     with torch.no_grad():
         given = module(x)
-        assert module._product.kernel == "tinygemm"
+        assert module._matmul.kernel == "tinygemm"
         with using(kernel="reference"):
             torch.testing.assert_close(given, module(x), rtol=0.02, atol=0.1)
 
@@ -292,7 +293,7 @@ def _nan(x, packed, group, scales_and_zeros):
 def test_where_it_fails_the_reference_multiplies(on_cpu, monkeypatch, multiply, said):
     monkeypatch.setattr(tinygemm, "_multiply", multiply)
     assert re.search(said, kernels.ladder("cpu")["tinygemm"])
-    x, matrix, product = torch.randn(2, 96).bfloat16(), matrix_of(torch.randn(16, 96)), Product()
+    x, matrix, product = torch.randn(2, 96).bfloat16(), matrix_of(torch.randn(16, 96)), Matmul()
     torch.testing.assert_close(product(x, matrix), F.linear(x, matrix.values().bfloat16()))
     assert product.kernel == "reference"
 
@@ -329,7 +330,7 @@ def test_on_a_gpu(granularity, shape):
     assert kernels.ladder("cuda")["tinygemm"] == "works"
     weight, bias = torch.randn(shape), torch.randn(shape[0]).bfloat16()
     for name, bits in WEIGHTS:
-        matrix, product = matrix_of(weight, name, bits, granularity, "cuda"), Product()
+        matrix, product = matrix_of(weight, name, bits, granularity, "cuda"), Matmul()
         for tokens in (1, 5, 17, 200, 300):
             x = torch.randn(tokens, shape[1]).bfloat16().cuda()
             wanted = F.linear(x.double(), matrix.values().double(), bias.cuda().double())
@@ -342,6 +343,6 @@ def test_on_a_gpu(granularity, shape):
 def test_on_a_gpu_inputs_that_are_no_bfloat16_are_multiplied_by_the_reference():
     matrix = matrix_of(torch.randn(16, 96), device="cuda")
     for dtype in (torch.float16, torch.float32):
-        product = Product()
+        product = Matmul()
         product(torch.randn(2, 96, device="cuda", dtype=dtype), matrix)
         assert product.kernel == "reference"

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from lmcompress.errors import LmcompressError
 from lmcompress.numerics import PerTensor, PerToken, dequantize
 from lmcompress.numerics.activations import (
-    Histogram,
-    MinMax,
     check_range,
     dynamic,
     initial_range,
@@ -20,6 +18,7 @@ from lmcompress.numerics.activations import (
     learned,
     static,
 )
+from lmcompress.numerics.observers import Histogram, MinMax
 
 BITS = [4, 8]
 GRANULARITIES = [PerTensor(), PerToken()]

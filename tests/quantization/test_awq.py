@@ -11,7 +11,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, in_features, weight_view
 from lmcompress.numerics.grids import PER_TENSOR, PerGroup, PerRow
 from lmcompress.numerics.quantizers import asymmetric, symmetric
-from lmcompress.quantization.awq import awq_scales, multiply_columns, scalings, why_unscaled
+from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 
 
 def change(parameter, values):

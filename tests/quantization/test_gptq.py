@@ -11,7 +11,7 @@ from lmcompress.numerics.grids import PER_TENSOR, PerGroup, PerRow
 from lmcompress.numerics.packing import dequantize, pack, unpack
 from lmcompress.numerics.quantizers import asymmetric, laq, lsq, mse_clip, nearest_codes, symmetric, tbt
 from lmcompress.numerics.quantizers import initial_step as first_step
-from lmcompress.quantization.gptq import gptq
+from lmcompress.quantization.ptq.gptq import gptq
 
 GRANULARITIES = [PER_TENSOR, PerRow(), PerGroup(4)]
 

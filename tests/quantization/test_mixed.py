@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
+from lmcompress.quantization import POST_TRAINING, quantize
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.mixed import bits_sensitivity, choose_bits, mixed_precision
 from lmcompress.quantization.planning import plan
-from lmcompress.quantization.post_training import POST_TRAINING, quantize
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,9 +2,9 @@ import pytest
 from families import cut_to_nothing, make
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families import Hollow, anatomy_of
+from lmcompress.families import ZeroWidthLinear, anatomy_of
+from lmcompress.families.weights import modules_by_path
 from lmcompress.quantization import ActivationScheme, QuantizationConfig, Rule, WeightScheme, plan
-from lmcompress.quantization.planning import relative_path
 
 FOUR = WeightScheme(quantizer="minmax", bits=4, granularity="row")
 
@@ -17,7 +17,7 @@ def by_path(model, **config):
 def test_by_default_blocks_and_word_embeddings_are_planned_and_nothing_else(family, head):
     model = make(family, head)
     anatomy = anatomy_of(model)
-    paths = {id(module): relative_path(model, name) for name, module in model.named_modules()}
+    paths = {id(module): path for path, module in modules_by_path(model).items()}
     parts = ("qkv",) if family.name == "gpt2" else ("query", "key", "value")
     expected = {
         paths[id(block.get(part))]
@@ -44,9 +44,9 @@ def test_only_what_follows_the_activation_is_asymmetric(family):
 def test_what_pruning_left_nothing_of_is_passed_over_and_said(family):
     model = cut_to_nothing(make(family))
     made = plan(model, QuantizationConfig())
-    hollow = {relative_path(model, n) for n, m in model.named_modules() if isinstance(m, Hollow)}
-    assert hollow and not hollow & {p.path for p in made.matrices}
-    assert all("pruned to nothing" in made.dense[path] for path in hollow)
+    empty = {path for path, module in modules_by_path(model).items() if isinstance(module, ZeroWidthLinear)}
+    assert empty and not empty & {p.path for p in made.matrices}
+    assert all("pruned to nothing" in made.dense[path] for path in empty)
 
 
 def test_later_rules_count_and_none_leaves_dense():
@@ -96,8 +96,8 @@ def test_what_stays_dense_is_said_with_a_reason():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(rules=(Rule(modules="ffn_uot"),)), "matches no module of this model; did you mean 'ffn_out'"),
-        (dict(rules=(Rule(modules="h.7.*"),)), "matches no module"),
+        (dict(rules=(Rule(modules="ffn_uot"),)), "matches no matrix of this model; did you mean 'ffn_out'"),
+        (dict(rules=(Rule(modules="h.7.*"),)), "matches no matrix"),
         (dict(rules=(Rule(modules="wpe"),)), "can do nothing: wpe: position embeddings always stay dense"),
         (dict(weights=None, embeddings=None), "nothing of this GPT2LMHeadModel would be quantized"),
         (dict(rules=(Rule(modules="*", weights=WeightScheme()), Rule(modules="*", weights=None))), "nothing of this"),

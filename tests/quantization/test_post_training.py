@@ -14,7 +14,7 @@ from lmcompress.families import anatomy_of, weight_view
 from lmcompress.model import CompressedModel
 from lmcompress.numerics.inputs import quantize_input
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
-from lmcompress.quantization.post_training import POST_TRAINING, quantize, rounding_of
+from lmcompress.quantization.ptq import POST_TRAINING, quantize
 
 # min-max and not the least squared error, for the sake of time
 BY_ROW = WeightScheme(quantizer="minmax", granularity="row")
@@ -116,7 +116,9 @@ def test_the_error_of_the_hidden_states_is_that_of_the_whole_model(family):
     def last(m):
         return recorded_outputs(m, batches, anatomy_of(m).blocks[-1].module)
 
-    assert report.hidden_error == pytest.approx(relative(last(model), last(dense)), rel=1e-3)
+    # the walk sums in another order than the whole model: on some processors an input on the edge of a code falls on
+    # its other side
+    assert report.hidden_error == pytest.approx(relative(last(model), last(dense)), rel=1e-2)
     assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
@@ -233,7 +235,7 @@ def test_without_data_weights_are_rounded_to_nearest(family):
     flat = unpacked(model)
     for row in report.matrices:
         module, old = (m.base_model.get_submodule(row.path) for m in (flat, dense))
-        expected = rounding_of(POST_TRAINING.weights)(weight_view(old)).values
+        expected = POST_TRAINING.weights.rounded(weight_view(old)).values
         assert torch.equal(weight_view(module), expected)
 
 
@@ -264,7 +266,7 @@ def test_what_fails_on_the_way_leaves_the_model_as_it_was(method, monkeypatch):
     model = make("gpt2", "language")
     before, answer = state(model), outputs(model)
     batches = batches_for(model)
-    monkeypatch.setattr("lmcompress.quantization.fake.pack_model", lambda *args: 1 / 0)
+    monkeypatch.setattr("lmcompress.quantization.packing.pack_model", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize(model, STATIC, batches, method=method)
     after = state(model)

@@ -84,13 +84,17 @@ def test_a_plan_shows_parameters_and_operations_and_trains_nothing(compacting, m
     dense, factors, spread, groups, control, shared, sparse = planned.stages
     roles = [entry.role for entry in planned.stages]
     assert roles == ["teacher", "compact", "compact", "student", "control", "student", "pruned"]
-    assert sparse.compact is None and sparse.parameters == shared.parameters
-    assert dense.compact is None and len(factors.compact.reports) == 2 and len(groups.compact.reports) == 3
+    assert "compact" not in sparse.plans and sparse.parameters == shared.parameters
+    assert (
+        "compact" not in dense.plans
+        and len(factors.plans["compact"].reports) == 2
+        and len(groups.plans["compact"].reports) == 3
+    )
     for entry in (factors, spread, groups, control, shared):
-        first, last = entry.compact.reports[0], entry.compact.reports[-1]
+        first, last = entry.plans["compact"].reports[0], entry.plans["compact"].reports[-1]
         assert entry.parameters == last.parameters[1] < first.parameters[0]
-        assert entry.vanilla_obstacle and entry.compact.reports[0].errors == {}
-    assert factors.compact.unknown is None and "singular values" in spread.compact.unknown
+        assert entry.vanilla_obstacle and entry.plans["compact"].reports[0].errors == {}
+    assert factors.plans["compact"].unknown is None and "singular values" in spread.plans["compact"].unknown
     console = Console(file=io.StringIO(), width=400)
     print_plan(planned, console)
     text = console.file.getvalue()
@@ -101,9 +105,9 @@ def test_a_plan_shows_parameters_and_operations_and_trains_nothing(compacting, m
 def test_what_was_planned_is_what_is_saved(compacted, compacting):
     for entry in plan(parse_recipe(compacting)).stages:
         model = load(compacted.models[entry.stage.name])
-        if entry.compact is None:
+        if "compact" not in entry.plans:
             continue
-        flops = entry.compact.reports[-1].flops[1]
+        flops = entry.plans["compact"].reports[-1].flops[1]
         if entry.stage.name == "spread":
             assert (weight_count(model), model_flops(model)) == (
                 pytest.approx(entry.parameters, rel=0.02),

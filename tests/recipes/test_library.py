@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -41,6 +44,17 @@ def stand_ins(tmp_path_factory, task_folder):
     return folder, task_folder
 
 
+def test_the_table_of_recipes_has_every_file_with_its_paper_data_and_command():
+    folder = Path(__file__).resolve().parents[2] / "recipes"
+    rows = [line for line in (folder / "README.md").read_text("utf-8").splitlines() if line.startswith("| [")]
+    assert len(rows) == len(builtin_recipes())
+    for file in folder.glob("*/*.yaml"):
+        recipe = load_recipe(file)
+        (row,) = [row for row in rows if row.startswith(f"| [{file.stem}]({file.parent.name}/{file.name}) |")]
+        assert f"| {recipe.task.name} | `lmcompress run {recipe.name}` |" in row
+        assert set(re.findall(r"https://[^\s,;)]+", recipe.paper)) == set(re.findall(r"\((https://[^)]+)\)", row))
+
+
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_recipe_for_pretrained_models_can_be_planned(name, stand_ins, tmp_path):
     folder, task = stand_ins
@@ -51,11 +65,14 @@ def test_a_recipe_for_pretrained_models_can_be_planned(name, stand_ins, tmp_path
     planned = plan(load_recipe(name, [f"model={model}", f"task.name={rows}", *overrides]), tmp_path)
     assert len(planned.stages) >= len(planned.recipe.stages)
     for entry in planned.stages:
-        if entry.pruning is not None and entry.pruning.note is None:
+        if "pruning" in entry.plans and entry.plans["pruning"].note is None:
             dense = next(p for p in planned.stages if p.stage.name == entry.stage.start)
             assert entry.parameters < dense.parameters
-        if entry.compact is not None:
-            before, after = entry.compact.reports[0].parameters[0], entry.compact.reports[-1].parameters[1]
+        if "compact" in entry.plans:
+            before, after = (
+                entry.plans["compact"].reports[0].parameters[0],
+                entry.plans["compact"].reports[-1].parameters[1],
+            )
             assert entry.parameters == after < 0.7 * before
     assert planned.recipe.paper
 
@@ -64,15 +81,15 @@ def test_the_vocabulary_recipe_only_takes_rows(stand_ins, tmp_path):
     folder, task = stand_ins
     overrides = [f"model={folder / 'bert'}", f"task.name={task}"]
     whole, small, after = plan(load_recipe("vocabulary", overrides), tmp_path).stages
-    gone = small.vocabulary.rows_before - small.vocabulary.rows_after
+    gone = small.plans["vocabulary"].rows_before - small.plans["vocabulary"].rows_after
     assert small.parameters == after.parameters == whole.parameters - 48 * gone
-    assert small.vanilla_obstacle is None and small.vocabulary.texts_changed == 0
+    assert small.vanilla_obstacle is None and small.plans["vocabulary"].texts_changed == 0
 
 
 def test_the_quickstart_of_pruning_has_all_its_ways(tmp_path):
     planned = plan(load_recipe("quickstart-prune", ["task.limit=400"]), tmp_path)
     assert [entry.role for entry in planned.stages] == ["teacher", "pruned", "student", "control"]
     dense, one_shot, iterative, control = planned.stages
-    assert dense.vocabulary.rows_after < dense.vocabulary.rows_before
-    assert one_shot.steps == 0 and control.pruning.config == iterative.pruning.config
+    assert dense.plans["vocabulary"].rows_after < dense.plans["vocabulary"].rows_before
+    assert one_shot.steps == 0 and control.plans["pruning"].config == iterative.plans["pruning"].config
     assert one_shot.parameters < dense.parameters

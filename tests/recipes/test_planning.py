@@ -20,7 +20,7 @@ def test_a_plan_has_stages_shapes_steps_and_sizes(tiny):
     )
     teacher, student, control = planned.stages
     assert [entry.role for entry in planned.stages] == ["teacher", "student", "control"]
-    assert control.stage.name == "student-control" and control.distillation is None
+    assert control.stage.name == "student-control" and "distillation" not in control.plans
     assert (control.steps, control.parameters) == (student.steps, student.parameters)
     assert teacher.steps == 4
     assert student.steps == 2 * 24 // 4
@@ -31,7 +31,7 @@ def test_a_plan_has_stages_shapes_steps_and_sizes(tiny):
 
 
 def test_a_layer_map_is_spelled_out_for_each_loss(tiny):
-    matches = plan(parse_recipe(tiny)).stages[1].distillation.matches
+    matches = plan(parse_recipe(tiny)).stages[1].plans["distillation"].matches
     assert [(m.loss, m.student, m.teacher) for m in matches] == [
         ("hidden_mse", 0, 0),
         ("hidden_mse", 1, 2),
@@ -58,10 +58,10 @@ def test_a_layer_map_is_spelled_out_for_each_loss(tiny):
         ("task.label_column=tone", "no column 'tone'"),
         ("task.text_columns=[sentence]", "no column 'sentence'"),
         ("task.name=/nowhere/at/all", "no such file or folder"),
-        ("task.max_length=64", "max_length must be in"),
-        ("evaluation.splits=[test]", "evaluation.splits names 'test'"),
-        ("stages.student.distillation.teachers=[/nowhere]", "could not load the model of '/nowhere'"),
-        ("model=/nowhere", "could not load the tokenizer of '/nowhere'"),
+        ("task.max_length=64", "max_length must be at most 32, the number of positions of the model"),
+        ("evaluation.splits=[test]", "evaluation.splits: no split 'test'"),
+        ("stages.student.distillation.teachers=[/nowhere]", "no such folder: /nowhere"),
+        ("model=/nowhere", "no such folder: /nowhere"),
         ("model.config={hidden_drop: 0.1}", "has no such field"),
         ("stages.teacher.augmentation={operations: [replace]}", "augmentation by replace needs distillation"),
     ],

@@ -18,10 +18,10 @@ from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import machine
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.structured.costs import LatencyTable
+from lmcompress.pruning.structured.latency import LatencyTable
 from lmcompress.recipes import parse_recipe, plan, run
-from lmcompress.recipes.building import Materials
-from lmcompress.recipes.pruning import plan_pruning
+from lmcompress.recipes.materials import Materials
+from lmcompress.recipes.parts.pruning import plan_pruning
 from lmcompress.trainers import CompressionTrainer
 
 TRAINING = "{max_steps: 4, save_strategy: steps, save_steps: 2, per_device_train_batch_size: 4, learning_rate: 1e-3}"
@@ -98,12 +98,14 @@ def test_a_plan_says_shape_parameters_vocabulary_and_verdict(pruning):
     ]
     assert dense.shape == "3 blocks of width 16: 4 heads, FFN 64"
     assert one_shot.shape.startswith("about 3 blocks of width 16: ") and one_shot.steps == 0
-    assert one_shot.vocabulary.rows_after < one_shot.vocabulary.rows_before
-    assert len(one_shot.materials.tokenizer) == len(after.materials.tokenizer) == one_shot.vocabulary.rows_after
+    assert one_shot.plans["vocabulary"].rows_after < one_shot.plans["vocabulary"].rows_before
+    assert (
+        len(one_shot.materials.tokenizer) == len(after.materials.tokenizer) == one_shot.plans["vocabulary"].rows_after
+    )
     assert len(trained.materials.tokenizer) > len(one_shot.materials.tokenizer)
     assert after.parameters == one_shot.parameters < dense.parameters
-    assert control.pruning.config == trained.pruning.config and control.distillation is None
-    assert trained.pruning.expected is not None and not trained.pruning.exact
+    assert control.plans["pruning"].config == trained.plans["pruning"].config and "distillation" not in control.plans
+    assert trained.plans["pruning"].expected is not None and not trained.plans["pruning"].exact
     assert "every block needs all heads" in trained.vanilla_obstacle
     # a stage that prunes leaves its start as it was
     assert trained.parameters < dense.parameters == plan(parse_recipe(pruning)).stages[0].parameters
@@ -178,9 +180,9 @@ def test_a_criterion_with_gradients_needs_labels(pruning):
 
 def test_the_pruning_seed_is_the_recipes_unless_it_has_its_own(pruning):
     text = only(pruning, "dense", "one-shot")
-    assert plan(parse_recipe(text, ["seed=3"])).stages[1].pruning.config.seed == 3
+    assert plan(parse_recipe(text, ["seed=3"])).stages[1].plans["pruning"].config.seed == 3
     own = parse_recipe(text, ["seed=3", "stages.one-shot.pruning.seed=5"])
-    assert plan(own).stages[1].pruning.config.seed == 5
+    assert plan(own).stages[1].plans["pruning"].config.seed == 5
 
 
 def test_a_run_reports_heads_widths_coverage_and_the_error_of_the_cut(pruned):
@@ -268,7 +270,7 @@ def test_a_latency_target_is_measured_when_the_run_begins_and_kept(pruning, tmp_
         asked.append((batch_size, length, next(model.parameters()).device.type))
         return TABLE.model_copy(update={"machine": _machine(), "batch_size": batch_size, "length": length})
 
-    monkeypatch.setattr("lmcompress.recipes.pruning.measure_latency", measured)
+    monkeypatch.setattr("lmcompress.recipes.parts.pruning.measure_latency", measured)
     recipe = parse_recipe(
         only(pruning, "dense", "one-shot"),
         [
@@ -277,11 +279,11 @@ def test_a_latency_target_is_measured_when_the_run_begins_and_kept(pruning, tmp_
         ],
     )
     dry = plan(recipe, tmp_path)
-    assert asked == [] and "is measured when the run begins" in dry.stages[1].pruning.note
-    assert dry.stages[1].pruning.expected is not None
+    assert asked == [] and "is measured when the run begins" in dry.stages[1].plans["pruning"].note
+    assert dry.stages[1].plans["pruning"].expected is not None
     planned = plan(recipe, tmp_path, measure=True)
-    assert asked == [(4, 12, "cpu")] and planned.stages[1].pruning.note is None
-    assert plan(recipe, tmp_path).stages[1].pruning.cost == planned.stages[1].pruning.cost
+    assert asked == [(4, 12, "cpu")] and planned.stages[1].plans["pruning"].note is None
+    assert plan(recipe, tmp_path).stages[1].plans["pruning"].cost == planned.stages[1].plans["pruning"].cost
     found = run(recipe, tmp_path, console=Console(quiet=True)).report["rows"][1]["pruning"]
     assert len(asked) == 1 and found["unit"] == "ms" and found["removed"] >= 0.4
     too_fast = parse_recipe(
@@ -294,7 +296,7 @@ def test_a_latency_target_is_measured_when_the_run_begins_and_kept(pruning, tmp_
 
 def test_a_latency_without_a_table_and_a_number_of_ms_is_not_guessed(pruning, tmp_path):
     recipe = parse_recipe(only(pruning, "dense", "one-shot"), ["stages.one-shot.pruning.target={latency_ms: 0.1}"])
-    assert plan(recipe, tmp_path).stages[1].pruning.expected is None
+    assert plan(recipe, tmp_path).stages[1].plans["pruning"].expected is None
 
 
 def test_a_teacher_with_the_whole_vocabulary_teaches_a_student_with_a_part_of_it(pruning, tmp_path):

@@ -62,9 +62,9 @@ def answers(model) -> torch.Tensor:
 def test_a_plan_says_what_is_quantized_and_what_it_will_weigh(quantizing):
     dense, int8, cut, both = plan(parse_recipe(quantizing)).stages
     assert [entry.role for entry in (dense, int8, cut, both)] == ["teacher", "quantized", "quantized", "student"]
-    assert (int8.quantization.method, cut.quantization.method, both.quantization.method) == ("rtn", "gptq", None)
+    assert tuple(entry.plans["quantization"].method for entry in (int8, cut, both)) == ("rtn", "gptq", None)
     assert dense.bytes_estimate > 2 * int8.bytes_estimate > 2 * cut.bytes_estimate
-    assert "packed codes" in int8.vanilla_obstacle and dense.quantization is None
+    assert "packed codes" in int8.vanilla_obstacle and "quantization" not in dense.plans
 
 
 def test_a_run_packs_every_stage_and_measures_it(quantized):
@@ -78,7 +78,20 @@ def test_a_run_packs_every_stage_and_measures_it(quantized):
         assert encoding_of(model) is not None and torch.isfinite(answers(model)).all()
     assert rows["int8"]["parameters"] == rows["dense"]["parameters"] > rows["both"]["parameters"]
     assert any("bits a weight" in note for note in quantized.report["notes"])
+    assert rows["cut-int4"]["columns"] == {
+        "bits a weight": f"{rows['cut-int4']['quantization']['bits_per_weight']:.2f}"
+    }
     assert rows["both"]["pruning"]["removed"] >= 0.39
+
+
+def test_a_checkpoint_names_all_methods_that_made_it(quantized):
+    for name, methods in (
+        ("int8", ("quantization",)),
+        ("cut-int4", ("structured pruning", "quantization")),
+        ("both", ("structured pruning", "quantization", "distillation")),
+    ):
+        config = json.loads((quantized.models[name] / "config.json").read_text())
+        assert tuple(config["quantization_config"]["provenance"]["methods"]) == methods
 
 
 def test_what_was_planned_is_what_the_file_weighs(quantized, quantizing):
@@ -112,7 +125,7 @@ def test_an_interrupted_run_goes_on(quantizing, tmp_path, monkeypatch, quantized
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("quantization: {}", "quantization: {rules: [{modules: ffn_oot}]}", "matches no module"),
+        ("quantization: {}", "quantization: {rules: [{modules: ffn_oot}]}", "matches no matrix"),
         ("quantization: {}", "quantization: {weights: {quantizer: lsq}}", "must not be one that learns"),
         ("quantization: {}", "quantization: {}\n    save: vanilla", "save: vanilla"),
         ("name: dense", "name: dense\n    save: vanilla\n    storage: zstd", "streams need lmcompress"),
@@ -161,5 +174,6 @@ def test_quantize_on_the_command_line(quantized, task_folder, tmp_path, capsys):
 def test_the_quickstart_of_quantization_has_all_its_ways(tmp_path):
     planned = plan(load_recipe("quickstart-quantize"), tmp_path)
     assert [e.role for e in planned.stages] == ["teacher", "quantized", "quantized", "student", "student"]
-    assert planned.stages[3].distillation.contrast is not None and planned.stages[4].distillation.contrast is None
+    contrasts = [entry.plans["distillation"].contrast for entry in planned.stages[3:]]
+    assert contrasts[0] is not None and contrasts[1] is None
     assert "quantgpt-w2a8" in builtin_recipes()

@@ -44,8 +44,8 @@ def copied(finished, tmp_path):
 def test_a_run_leaves_models_reports_and_plots(finished):
     assert {path.name for path in finished.folder.iterdir()} == FILES
     assert {path.name for path in (finished.folder / "plots").iterdir()} == {
-        "quality_size.png",
-        "quality_latency_1.png",
+        "quality_and_size.svg",
+        "quality_and_latency_1_row.svg",
     }
     report = json.loads((finished.folder / "results.json").read_text())
     assert [row["role"] for row in report["rows"]] == ["teacher", "student", "control"]

@@ -13,14 +13,9 @@ from lmcompress import CompressedModel
 from lmcompress.checkpoint.structure import keep_heads, keep_neurons, structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.students.depth import (
-    CHOICES,
-    NAMED_SHAPES,
-    by_layers,
-    by_shape,
-    choose_layers,
-    named,
-)
+from lmcompress.students.layers import CHOICES, by_layers, choose_layers
+from lmcompress.students.named_shapes import NAMED_SHAPES, named
+from lmcompress.students.shape import by_shape
 
 
 @pytest.fixture(params=["classification", "language"])

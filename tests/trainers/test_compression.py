@@ -6,45 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import make, set_dropout
+from ragged import ALL_UNITS, arguments, ragged_rows
 from torch import Tensor
-from training import tiny_arguments
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from lmcompress import CheckpointError, CompressedModel, LmcompressError
 from lmcompress.distillation import Distillation, DistillationConfig, Match
-from lmcompress.method import Step, Term
+from lmcompress.method import Method, Step, Term
 from lmcompress.trainers import CompressionTrainer, DistillationTrainer
-
-ALL_UNITS = (
-    Match(loss="hidden_mse", student=-1, teacher=-1),
-    Match(loss="nst", student=(1, 1), teacher=(2, 2)),
-    Match(loss="pkd", student=2, teacher=2),
-    Match(loss="attention_ce", student=1, teacher=2, on="scores"),
-)
-
-
-def ragged_rows(kind: str, rows: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Padded rows of unequal length and unequal numbers of labels: equal rows would hide a wrong denominator."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for row in range(rows):
-        length = 3 + row % 6
-        ids = torch.randint(5, 60, (10,), generator=generator)
-        mask = (torch.arange(10) < length).long()
-        item = {"input_ids": ids * mask, "attention_mask": mask}
-        if kind == "causal":
-            item["labels"] = torch.where(mask.bool(), ids, -100)
-        elif kind == "regression":
-            item["labels"] = torch.rand((), generator=generator)
-        else:
-            item["labels"] = torch.randint(0, 3, (), generator=generator)
-        made.append(item)
-    return made
-
-
-def arguments(tmp_path, **changes) -> TrainingArguments:
-    plain = dict(max_steps=2, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0)
-    return tiny_arguments(tmp_path, **(plain | changes))
 
 
 def student_and_teacher(kind: str):
@@ -195,30 +164,16 @@ def test_projections_are_trained_clipped_and_never_saved_with_the_student(tmp_pa
     assert {p.name for p in (tmp_path / "final").iterdir()} & {"lmcompress_training_state.safetensors"} == set()
 
 
-class Constant:
+class Constant(Method):
     """A method whose only term does not depend on the student."""
 
-    name, max_norm = "constant", None
+    name = "constant"
 
     def __init__(self, total: Tensor) -> None:
         self.total = total
 
-    def prepare(self, trainer): ...
-    def before_forward(self, step): ...
-    def set_active(self, active): ...
-    def finish(self): ...
-
     def loss_terms(self, step: Step) -> dict[str, Term]:
         return {"constant": Term(self.total, "examples")}
-
-    def label_weight(self, progress: float) -> float:
-        return 1.0
-
-    def parameter_groups(self):
-        return []
-
-    def modules(self):
-        return {}
 
 
 def test_a_term_without_gradient_is_refused(tmp_path):

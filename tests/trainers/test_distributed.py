@@ -19,7 +19,7 @@ def folder(tmp_path_factory) -> Path:
     """Where two processes have left what they made of every case."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).with_name("distributed_run.py")
+    script = Path(__file__).parents[1] / "distributed_run.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=280

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import make
-from test_compression import arguments, ragged_rows, set_dropout
+from families import make, set_dropout
+from ragged import arguments, ragged_rows
 from torch.utils.data import default_collate
 from transformers import AutoModelForSequenceClassification
 

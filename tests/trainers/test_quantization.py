@@ -14,10 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from lmcompress import CheckpointError, CompressedModel, LmcompressError
 from lmcompress.checkpoint.encoding import encoding_of, unpacked
 from lmcompress.distillation import Distillation, DistillationConfig
-from lmcompress.pruning.structured.config import Gradual, HardConcrete, Iterative, Movement, OneShot, PruningConfig
+from lmcompress.pruning.structured.config import HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.method import StructuredPruning
-from lmcompress.pruning.structured.ranking import Target
+from lmcompress.pruning.structured.targets import Target
 from lmcompress.quantization import ActivationScheme, Quantization, QuantizationConfig, Rule, WeightScheme
+from lmcompress.schedules import Gradual, Iterative, OneShot
 from lmcompress.trainers import CompressionTrainer, PruningTrainer, QuantizationTrainer
 from lmcompress.trainers.quantization import default_distillation
 

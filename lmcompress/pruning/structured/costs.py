@@ -6,28 +6,19 @@ be asked about without a model: what they need of the model is read once, as :cl
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.config import BlockShape, Structure
 from lmcompress.checkpoint.structure import hidden_axes, structure_of
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation.speed import compare_latency, machine
 from lmcompress.families import Anatomy, anatomy_of
-from lmcompress.pruning.structured.surgery import cut
-from lmcompress.pruning.structured.units import full
-
-FILE_VERSION = 1
+from lmcompress.pruning.structured.units import Part, Units, unit_shapes
 
 _Number = TypeVar("_Number", float, Tensor)
 
@@ -220,233 +211,6 @@ def _macs(cost: FlopCost | EnergyCost, structure: Structure, shape: BlockShape) 
     return tokens * (4 * hidden * inner + 2 * hidden * shape.ffn + 2 * cost.length * inner)
 
 
-Points = tuple[tuple[int, float], ...]
-"""``(count, milliseconds)``, by count."""
-
-
-class LatencyTable(BaseModel):
-    """Measured times of sub-layers by their width, which add up to the time of a model; the idea is ZipLM's.
-
-    Attributes:
-        machine: processor or GPU, and threads, that it was measured on.
-        dtype: of the weights.
-        batch_size: rows.
-        length: tokens of a row.
-        model_type: family.
-        hidden: width of the residual stream.
-        head_size: width of a head.
-        heads: milliseconds of an attention by its heads, of which 0 is the first.
-        ffn: milliseconds of a feed-forward network by its neurons, likewise.
-        block_ms: of what is left of a block without heads and neurons.
-        base_ms: of everything outside the blocks.
-        unit: of the answers.
-
-    Reference:
-        Kurtic, Frantar & Alistarh, *ZipLM: Inference-Aware Structured Pruning of Language Models*, NeurIPS 2023,
-        https://arxiv.org/abs/2302.04089, section 3.2.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    machine: Annotated[str, Field(max_length=400)]
-    dtype: Annotated[str, Field(max_length=40)]
-    batch_size: Annotated[int, Field(ge=1)]
-    length: Annotated[int, Field(ge=1)]
-    model_type: Annotated[str, Field(max_length=80)]
-    hidden: Annotated[int, Field(ge=1)]
-    head_size: Annotated[int, Field(ge=1)]
-    heads: Annotated[Points, Field(min_length=2)]
-    ffn: Annotated[Points, Field(min_length=2)]
-    block_ms: Annotated[float, Field(ge=0)]
-    base_ms: Annotated[float, Field(ge=0)]
-    unit: Literal["ms"] = "ms"
-
-    @field_validator("heads", "ffn")
-    @classmethod
-    def _ascends(cls, points: Points) -> Points:
-        counts, times = zip(*points, strict=True)
-        if counts[0] != 0 or list(counts) != sorted(set(counts)) or list(times) != sorted(times) or times[0] < 0:
-            raise ValueError("counts must ascend from 0, and times never fall or be negative")
-        return points
-
-    @property
-    def key(self) -> str:
-        """What a table is found by in a file."""
-        return table_key(
-            self.machine, self.dtype, self.batch_size, self.length, f"{self.model_type}-{self.hidden}x{self.head_size}"
-        )
-
-    def cost(self, structure: Structure) -> float:
-        """Milliseconds of one forward pass, interpolated between the counts that were measured.
-
-        Args:
-            structure: the shapes.
-
-        Raises:
-            LmcompressError: another hidden size or head size than the table's, or more heads or neurons.
-        """
-        if structure.hidden not in (None, self.hidden) or structure.head_size != self.head_size:
-            raise LmcompressError(
-                f"this latency table is of hidden size {self.hidden} with heads of {self.head_size}, got "
-                f"{structure.hidden or self.hidden} with {structure.head_size}: times do not carry over; measure a "
-                "model of that width, or aim at flops_share where hidden dimensions are pruned"
-            )
-        blocks = sum(
-            self.block_ms + _interpolated(self.heads, shape.heads, "heads") + _interpolated(self.ffn, shape.ffn, "ffn")
-            for shape in structure.blocks
-        )
-        return self.base_ms + blocks
-
-    def save(self, path: str | Path) -> None:
-        """Put the table into a JSON file, beside those of other machines, types, batches and lengths.
-
-        Args:
-            path: made if it is not there; a table with the same key is replaced.
-
-        Raises:
-            LmcompressError: there is a file, and it is not one of latency tables.
-        """
-        file = Path(path)
-        tables = _read_tables(file) if file.exists() else {}
-        tables[self.key] = self
-        content = {key: table.model_dump(mode="json") for key, table in sorted(tables.items())}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format_version": FILE_VERSION, "tables": content}, indent=1)
-        file.write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def find(cls, path: str | Path, model: PreTrainedModel, *, batch_size: int, length: int) -> LatencyTable | None:
-        """As :meth:`load`, but None where the file is not there or has no such table.
-
-        Args:
-            path: as :meth:`save` wrote it.
-            model: its dtype, device and widths are looked for.
-            batch_size: rows.
-            length: tokens of a row.
-
-        Raises:
-            LmcompressError: there is a file, and it is not one of latency tables.
-        """
-        file = Path(path)
-        key = table_key(_machine_name(model.device), _dtype_name(model), batch_size, length, _widths(model))
-        return _read_tables(file).get(key) if file.exists() else None
-
-    @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel, *, batch_size: int, length: int) -> LatencyTable:
-        """The table of this machine for a model, out of a file.
-
-        Args:
-            path: as :meth:`save` wrote it.
-            model: its dtype, device and widths are looked for.
-            batch_size: rows.
-            length: tokens of a row.
-
-        Raises:
-            LmcompressError: the file is not there or not one, or has no such table; the message lists those it has.
-        """
-        tables = _read_tables(Path(path))
-        key = table_key(_machine_name(model.device), _dtype_name(model), batch_size, length, _widths(model))
-        if key not in tables:
-            raise LmcompressError(
-                f"{str(path)!r} must have a latency table for {key!r}, it has: {', '.join(map(repr, sorted(tables)))}. "
-                "Times are good only where they were measured: make one here with measure_latency"
-            )
-        return tables[key]
-
-
-def table_key(machine_name: str, dtype: str, batch_size: int, length: int, widths: str) -> str:
-    """What a table is found by in a file.
-
-    Args:
-        machine_name: processor or GPU, and threads.
-        dtype: of the weights.
-        batch_size: rows.
-        length: tokens of a row.
-        widths: family, hidden size and head size.
-    """
-    return f"{machine_name} | {dtype} | {batch_size}x{length} | {widths}"
-
-
-def measure_latency(
-    model: PreTrainedModel,
-    *,
-    batch_size: int = 32,
-    length: int = 128,
-    points: int = 5,
-    copies: int = 4,
-    repeats: int = 15,
-    warmup: int = 2,
-) -> LatencyTable:
-    """Time a model's sub-layers at several widths, on the machine and device where the model is.
-
-    Whole models are timed, not sub-layers by themselves: copies of this one in which every attention has so many heads,
-    or every feed-forward network so many neurons. All of them live in one process and are timed in turn, call by call,
-    and medians are compared, so that a machine that slows down or is busy does so for all. Times are made not to fall
-    as a width grows.
-
-    Args:
-        model: dense, of a known family; it is not changed.
-        batch_size: rows.
-        length: tokens of a row.
-        points: widths of each kind that are measured beside 0; smallest width (one head, 1/32 of the neurons) and all
-            are among them.
-        copies: blocks of the narrower models; more are nearer to the caches of the real model and take more memory.
-            Embeddings are shared.
-        repeats: timed calls of each.
-        warmup: calls before those.
-
-    Returns:
-        The table. It predicts the time of the dense model as measured.
-
-    Raises:
-        LmcompressError: fewer than 2 points, no copies, a model without heads or neurons in a block, or what
-            :func:`~lmcompress.evaluation.speed.compare_latency` refuses.
-    """
-    anatomy, structure = anatomy_of(model), structure_of(model)
-    heads, ffn = {b.heads for b in structure.blocks}, {b.ffn for b in structure.blocks}
-    if points < 2 or copies < 1:
-        raise LmcompressError(f"points must be >= 2 and copies >= 1, got {points} and {copies}")
-    if len(heads) != 1 or len(ffn) != 1 or 0 in heads | ffn:
-        raise LmcompressError(
-            f"a latency table must be measured on a model whose blocks are alike, got heads {sorted(heads)} and FFN "
-            f"widths {sorted(ffn)}; measure the dense model that this one was cut from"
-        )
-    (most_heads,), (most_ffn,) = heads, ffn
-    depth, small = len(anatomy.blocks), min(copies, len(anatomy.blocks))
-    head_counts = _grid(most_heads, 1, points)
-    ffn_counts = _grid(most_ffn, max(1, most_ffn // 32), points)
-    models = {"dense": model, "one block": _with_blocks(anatomy, 1), "small": _with_blocks(anatomy, small)}
-    for count in head_counts[:-1]:
-        models[f"heads {count}"] = _narrow(anatomy, small, "heads", count)
-    for count in ffn_counts[:-1]:
-        models[f"ffn {count}"] = _narrow(anatomy, small, "neurons", count)
-    rows = compare_latency(
-        models, batch_sizes=(batch_size,), sequence_length=length, repeats=max(3, repeats), warmup=warmup
-    )
-    times = {row.model: row.median_ms for row in rows} | {}
-    times[f"heads {most_heads}"] = times[f"ffn {most_ffn}"] = times["small"]
-    head_points = _points(times, "heads", head_counts, small)
-    ffn_points = _points(times, "ffn", ffn_counts, small)
-    own = head_points[-1][1] + ffn_points[-1][1]
-    block = max(own, (times["dense"] - times["one block"]) / (depth - 1)) if depth > 1 else own
-    # the dense model's time is the one that speed-ups are told against: the table must give it as it is
-    block = min(block, times["dense"] / depth)
-    shrink = min(1.0, block / own) if own > 0 else 1.0
-    return LatencyTable(
-        machine=_machine_name(model.device),
-        dtype=_dtype_name(model),
-        batch_size=batch_size,
-        length=length,
-        model_type=model.config.model_type,
-        hidden=anatomy.hidden_size,
-        head_size=structure.head_size,
-        heads=tuple((count, ms * shrink) for count, ms in head_points),
-        ffn=tuple((count, ms * shrink) for count, ms in ffn_points),
-        block_ms=max(0.0, block - own * shrink),
-        base_ms=max(0.0, times["dense"] - depth * block),
-    )
-
-
 def _has_bias(anatomy: Anatomy, part: Literal["heads", "neurons"]) -> bool:
     """Of the first block that has any such unit; where none has, it does not matter."""
     for block in anatomy.blocks:
@@ -472,71 +236,50 @@ def _outside(anatomy: Anatomy) -> tuple[int, int, int]:
     return coefficients[0], coefficients[1], coefficients[2]
 
 
-def _interpolated(points: Points, count: int, what: str) -> float:
-    counts, times = zip(*points, strict=True)
-    if count > counts[-1]:
-        raise LmcompressError(f"this latency table goes up to {counts[-1]} {what}, got {count}; measure a wider model")
-    return float(np.interp(count, counts, times))
+def secant_costs(sizes: ModelSizes, cost: CostModel, parts: Collection[Part]) -> Units:
+    """What each unit saves on the mean when all of its kind in its place go: its slope between all and none.
 
+    Not the saving of the one unit: on a measured table that is often nothing, where the steps of the hardware are
+    coarser, and a unit that saves nothing would never go. Of hidden dimensions, the slope between all and half.
 
-def _grid(most: int, least: int, points: int) -> list[int]:
-    return sorted({0, least, *(round(most * i / (points - 1)) for i in range(1, points))})
+    Args:
+        sizes: of the model.
+        cost: any.
+        parts: which units.
 
+    Returns:
+        float64 on the CPU, never 0.
+    """
+    structure = sizes.structure
+    dense = cost.cost(structure)
+    shapes = unit_shapes(structure, sizes.hidden)
 
-def _points(times: dict[str, float], kind: str, counts: Sequence[int], copies: int) -> Points:
-    raw = np.array([(times[f"{kind} {count}"] - times[f"{kind} 0"]) / copies for count in counts])
-    # half way between the least and the greatest curve that never falls: noise goes both ways
-    rising = (np.maximum.accumulate(raw) + np.minimum.accumulate(raw[::-1])[::-1]) / 2
-    return tuple((count, float(ms)) for count, ms in zip(counts, np.maximum(rising - rising[0], 0), strict=True))
+    def saved(**changes: Any) -> float:
+        return dense - cost.cost(structure.model_copy(update=changes))
 
+    def without(index: int, name: str) -> float:
+        changed = structure.blocks[index].model_copy(update={name: 0})
+        return saved(blocks=(*structure.blocks[:index], changed, *structure.blocks[index + 1 :]))
 
-def _with_blocks(anatomy: Anatomy, count: int) -> PreTrainedModel:
-    """A copy with the first blocks only, which are copies; everything else is shared with the model."""
-    blocks = nn.ModuleList(copy.deepcopy(module) for module in anatomy.block_list[:count])
-    memo: dict[int, Any] = {id(anatomy.block_list): blocks}
-    inside = {id(p) for p in anatomy.block_list.parameters()}
-    memo |= {id(p): p for p in anatomy.model.parameters() if id(p) not in inside}
-    clone = copy.deepcopy(anatomy.model, memo)
-    setattr(clone.config, anatomy.family.num_layers, count)
-    return clone
+    def filled(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).clamp_min(1e-12 * max(dense, 1e-12))
 
-
-def _narrow(anatomy: Anatomy, blocks: int, part: Literal["heads", "neurons"], count: int) -> PreTrainedModel:
-    clone = _with_blocks(anatomy, blocks)
-    everything = full(clone, [part])
-    cut(clone, everything.map(lambda mask: torch.arange(len(mask)) < count))
-    return clone
-
-
-def _machine_name(device: torch.device) -> str:
-    facts = machine()
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{facts['processor']}, {facts['threads']} threads"
-
-
-def _dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _widths(model: PreTrainedModel) -> str:
-    return f"{model.config.model_type}-{anatomy_of(model).hidden_size}x{structure_of(model).head_size}"
-
-
-def _read_tables(file: Path) -> dict[str, LatencyTable]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if content["format_version"] != FILE_VERSION:
-            version = content["format_version"]
-            raise LmcompressError(
-                f"{str(file)!r} must have format version {FILE_VERSION}, got {version!r}; measure anew"
+    found: dict[Part, Tensor | tuple[Tensor, ...]] = {}
+    for part in parts:
+        counts = shapes[part]
+        name = "heads" if part in ("heads", "attention") else "ffn"
+        if part in ("heads", "neurons"):
+            found[part] = tuple(filled([without(i, name) / max(1, n)] * n) for i, n in enumerate(counts))
+        elif part == "hidden":
+            half = max(1, counts[0] // 2)
+            # a table of latencies cannot answer, and says so
+            found[part] = filled([saved(hidden=half) / max(1, counts[0] - half)] * counts[0])
+        elif part == "layers":
+            single = counts[0] == 1
+            blocks = structure.blocks
+            found[part] = filled(
+                [dense if single else saved(blocks=blocks[:i] + blocks[i + 1 :]) for i in range(counts[0])]
             )
-        return {key: LatencyTable.model_validate(table) for key, table in content["tables"].items()}
-    except OSError as error:
-        raise LmcompressError(f"{str(file)!r} must be a file of latency tables: {error.strerror}") from error
-    except ValidationError as error:
-        raise LmcompressError(f"{str(file)!r} has a damaged latency table: {error.errors()[0]['msg']}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, LmcompressError):
-            raise
-        raise LmcompressError(f"{str(file)!r} must be a file of latency tables, it is not: {error!r}") from error
+        else:
+            found[part] = filled([without(i, name) for i in range(counts[0])])
+    return Units().updated(**found)

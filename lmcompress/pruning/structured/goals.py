@@ -12,9 +12,11 @@ from torch import Tensor
 from lmcompress.checkpoint.config import BlockShape, Structure
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.costs import CostModel, FlopCost, LatencyTable, ModelSizes, ParameterCost
+from lmcompress.pruning.structured.costs import CostModel, FlopCost, ModelSizes, ParameterCost, secant_costs
+from lmcompress.pruning.structured.latency import LatencyTable
 from lmcompress.pruning.structured.learned import UnitCosts
-from lmcompress.pruning.structured.ranking import Shape, Target, secant_costs, select
+from lmcompress.pruning.structured.ranking import select
+from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.pruning.structured.units import Part, Units, masked_structure, unit_shapes
 
 

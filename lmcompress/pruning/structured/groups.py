@@ -18,7 +18,7 @@ GroupPart = Literal["heads", "neurons"]
 Side = Literal["in", "out"]
 """What feeds a unit (query, key and value rows; the first matrix), and what reads it (columns of the projections)."""
 
-_PARTS: tuple[GroupPart, ...] = ("heads", "neurons")
+GROUP_PARTS: tuple[GroupPart, ...] = ("heads", "neurons")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -175,7 +175,7 @@ def silence_(
         optimizer: whose moments of both sides are set to 0.
     """
     for index, block in enumerate(anatomy_of(model).blocks):
-        for part in _PARTS:
+        for part in GROUP_PARTS:
             tensors = mask.tensors(part)
             if not tensors or bool(tensors[index].all()):
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -293,65 +293,3 @@ def expected_cost(open_probability: Units, costs: UnitCosts, heads: Sequence[int
     attention = counts("heads", heads) * gate("attention") * (costs.per_head * width + costs.per_head_fixed)
     ffn = counts("neurons", neurons) * gate("ffn") * (costs.per_neuron * width + costs.per_neuron_fixed)
     return (gate("layers") * (attention + ffn + costs.per_layer * width)).sum()
-
-
-class Layout:
-    """Where each unit lies in one flat vector, so that thousands of gates are one tensor to the optimizer.
-
-    Args:
-        shapes: number of units of each tensor of each part.
-    """
-
-    def __init__(self, shapes: Mapping[Part, Sequence[int]]) -> None:
-        self.shapes: dict[Part, tuple[int, ...]] = {part: tuple(sizes) for part, sizes in shapes.items()}
-        self.size = sum(sum(sizes) for sizes in self.shapes.values())
-
-    @classmethod
-    def of(cls, units: Units) -> Layout:
-        """The layout of given units.
-
-        Args:
-            units: any.
-        """
-        return cls({part: [t.shape[-1] for t in units.tensors(part)] for part in units.parts()})
-
-    def split(self, vector: Tensor) -> Units:
-        """Units as views of the vector's last axis.
-
-        Args:
-            vector: ``(..., size)``.
-
-        Returns:
-            Units that share the vector's memory and its gradient.
-
-        Raises:
-            LmcompressError: the vector is of another size.
-        """
-        if vector.shape[-1] != self.size:
-            raise LmcompressError(f"the vector must have {self.size} entries, got {vector.shape[-1]}")
-        pieces = iter(vector.split([n for sizes in self.shapes.values() for n in sizes], dim=-1))
-        state = {
-            (f"{part}.{i}" if part in ("heads", "neurons") else part): next(pieces)
-            for part, sizes in self.shapes.items()
-            for i in range(len(sizes))
-        }
-        return Units.from_state_dict(state)
-
-    def join(self, units: Units) -> Tensor:
-        """The vector that :meth:`split` would split into the units; a copy.
-
-        Args:
-            units: with this layout's parts.
-
-        Raises:
-            LmcompressError: they have other parts or sizes.
-        """
-        state = units.state_dict()
-        pieces = []
-        for part, sizes in self.shapes.items():
-            for i, n in enumerate(sizes):
-                tensor = state.get(f"{part}.{i}" if part in ("heads", "neurons") else part)
-                if tensor is None or tensor.shape[-1] != n:
-                    raise LmcompressError(f"units must have {n} {part} in block {i}, got other units")
-                pieces.append(tensor)
-        return torch.cat(pieces, dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.hooks import valid_tokens
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 
@@ -35,57 +35,6 @@ class Objective:
 
     loss: Tensor
     weight: Tensor
-
-
-def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch on a device, without the rows that are padding all through.
-
-    Args:
-        batch: ``input_ids`` or another input, perhaps ``attention_mask`` and ``labels``; what is not a tensor is left.
-        device: where they go.
-
-    Returns:
-        The batch, perhaps of no rows.
-    """
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    mask = tensors.get("attention_mask")
-    if mask is not None:
-        real = mask.bool().flatten(1).any(dim=1)
-        if not bool(real.all()):
-            tensors = {k: v[real.to(v.device)] if v.dim() and len(v) == len(real) else v for k, v in tensors.items()}
-    return {name: value.to(device) for name, value in tensors.items()}
-
-
-def rows_of(batch: Mapping[str, Tensor]) -> int:
-    """Examples in a batch, by its first tensor that has rows."""
-    return next((len(value) for value in batch.values() if value.dim()), 0)
-
-
-def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model's ``forward`` names of a batch, labels not.
-
-    Args:
-        model: that is to be called.
-        batch: tensors by name.
-    """
-    names = set(inspect.signature(model.forward).parameters) - {"labels"}
-    return {name: value for name, value in batch.items() if name in names}
-
-
-def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """``(rows, length)`` bool, True for what is not padding; several rows per example one after another.
-
-    Args:
-        batch: with ``attention_mask``, or else all tokens are valid.
-
-    Raises:
-        LmcompressError: there is neither a mask nor ``input_ids``.
-    """
-    tokens = batch.get("attention_mask", batch.get("input_ids"))
-    if tokens is None:
-        raise LmcompressError(f"a batch must have input_ids or attention_mask, got {', '.join(batch) or 'nothing'}")
-    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
-    return mask.reshape(-1, mask.shape[-1])
 
 
 def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Tensor]) -> Objective:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.hooks import model_inputs
+from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation._running import evaluating, with_progress
+from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.gates import Gates
-from lmcompress.pruning.structured.objectives import label_objective, model_inputs
-from lmcompress.pruning.structured.scoring import Batch, CalibrationData
+from lmcompress.pruning.structured.objectives import label_objective
 from lmcompress.pruning.structured.units import Part, Units, full
+from lmcompress.pruning.unstructured.scoring import Batch
 
 Evaluate = Callable[[PreTrainedModel], float]
 """From a model to one number, such as an accuracy or a loss."""

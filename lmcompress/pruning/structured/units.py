@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from lmcompress.families import anatomy_of
 Part = Literal["heads", "neurons", "attention", "ffn", "layers", "hidden"]
 PARTS: tuple[Part, ...] = ("heads", "neurons", "attention", "ffn", "layers", "hidden")
 
-_PER_BLOCK = ("heads", "neurons")
+PER_BLOCK: tuple[Part, ...] = ("heads", "neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Units:
         value = getattr(self, part)
         if value is None:
             return ()
-        return tuple(value) if part in _PER_BLOCK else (value,)
+        return tuple(value) if part in PER_BLOCK else (value,)
 
     def items(self) -> Iterator[tuple[Part, int, Tensor]]:
         """Every tensor with its part and its block.
@@ -129,7 +129,7 @@ class Units:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name: ``"heads.0"``, ``"heads.1"``, ``"attention"``…"""
-        return {f"{part}.{i}" if part in _PER_BLOCK else part: tensor for part, i, tensor in self.items()}
+        return {f"{part}.{i}" if part in PER_BLOCK else part: tensor for part, i, tensor in self.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Units:
@@ -145,7 +145,7 @@ class Units:
         for name, tensor in state.items():
             part, _, number = name.partition(".")
             _known(part)
-            if (part in _PER_BLOCK) != number.isdecimal():
+            if (part in PER_BLOCK) != number.isdecimal():
                 raise LmcompressError(f"units are named like heads.0 or attention, got {name!r}: not a state of units")
             found.setdefault(part, {})[int(number or 0)] = tensor
         for part, tensors in found.items():
@@ -278,10 +278,23 @@ def _known(part: str) -> None:
 
 def _build(values: Mapping[str, list[Tensor]]) -> Units:
     given: dict[str, Any] = {
-        part: tuple(tensors) if part in _PER_BLOCK else tensors[0] for part, tensors in values.items()
+        part: tuple(tensors) if part in PER_BLOCK else tensors[0] for part, tensors in values.items()
     }
     return Units(**given)
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...], part: str) -> str:
-    return str(list(shapes)) if part in _PER_BLOCK else str(shapes[0])
+    return str(list(shapes)) if part in PER_BLOCK else str(shapes[0])
+
+
+def assembled(model: PreTrainedModel, parts: Sequence[Part], values: Mapping[tuple[Part, int], Tensor]) -> Units:
+    """Units of the model's shapes from values by part and block; a block that has none has no units."""
+    blocks = len(anatomy_of(model).blocks)
+    made: dict[str, Tensor | tuple[Tensor, ...]] = {}
+    for part in parts:
+        if part == "hidden":
+            made[part] = values[part, 0].float().cpu()
+            continue
+        tensors = [values.get((part, i), torch.zeros(0)).float().cpu() for i in range(blocks)]
+        made[part] = tuple(tensors) if part in PER_BLOCK else torch.cat(tensors)
+    return Units().updated(**made)

@@ -12,7 +12,6 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import is_conv1d
 from lmcompress.families.weights import Weighted, rules_by_path, weighted_modules
 from lmcompress.pruning.unstructured.config import SparsityConfig
-from lmcompress.pruning.unstructured.criteria import CRITERIA
 from lmcompress.pruning.unstructured.patterns import Blocks, NOfM, Unstructured, keep_in_rows, masks_of
 
 
@@ -115,8 +114,8 @@ def scope_of(config: SparsityConfig) -> str:
         ``global``, ``layer`` or ``row``.
     """
     if config.scope is None and not isinstance(config.pattern, Unstructured):
-        return "layer" if CRITERIA[config.criterion].scope == "row" else CRITERIA[config.criterion].scope
-    return config.scope or CRITERIA[config.criterion].scope
+        return "layer" if config.chosen_criterion.scope == "row" else config.chosen_criterion.scope
+    return config.scope or config.chosen_criterion.scope
 
 
 def pools(planned: Sequence[Planned]) -> list[list[int]]:
@@ -189,7 +188,7 @@ def _check(one: Planned, config: SparsityConfig) -> None:
         raise LmcompressError(
             f"{one.path} must be made of groups of {rows} × {columns}, got {out} × {inputs}; leave it out by a rule"
         )
-    looks_at_inputs = config.compensation or CRITERIA[config.criterion].needs == "inputs"
+    looks_at_inputs = config.compensation or config.chosen_criterion.needs == "inputs"
     if looks_at_inputs and isinstance(module, nn.Conv2d) and module.groups > 1:
         raise LmcompressError(
             f"{one.path} must have one group for a criterion that looks at inputs, got {module.groups}; leave it out "

@@ -81,7 +81,7 @@ def sensitivity_scan(
         raise LmcompressError(f"shares must increase within (0, 1), got {list(shares)}")
     asked = SparsityConfig(sparsity=shares[-1]) if config is None else config
     planned, _ = plan(model, asked)
-    scores = score(model, planned, asked.criterion, batches, seed=asked.seed)
+    scores = score(model, planned, asked.chosen_criterion, batches, seed=asked.seed)
     values: dict[str, tuple[float, ...]] = {}
     for one, ranked in zip(planned, scores, strict=True):
         kept = one.weight.detach().clone()

@@ -13,14 +13,8 @@ from lmcompress.checkpoint.config import BlockShape, Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
-from lmcompress.pruning.structured.costs import (
-    EnergyCost,
-    FlopCost,
-    LatencyTable,
-    ModelSizes,
-    ParameterCost,
-    measure_latency,
-)
+from lmcompress.pruning.structured.costs import EnergyCost, FlopCost, ModelSizes, ParameterCost
+from lmcompress.pruning.structured.latency import LatencyTable, measure_latency
 from lmcompress.pruning.structured.surgery import cut
 from lmcompress.pruning.structured.units import PARTS, full, masked_structure
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import LmcompressError, anatomy_of
+from lmcompress.pruning.structured.layout import Layout
 from lmcompress.pruning.structured.learned import (
     LOG_ALPHA_LIMIT,
-    Layout,
     UnitCosts,
     expected_cost,
     hard_concrete_open,

@@ -10,8 +10,12 @@ from pydantic import ValidationError
 from lmcompress.checkpoint.config import BlockShape, Structure
 from lmcompress.checkpoint.structure import why_not_vanilla
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.structured.costs import EnergyCost, FlopCost, LatencyTable, ModelSizes, ParameterCost
-from lmcompress.pruning.structured.ranking import RANKINGS, Shape, Target, select, stock_verdict
+from lmcompress.pruning.structured.costs import EnergyCost, FlopCost, ModelSizes, ParameterCost
+from lmcompress.pruning.structured.latency import LatencyTable
+from lmcompress.pruning.structured.order import RANKINGS
+from lmcompress.pruning.structured.ranking import select
+from lmcompress.pruning.structured.stock import stock_verdict
+from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.pruning.structured.units import PARTS, Units, full, masked_structure
 
 MODEL = make("bert")

@@ -7,12 +7,13 @@ import pytest
 import torch
 from families import FFN, HEADS, HIDDEN, LABELS, LAYERS, VOCAB, cut_unevenly, inputs, make
 
-from lmcompress.distillation.capture import extract
+from lmcompress.activations.capture import extract
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, is_conv1d, weight_view
 from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.gates import Gates
-from lmcompress.pruning.structured.scoring import CRITERIA, check_scores, normalized, score
+from lmcompress.pruning.structured.registry import CRITERIA
+from lmcompress.pruning.structured.scoring import check_scores, normalized, score
 from lmcompress.pruning.structured.units import PARTS, Units, full
 
 ROWS, LENGTH = 4, 9
@@ -435,7 +436,7 @@ def test_unknown_names_are_refused():
 
 
 def test_a_criterion_that_does_not_fit_a_part_is_refused():
-    with pytest.raises(LmcompressError, match="apoz must be asked about neurons, got heads; criteria for heads are l1"):
+    with pytest.raises(LmcompressError, match="apoz scores neurons, got heads; criteria for heads are l1"):
         score(make("bert"), "apoz", ["heads"], [])
 
 

@@ -25,7 +25,7 @@ from lmcompress.pruning.unstructured import (
     prune_weights,
     sensitivity_scan,
 )
-from lmcompress.pruning.unstructured.group_lasso import groups_of
+from lmcompress.pruning.unstructured.groups import groups_of
 from lmcompress.trainers import CompressionTrainer
 
 STEPS = 40

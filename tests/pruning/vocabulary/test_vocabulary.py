@@ -20,7 +20,8 @@ from transformers.tokenization_python import PreTrainedTokenizer
 from lmcompress import CompressedModel, EquivalenceError, LmcompressError, UnknownFamilyError
 from lmcompress.data import load_task, train_tokenizer
 from lmcompress.pruning.vocabulary import tokenizers
-from lmcompress.pruning.vocabulary.embeddings import REASONS, count_tokens, prune_vocabulary
+from lmcompress.pruning.vocabulary.embeddings import count_tokens, prune_vocabulary
+from lmcompress.pruning.vocabulary.report import REASONS
 
 WORDPIECE = ("bert", "distilbert", "electra", "electra-projected")
 BY_HEAD = [(family, head) for family in FAMILIES for head in ("base", "classification", "language")]

@@ -1,0 +1,107 @@
+"""Hooks that hand what flows through a model to functions, padding taken out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lmcompress.errors import LmcompressError
+
+
+def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model's ``forward`` names of a batch, labels not.
+
+    Args:
+        model: that is to be called.
+        batch: tensors by name.
+    """
+    names = set(inspect.signature(model.forward).parameters) - {"labels"}
+    return {name: value for name, value in batch.items() if name in names}
+
+
+def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """``(rows, length)`` bool, True for what is not padding; several rows per example one after another.
+
+    Args:
+        batch: with ``attention_mask``, or else all tokens are valid.
+
+    Raises:
+        LmcompressError: there is neither a mask nor ``input_ids``.
+    """
+    tokens = batch.get("attention_mask", batch.get("input_ids"))
+    if tokens is None:
+        raise LmcompressError(f"a batch must have input_ids or attention_mask, got {', '.join(batch) or 'nothing'}")
+    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
+    return mask.reshape(-1, mask.shape[-1])
+
+
+class Taps:
+    """Hooks that hand what flows through a model to functions, padding taken out.
+
+    Args:
+        model: whose modules are listened to.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._handles: list[RemovableHandle] = []
+        self.mask = torch.ones(0, 0, dtype=torch.bool)
+        self.model = model
+
+    def on_input(self, module: nn.Module, take: Callable[[Tensor], None]) -> None:
+        """Hand over what a module is called with.
+
+        Args:
+            module: called with one tensor ``(rows, length, width)``.
+            take: gets it.
+        """
+        self._handles.append(module.register_forward_pre_hook(lambda _, args: take(args[0])))
+
+    def on_output(self, module: nn.Module, take: Callable[[Tensor], None]) -> None:
+        """Hand over what a module answers.
+
+        Args:
+            module: answers with one tensor.
+            take: gets it.
+        """
+        self._handles.append(module.register_forward_hook(lambda _, args, output: take(output)))
+
+    def on_block(self, module: nn.Module, take: Callable[[Tensor, Tensor], None]) -> None:
+        """Hand over what goes into a block and what comes out.
+
+        Args:
+            module: a block.
+            take: gets both.
+        """
+
+        def hook(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            take(args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
+
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def tokens(self, tensor: Tensor) -> Tensor:
+        """``(rows, length, ...)`` as ``(valid tokens, ...)``."""
+        return tensor[self.mask]
+
+    def run(self, batch: Mapping[str, Tensor]) -> None:
+        """One forward pass, without gradient.
+
+        Args:
+            batch: on the model's device.
+        """
+        self.mask = valid_tokens(batch)
+        with torch.no_grad():
+            self.model(**model_inputs(self.model, batch))
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,88 @@
+"""What every evaluation does around a model's forward pass: evaluation mode, and a bar on what takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 5.0
+"""How often progress is told where there is no terminal."""
+
+_CONSOLE: ContextVar[Console | None] = ContextVar("_CONSOLE", default=None)
+_SHOWN: list[bool] = []
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in.
+
+    ``no_grad`` rather than ``inference_mode``: what a module caches in its forward must be usable in training again.
+    """
+    # module by module: model.train() would also wake modules that their owner holds in evaluation mode
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def showing_progress(console: Console | None) -> Iterator[None]:
+    """Within the block, whatever takes long says how far it is: by a bar on a terminal, else in lines.
+
+    Args:
+        console: where; None: nowhere.
+    """
+    token = _CONSOLE.set(console)
+    try:
+        yield
+    finally:
+        _CONSOLE.reset(token)
+
+
+def with_progress(items: Sequence[T], description: str, *, enabled: bool) -> Iterable[T]:
+    """The items, behind a bar where there is more than one.
+
+    Args:
+        items: to go through once.
+        description: stands before the bar.
+        enabled: show it on standard error where that is a terminal; :func:`showing_progress` shows it in any case.
+    """
+    shown = _CONSOLE.get()
+    console = shown or Console(stderr=True)
+    if len(items) < 2 or _SHOWN or not (shown or enabled and console.is_terminal):
+        return items
+    if console.is_terminal:
+        return _outermost(track(items, description=description, console=console, transient=True))
+    return _outermost(_with_lines(items, description, console))
+
+
+def _outermost(items: Iterable[T]) -> Iterator[T]:
+    """What is iterated within these items shows nothing of its own."""
+    _SHOWN.append(True)
+    try:
+        yield from items
+    finally:
+        _SHOWN.pop()
+
+
+def _with_lines(items: Sequence[T], description: str, console: Console) -> Iterator[T]:
+    said = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            console.print(f"  {description}: {number:,} of {len(items):,}", highlight=False)

@@ -1,0 +1,245 @@
+"""Writing a checkpoint safely: beside its place, reloaded, compared with the model in memory, and then put there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.errors import EquivalenceError, LmcompressError
+from lmcompress.families import anatomy_of
+from lmcompress.nn.quantized_attention import ATTENTION
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What the round-trip check of a saved model measured.
+
+    Attributes:
+        max_error: max abs difference of outputs before and after.
+        relative_error: that over the max abs output before.
+        batches: how many batches were compared.
+        inputs: ``"given"`` where the caller gave batches, ``"random"`` where token ids were drawn.
+    """
+
+    max_error: float
+    relative_error: float
+    batches: int
+    inputs: str
+
+
+def check_round_trip(
+    model: PreTrainedModel,
+    folder: Path,
+    batches: Sequence[Batch],
+    before: Sequence[Tensor],
+    *,
+    tolerance: float,
+    inputs: str,
+    format: str,
+) -> Equivalence:
+    """Reload what was written, and refuse it where it answers otherwise than the model in memory.
+
+    Args:
+        model: that was written.
+        folder: where it was written.
+        batches: to compare on.
+        before: :func:`outputs_of` the model.
+        tolerance: max abs difference of outputs that is allowed, relative to the max abs output.
+        inputs: where the batches are from, for the result.
+        format: in which it was written, for messages.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        EquivalenceError: If the reloaded model answers differently, or in NaN.
+    """
+    attention = model.config._attn_implementation
+    # that one the loader chooses by itself
+    attention = None if attention == ATTENTION else attention
+    reloaded = type(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
+    reloaded.to(model.device)
+    after = outputs_of(reloaded, batches)
+    if [a.shape for a in after] != [b.shape for b in before]:
+        raise EquivalenceError(
+            f"the model reloaded from disk ({format}) answers in shapes {[tuple(a.shape) for a in after]}, the "
+            f"one in memory in {[tuple(b.shape) for b in before]}; nothing was written"
+        )
+    # max of a tensor, not Python's, which would lose a NaN behind a number
+    error = float(torch.stack([(a - b).abs().max() for a, b in zip(after, before, strict=True)]).max())
+    scale = float(torch.stack([b.abs().max() for b in before]).max())
+    relative = error / scale if scale > 0 else error
+    # written this way round so that NaN fails
+    if not relative <= tolerance:
+        raise EquivalenceError(
+            f"the model reloaded from disk ({format}) differs from the one in memory by {error:.3g} "
+            f"({relative:.3g} relative, allowed {tolerance:.3g}) on {len(batches)} batches; nothing was written. "
+            "If the model answers NaN, training diverged; otherwise please report this with the recipe."
+        )
+    return Equivalence(max_error=error, relative_error=relative, batches=len(batches), inputs=inputs)
+
+
+def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """The first output (logits, or the last hidden state) of a model for each batch, in float32 on the CPU.
+
+    Args:
+        model: put to evaluation mode for the time and back.
+        batches: model inputs; entries the model does not take (labels, teacher inputs) are left out.
+
+    Returns:
+        One tensor per batch; padded positions are zero.
+    """
+    wanted = ("input_ids", "attention_mask", "token_type_ids")
+    training = model.training
+    # after mixed-precision training, accelerate leaves its autocast around forward; what is saved has none
+    forward = getattr(model, "_original_forward", model)
+    model.eval()
+    outputs = []
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {name: batch[name].to(model.device) for name in wanted if name in batch}
+                if anatomy_of(model).family.token_type_embeddings == "":
+                    inputs.pop("token_type_ids", None)
+                answer = forward(**inputs)
+                first = answer["logits"] if "logits" in answer else answer[0]
+                mask = batch.get("attention_mask")
+                if mask is not None and first.dim() == 3 and first.shape[:2] == mask.shape:
+                    first = first * mask.to(first).unsqueeze(-1)
+                outputs.append(first.float().cpu())
+    finally:
+        model.train(training)
+    return outputs
+
+
+def random_batches(
+    model: PreTrainedModel, *, count: int = 2, rows: int = 4, length: int = 32, seed: int = 0
+) -> list[Batch]:
+    """Batches of random token ids, the last of them with padding on the right.
+
+    Args:
+        model: its vocabulary and number of positions bound the ids and the length.
+        count: how many batches.
+        rows: rows of each; one where the model cannot take more, for want of a padding token.
+        length: tokens of each row, at most half of the model's positions.
+        seed: of the generator.
+
+    Returns:
+        Dictionaries with ``input_ids`` and ``attention_mask``, ``(rows, length)`` int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    anatomy = anatomy_of(model)
+    headless = model.get_output_embeddings() is None
+    if anatomy.family.causal and headless and model.config.pad_token_id is None:
+        rows = 1  # GPT-2 with a task head finds the last token by the padding and takes single rows only without it
+    length = max(2, min(length, int(getattr(model.config, "max_position_embeddings", length)) // 2))
+    batches: list[Batch] = []
+    for index in range(count):
+        mask = torch.ones(rows, length, dtype=torch.long)
+        if index == count - 1:
+            mask[1:, length // 2 :] = 0
+        # id 1 is RoBERTa's padding, from which it counts positions
+        ids = torch.randint(2, int(model.config.vocab_size), (rows, length), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+@contextmanager
+def replaced_folder(folder: Path, *, marker: str = "config.json") -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        folder: may exist; it is replaced as a whole, and untouched until then.
+        marker: a file that an existing folder must hold, so that no folder of another kind is ever replaced.
+
+    Yields:
+        The temporary folder, on the same file system.
+
+    Raises:
+        LmcompressError: If ``folder`` is a file, or holds files but no ``marker``, or its place cannot be
+            written (a full disk, no permission).
+    """
+    folder = folder.resolve()
+    if folder.is_file():
+        raise LmcompressError(f"{folder} is a file; a checkpoint is a folder, name another path")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise LmcompressError(
+            f"{folder} holds files but no {marker}, and would be replaced as a whole; name a new folder or an empty one"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    except OSError as error:
+        raise LmcompressError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if folder.exists():
+            old = temporary.with_suffix(".old")
+            os.replace(folder, old)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_error(error):
+            raise LmcompressError(
+                f"could not write {folder}: {error}. Nothing was changed there; free some space or name another path"
+            ) from error
+        raise
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a saved checkpoint, model card and report included.
+
+    Args:
+        folder: as :meth:`CompressedModel.save_pretrained` wrote it.
+        repo_id: ``"user/name"``; made if it is not there.
+        private: whether a repository made now is private.
+        token: of the Hub; default: the one logged in with.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        LmcompressError: If ``folder`` holds no checkpoint.
+    """
+    if not (folder / "config.json").is_file():
+        raise LmcompressError(
+            f"{folder} holds no checkpoint (no config.json); push the folder that a run wrote its model to"
+        )
+    # imported here: tests and offline use replace it, and a login is only needed now
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload with lmcompress")
+    return str(commit)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    # safetensors reports a full disk as its own error type, with the words of the system's
+    # transformers raises OSErrors of its own, without a number, for what is no trouble of the disk
+    return (isinstance(error, OSError) and error.errno is not None) or "No space left" in str(error)

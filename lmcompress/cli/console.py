@@ -1,0 +1,50 @@
+"""What the verbs print alike: tables as wide as the place allows, notes, and how a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+
+def output_console() -> Console:
+    """The console for what was asked for: as wide as the terminal, or 120 columns in a log or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def error_console() -> Console:
+    """The console for what went wrong."""
+    return Console(stderr=True)
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """What a reader of the numbers must know, a line each."""
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def print_how_to_load(console: Console, report: Mapping[str, Any]) -> None:
+    """The two lines of Python that load the last model of a report."""
+    made = [row for row in report["rows"] if row["role"] not in ("teacher", "control", "model")]
+    last = (made or report["rows"])[-1]
+    head = auto_class_name(report["kind"])
+    needed = "" if last["format"] == "vanilla" else "import lmcompress; "
+    console.print(
+        f"load it:\n  {needed}from transformers import {head}\n"
+        f"  model = {head}.from_pretrained({str(last['folder'])!r})",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def auto_class_name(kind: str) -> str:
+    """The ``AutoModelFor...`` of a kind of task, as it is imported.
+
+    Args:
+        kind: of :class:`~lmcompress.data.TaskKind`.
+    """
+    heads = {"causal_lm": "CausalLM", "token_classification": "TokenClassification"}
+    return f"AutoModelFor{heads.get(kind, 'SequenceClassification')}"

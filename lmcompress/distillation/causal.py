@@ -1,0 +1,109 @@
+"""The loss of causal language models: labels and teacher together, over the vocabulary in chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmcompress.activations.capture import Capture
+from lmcompress.distillation.config import DistillationConfig
+from lmcompress.distillation.losses.outputs import token_weights
+from lmcompress.distillation.vocabulary import SoftLoss, TeacherChunk, VocabularyLoss, vocabulary_loss
+from lmcompress.families import anatomy_of
+from lmcompress.method import Step, Term
+
+
+def next_token_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """For each position the token that comes next, −100 where none counts; the last position never has one.
+
+    Args:
+        inputs: a causal batch; without ``labels`` the next real token is taken.
+
+    Returns:
+        ``(batch, length)`` int64.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        labels = inputs["input_ids"]
+        if (mask := inputs.get("attention_mask")) is not None:
+            # the first real token after padding on the left has nothing that it could be told from
+            before = F.pad(mask[:, :-1], (1, 0), value=0)
+            labels = labels.masked_fill((mask == 0) | (before == 0), -100)
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def chunked_term(
+    config: DistillationConfig,
+    step: Step,
+    capture: Capture,
+    answers: Sequence[Callable[[Tensor], TeacherChunk]],
+    *,
+    weights: tuple[float, float],
+    soft: SoftLoss | None,
+    mean: Callable[[Sequence[Tensor]], Tensor],
+    autocast: Any,
+) -> dict[str, Term]:
+    """The losses on labels and on the teachers' logits as one term.
+
+    Args:
+        config: temperature, scaling of tokens, size of the chunks.
+        step: with the student's forward pass done.
+        capture: with the last hidden states of it.
+        answers: of the teachers, by chunks.
+        weights: of the labels and of the teachers, at this point of the training.
+        soft: the loss against the teachers; None is KL(teacher ‖ student) with its gradient in closed form.
+        mean: of the logits of several teachers.
+        autocast: makes the mixed-precision context.
+
+    Returns:
+        ``label+kd``, with both parts to log.
+    """
+    hidden = capture.take_last_hidden()
+    labels = next_token_labels(step.inputs)
+    rows = (labels != -100).flatten().nonzero().squeeze(1)
+    chunks = [answer(rows) for answer in answers]
+    head = anatomy_of(capture.model).head
+    assert head is not None
+    temperature = config.temperature
+    asked = VocabularyLoss(
+        label_weight=weights[0] if "labels" in step.inputs else 0.0,
+        soft_weight=weights[1],
+        temperature=temperature,
+        scale=temperature**2 if config.scale_by_temperature else 1.0,
+        soft=soft,
+        chunk=config.chunk_tokens,
+        retain=step.retain_graph,
+    )
+
+    def teacher_logits(start: int, stop: int) -> Tensor:
+        return mean([chunk(start, stop) for chunk in chunks])
+
+    targets = labels.flatten()[rows]
+    scales = None
+    if config.token_scaling is not None and asked.soft_weight > 0 and len(rows):
+        # every token's weight depends on the whole sequence: the teacher's head runs twice
+        surprise = [
+            F.cross_entropy(teacher_logits(n, n + asked.chunk).float(), targets[n : n + asked.chunk], reduction="none")
+            for n in range(0, len(rows), asked.chunk)
+        ]
+        scales = token_weights(torch.cat(surprise), labels != -100, config.token_scaling)
+    with autocast():
+        states = _entering(head, hidden).flatten(0, 1)[rows]
+        total, label_sum, soft_sum = vocabulary_loss(states, head.weight, targets, teacher_logits, asked, scales)
+    # a part that is not asked for is no dead term
+    sums = (("label", label_sum, asked.label_weight), ("kd", soft_sum, asked.soft_weight))
+    return {"label+kd": Term(total, "labels", parts={name: part for name, part, weight in sums if weight > 0})}
+
+
+def _entering(head: nn.Module, hidden: Tensor) -> Tensor:
+    """What the head multiplies: chunks go round its forward, but not round the hooks that quantize its input."""
+    for key, hook in head._forward_pre_hooks.items():
+        if key in head._forward_pre_hooks_with_kwargs:
+            (hidden, *_), _ = hook(head, (hidden,), {}) or ((hidden,), {})
+        elif (changed := hook(head, (hidden,))) is not None:
+            hidden = changed[0] if isinstance(changed, tuple) else changed
+    return hidden

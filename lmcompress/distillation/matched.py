@@ -1,0 +1,158 @@
+"""Matches made ready before training: layers, shapes and options checked, projections made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.activations.capture import Features, resolve, shape_of
+from lmcompress.distillation.config import Match
+from lmcompress.distillation.layer_maps import nearest_in_order
+from lmcompress.distillation.matches.features import hidden_mse
+from lmcompress.distillation.matches.registry import MATCHES, MatchLoss, match_for
+from lmcompress.distillation.projections import Projection
+from lmcompress.distillation.step import Matched
+from lmcompress.distillation.teachers import Answers, Teacher
+from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of
+from lmcompress.method import Step
+
+
+def matched(match: Match, number: int, student: PreTrainedModel, teacher: Teacher) -> Matched:
+    """A match with everything that it needs found.
+
+    Args:
+        match: what is asked for.
+        number: of the match: its term is named by the loss and this.
+        student: not wrapped.
+        teacher: that ``match.which`` names.
+
+    Raises:
+        LmcompressError: If a layer or an option is not there, or the features of the two models cannot be compared.
+    """
+    loss = match_for(match.loss, match.on)
+    name = f"{match.loss if match.loss in MATCHES else loss.name}_{number}"
+    nearest = match.student == "nearest"
+    if nearest and (loss.feature != "hidden" or loss.layers != 1):
+        raise LmcompressError(
+            f"student: nearest is for hidden states, one layer of each model; the match {loss.name!r} compares "
+            f"{loss.layers} layer(s) of {loss.feature}: name its student layers"
+        )
+    # "nearest" stands for the first block until the first step chooses one
+    wanted = (1,) if match.student == "nearest" else _layers(match.student), _layers(match.teacher)
+    if {len(side) for side in wanted} != {loss.layers}:
+        raise LmcompressError(
+            f"the match {loss.name!r} takes {loss.layers} layer(s) of each model, got student {match.student} and "
+            f"teacher {match.teacher}"
+        )
+    assert loss.feature is not None
+    mine = [resolve(student, loss.feature, layer) for layer in wanted[0]]
+    theirs = [teacher.resolve(loss.feature, layer) for layer in wanted[1]]
+    shapes = [shape_of(student, feature) for feature in mine], [teacher.shape_of(feature) for feature in theirs]
+    blocks = range(1, len(anatomy_of(student).block_list) + 1)
+    made = Matched(
+        match,
+        loss,
+        name,
+        (mine, theirs),
+        causal=anatomy_of(student).family.causal,
+        projection=_projection(match, loss, shapes[0][0][-1], shapes[1][0][-1], number),
+        nearest=[("hidden", layer) for layer in blocks] if nearest else (),
+    )
+    _try(made, *shapes)
+    return made
+
+
+def nearest_chooser(
+    matches: Sequence[Matched],
+) -> Callable[[Step, Features, Sequence[Answers], Tensor], None] | None:
+    """What chooses the layers of the matches with ``student: nearest``, once in each optimizer step.
+
+    Args:
+        matches: all of a method.
+
+    Returns:
+        A function to be called with every micro-batch, or None where no match asks for it.
+    """
+    choosing = [one for one in matches if one.nearest]
+    chosen_at: float | None = None
+
+    def choose(step: Step, student: Features, answers: Sequence[Answers], mask: Tensor) -> None:
+        nonlocal chosen_at
+        if chosen_at == step.progress:
+            return
+        chosen_at = step.progress
+        # a method that has pruned blocks says which are left
+        layers = list(step.shared.get("surviving_layers") or [layer for _, layer in choosing[0].nearest])
+        for which in sorted({one.which for one in choosing}):
+            group = [one for one in choosing if one.which == which]
+            # of several matches with one layer of the teacher the first decides for all
+            first = {one.teacher[0]: one for one in reversed(group)}
+            wanted = sorted(first)
+            with torch.no_grad():
+                distances = torch.stack(
+                    [
+                        _distances(first[feature], student, layers, answers[which].features[feature], mask)
+                        for feature in wanted
+                    ]
+                )
+            pairs = nearest_in_order(distances, layers, [layer for _, layer in wanted])
+            chosen = {theirs: mine for mine, theirs in pairs}
+            for one in group:
+                one.student = [("hidden", chosen[one.teacher[0][1]])]
+
+    return choose if choosing else None
+
+
+def _distances(one: Matched, student: Features, layers: Sequence[int], teacher: Tensor, mask: Tensor) -> Tensor:
+    """``(layers,)``, of the teacher's layer from each of the student's."""
+    states = [student["hidden", layer] for layer in layers]
+    if one.projection is not None:
+        states = [one.projection(state) for state in states]
+    return torch.stack([hidden_mse(state, teacher, mask).sum() for state in states])
+
+
+def _layers(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _projection(match: Match, loss: MatchLoss, width: int, target: int, number: int) -> Projection | None:
+    if match.projection == "none" or not loss.projectable:
+        if match.projection not in ("none", "auto"):
+            raise LmcompressError(f"the match {loss.name!r} takes no projection; leave it out")
+        return None
+    if match.projection == "auto":
+        return Projection(width, target, "linear", seed=number) if width != target else None
+    if match.student == "nearest" and width == target:
+        # CoFi's: a random map would make the first choices of the nearest layer random
+        return Projection(width, target, match.projection, initialisation="identity")
+    return Projection(width, target, match.projection, seed=number)
+
+
+def _try(one: Matched, mine: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> None:
+    """Compare zeros of the right shapes: heads, widths and options that do not fit show before training."""
+    length = 2
+    student, teacher = (
+        {
+            feature: torch.zeros(1, *(size or length for size in shape))
+            for feature, shape in zip(side, shapes, strict=True)
+        }
+        for side, shapes in ((one.student, mine), (one.teacher, theirs))
+    )
+    layers = f"student layer {one.match.student}, teacher layer {one.match.teacher}"
+    built_in = one.match.loss in MATCHES
+    try:
+        with torch.no_grad():
+            sums = one.compare(student, teacher, torch.ones(1, length, dtype=torch.long))
+    except Exception as error:
+        if built_in and not isinstance(error, (LmcompressError, TypeError)):
+            raise
+        raise LmcompressError(f"the match {one.name} ({layers}) does not fit: {error}") from error
+    if not isinstance(sums, Tensor) or sums.shape != (1,):
+        got = tuple(sums.shape) if isinstance(sums, Tensor) else type(sums).__name__
+        raise LmcompressError(
+            f"the match {one.name} ({layers}) must give the sum of each example, shape (1,) for one, got {got}"
+        )

@@ -1,0 +1,133 @@
+"""What int8 matmuls share: operands made of codes of any width, and scales and zero points, applied afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmcompress.errors import LmcompressError
+from lmcompress.kernels.matrix import Inputs, Matrix
+from lmcompress.numerics.grids import PerGroup
+from lmcompress.numerics.quantizers import Quantized
+
+
+@dataclass(frozen=True)
+class IntegerKernel:
+    """What kernels of int8 operands share.
+
+    Attributes:
+        greatest: the greatest magnitude of codes that does not saturate on this processor.
+    """
+
+    greatest: int = 128
+
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+        """Why a matmul is not one of integers, or its codes are too great; ``None`` where the kernel takes it."""
+        if inputs is None:
+            return "only weights are quantized"
+        if isinstance(matrix.granularity, PerGroup):
+            return "scales belong to groups, and an integer sum runs over whole rows"
+        # as `signed_codes` has them
+        reach = 128 if matrix.grid.high > 127 else max(abs(matrix.grid.low), matrix.grid.high)
+        return f"codes up to {reach} may saturate on this processor" if reach > self.greatest else None
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Matmul:
+    """A matmul of int8 ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
+
+    Attributes:
+        multiply: gives int32, or float32 times the scales of rows where ``scaled``.
+        out: rows of the matrix.
+        zeros: ``(out,)`` int32, zero points of rows, or ``None``.
+        sums: ``(out,)`` int32, of codes less zero points.
+        scales: ``(out,)`` float32.
+        bias: ``(out,)`` or None.
+        inputs: how the input is quantized.
+        scaled: whether ``multiply`` applies the scales.
+    """
+
+    multiply: Callable[[Tensor], Tensor]
+    out: int
+    zeros: Tensor | None
+    sums: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    inputs: Inputs | None
+    scaled: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.inputs is None:
+            raise LmcompressError("integers multiply quantized inputs, got none; use the reference")
+        codes, scales, zero_points = input_bytes(
+            self.inputs.quantized(x), static=self.inputs.encoding.range == "static"
+        )
+        return self.of_codes(codes, scales, zero_points).reshape(*x.shape[:-1], self.out)
+
+    def of_codes(self, x: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
+        """``(tokens, out)`` float32 of int8 codes ``(tokens, in)``, their scales and zero points."""
+        product, sums = self.multiply(x), self.sums
+        if self.zeros is not None:
+            right = x.sum(dim=1, keepdim=True, dtype=torch.int32) * self.zeros
+            product = product - (right * self.scales if self.scaled else right)
+        if self.scaled:
+            return finished(product, zero_points, scales, sums * self.scales, self.bias)
+        if zero_points is not None:
+            product = product - zero_points * sums
+        return finished(product * self.scales, None, scales, sums, self.bias)
+
+
+def by_row(numbers: Tensor, matrix: Matrix) -> Tensor:
+    """Scales or zero points as one for each row, ``(out,)``."""
+    return numbers.reshape(-1).expand(matrix.shape[0]).contiguous()
+
+
+def signed_codes(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    """Codes as int8 ``(out, in)``, and zero points of rows ``(out,)`` int32 where some remain."""
+    codes, grid = matrix.codes(), matrix.grid
+    zeros = None if matrix.zero_points is None else by_row(matrix.zero_points, matrix)
+    if codes.dtype == torch.int8:
+        return codes, None if zeros is None else zeros.int()
+    if grid.high <= 127:
+        # of codes and zero points below 128 the difference fits a byte
+        signed = codes.to(torch.int8)
+        return (signed, None) if zeros is None else (signed - zeros.to(torch.int8).unsqueeze(1), None)
+    zeros = torch.zeros(matrix.shape[0], dtype=torch.int32, device=codes.device) if zeros is None else zeros.int()
+    # flipping the first bit takes 128 away
+    return (codes ^ 128).view(torch.int8), zeros - 128
+
+
+def row_sums(codes: Tensor, zeros: Tensor | None) -> Tensor:
+    """Sums of codes less zero points, ``(out,)`` int32: what a shift of the input by 1 adds."""
+    sums = codes.sum(dim=1, dtype=torch.int32)
+    return sums if zeros is None else sums - codes.shape[1] * zeros
+
+
+def input_bytes(quantized: Quantized, *, static: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes ``(tokens, in)`` int8; scales ``(tokens or 1, 1)``, and zero points likewise, int32 or ``None``."""
+    levels = quantized.levels.reshape(-1, quantized.levels.shape[-1])
+    scales, zero_points = no_infinity(quantized.scales), quantized.zero_points
+    if static:
+        # a range that was given knows nothing of NaN, and no byte is one
+        scales = scales.masked_fill(levels.isnan().any(dim=1, keepdim=True), torch.nan)
+    if zero_points is None:
+        return levels.to(torch.int8), scales, None
+    if quantized.grid.high <= 127:
+        return levels.to(torch.int8), scales, zero_points.int()
+    return (levels - 128).to(torch.int8), scales, zero_points.int() - 128
+
+
+def no_infinity(scales: Tensor) -> Tensor:
+    """Scales with NaN for infinity, which times the wrong codes might be a number."""
+    return scales + (scales - scales)
+
+
+def finished(product: Tensor, zero_points: Tensor | None, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+    """``(product - zero point * sums) * scale + bias``; scales and zero points of tokens, sums of rows."""
+    if zero_points is not None:
+        product = product - zero_points.float() * sums
+    product = product * scales
+    return product if bias is None else product + bias.float()

@@ -1,0 +1,146 @@
+"""Scores of units from activations, attention and the outputs of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.activations.hooks import Taps
+from lmcompress.families import Block, anatomy_of, weight_view
+from lmcompress.pruning.structured.calibration import CalibrationData
+from lmcompress.pruning.structured.registry import Criterion
+from lmcompress.pruning.structured.units import Part, Units, assembled
+
+
+class _Means:
+    """Sums in float64 by key, and how much they are of."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[Part, int], Tensor] = {}
+        self.counts: dict[tuple[Part, int], float] = {}
+
+    def add(self, key: tuple[Part, int], total: Tensor, count: float) -> None:
+        value = total.detach().double().cpu()
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.counts[key] = self.counts.get(key, 0.0) + count
+
+    def means(self) -> dict[tuple[Part, int], Tensor]:
+        return {key: total / max(self.counts[key], 1e-300) for key, total in self.sums.items()}
+
+
+def from_activations(
+    model: PreTrainedModel, criterion: Criterion, parts: Sequence[Part], data: CalibrationData
+) -> Units:
+    means = _Means()
+    pooled: dict[tuple[Part, int], list[Tensor]] = {}
+    with Taps(model) as taps:
+        for part in parts:
+            if criterion.needs == "attention":
+                _tap_attention(taps, criterion, means)
+            elif criterion.needs == "blocks":
+                _tap_blocks(taps, criterion, means)
+            else:
+                _tap_activations(taps, part, _feed(taps, criterion, means, pooled))
+        for batch in data:
+            taps.run(batch)
+    values = means.means()
+    if criterion.needs == "pooled":
+        values = {key: criterion.function(torch.cat(rows)) for key, rows in pooled.items()}
+    if criterion.needs == "norms":
+        values = {key: _summed_columns(model, criterion, key, squares.sqrt()) for key, squares in values.items()}
+    if criterion.flip:
+        values = {key: 1 - value for key, value in values.items()}
+    return assembled(model, parts, values)
+
+
+Feed = Callable[[tuple[Part, int], Tensor], None]
+"""``(key, activations (rows, length, units[, size]))``."""
+
+
+def _feed(taps: Taps, criterion: Criterion, means: _Means, pooled: dict[tuple[Part, int], list[Tensor]]) -> Feed:
+    def tokenwise(key: tuple[Part, int], values: Tensor) -> None:
+        tokens = taps.tokens(values)
+        means.add(key, criterion.function(tokens).double() * len(tokens), len(tokens))
+
+    def by_example(key: tuple[Part, int], values: Tensor) -> None:
+        sizes = values.float() if values.dim() == 3 else values.float().square().sum(dim=-1).sqrt()
+        mask = taps.mask[..., None]
+        pool = torch.where(mask, sizes, 0).sum(dim=1) / mask.sum(dim=1)
+        pooled.setdefault(key, []).append(pool.cpu())
+
+    def squares(key: tuple[Part, int], values: Tensor) -> None:
+        tokens = taps.tokens(values).double().flatten(1)
+        means.add(key, tokens.square().sum(dim=0), len(tokens))
+
+    feeds: dict[str, Feed] = {"activations": tokenwise, "pooled": by_example, "norms": squares}
+    return feeds[criterion.needs]
+
+
+def _tap_activations(taps: Taps, part: Part, feed: Feed) -> None:
+    def vectors(index: int, size: int, x: Tensor) -> None:
+        feed(("heads", index), x.unflatten(-1, (-1, size)))
+
+    for index, block in enumerate(anatomy_of(taps.model).blocks):
+        if part == "neurons" and block.ffn_width:
+            taps.on_input(block.get("ffn_out"), partial(feed, ("neurons", index)))
+        elif part == "heads" and block.num_heads:
+            taps.on_input(block.get("attention_out"), partial(vectors, index, block.head_size))
+        elif part == "hidden":
+            # what the matrices of a block read, which in every family is normalised
+            reader = block.get("qkv" if block.family.qkv else "query")
+            for module in (reader, block.get("ffn_in")):
+                taps.on_input(module, partial(feed, ("hidden", 0)))
+
+
+def _tap_blocks(taps: Taps, criterion: Criterion, means: _Means) -> None:
+    def take(index: int, before: Tensor, after: Tensor) -> None:
+        values = criterion.function(taps.tokens(before), taps.tokens(after))
+        means.add(("layers", index), values.double().sum()[None], len(values))
+
+    for index, module in enumerate(anatomy_of(taps.model).block_list):
+        taps.on_block(module, partial(take, index))
+
+
+def _tap_attention(taps: Taps, criterion: Criterion, means: _Means) -> None:
+    causal = anatomy_of(taps.model).family.causal
+    queries: dict[int, Tensor] = {}
+
+    def keep(index: int, query: Tensor) -> None:
+        queries[index] = query
+
+    def finish(index: int, block: Block, key: Tensor) -> None:
+        query, key = (t.unflatten(-1, (-1, block.head_size)).transpose(1, 2).float() for t in (queries.pop(index), key))
+        scores = query @ key.transpose(-1, -2) * block.scaling
+        allowed = taps.mask[:, None, None, :].expand(scores.shape)
+        if causal:
+            allowed = allowed.tril()
+        # a query of padding may see nothing at all; it is not counted
+        probabilities = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
+        summed = criterion.function(probabilities, taps.mask, causal=causal)
+        means.add(("heads", index), summed[:, :-1].sum(dim=0), float(summed[:, -1].sum()))
+
+    def fused(index: int, block: Block, output: Tensor) -> None:
+        query, key, _ = output.chunk(3, dim=-1)
+        keep(index, query)
+        finish(index, block, key)
+
+    for index, block in enumerate(anatomy_of(taps.model).blocks):
+        if not block.num_heads:
+            continue
+        if block.family.qkv:
+            taps.on_output(block.get("qkv"), partial(fused, index, block))
+        else:
+            taps.on_output(block.get("query"), partial(keep, index))
+            taps.on_output(block.get("key"), partial(finish, index, block))
+
+
+def _summed_columns(model: PreTrainedModel, criterion: Criterion, key: tuple[Part, int], norm: Tensor) -> Tensor:
+    part, index = key
+    block = anatomy_of(model).blocks[index]
+    module = block.get("attention_out" if part == "heads" else "ffn_out")
+    columns = criterion.function(weight_view(module).detach().cpu(), norm).double().sum(dim=0)
+    return columns.unflatten(0, (-1, block.head_size)).sum(dim=-1) if part == "heads" else columns

@@ -1,0 +1,83 @@
+"""Calibration batches as criteria and repairs read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.activations.running import with_progress
+from lmcompress.errors import LmcompressError
+
+Batch = Mapping[str, Any]
+"""Tensors by name, as a collator makes them: ``input_ids``, ``attention_mask``, perhaps ``labels``."""
+
+
+def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch on a device, without the rows that are padding all through.
+
+    Args:
+        batch: ``input_ids`` or another input, perhaps ``attention_mask`` and ``labels``; what is not a tensor is left.
+        device: where they go.
+
+    Returns:
+        The batch, perhaps of no rows.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    mask = tensors.get("attention_mask")
+    if mask is not None:
+        real = mask.bool().flatten(1).any(dim=1)
+        if not bool(real.all()):
+            tensors = {k: v[real.to(v.device)] if v.dim() and len(v) == len(real) else v for k, v in tensors.items()}
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The tensors of a batch on a device.
+
+    Args:
+        batch: what is not a tensor is left out.
+        device: where they go.
+    """
+    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> int:
+    """Examples in a batch, by its first tensor that has rows."""
+    return next((len(value) for value in batch.values() if value.dim()), 0)
+
+
+class CalibrationData:
+    """Calibration batches on a model's device, without rows of padding; refuses to have been empty.
+
+    Args:
+        model: whose device it is.
+        batches: as they come.
+        progress: shows a bar, on a terminal, where their number is known.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch], progress: bool = False) -> None:
+        self.model = model
+        self.batches = batches
+        self.progress = progress and isinstance(batches, Sequence)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        given = real = 0
+        batches = self.batches
+        shown = with_progress(batches, "score", enabled=self.progress) if isinstance(batches, Sequence) else batches
+        for batch in shown:
+            given += 1
+            kept = without_padding_rows(batch, self.model.device)
+            if rows := rows_of(kept):
+                real += rows
+                yield kept
+        if not given:
+            raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
+        if not real:
+            raise LmcompressError(
+                f"calibration data must have tokens, got {given} batches of padding alone; is attention_mask 1 for "
+                "real tokens?"
+            )

@@ -1,0 +1,46 @@
+"""Whether a shape loads with stock Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.structure import why_not_vanilla
+from lmcompress.families import config_value, family_of
+
+
+@dataclass(frozen=True)
+class StockVerdict:
+    """Whether a shape loads with stock Transformers, without lmcompress.
+
+    Attributes:
+        loads: whether it does.
+        reason: why not, in one clause; None if it does.
+        nearest: the shape with the least more that would; the shape itself if it does.
+    """
+
+    loads: bool
+    reason: str | None
+    nearest: Structure
+
+
+def stock_verdict(structure: Structure, config: PretrainedConfig) -> StockVerdict:
+    """Whether stock Transformers will load a model of these shapes; to be asked before training.
+
+    Args:
+        structure: the shapes wanted.
+        config: the stock config of the model that is to be cut.
+    """
+    family = family_of(config)
+    hidden = structure.hidden or int(config_value(config, family, "hidden_size"))
+    reason = why_not_vanilla(structure, config)
+    if reason is None:
+        return StockVerdict(True, None, structure)
+    # a stock config has hidden / heads as the size of a head, so the width goes up to a whole number of heads
+    heads = -(-hidden // structure.head_size)
+    width = max(1, *(block.ffn for block in structure.blocks))
+    blocks = tuple(BlockShape(heads=heads, ffn=width, source=block.source) for block in structure.blocks)
+    wider = heads * structure.head_size if structure.hidden is not None else None
+    return StockVerdict(False, reason, Structure(head_size=structure.head_size, blocks=blocks, hidden=wider))

@@ -1,0 +1,66 @@
+"""How much to prune: a share, a number, or a shape."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Shape(BaseModel):
+    """A shape to be reached; what is not named stays as it is.
+
+    Attributes:
+        layers: number of blocks.
+        heads: of every block, or of each block that stays, in order.
+        ffn: neurons of every block, or of each block that stays, in order.
+        hidden: width of the residual stream.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: Annotated[int, Field(ge=1)] | None = None
+    heads: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    ffn: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    hidden: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Shape:
+        if self == Shape.model_construct():
+            raise ValueError("a shape must name at least one of layers, heads, ffn, hidden; got none")
+        return self
+
+
+class Target(BaseModel):
+    """How much to prune: exactly one of these.
+
+    Attributes:
+        sparsity: share of the parameters of the blocks that goes; embeddings do not count, as since CoFi.
+        parameters: of the whole model, at most.
+        flops_share: share of the blocks' floating-point operations that stays, at most.
+        latency_share: share of the model's time that stays, at most, by a table measured on this machine.
+        latency_ms: time of one forward pass, at most, by the same table.
+        shape: the shape itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    parameters: Annotated[int, Field(ge=1)] | None = None
+    flops_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    latency_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    shape: Shape | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Target:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"a target must be exactly one of {names}, got {' and '.join(given) or 'none'}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Name of the one that is given."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)

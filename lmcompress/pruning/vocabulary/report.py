@@ -1,0 +1,59 @@
+"""What vocabulary pruning did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Reason = Literal["special", "added", "asked for", "alphabet", "unknown words", "corpus", "merges"]
+
+REASONS: dict[Reason, str] = {
+    "special": "special tokens, and every token that the tokenizer's templates or the model's configs name by its id",
+    "added": "tokens that were added to the tokenizer by hand",
+    "asked for": "named in `keep`",
+    "alphabet": "bytes, or single characters at the start and inside of a word: with them unseen text can be read",
+    "unknown words": "pieces by which WordPiece finds that a word of the corpus is unknown, as it has to stay",
+    "corpus": "counted at least `min_count` times in the corpus",
+    "merges": "steps on the way from bytes to a token that stays",
+}
+"""Why a token stays, in the order in which the reasons are tried: the first that holds is reported."""
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    """What vocabulary pruning did. Everything but ``kept`` and ``old_ids`` is a number.
+
+    Attributes:
+        rows_before, rows_after: rows of the embedding table.
+        merges_before, merges_after: merge rules of a BPE tokenizer; 0 for WordPiece.
+        bytes_saved: of the model's parameters in memory; a tied head counts once.
+        coverage: share of the corpus, in tokens of the old tokenizer, whose token stayed; 1 where ``min_count`` is 1
+            and ``max_size`` unset.
+        tokens_before, tokens_after: length of the corpus in tokens, without special tokens; what was cut from the
+            vocabulary makes texts longer.
+        unknown_before, unknown_after: unknown tokens among them.
+        texts, texts_changed: texts of the corpus, and those that are now cut into other pieces.
+        kept: by reason (see :data:`REASONS`), the tokens that stayed for it and for none before it.
+        old_ids: for each new id the old one. ``logits[..., old_ids]`` of the old model are the new model's.
+    """
+
+    rows_before: int
+    rows_after: int
+    merges_before: int
+    merges_after: int
+    bytes_saved: int
+    coverage: float
+    tokens_before: int
+    tokens_after: int
+    unknown_before: int
+    unknown_after: int
+    texts: int
+    texts_changed: int
+    kept: Mapping[Reason, tuple[str, ...]]
+    old_ids: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as JSON types, with how many tokens stayed for each reason in place of the lists."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("kept", "old_ids")}
+        return values | {"kept": {reason: len(tokens) for reason, tokens in self.kept.items()}}

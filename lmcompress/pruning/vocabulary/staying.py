@@ -1,0 +1,119 @@
+"""Which tokens stay, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmcompress.errors import LmcompressError
+from lmcompress.pruning.vocabulary.report import REASONS, Reason
+from lmcompress.pruning.vocabulary.tables import Tables, configs_of, is_token_id
+from lmcompress.pruning.vocabulary.tokenizers import (
+    Merges,
+    Vocabulary,
+    processor_ids,
+)
+
+_MAX_SPARE_ROWS = 1024
+
+_NAMED_IDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
+
+
+def special_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tables: Tables, vocabulary: Vocabulary
+) -> set[int]:
+    """Every id that something names, once it is known that model and tokenizer belong together."""
+    rows, largest = tables.embedding.num_embeddings, max(vocabulary.names, default=-1)
+    if not largest < rows <= largest + 1 + _MAX_SPARE_ROWS:
+        raise LmcompressError(
+            f"model and tokenizer must belong together: the tokenizer's ids go up to {largest}, the embeddings have "
+            f"{rows} rows (up to {_MAX_SPARE_ROWS} spare ones are taken for padding of the table). Load both from the "
+            "same checkpoint, or call model.resize_token_embeddings(len(tokenizer)) after adding tokens"
+        )
+    for name in _NAMED_IDS:
+        said, own = getattr(model.config, f"{name}_token_id", None), getattr(tokenizer, f"{name}_token_id", None)
+        several = said if isinstance(said, (list, tuple)) else [said]
+        inside = [number for number in several if isinstance(number, int) and 0 <= number < rows]
+        if inside and own is not None and own not in inside:
+            raise LmcompressError(
+                f"model and tokenizer must agree on {name}_token_id: model.config says {said}, the tokenizer {own}. "
+                "They are not a pair, or one was changed: load both from the same checkpoint, or correct the wrong one"
+            )
+    special = {token["id"] for token in vocabulary.json["added_tokens"] if token["special"]}
+    special |= {vocabulary.ids[token] for token in tokenizer.all_special_tokens if token in vocabulary.ids}
+    special |= set(processor_ids(vocabulary.json["post_processor"]))
+    if vocabulary.json["padding"] is not None:
+        special.add(vocabulary.json["padding"]["pad_id"])
+    if vocabulary.unknown is not None:
+        special.add(vocabulary.unknown)
+    named: dict[str, Sequence[Any]] = {"the embeddings' padding_idx": [tables.padding]}
+    for config in configs_of(model):
+        for name, value in vars(config).items():
+            if is_token_id(name):
+                named[f"{type(config).__name__}.{name}"] = value if isinstance(value, (list, tuple)) else [value]
+    for where, numbers in named.items():
+        for number in numbers:
+            # GPT-2's config names 50256 by default, however small its vocabulary: that is of no row, and stays as it is
+            if isinstance(number, int) and 0 <= number < rows:
+                if number not in vocabulary.names:
+                    raise LmcompressError(
+                        f"{where} is {number}, which is no token of the tokenizer and would lose its row; "
+                        "add that token to the tokenizer or set the field to a token's id"
+                    )
+                special.add(number)
+    return special
+
+
+def asked_for(keep: Collection[str], vocabulary: Vocabulary) -> list[str]:
+    if isinstance(keep, str):
+        raise LmcompressError(f"keep must be several tokens, got the one string {keep!r}; put it into a list")
+    for token in keep:
+        if token not in vocabulary.ids:
+            inside = f"a piece inside a word begins with {vocabulary.prefix}"
+            written = "a space is written Ġ" if vocabulary.is_bpe else inside
+            near = get_close_matches(str(token), vocabulary.ids, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise LmcompressError(
+                f"keep must name tokens of the tokenizer, got {token!r}, which is none; {hint}({written}; what "
+                "tokenizer.tokenize(text) gives are tokens)"
+            )
+    return sorted(keep, key=vocabulary.ids.__getitem__)
+
+
+def choose(
+    reasons: dict[str, Reason],
+    merges: Merges,
+    vocabulary: Vocabulary,
+    counts: Counter[int],
+    min_count: int,
+    max_size: int | None,
+) -> None:
+    """Add the corpus's tokens to ``reasons``, the most frequent first, as many as may stay."""
+    if max_size is not None and len(reasons) > max_size:
+        groups = Counter(reasons.values())
+        listed = ", ".join(f"{groups[reason]} {reason}" for reason in REASONS if groups[reason])
+        raise LmcompressError(
+            f"max_size must be at least {len(reasons)}, for so many tokens stay in any case ({listed}); got {max_size}"
+            + ("" if vocabulary.is_bpe else ". keep_characters=False lets go of the alphabet")
+        )
+    special = {vocabulary.ids[token] for token, reason in reasons.items() if reason == "special"}
+    frequent = [number for number, count in counts.items() if count >= min_count and number not in special]
+    if not frequent:
+        most = max((count for number, count in counts.items() if number not in special), default=0)
+        raise LmcompressError(
+            f"min_count must leave some of the corpus's tokens, got {min_count}; the most frequent one that is not "
+            f"special occurs {most} times"
+        )
+    for number in sorted(frequent, key=lambda number: (-counts[number], number)):
+        token = vocabulary.names[number]
+        if reasons.get(token, "merges") != "merges":
+            continue
+        missing = {token, *merges.parts(token)} - reasons.keys()
+        if max_size is None or len(reasons) + len(missing) <= max_size:
+            reasons[token] = "corpus"
+            for part in merges.take(token):
+                reasons.setdefault(part, "merges")

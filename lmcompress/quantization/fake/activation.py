@@ -1,0 +1,313 @@
+"""Fake-quantized activations: ranges that are taken from every input, calibrated, or learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.errors import LmcompressError
+from lmcompress.nn.packed import InputRange
+from lmcompress.nn.quantized_attention import Role
+from lmcompress.numerics.activations import initial_range, initial_step, learned
+from lmcompress.numerics.inputs import quantize_input, static_range
+from lmcompress.numerics.observers import Histogram, MinMax
+from lmcompress.quantization.config import ActivationScheme
+
+_NOT_CALIBRATED = (
+    "has a range that must be calibrated first: give FakeQuantized batches, or call its calibrate(batches) with a few"
+)
+
+
+@dataclass
+class _Seen:
+    """What calibration has seen of one activation."""
+
+    ranges: MinMax | Histogram
+    step: Tensor | None = None
+    count: int = 0
+
+
+class FakeActivation(nn.Module):
+    """What quantizes one activation; several modules that read the same tensor share one.
+
+    Attributes:
+        name: of the activation.
+        scheme: how; ``symmetric`` is decided.
+        enabled: whether it does.
+        step: of learned ranges, ``(1, 1)``; NaN until it is calibrated.
+        offset: of learned ranges that are not symmetric, likewise.
+        scale: of static ranges, ``(1,)``; NaN until it is calibrated.
+        zero_point: of static ranges that are not symmetric, ``(1,)`` uint8.
+
+    Args:
+        name: of the activation, for errors.
+        scheme: how.
+        readers: how many modules read the same tensor.
+        heads: whether the tensor is ``(batch, heads, length, ...)`` and not ``(batch, length, ...)``.
+    """
+
+    step: Tensor | None
+    offset: Tensor | None
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, name: str, scheme: ActivationScheme, *, readers: int = 1, heads: bool = False) -> None:
+        super().__init__()
+        self.name, self.scheme, self.enabled = name, scheme, True
+        self._readers, self._heads = readers, heads
+        self._encoding = scheme.encoding()
+        self._ready = scheme.range == "dynamic"
+        self._seen: _Seen | None = None
+        self._mask: Tensor | None = None
+        # input, whether with gradient, result, how many have yet to read it
+        self._kept: tuple[Tensor, bool, Tensor, int] | None = None
+        learns, fixed, shifted = scheme.range == "learned", scheme.range == "static", not scheme.symmetric
+        # NaN is a range that no calibration gives
+        self.step = nn.Parameter(torch.full((1, 1), torch.nan)) if learns else None
+        self.offset = nn.Parameter(torch.full((1, 1), torch.nan)) if learns and shifted else None
+        self.register_buffer("scale", torch.full((1,), torch.nan) if fixed else None)
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.uint8) if fixed and shifted else None)
+
+    def active(self) -> bool:
+        """Whether it quantizes or calibrates now."""
+        return self.enabled or self._seen is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation on its levels.
+
+        Args:
+            x: ``(batch, length, ...)``, or with heads as the second axis.
+
+        Returns:
+            The same shape and dtype.
+
+        Raises:
+            LmcompressError: If its range is not calibrated.
+        """
+        if self._seen is not None:
+            self._look(x.detach(), self._seen)
+            return x
+        if not self.enabled:
+            return x
+        if self._readers == 1 or torch.compiler.is_compiling():
+            return self._quantized(x)
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[0] is x and kept[1] == torch.is_grad_enabled():
+            values, left = kept[2], kept[3] - 1
+        else:
+            values, left = self._quantized(x), self._readers - 1
+        if left:
+            self._kept = x, torch.is_grad_enabled(), values, left
+        return values
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The forward pre-hook of a module that reads the activation.
+
+        Args:
+            module: the module.
+            args: what it is called with.
+
+        Returns:
+            The same with the first argument quantized.
+        """
+        return (self(args[0]), *args[1:])
+
+    def watch(self) -> None:
+        """Calibrate from now on: look at what comes, and let it pass."""
+        if self.scheme.range != "dynamic":
+            least = self.scheme.range == "learned" or self.scheme.calibration == "minmax"
+            self._seen = _Seen(MinMax() if least else Histogram())
+
+    def look_through(self, mask: Tensor | None) -> None:
+        """What counts of the next batch.
+
+        Args:
+            mask: ``(batch, length)``, true for tokens that are no padding; ``None``: all.
+        """
+        self._mask = mask
+
+    def freeze(self, *, discard: bool = False) -> None:
+        """End calibration, and take over the range that was seen.
+
+        Args:
+            discard: whether to leave the range as it was instead.
+
+        Raises:
+            LmcompressError: If calibration saw nothing, or nothing but zeros.
+        """
+        seen, self._seen, self._mask = self._seen, None, None
+        if seen is None or discard:
+            return
+        try:
+            self._take(seen)
+        except LmcompressError as error:
+            raise LmcompressError(f"{self.name}: {error}") from error
+        self._ready = True
+
+    def set_bits(self, bits: Literal[8, 4]) -> None:
+        """Go on with other bits, over the same range.
+
+        Args:
+            bits: 8 or 4.
+
+        Raises:
+            LmcompressError: If bits are neither 8 nor 4, or the range was chosen for its bits.
+        """
+        if bits not in (4, 8) or isinstance(bits, (bool, float)):
+            raise LmcompressError(f"bits of activations must be 8 or 4, got {bits!r}")
+        if bits == self.scheme.bits:
+            return
+        if self.scheme.calibration == "mse":
+            raise LmcompressError(
+                f"{self.name} has a range of the least error at {self.scheme.bits} bits, which is none at {bits}: plan "
+                "anew with these bits and calibrate"
+            )
+        old = self.final() if self._calibrated() else None
+        self.scheme = self.scheme.model_copy(update={"bits": bits})
+        self._encoding = self.scheme.encoding()
+        if old is None or old[1] is None:
+            return
+        steps = (
+            (2 ** old[0].bits - 1) / (2**bits - 1) if not self.scheme.symmetric else _half(old[0].bits) / _half(bits)
+        )
+        with torch.no_grad():
+            for tensor in (self.step, self.scale) if self.scheme.range == "learned" else (self.scale,):
+                if tensor is not None:
+                    tensor.mul_(steps)
+            if self.scheme.range == "static" and old[1][1] is not None and self.zero_point is not None:
+                self.zero_point.copy_((old[1][1].float() / steps).round())
+        self.forget()
+
+    def final(self) -> tuple[ActivationEncoding, InputRange | None]:
+        """How the activation is described in a checkpoint, and its range unless that is dynamic.
+
+        Returns:
+            The description, and scale and zero point.
+
+        Raises:
+            LmcompressError: If its range is not calibrated.
+        """
+        if self.scheme.range == "dynamic":
+            return self._encoding, None
+        self._need_range()
+        if self.scale is not None:
+            return self._encoding, (self.scale.detach().clone(), _cloned(self.zero_point))
+        assert self.step is not None
+        last = learned(torch.zeros(1, device=self.step.device), self.step, self.offset, bits=self.scheme.bits)
+        zero_point = None if last.zero_points is None else last.zero_points.reshape(1)
+        return self._encoding, (last.scales.reshape(1).clone(), zero_point)
+
+    def forget(self) -> None:
+        """Forget the tensor that was read last."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # values with a graph cannot be copied
+        return {**self.__dict__, "_kept": None}
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        self._need_range()
+        device = next((t.device for t in (self.step, self.scale) if t is not None), x.device)
+        if device != x.device:
+            self.to(x.device)
+        if self.step is not None:
+            return learned(x, self.step, self.offset, bits=self.scheme.bits).values.to(x.dtype)
+        return quantize_input(x, self._encoding, self.scale, self.zero_point).values.to(x.dtype)
+
+    def _calibrated(self) -> bool:
+        if not self._ready:
+            # a state that was loaded is a range as well; asked once, for the host waits for it
+            tensor = self.step if self.step is not None else self.scale
+            self._ready = tensor is not None and bool(torch.isfinite(tensor).all())
+        return self._ready
+
+    def _need_range(self) -> None:
+        if not self._calibrated():
+            raise LmcompressError(f"{self.name} {_NOT_CALIBRATED}")
+
+    def _look(self, x: Tensor, seen: _Seen) -> None:
+        x = x.transpose(1, 2) if self._heads else x
+        if self._mask is not None and x.dim() > 2 and x.shape[:2] == self._mask.shape:
+            x = x[self._mask.bool()]
+        seen.ranges = seen.ranges.updated(x)
+        if self.scheme.range == "learned" and self.scheme.symmetric and x.numel() and bool(x.any()):
+            step = initial_step(x, bits=self.scheme.bits).to(x.device) * x.numel()
+            seen.step = step if seen.step is None else seen.step + step
+        seen.count += x.numel()
+
+    def _take(self, seen: _Seen) -> None:
+        if isinstance(seen.ranges, MinMax):
+            low, high = seen.ranges.range()
+        elif self.scheme.calibration == "percentile":
+            low, high = seen.ranges.percentile_range(self.scheme.percentile)
+        else:
+            low, high = seen.ranges.mse_range(bits=self.scheme.bits, symmetric=bool(self.scheme.symmetric))
+        with torch.no_grad():
+            if self.scale is not None:
+                scale, zero_point = static_range(low, high, self._encoding)
+                self.scale.copy_(scale)
+                if zero_point is not None and self.zero_point is not None:
+                    self.zero_point.copy_(zero_point)
+            elif self.offset is not None and self.step is not None:
+                step, offset = initial_range(low, high, bits=self.scheme.bits)
+                self.step.copy_(step)
+                self.offset.copy_(offset)
+            elif self.step is not None and seen.step is not None:
+                self.step.copy_(seen.step / seen.count)
+
+
+@contextmanager
+def calibrating(activations: Sequence[FakeActivation]) -> Iterator[Callable[[Tensor | None], None]]:
+    """Calibrate activations while the block runs; their ranges are taken over at its end, or left if it fails.
+
+    Args:
+        activations: those whose range is not dynamic.
+
+    Yields:
+        What takes the mask of the next batch, ``(batch, length)``, or None.
+
+    Raises:
+        LmcompressError: If one of them saw nothing, or nothing but zeros.
+    """
+
+    def look_through(mask: Tensor | None) -> None:
+        for activation in activations:
+            activation.look_through(mask)
+
+    complete = False
+    for activation in activations:
+        activation.watch()
+    try:
+        yield look_through
+        complete = True
+    finally:
+        for activation in activations:
+            activation.freeze(discard=not complete)
+
+
+class AttentionFakes:
+    """The activations that one module of attention quantizes."""
+
+    def __init__(self, roles: Mapping[Role, FakeActivation]) -> None:
+        self.roles = dict(roles)
+
+    def active(self) -> bool:
+        """Whether any of them quantizes or calibrates now."""
+        return any(activation.active() for activation in self.roles.values())
+
+    def __call__(self, role: Role, x: Tensor) -> Tensor:
+        return cast(Tensor, self.roles[role](x)) if role in self.roles else x
+
+
+def _half(bits: int) -> int:
+    return int(2 ** (bits - 1) - 1)
+
+
+def _cloned(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()

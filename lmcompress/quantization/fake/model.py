@@ -1,0 +1,353 @@
+"""A fake-quantized model: quantizers put in, calibrated, switched, taken away, or turned into codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lmcompress.activations.running import evaluating
+from lmcompress.checkpoint.encoding import Packable
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import anatomy_of, is_conv1d
+from lmcompress.families.weights import modules_by_path
+from lmcompress.nn.quantized_attention import ROLES, Role, attach, release_attention
+from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.quantizers import Quantized, quantizer_for
+from lmcompress.quantization.config import ActivationScheme
+from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation, calibrating
+from lmcompress.quantization.fake.weight import Faked, FakeWeight, fake_quantize_module, release_module
+from lmcompress.quantization.packing import AttentionRanges, FixedActivation, pack
+from lmcompress.quantization.planning import Plan, Planned, reads_alike, stored_weight
+
+
+class FakeQuantized:
+    """A model that computes with quantized numbers, as a plan says; its parameters keep their values and their names.
+
+    Args:
+        model: changed in place, until :meth:`remove` or :meth:`finish`.
+        plan: what gets what, of this very model.
+        batches: for ranges that are calibrated, see :meth:`calibrate`; none are needed where all are dynamic.
+
+    Attributes:
+        weights: what quantizes each matrix, by its path.
+        activations: what quantizes each activation, by its name.
+        inputs: the activation that a matrix is multiplied by, by the path of the matrix; of embeddings, that of the
+            head which is tied to them.
+        state: what is learned or calibrated, as a module whose ``state_dict`` belongs into checkpoints of training.
+
+    Raises:
+        LmcompressError: If the model is fake-quantized already, the plan is of another model, weights are NaN or
+            infinite, or calibration has no data.
+
+    Note:
+        With ranges of the whole tensor, padding and the other rows of a batch have a part in dynamic ranges, as in
+        TernaryBERT's code. Calibrated ranges leave padding out.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
+        self.model, self.plan = model, plan
+        self._modules = modules_by_path(model)
+        self._handles: list[RemovableHandle] = []
+        self._check()
+        # all that can be refused is refused before the model is changed
+        self.weights = {planned.path: self._fake_weight(planned) for planned in plan.matrices}
+        self.activations: dict[str, FakeActivation] = {}
+        self.inputs: dict[str, FakeActivation] = {}
+        self._readers: list[tuple[nn.Module, FakeActivation]] = []
+        self._plan_inputs()
+        self._attention = self._plan_attention()
+        self.state = nn.ModuleDict(
+            {
+                "weights": nn.ModuleDict({_key(path): fake for path, fake in self.weights.items()}),
+                "activations": nn.ModuleDict({_key(name): fake for name, fake in self.activations.items()}),
+            }
+        ).to(model.device)
+        self._put()
+        if batches is not None:
+            try:
+                self.calibrate(batches)
+            except BaseException:
+                self.remove()
+                raise
+
+    def scales(self) -> dict[str, nn.Parameter]:
+        """What is learned beside the weights.
+
+        Returns:
+            γ, clip or step of a matrix by its path; step and offset of an activation by its name.
+        """
+        found = {path: fake.state for path, fake in self.weights.items() if isinstance(fake.state, nn.Parameter)}
+        for name, activation in self.activations.items():
+            found |= {f"{name}.{key}": parameter for key, parameter in activation.named_parameters()}
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The same without names, for an optimizer; they want no weight decay."""
+        return list(self.scales().values())
+
+    def quantized(self) -> dict[str, Quantized]:
+        """Every matrix quantized as it is now, without gradient.
+
+        Returns:
+            Values, codes and scales by path, of the matrix as ``(out, in)``.
+        """
+        return {path: self.quantized_matrix(path) for path in self.weights}
+
+    @torch.no_grad()
+    def quantized_matrix(self, path: str) -> Quantized:
+        """One matrix quantized as it is now, without gradient.
+
+        Args:
+            path: of its module.
+
+        Returns:
+            Values, codes and scales of the matrix as ``(out, in)``.
+        """
+        return self.weights[path].quantize(self.parameter(path).detach())
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Take the ranges that are static, or the start of those that are learned, from what a few batches give.
+
+        The model runs in evaluation mode with quantized weights and activations as they are. What is padding by the
+        batch's ``attention_mask`` does not count.
+
+        Args:
+            batches: what the model is called with; ``labels`` are left out.
+
+        Raises:
+            LmcompressError: If there is no batch, or no batch reaches an activation with anything but zeros.
+        """
+        waiting = [a for a in self.activations.values() if a.scheme.range != "dynamic"]
+        if not waiting:
+            return
+        enabled = [activation for activation in self.activations.values() if activation.enabled]
+        with evaluating(self.model), calibrating(waiting) as look_through:
+            try:
+                for activation in enabled:
+                    activation.enabled = False
+                for batch in batches:
+                    inputs = {key: _moved(value, self.model.device) for key, value in batch.items() if key != "labels"}
+                    look_through(inputs.get("attention_mask"))
+                    self.model(**inputs)
+            finally:
+                for activation in enabled:
+                    activation.enabled = True
+
+    def set_enabled(self, enabled: bool, what: Literal["weights", "activations"] | None = None) -> None:
+        """Switch quantization on or off; off, the model computes what it did, bit-exactly.
+
+        Args:
+            enabled: whether numbers are quantized.
+            what: the weights or the activations alone; ``None``: both.
+        """
+        kinds: dict[str, Iterable[FakeWeight | FakeActivation]] = {
+            "weights": self.weights.values(),
+            "activations": self.activations.values(),
+        }
+        for kind, fakes in kinds.items():
+            for fake in fakes if what in (None, kind) else ():
+                fake.enabled = enabled
+
+    def set_bits(self, bits: Bits, modules: str = "*") -> None:
+        """Go on with other bits of weights, such as on a schedule from many to few.
+
+        What a quantizer has learned belongs to its bits and begins anew, from the weights as they are; the parameters
+        stay the same objects, for the sake of an optimizer.
+
+        Args:
+            bits: of the weights.
+            modules: which, as in a :class:`~lmcompress.quantization.config.Rule`.
+
+        Raises:
+            LmcompressError: If no matrix has such a name, or a quantizer does not support these bits.
+        """
+        fakes = [fake for fake in self.weights.values() if fake.matches(modules)]
+        if not fakes:
+            raise LmcompressError(f"no quantized matrix is named {modules!r}{nearest(modules, self.weights)}")
+        for fake in fakes:
+            quantizer_for(fake.scheme.quantizer, bits)
+        for fake in fakes:
+            fake.set_bits(bits, self._stored(fake.path))
+
+    def set_activation_bits(self, bits: Literal[8, 4]) -> None:
+        """Go on with other bits of activations, over the same ranges.
+
+        Args:
+            bits: 8 or 4.
+
+        Raises:
+            LmcompressError: If bits are neither 8 nor 4, or ranges were chosen for their bits.
+        """
+        for activation in self.activations.values():
+            activation.set_bits(bits)
+
+    def set_curvature(self, curvature: Mapping[str, Tensor | None]) -> None:
+        """Weigh the errors of ``laq``, such as by the square root of Adam's second moments.
+
+        Args:
+            curvature: by path; of the parameter's shape as it is stored, >= 0; ``None`` weighs all weights alike.
+
+        Raises:
+            LmcompressError: If a path is not quantized, its quantizer takes no curvature, or the shape is another.
+        """
+        stored = {path: self.parameter(path) for path in curvature}
+        for path, values in curvature.items():
+            self.weights[path].set_curvature(values, stored[path])
+
+    def parameter(self, path: str) -> nn.Parameter:
+        """The full-precision weight behind a path, which training changes.
+
+        Args:
+            path: of a quantized matrix.
+
+        Returns:
+            The parameter, as it is stored.
+
+        Raises:
+            LmcompressError: If no quantized matrix has the path.
+        """
+        if path not in self.weights:
+            raise LmcompressError(f"no quantized matrix has the path {path!r}{nearest(path, self.weights)}")
+        return cast(nn.Parameter, self._stored(path))
+
+    def attention_ranges(self) -> AttentionRanges:
+        """How attention quantizes once it is packed, by module; empty where it does not.
+
+        Raises:
+            LmcompressError: If a range is not calibrated.
+        """
+        return {m: {role: fake.final() for role, fake in fakes.roles.items()} for m, fakes in self._attention.items()}
+
+    def remove(self) -> None:
+        """Take quantization away: the model is as it was, with the weights that it has now. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        release_attention(self.model)
+        for module in self.model.modules():
+            release_module(module)
+        self._forget()
+
+    def finish(self) -> None:
+        """Pack the model in place: its weights become codes, and its config says so; nothing is fake any more.
+
+        Raises:
+            LmcompressError: If a range is not calibrated, or weights or scales are NaN or infinite; the model is then
+                still fake-quantized.
+        """
+        ranges = {name: activation.final() for name, activation in self.activations.items()}
+        attention = self.attention_ranges()
+        self.remove()
+        try:
+            pack(self.model, self._parts(ranges), attention)
+        except BaseException:
+            self._put()
+            raise
+
+    def __enter__(self) -> FakeQuantized:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def _check(self) -> None:
+        if any(isinstance(module, Faked) for module in self.model.modules()):
+            raise LmcompressError("the model is fake-quantized already; remove() of that FakeQuantized takes it away")
+        for planned in self.plan.matrices:
+            for path in (planned.path, *planned.tied):
+                module = self._modules.get(path)
+                if module is None or stored_weight(module) is None:
+                    raise LmcompressError(
+                        f"the plan must be of this model, got one with a matrix {path}, which is not here"
+                        f"{nearest(path, self._modules)}"
+                    )
+
+    def _fake_weight(self, planned: Planned) -> FakeWeight:
+        module = self._modules[planned.path]
+        return FakeWeight(planned, self._stored(planned.path), transposed=is_conv1d(module))
+
+    def _plan_inputs(self) -> None:
+        alike: dict[tuple[int | None, ActivationScheme], list[Planned]] = {}
+        for planned in self.plan.matrices:
+            if planned.inputs is None:
+                continue
+            if reads_alike(planned.part):
+                alike.setdefault((planned.block, planned.inputs), []).append(planned)
+            else:
+                # of the embeddings it is the head that reads an activation
+                reader = planned.tied if isinstance(self._modules[planned.path], nn.Embedding) else (planned.path,)
+                self.inputs[planned.path] = self._read(reader, planned.inputs)
+        for (_, scheme), group in alike.items():
+            activation = self._read([planned.path for planned in group], scheme)
+            self.inputs |= {planned.path: activation for planned in group}
+
+    def _read(self, paths: Sequence[str], scheme: ActivationScheme) -> FakeActivation:
+        activation = FakeActivation(f"{paths[0]}.input", scheme, readers=len(paths))
+        self.activations[activation.name] = activation
+        self._readers += [(self._modules[path], activation) for path in paths]
+        return activation
+
+    def _plan_attention(self) -> dict[nn.Module, AttentionFakes]:
+        if self.plan.attention is None:
+            return {}
+        paths = {id(module): path for path, module in self._modules.items()}
+        fakes: dict[nn.Module, AttentionFakes] = {}
+        for block in anatomy_of(self.model).blocks:
+            if not block.num_heads:
+                continue
+            module = block.get("attention")
+            roles: dict[Role, FakeActivation] = {}
+            for role in ROLES:
+                scheme = self.plan.attention.resolved(one_sided=role == "probabilities")
+                roles[role] = FakeActivation(f"{paths[id(module)]}.{role}", scheme, heads=True)
+                self.activations[roles[role].name] = roles[role]
+            fakes[module] = AttentionFakes(roles)
+        return fakes
+
+    def _put(self) -> None:
+        if self._attention:
+            attach(self.model, self._attention)
+        for planned in self.plan.matrices:
+            for path in (planned.path, *planned.tied):
+                fake_quantize_module(self._modules[path], self.weights[planned.path])
+        for module, activation in self._readers:
+            self._handles.append(module.register_forward_pre_hook(activation.before))
+        for root in {id(m): m for m in (self.model, self.model.base_model)}.values():
+            self._handles.append(root.register_forward_pre_hook(self._begin))
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        """Before every forward pass: what was kept with a gradient has had its backward pass."""
+        if torch.is_grad_enabled():
+            self._forget()
+
+    def _parts(self, ranges: Mapping[str, FixedActivation]) -> Iterator[tuple[str, Packable]]:
+        """What is packed, one matrix after another: all at once would be the model three times."""
+        for path in self.weights:
+            fixed = ranges[self.inputs[path].name] if path in self.inputs else (None, None)
+            yield path, Packable(self.quantized_matrix(path), *fixed)
+
+    def _forget(self) -> None:
+        for weight in self.weights.values():
+            weight.forget()
+        for activation in self.activations.values():
+            activation.forget()
+
+    def _stored(self, path: str) -> Tensor:
+        weight = stored_weight(self._modules[path])
+        assert weight is not None
+        return weight
+
+
+def _key(path: str) -> str:
+    # names of submodules have no dots
+    return path.replace(".", "/")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

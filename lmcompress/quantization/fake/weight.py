@@ -1,0 +1,255 @@
+"""Fake-quantized weights: what quantizes one matrix, and the class of a module whose weight is read through it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmcompress.errors import LmcompressError
+from lmcompress.families.narrow import Derived, derive
+from lmcompress.numerics.grids import Bits
+from lmcompress.numerics.quantizers import Quantized, check_finite, quantizer_for
+from lmcompress.quantization.planning import Planned
+
+_FAKE = "_fake_weight"
+
+
+class FakeWeight(nn.Module):
+    """What quantizes one matrix, wherever the model has it.
+
+    Attributes:
+        path: of its module.
+        scheme: how, with the bits that are set now.
+        state: what its quantizer learned or chose, or ``None``; a parameter where it is learned.
+        enabled: whether readers get quantized values; else the parameter itself.
+
+    Args:
+        planned: what the plan says.
+        weight: the parameter.
+        transposed: whether it is stored as ``(in, out)``.
+
+    Raises:
+        LmcompressError: If weights are NaN or infinite.
+    """
+
+    state: Tensor | None
+
+    def __init__(self, planned: Planned, weight: Tensor, *, transposed: bool) -> None:
+        super().__init__()
+        self.path, self.scheme, self.enabled = planned.path, planned.weights, True
+        self._part, self._transposed, self._shared = planned.part, transposed, bool(planned.tied)
+        self._curvature: Tensor | None = None
+        self._frozen: Quantized | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        check_finite(weight, f"weights of {self.path}")
+        state = self.scheme.initial_state(self._view(weight))
+        if state is not None and self.scheme.function().learned:
+            self.state = nn.Parameter(state)
+        else:
+            self.register_buffer("state", state)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob names this matrix, by its path or its part.
+
+        Args:
+            pattern: as in a :class:`~lmcompress.quantization.config.Rule`.
+
+        Returns:
+            Whether it does.
+        """
+        return any(fnmatchcase(name, pattern) for name in (self.path, self._part) if name)
+
+    def quantize(self, stored: Tensor) -> Quantized:
+        """Values and codes of the matrix as ``(out, in)``.
+
+        Args:
+            stored: the parameter, as it is stored.
+
+        Returns:
+            What the quantizer gives, with gradient.
+        """
+        if self._frozen is not None:
+            return self._frozen
+        self._follow(stored)
+        options = {} if self._curvature is None else {"curvature": self._curvature.to(stored.device)}
+        return self.scheme.quantize(self._view(stored), self.state, **options)
+
+    def values(self, stored: Tensor) -> Tensor:
+        """What who reads the weight gets: quantized once for each forward pass, and without gradient once for all.
+
+        Without gradient the values are kept until a weight or scale changes, or until the next pass with gradient, so
+        that ``generate`` does not quantize for every token; meanwhile the model takes its size once more.
+
+        Args:
+            stored: the parameter.
+
+        Returns:
+            Its shape and dtype.
+        """
+        if not self.enabled:
+            return stored
+        keep = not torch.compiler.is_compiling() and (self._shared or not torch.is_grad_enabled())
+        key = self._key(stored) if keep else ()
+        if keep and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        values = self._view(self.quantize(stored).values).to(stored.dtype)
+        if keep:
+            self._kept = key, values
+        return values
+
+    def rows(self, stored: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor | None:
+        """The embeddings of tokens, where it is enough to quantize these rows.
+
+        Args:
+            stored: the table ``(tokens, width)``.
+            ids: any shape.
+            padding_idx: of the embedding: a row without gradient.
+
+        Returns:
+            ``(*ids.shape, width)``, or ``None`` where the whole table is wanted, or at hand.
+        """
+        alone = self.scheme.granularity != "tensor" and self.scheme.function().by_rows
+        if not (
+            alone and self._frozen is None and self.enabled and not self._shared and torch.is_grad_enabled()
+        ) or ids.numel() >= len(stored):
+            return None
+        self._follow(stored)
+        wanted = ids.reshape(-1)
+        state = None if self.state is None else F.embedding(wanted, self.state)
+        quantized = self.scheme.quantize(F.embedding(wanted, stored, padding_idx), state)
+        return quantized.values.to(stored.dtype).reshape(*ids.shape, -1)
+
+    def set_bits(self, bits: Bits, stored: Tensor) -> None:
+        """Go on with other bits; what belongs to bits begins anew, from the weights as they are.
+
+        Args:
+            bits: that the quantizer has.
+            stored: the parameter.
+
+        Raises:
+            LmcompressError: If the quantizer does not support these bits.
+        """
+        quantizer_for(self.scheme.quantizer, bits)
+        if bits == self.scheme.bits:
+            return
+        self.scheme = self.scheme.model_copy(update={"bits": bits})
+        state = self.scheme.initial_state(self._view(stored))
+        if state is not None and self.state is not None:
+            with torch.no_grad():
+                self.state.copy_(state)
+        self.forget()
+
+    def set_curvature(self, curvature: Tensor | None, stored: Tensor) -> None:
+        """Weigh the squared errors that ``laq`` makes small.
+
+        Args:
+            curvature: of the parameter's shape as it is stored, >= 0; ``None`` weighs all alike.
+            stored: the parameter.
+
+        Raises:
+            LmcompressError: If the quantizer takes no curvature, or the shape is another.
+        """
+        if not self.scheme.function().takes_curvature:
+            raise LmcompressError(
+                f"a curvature must go to matrices of a quantizer that takes one, such as 'laq', got one for "
+                f"{self.path}, which has {self.scheme.name!r}"
+            )
+        if curvature is not None and curvature.shape != stored.shape:
+            raise LmcompressError(
+                f"the curvature of {self.path} must have the shape of the parameter, {tuple(stored.shape)}, got "
+                f"{tuple(curvature.shape)}"
+            )
+        self._curvature = None if curvature is None else self._view(curvature.detach())
+        self.forget()
+
+    def freeze(self, quantized: Quantized | None) -> None:
+        """Use codes that were found otherwise, such as without training.
+
+        Args:
+            quantized: of the matrix as ``(out, in)``; ``None``: quantize again.
+        """
+        self._frozen = quantized
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the values that were kept."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # values with a graph cannot be copied
+        return {**self.__dict__, "_kept": None}
+
+    def _view(self, stored: Tensor) -> Tensor:
+        return stored.t() if self._transposed else stored
+
+    def _follow(self, stored: Tensor) -> None:
+        if self.state is not None and self.state.device != stored.device:
+            self.to(stored.device)
+
+    def _key(self, stored: Tensor) -> tuple[Any, ...]:
+        state = (0, 0) if self.state is None else (self.state._version, self.state.data_ptr())
+        return stored._version, stored.data_ptr(), *state, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+class Faked(Derived):
+    """Mixed into the class of a module whose weight is quantized when it is read."""
+
+    prefix = "FakeQuantized"
+
+    @property
+    def weight(self) -> Tensor:
+        """The quantized values, with a gradient to the parameter; the parameter itself where quantization is off."""
+        module = cast(nn.Module, self)
+        stored = module._parameters["weight"]
+        assert stored is not None
+        try:
+            return cast(FakeWeight, module.__dict__[_FAKE]).values(stored)
+        except AttributeError as error:
+            # nn.Module takes an AttributeError for "no property" and would give the parameter itself
+            raise RuntimeError(f"the weight could not be quantized: {error}") from error
+
+
+class FakedEmbedding(Faked):
+    """The same for embeddings, of which a batch needs few rows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The embeddings of tokens.
+
+        Args:
+            ids: any shape, integers.
+
+        Returns:
+            ``(*ids.shape, width)``.
+        """
+        embedding = cast(nn.Embedding, self)
+        plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+        stored, fake = embedding._parameters["weight"], embedding.__dict__[_FAKE]
+        rows = fake.rows(stored, ids, embedding.padding_idx) if plain else None
+        return cast(Tensor, super().forward(ids) if rows is None else rows)  # type: ignore[misc]
+
+
+def fake_quantize_module(module: nn.Module, fake: FakeWeight) -> None:
+    """Let a module's weight be read through a quantizer.
+
+    Args:
+        module: changed in place; its parameter stays where it is.
+        fake: what quantizes.
+    """
+    # past nn.Module's own way: what is learned is no parameter of the model
+    module.__dict__[_FAKE] = fake
+    derive(module, FakedEmbedding if isinstance(module, nn.Embedding) else Faked)
+
+
+def release_module(module: nn.Module) -> None:
+    """Undo :func:`fake_quantize_module`.
+
+    Args:
+        module: any; one that is not fake-quantized stays as it is.
+    """
+    if isinstance(module, Faked):
+        module.__dict__.pop(_FAKE)
+        module.__class__ = module.stock

@@ -1,0 +1,45 @@
+"""Packing a model whose attention quantizes too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
+from lmcompress.checkpoint.encoding import Packable, pack_model
+from lmcompress.nn.packed import InputRange
+from lmcompress.nn.quantized_attention import Role, attention_quantizers, quantize_attention
+
+FixedActivation = tuple[ActivationEncoding, InputRange | None]
+"""How an activation is quantized, and its range unless that is dynamic."""
+
+AttentionRanges = Mapping[nn.Module, Mapping[Role, FixedActivation]]
+"""By module of attention."""
+
+
+def pack(model: PreTrainedModel, parts: Iterable[tuple[str, Packable]], attention: AttentionRanges) -> None:
+    """Put codes in the place of weights, and let attention quantize.
+
+    Args:
+        model: changed in place.
+        parts: what to pack, by path.
+        attention: how each module of attention quantizes, all alike but for the ranges; empty leaves attention dense.
+
+    Raises:
+        LmcompressError: If :func:`~lmcompress.checkpoint.encoding.pack_model` refuses a part.
+    """
+    roles = next(iter(attention.values()), {})
+    encoding = AttentionEncoding(**{role: encoding for role, (encoding, _) in roles.items()}) if roles else None
+    pack_model(model, parts, encoding)
+    if encoding is None:
+        return
+    quantize_attention(model, attention, encoding)
+    for module, ranges in attention.items():
+        buffers = dict(cast(nn.Module, attention_quantizers(module)).named_buffers())
+        for role, (_, fixed) in ranges.items():
+            for name, value in zip((f"{role}_scale", f"{role}_zero_point"), fixed or (), strict=False):
+                if value is not None:
+                    buffers[name].copy_(value)

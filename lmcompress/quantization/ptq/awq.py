@@ -1,0 +1,181 @@
+"""Activation-aware scaling: inputs that matter get finer steps, and what comes before takes the scale away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.activations.hessian import output_error
+from lmcompress.errors import LmcompressError
+from lmcompress.families import Block, is_conv1d, out_features
+from lmcompress.quantization.ptq.gptq import Rounding
+
+_LEAST_SHARE = 1e-4
+
+
+def awq_scales(
+    weights: Sequence[Tensor], magnitudes: Tensor, hessian: Tensor, roundings: Sequence[Rounding], *, steps: int = 20
+) -> Tensor:
+    r"""A scale for each input, for matrices that read the same inputs.
+
+    .. math:: \min_\alpha \| (Q(W \mathrm{diag}(s)) \mathrm{diag}(s)^{-1} - W) X \|^2, \quad
+        s_j = (\mathrm{mean} |x_j|)^\alpha, \quad \alpha \in \{0, 1/n, \ldots, 1\}
+
+    α = 0 is plain rounding, so that on these inputs the result is never worse. The error is computed from H = XᵀX.
+
+    Args:
+        weights: each ``(out, in)``, floating.
+        magnitudes: ``(in,)``, mean of the inputs' magnitudes; inputs of magnitude 0 keep scale 1. Those below a ten
+            thousandth of the greatest count as that.
+        hessian: ``(in, in)``, Σ x xᵀ over the same inputs.
+        roundings: of each weight.
+        steps: n.
+
+    Returns:
+        ``(in,)`` float32, > 0; greatest times least is 1. Multiply the columns of the weights by it, and divide the
+        inputs by it.
+
+    Raises:
+        LmcompressError: If there are no weights or no steps, or magnitudes have another shape, are negative or not
+            finite.
+
+    Note:
+        The authors measure the error at the output of the whole sub-layer; here it is that of the matrices themselves.
+
+    Reference:
+        Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan & Han, *AWQ: Activation-aware Weight Quantization for LLM
+        Compression and Acceleration*, MLSys 2024, https://arxiv.org/abs/2306.00978, section 3.2, equations 4 and 5.
+
+    Example:
+        >>> from lmcompress.numerics.quantizers import symmetric
+        >>> weight, x = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.1, 10.0]])
+        >>> s = awq_scales([weight], x.abs()[0], x.T @ x, [lambda w: symmetric(w, bits=3)])
+        >>> (symmetric(weight * s, bits=3).values / s * x).sum() - (weight * x).sum() < 0.01
+        tensor(True)
+    """
+    if not weights or steps < 1:
+        raise LmcompressError(f"there must be weights and at least one step, got {len(weights)} and {steps}")
+    width = weights[0].shape[1]
+    if magnitudes.shape != (width,) or not bool((magnitudes >= 0).all() & torch.isfinite(magnitudes).all()):
+        raise LmcompressError(
+            f"magnitudes must be {width} finite numbers >= 0, one of each input, got shape {tuple(magnitudes.shape)} "
+            f"from {float(magnitudes.min()) if magnitudes.numel() else 'nothing'}"
+        )
+    sizes = magnitudes.detach().float()
+    alive = sizes > 0
+    if not bool(alive.any()):
+        return torch.ones_like(sizes)
+    sizes = torch.where(alive, sizes.clamp(min=_LEAST_SHARE * float(sizes.max())), 1.0)
+    best, least = torch.ones_like(sizes), torch.inf
+    for step in range(steps + 1):
+        scales = _centred(sizes ** (step / steps), alive)
+        error = sum(
+            float(output_error(weight, rounding(weight.detach().float() * scales).values / scales, hessian).sum())
+            for weight, rounding in zip(weights, roundings, strict=True)
+        )
+        if error < least:
+            best, least = scales, error
+    return best
+
+
+Change = Callable[[nn.Parameter, Tensor], None]
+"""``(parameter, new values)``: gives it these, float32 and of its shape, in its own dtype."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Matrices of a block that read the same, and what before them can divide it.
+
+    Attributes:
+        parts: what the family calls the matrices.
+        divide: divides their input, and nothing else, by scales ``(in,)``.
+    """
+
+    parts: tuple[str, ...]
+    divide: Callable[[Tensor], None]
+
+
+def scalings(block: Block, change: Change) -> list[Scaling]:
+    """What can be scaled in a block so that it computes what it did.
+
+    Norms whose output nothing else reads (pre-LN) are divided in weight and bias. The value projection is divided for
+    what reads the heads' output, in every family: each channel of that output is a weighted sum, over positions, of one
+    row of the projection. Where norms come last (post-LN), their output is the residual stream too, and no scale passes
+    through an activation such as GELU: see :func:`why_unscaled`.
+
+    Args:
+        block: with heads and neurons, or cut.
+        change: makes the changes.
+
+    Returns:
+        Those of norms first, in families that have them, then that of ``attention_out``.
+    """
+    family = block.family
+    found = []
+    for norm, parts in ((family.attention_norm, _projections(block)), (family.ffn_norm, ("ffn_in",))):
+        if norm and out_features(block.get(parts[0])):
+            found.append(Scaling(parts, partial(_divide_norm, block.module.get_submodule(norm), change)))
+    if block.num_heads:
+        found.append(Scaling(("attention_out",), partial(_divide_values, block, change)))
+    return found
+
+
+def why_unscaled(block: Block) -> dict[str, str]:
+    """The parts of a block whose input gets no scale.
+
+    Args:
+        block: any.
+
+    Returns:
+        Part to reason.
+    """
+    reasons = {"ffn_out": "no scale passes through the activation before it"}
+    stream = "its input is the residual stream too, which cannot take a scale"
+    if not block.family.attention_norm:
+        reasons |= dict.fromkeys(_projections(block), stream)
+    if not block.family.ffn_norm:
+        reasons["ffn_in"] = stream
+    return reasons
+
+
+def multiply_columns(module: nn.Module, scales: Tensor, change: Change) -> None:
+    """Multiply what a ``Linear`` or ``Conv1D`` does with its inputs.
+
+    Args:
+        module: any of the two.
+        scales: ``(in,)``.
+        change: makes the change.
+    """
+    weight = module.get_parameter("weight")
+    change(weight, weight.detach().float() * (scales[:, None] if is_conv1d(module) else scales))
+
+
+def _projections(block: Block) -> tuple[str, ...]:
+    return ("qkv",) if block.family.qkv else ("query", "key", "value")
+
+
+def _divide_norm(norm: nn.Module, change: Change, scales: Tensor) -> None:
+    for parameter in norm.parameters():
+        change(parameter, parameter.detach().float() / scales)
+
+
+def _divide_values(block: Block, change: Change, scales: Tensor) -> None:
+    fused = bool(block.family.qkv)
+    module = block.get("qkv" if fused else "value")
+    # query, key and value lie side by side
+    factors = torch.cat([scales.new_ones(2 * len(scales)), scales]) if fused else scales
+    weight = module.get_parameter("weight")
+    change(weight, weight.detach().float() / (factors if is_conv1d(module) else factors[:, None]))
+    if module.bias is not None:
+        bias = module.get_parameter("bias")
+        change(bias, bias.detach().float() / factors)
+
+
+def _centred(sizes: Tensor, alive: Tensor) -> Tensor:
+    """Scales whose greatest times least is 1, and 1 for inputs that are always 0."""
+    some = sizes[alive]
+    return torch.where(alive, sizes / (some.max() * some.min()).sqrt(), 1.0)

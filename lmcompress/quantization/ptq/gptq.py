@@ -1,0 +1,175 @@
+"""Rounding whose error the weights that are not rounded yet compensate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lmcompress.activations.hessian import check_hessian, exact, inverse_factor, output_error
+from lmcompress.numerics.grids import Granularity, PerGroup
+from lmcompress.numerics.packing import dequantize
+from lmcompress.numerics.quantizers import Quantized
+
+Rounding = Callable[[Tensor], Quantized]
+"""``weight (out, in) -> Quantized``: a quantizer with its bits, granularity and state fixed."""
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    rounding: Rounding,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    order: bool = True,
+) -> Quantized:
+    r"""Rounds column by column; the columns that are left take over what each rounding does to the output.
+
+    With H = XᵀX of the inputs, :math:`H^{-1} = U^T U` and U upper triangular, for each column j in turn
+
+    .. math:: e = (w_j - q_j) / U_{jj}, \qquad w_k \leftarrow w_k - e\, U_{jk} \quad (k > j)
+
+    which is the change of what is left that makes :math:`\mathrm{tr}((W - Q) H (W - Q)^T)` least. Columns of a block
+    are fixed first, then all that follow at once.
+
+    Rows that plain rounding serves better are rounded plainly, so that the result is never worse than
+    ``rounding(weight)`` in the error of :func:`output_error`.
+
+    Args:
+        weight: ``(out, in)``, floating.
+        hessian: ``(in, in)``, Σ x xᵀ over the module's inputs, any scale.
+        rounding: gives grid, scales and zero points. With groups and no ``order`` it is asked anew for each group, of
+            weights that have taken over what went before; else once, of all.
+        damping: share of the mean of H's diagonal that is added to the diagonal, > 0. Ten times as much is tried, and
+            again, where H is singular all the same.
+        block_size: columns of a block; changes the time alone. Whole groups, at least one.
+        order: begin with the inputs that are greatest, which is better at few bits; scales are then those of the whole
+            weight.
+
+    Returns:
+        Values and codes on ``rounding``'s grid.
+
+    Raises:
+        LmcompressError: If the Hessian has another shape, is not finite or saw no input, weights are NaN or infinite,
+            or damping or block size is not above 0.
+
+    Note:
+        The authors set weights of inputs that are always 0 to 0; here they are rounded, since other data may have such
+        inputs. They keep rows that come out worse, and take the scales of a group that begins within a block from
+        weights that are not up to date.
+
+    Reference:
+        Frantar, Ashkboos, Hoefler & Alistarh, *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+        Transformers*, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1, section 3.3; ``order`` is ``act-order``
+        of https://github.com/IST-DASLab/gptq.
+
+    Example:
+        >>> from lmcompress.numerics.quantizers import symmetric
+        >>> both = torch.ones(2, 2)  # two inputs that are always the same
+        >>> gptq(torch.tensor([[1.0, 0.4, 0.4]]), torch.ones(3, 3), lambda w: symmetric(w, bits=2)).values.sum()
+        tensor(2.)
+    """
+    check_hessian(weight, hessian, damping, block_size)
+    plain = rounding(weight)
+    columns = weight.shape[1]
+    if weight.numel() == 0:
+        return plain
+    h = exact(hessian)
+    ranked = torch.argsort(h.diagonal(), descending=True, stable=True) if order else torch.arange(columns).to(h.device)
+    upper = inverse_factor(h[ranked][:, ranked], damping)
+    state = _Columns(plain, rounding, exact(weight)[:, ranked], ranked, fresh=not order)
+    size = state.block(block_size)
+    for start in range(0, columns, size):
+        end = min(start + size, columns)
+        errors = state.round(start, end, upper)
+        state.left[:, end:] -= errors @ upper[start:end, end:]
+    return _better_rows(weight, h, plain, state.result())
+
+
+class _Columns:
+    """Columns on their way: what is left of the weights in the order of rounding, and the codes that are fixed."""
+
+    def __init__(self, plain: Quantized, rounding: Rounding, left: Tensor, ranked: Tensor, *, fresh: bool) -> None:
+        self.left = left
+        self._plain, self._rounding, self._ranked = plain, rounding, ranked
+        self._places = ranked.tolist()
+        group = plain.granularity.size if isinstance(plain.granularity, PerGroup) else 0
+        self._group, self._fresh = group, bool(group) and fresh
+        self._scales = plain.scales.to(left.device).clone()
+        self._zeros = None if plain.zero_points is None else plain.zero_points.to(left.device).clone()
+        self._levels = torch.empty_like(left)
+
+    def block(self, size: int) -> int:
+        """Columns to take at once: whole groups, for their scales are taken from weights that are up to date."""
+        return max(self._group, size // self._group * self._group) if self._fresh else size
+
+    def round(self, start: int, end: int, upper: Tensor) -> Tensor:
+        """Round columns from start to end; the errors, each over its U_jj, ``(out, end - start)``."""
+        block, errors = self.left[:, start:end], torch.empty_like(self.left[:, start:end])
+        for j in range(start, end):
+            if self._fresh and j % self._group == 0:
+                self._rescale(j)
+            column = block[:, j - start]
+            levels, values = self._nearest(column, self._places[j])
+            self._levels[:, j] = levels
+            error = (column - values) / upper[j, j]
+            errors[:, j - start] = error
+            block[:, j - start + 1 :] -= torch.outer(error, upper[j, j + 1 : end])
+        return errors
+
+    def result(self) -> Quantized:
+        """The codes in the order in which the weight has them."""
+        plain, device = self._plain, self._plain.scales.device
+        levels = torch.empty_like(self._levels)
+        levels[:, self._ranked] = self._levels
+        return _quantized(
+            plain,
+            levels.float().to(device),
+            self._scales.to(device),
+            None if self._zeros is None else self._zeros.to(device),
+        )
+
+    def _rescale(self, start: int) -> None:
+        group = self._rounding(self.left[:, start : start + self._group].float())
+        place = start // self._group
+        self._scales[:, place] = group.scales[:, 0].to(self._scales.device)
+        if self._zeros is not None and group.zero_points is not None:
+            self._zeros[:, place] = group.zero_points[:, 0].to(self._zeros.device)
+
+    def _nearest(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        grid, group = self._plain.grid, place // self._group if self._group else 0
+        # float32 scales, or what is compensated is not the error of what is stored
+        scale = self._scales[:, group]
+        steps = column / torch.where(scale > 0, scale, torch.inf).double()
+        if self._zeros is None:
+            levels = grid.nearest(steps)
+            return levels, (levels.float() * scale).double()
+        zero = self._zeros[:, group].double()
+        levels = (steps.round() + zero).clamp(grid.low, grid.high)
+        return levels, ((levels - zero).float() * scale).double()
+
+
+def _better_rows(weight: Tensor, h: Tensor, plain: Quantized, compensated: Quantized) -> Quantized:
+    """Of each row the better of two, which share no scale across rows, or share all."""
+    before, after = (output_error(weight, quantized.values, h) for quantized in (plain, compensated))
+    keep = (after <= before).to(plain.scales.device)[:, None]
+    per_row = len(plain.scales) == len(keep)
+    zeros = compensated.zero_points
+    return _quantized(
+        plain,
+        torch.where(keep, _flat(compensated), _flat(plain)),
+        torch.where(keep, compensated.scales, plain.scales) if per_row else plain.scales,
+        torch.where(keep, zeros, plain.zero_points) if per_row and zeros is not None else plain.zero_points,  # type: ignore[arg-type]
+    )
+
+
+def _flat(quantized: Quantized) -> Tensor:
+    return quantized.levels.detach().reshape(quantized.values.shape)
+
+
+def _quantized(like: Quantized, levels: Tensor, scales: Tensor, zero_points: Tensor | None) -> Quantized:
+    granularity: Granularity = like.granularity
+    values = dequantize(levels, scales, granularity=granularity, zero_points=zero_points)
+    return Quantized(values, scales, zero_points, like.grid, granularity, granularity.split(levels), like.source)

@@ -1,0 +1,118 @@
+"""Quantization without training: a model is planned, quantized block by block, and packed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import get_args
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmcompress.activations.running import evaluating
+from lmcompress.activations.walking import Batch, calibration_batches
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.evaluation import weight_bytes
+from lmcompress.model import CompressedModel
+from lmcompress.quantization.config import QuantizationConfig, WeightScheme
+from lmcompress.quantization.fake import FakeQuantized
+from lmcompress.quantization.planning import Plan, plan
+from lmcompress.quantization.ptq.checks import Method, check_post_training, refuse_quantized
+from lmcompress.quantization.ptq.run import PostTrainingRun
+from lmcompress.quantization.report import QuantizationReport
+
+POST_TRAINING = QuantizationConfig(
+    weights=WeightScheme(quantizer="mse", granularity="row"),
+    embeddings=WeightScheme(quantizer="mse", granularity="row"),
+    attention=False,
+)
+"""8 bits by row, inputs of 8 bits: what needs no training to keep its quality."""
+
+
+def quantize(
+    model: PreTrainedModel | CompressedModel,
+    config: QuantizationConfig = POST_TRAINING,
+    batches: Iterable[Batch] | None = None,
+    *,
+    method: Method = "rtn",
+    damping: float = 0.01,
+    order: bool = True,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize a model without training it, and pack it.
+
+    Blocks are done in turn. Of each, query, key and value come first, then what they feed, and every matrix is rounded
+    for the inputs that it will really have: those that quantized matrices and activations before it give. Static ranges
+    of activations are taken from the same inputs. Padding counts in neither.
+
+    Token embeddings are rounded to nearest whatever the method: each row is read by itself, so that no other weight
+    could compensate an error.
+
+    Args:
+        model: of a known family, stock or cut; packed in place. Whatever is refused leaves it as it was.
+        config: what is quantized to what. Quantizers and ranges that are learned need training and are refused.
+        batches: calibration data, some hundred sequences: what the model is called with, labels are left out. With
+            ``rtn`` they are needed for static ranges alone; with them the report has errors of outputs.
+        method: ``rtn`` rounds to nearest; ``gptq`` compensates each rounding error by the weights not rounded yet
+            (:func:`~lmcompress.quantization.ptq.gptq.gptq`); ``awq`` gives inputs that matter finer steps where the
+            family allows it (:func:`~lmcompress.quantization.ptq.awq.scalings`) and rounds the others to nearest.
+        damping: of ``gptq``.
+        order: of ``gptq``: whether to begin with the inputs that are greatest.
+        progress: shows a bar, on a terminal.
+
+    Returns:
+        What was done, with the error of each matrix.
+
+    Raises:
+        LmcompressError: If the method is unknown, something is learned, the model is packed or quantized already,
+            calibration data are missing, empty or all padding, weights or activations are NaN or infinite, the method
+            has nothing to do, or :func:`~lmcompress.quantization.planning.plan` refuses the config.
+    """
+    started = time.perf_counter()
+    inner = model.model if isinstance(model, CompressedModel) else model
+    if method not in get_args(Method):
+        raise LmcompressError(f"unknown method {method!r}{nearest(method, get_args(Method))}")
+    refuse_quantized(inner)
+    planned = plan(inner, config)
+    check_post_training(inner, planned, method)
+    data = _data(inner, planned, batches, method)
+    before = weight_bytes(inner).total
+    fake = FakeQuantized(inner, planned)
+    run = PostTrainingRun(inner, fake, data, method, damping, order)
+    try:
+        fake.set_enabled(False)
+        with evaluating(inner):
+            run.all(progress)
+        fake.finish()
+    except BaseException:
+        fake.remove()
+        run.undo()
+        raise
+    return QuantizationReport(
+        method=method,
+        config=config.model_dump(mode="json"),
+        matrices=[run.rows[matrix.path] for matrix in planned.matrices],
+        dense=dict(planned.dense),
+        bytes_before=before,
+        bytes_after=weight_bytes(inner).total,
+        hidden_error=run.hidden_error,
+        tokens=run.tokens,
+        attention=None if planned.attention is None else planned.attention.bits,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _data(
+    model: PreTrainedModel, planned: Plan, batches: Iterable[Batch] | None, method: Method
+) -> list[dict[str, Tensor]] | None:
+    if batches is not None:
+        return calibration_batches(model, batches)
+    static = [m.path for m in planned.matrices if m.inputs is not None and m.inputs.range == "static"]
+    static += ["attention"] if planned.attention is not None and planned.attention.range == "static" else []
+    if method != "rtn" or static:
+        needs = f"method {method!r}" if method != "rtn" else f"the static range of {static[0]}"
+        raise LmcompressError(
+            f"{needs} must have calibration data, got batches=None: give it some hundred sequences, or use "
+            "method='rtn' with dynamic ranges"
+        )
+    return None

@@ -1,0 +1,142 @@
+"""The folder of a run: what it holds, what it was made by, and whether that is what is asked for now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmcompress.errors import LmcompressError
+from lmcompress.recipes.files import write_json, write_text
+from lmcompress.recipes.loading import dump_recipe
+from lmcompress.recipes.measuring import STAGE_FILE
+from lmcompress.recipes.planning import Plan
+from lmcompress.recipes.schema import Recipe, Stage
+
+CHECKPOINTS = "checkpoints"
+
+
+def stage_hashes(planned: Plan) -> dict[str, str]:
+    """A hash for each stage of all that its model depends on: its own description, the task, the model, and the
+    stages before it.
+
+    Args:
+        planned: the plan.
+    """
+    recipe = planned.recipe
+    common = recipe.model_dump(mode="json", include={"model", "task", "seed"})
+    hashes: dict[str, str] = {}
+    for entry in planned.stages:
+        stage = entry.stage
+        needs = [name for name in (stage.start, *entry.teachers) if name in hashes]
+        # the control flag only adds another stage
+        own = stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
+        text = json.dumps([common, own, [hashes[name] for name in needs]], sort_keys=True)
+        hashes[stage.name] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
+
+
+def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or stages that come from a different recipe.
+
+    Args:
+        folder: of the run.
+        planned: the plan.
+        hashes: of its stages, as :func:`stage_hashes` gives them.
+        overwrite: whether stages of a different recipe may be replaced.
+
+    Raises:
+        LmcompressError: If a stage's folder holds something that is no stage, or is of another recipe.
+    """
+    for entry in planned.stages:
+        name = entry.stage.name
+        target = folder / name
+        checkpoints = folder / CHECKPOINTS / name
+        finished, interrupted = finished_hash(target), _hash_in(checkpoints)
+        if finished is None and (target.is_file() or target.is_dir() and any(target.iterdir())):
+            raise LmcompressError(f"{target} holds something that is no stage of a run; name another --output")
+        if overwrite or hashes[name] in (finished, interrupted):
+            continue
+        if finished is not None or interrupted is not None:
+            changed = _what_changed((target, checkpoints), entry.stage)
+            raise LmcompressError(
+                f"{target} was made by a different recipe ({changed}). Name another --output to keep it, or pass "
+                "--overwrite to train that stage and those after it anew"
+            )
+
+
+def begin(folder: Path, recipe: Recipe) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    except OSError as error:
+        raise LmcompressError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def checkpoint_to_resume(folder: Path, stage: Stage, digest: str, *, resume: bool) -> Path | None:
+    """Where an interrupted stage goes on from, if anywhere; marks the folder of checkpoints as this stage's.
+
+    Args:
+        folder: of the stage's checkpoints.
+        stage: as it is now.
+        digest: hash of all that the stage depends on.
+        resume: else the stage begins anew.
+
+    Returns:
+        The last whole checkpoint, or None.
+    """
+    if folder.exists() and (_hash_in(folder) != digest or not resume):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STAGE_FILE, {"hash": digest, "stage": described(stage)})
+    numbered = {
+        int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()
+    }
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
+        # the state is written last: without it the process died while it wrote
+        if (checkpoint / "trainer_state.json").is_file():
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def finished_hash(target: Path) -> str | None:
+    return _hash_in(target) if (target / "config.json").is_file() else None
+
+
+def described(stage: Stage) -> dict[str, Any]:
+    return stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
+
+
+def _what_changed(folders: Sequence[Path], stage: Stage) -> str:
+    for folder in folders:
+        try:
+            before = _flat(json.loads((folder / STAGE_FILE).read_text("utf-8"))["stage"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        now = _flat(described(stage))
+        keys = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+        if keys:
+            shown = ", ".join(
+                f"{key}: {before.get(key, 'unset')} then, {now.get(key, 'unset')} now" for key in keys[:3]
+            )
+            return shown + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
+        return "the model, the task, the seed or an earlier stage differs"
+    return "its stage.json cannot be read"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _hash_in(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / STAGE_FILE).read_text("utf-8"))["hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(found)

@@ -1,0 +1,70 @@
+"""Models that a recipe or a command names: one message where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmcompress.errors import LmcompressError
+
+_UNREACHABLE = ("couldn't connect", "offline", "cached files", "local_files_only", "can't load tokenizer")
+
+
+@contextmanager
+def found(name: str | Path, what: str) -> Iterator[None]:
+    """Turns the many ways in which Transformers says that there is no such model into one.
+
+    Args:
+        name: folder, or name on the Hub.
+        what: is loaded from it: ``"model"`` or ``"tokenizer"``.
+
+    Raises:
+        LmcompressError: If there is no such folder, no model in it, or none of that name in the local cache or on the
+            Hub.
+    """
+    check_model_folder(name)
+    try:
+        yield
+    except LmcompressError:
+        raise
+    except (OSError, ValueError) as error:
+        if not Path(name).exists() and any(words in str(error).lower() for words in _UNREACHABLE):
+            raise LmcompressError(
+                f"no such folder: {name}; and no model of that name in the local cache (the Hub is out of reach)"
+            ) from error
+        raise LmcompressError(f"could not load the {what} of {str(name)!r}: {first_line(error)}") from error
+
+
+def check_model_folder(name: str | Path) -> None:
+    """Refuse a path that holds no model; what may be a name on the Hub passes.
+
+    Args:
+        name: folder, or name on the Hub.
+
+    Raises:
+        LmcompressError: If it looks like a path and is none of a folder, or is a folder without ``config.json``.
+    """
+    text, folder = str(name), Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            models = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+            hint = f"; its models are: {', '.join(models)}" if models else ""
+            raise LmcompressError(f"{name} holds no model (no config.json){hint}")
+    elif folder.exists():
+        raise LmcompressError(f"{name} is a file; a model is a folder, or a name on the Hub")
+    elif text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise LmcompressError(f"no such folder: {name}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters; its type where it says nothing.
+
+    Args:
+        error: any.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:300]
+
+
+__all__ = ["check_model_folder", "first_line", "found"]

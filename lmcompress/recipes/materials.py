@@ -1,0 +1,271 @@
+"""The rows of a recipe's task and its tokenizer: what all stages of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lmcompress.data import (
+    Collator,
+    Operation,
+    Task,
+    TaskData,
+    TaskKind,
+    augment,
+    collator,
+    delete_tokens,
+    load_task,
+    long_disorder,
+    mask_tokens,
+    n_gram_sample,
+    replace_tokens,
+    short_disorder,
+    tokenize,
+    train_tokenizer,
+)
+from lmcompress.data.loading import limit_rows
+from lmcompress.errors import LmcompressError, argument, nearest
+from lmcompress.recipes.lookup import found
+from lmcompress.recipes.metrics import with_metrics
+from lmcompress.recipes.specs import Augmentation, FromScratch, TaskSpec
+
+if TYPE_CHECKING:
+    from lmcompress.recipes.schema import Recipe
+
+_OPERATIONS: dict[str, Callable[..., list[str]]] = {
+    "mask": mask_tokens,
+    "delete": delete_tokens,
+    "replace": replace_tokens,
+    "n_gram": n_gram_sample,
+    "short_disorder": short_disorder,
+    "long_disorder": long_disorder,
+}
+
+
+@dataclass
+class Materials:
+    """What all stages of a run share.
+
+    Attributes:
+        recipe: the recipe.
+        data: the task's rows as they are.
+        tokenizer: of the recipe's model and all its students.
+    """
+
+    recipe: Recipe
+    data: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    _tokenized: dict[str, TaskData] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.data.task
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Materials:
+        """The same rows for models with another tokenizer.
+
+        Args:
+            tokenizer: such as one with a pruned vocabulary.
+        """
+        return Materials(self.recipe, self.data, tokenizer)
+
+    def rows(
+        self,
+        augmentation: Augmentation | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        neighbours: Mapping[str, Sequence[str]] | None = None,
+    ) -> TaskData:
+        """The rows as model inputs.
+
+        Args:
+            augmentation: of the training texts.
+            teacher_tokenizer: its inputs are added if it differs from the student's.
+            neighbours: of words, for ``replace``.
+        """
+        # a tokenizer with a pruned vocabulary keeps its name
+        other = None if teacher_tokenizer is None else (teacher_tokenizer.name_or_path, len(teacher_tokenizer))
+        words = None if neighbours is None else hash(tuple((word, *near) for word, near in neighbours.items()))
+        key = repr((augmentation, other, words))
+        if key not in self._tokenized:
+            data = self.data
+            if augmentation is not None:
+                data = _augmented(data, augmentation, neighbours, self.recipe.seed)
+            length = self.recipe.task.max_length
+            with _progress_bars_of_datasets_off():
+                tokenized = tokenize(data, self.tokenizer, max_length=length, teacher_tokenizer=teacher_tokenizer)
+            # of a text's blocks the first ones, which perplexity is measured on as well; rows are limited before
+            causal = self.task.kind is TaskKind.CAUSAL_LM
+            self._tokenized[key] = limit_rows(tokenized, self.recipe.task.limit, first=True) if causal else tokenized
+        return self._tokenized[key]
+
+    def collator(self, teacher_tokenizer: PreTrainedTokenizerBase | None = None) -> Collator:
+        """What makes batches of :meth:`rows`.
+
+        Args:
+            teacher_tokenizer: as for :meth:`rows`.
+        """
+        return collator(self.task, self.tokenizer, teacher_tokenizer)
+
+
+def gather(recipe: Recipe) -> Materials:
+    """Load and check the rows, and load or train the tokenizer.
+
+    Args:
+        recipe: any.
+
+    Raises:
+        LmcompressError: rows, columns or labels are not as the recipe says, or there is no such tokenizer.
+    """
+    with _progress_bars_of_datasets_off():
+        data = with_metrics(read_task(recipe.task), recipe.evaluation.metrics)
+    if not data.train.num_rows:
+        raise LmcompressError(f"{data.task.name} has no rows to train on; {'; '.join(data.notes)}")
+    for split in recipe.evaluation.splits:
+        check_split(data, split)
+    tokenizer = _tokenizer(recipe.model, data)
+    return Materials(recipe, data, tokenizer)
+
+
+def read_task(task: TaskSpec, data: Any = None) -> TaskData:
+    """The rows that a recipe's task names, checked; of texts for a language model all, for these are limited in blocks.
+
+    Args:
+        task: of the recipe.
+        data: rows to take instead of those that it names.
+    """
+    loaded = load_task(
+        task.name,
+        data=task.data if data is None else data,
+        text_columns=task.text_columns,
+        label_column=task.label_column,
+        kind=None if task.kind is None else task.kind.value,
+        splits=task.splits,
+    )
+    return loaded if loaded.task.kind is TaskKind.CAUSAL_LM else limit_rows(loaded, task.limit)
+
+
+def check_split(data: TaskData, split: str) -> None:
+    """Refuse a split that quality cannot be measured on.
+
+    Args:
+        data: of the task.
+        split: its name.
+
+    Raises:
+        LmcompressError: If there is no such split, or it has no labels.
+    """
+    where = argument("evaluation.splits")
+    if split not in data.splits():
+        raise LmcompressError(f"{where}: no split {split!r} in {data.task.name}{nearest(split, data.splits())}")
+    label = data.task.label_column
+    if label is not None and label not in data.splits()[split].column_names:
+        raise LmcompressError(
+            f"{where}: split {split!r} of {data.task.name} has no labels: it can be predicted, not scored"
+        )
+
+
+def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model.
+
+    Args:
+        path: folder, or name on the Hub.
+        task: words that come one by one need a space before them.
+
+    Raises:
+        LmcompressError: there is none.
+    """
+    words = {"add_prefix_space": True} if task.kind is TaskKind.TOKEN_CLASSIFICATION else {}
+    with found(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **words)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def text_of(data: TaskData, split: str) -> str:
+    """A split of a causal task as one text, for perplexity.
+
+    Args:
+        data: not tokenised.
+        split: its name.
+    """
+    return "\n\n".join(data.splits()[split][data.task.text_columns[0]])
+
+
+def gate_batches(materials: Materials, *, count: int = 2, rows: int = 8) -> list[Any]:
+    """Real inputs for the equivalence gate: the first validation rows.
+
+    Args:
+        materials: of the run.
+        count: batches.
+        rows: of each.
+    """
+    data = materials.rows().validation
+    together = materials.collator()
+    spans = [range(i * rows, min((i + 1) * rows, data.num_rows)) for i in range(count)]
+    return [together([data[i] for i in span]) for span in spans if len(span)]
+
+
+def drawn_batches(materials: Materials, rows: int, batch_size: int, seed: int) -> list[Any]:
+    """Batches of training rows, drawn as methods of the trainer draw them.
+
+    Args:
+        materials: of the stage.
+        rows: how many, or as many as there are.
+        batch_size: rows of one batch.
+        seed: of the choice.
+
+    Returns:
+        Batches on the CPU.
+    """
+    data, collate = materials.rows().train, materials.collator()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(data.num_rows, generator=generator)[:rows].tolist()
+    spans = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    return [collate([data[i] for i in span]) for span in spans]
+
+
+def _tokenizer(model: str | FromScratch, data: TaskData) -> PreTrainedTokenizerBase:
+    if isinstance(model, str):
+        return load_tokenizer(model, data.task)
+    texts = (text for column in data.task.text_columns for text in data.train[column])
+    if data.task.kind is TaskKind.TOKEN_CLASSIFICATION:
+        texts = (" ".join(words) for words in texts)
+    tokenizer = train_tokenizer(texts, kind=model.tokenizer.kind, vocab_size=model.tokenizer.vocab_size)
+    tokenizer.model_max_length = model.positions
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _augmented(
+    data: TaskData, augmentation: Augmentation, neighbours: Mapping[str, Sequence[str]] | None, seed: int
+) -> TaskData:
+    operations: list[Operation] = []
+    for name in augmentation.operations:
+        given: dict[str, Any] = {"neighbours": neighbours} if name == "replace" else {}
+        if augmentation.probability is not None and name != "n_gram":
+            given["p"] = augmentation.probability
+        operations.append(partial(_OPERATIONS[name], **given))
+    rows = augment(data.train, data.task.text_columns, operations, copies=augmentation.copies, seed=seed)
+    return replace(data, train=rows)
+
+
+@contextmanager
+def _progress_bars_of_datasets_off() -> Iterator[None]:
+    was_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()

@@ -1,0 +1,110 @@
+"""Smaller students in recipes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.layers import refuse_compact
+from lmcompress.errors import nearest
+from lmcompress.recipes.parts.base import StagePart, Work
+from lmcompress.recipes.specs import SchemaPart
+from lmcompress.students.layers import by_layers
+from lmcompress.students.named_shapes import NAMED_SHAPES, named
+from lmcompress.students.shape import by_shape, by_width
+
+
+class Shape(SchemaPart):
+    """Sizes of a student; what is left out stays as in the model it is made from."""
+
+    layers: Annotated[
+        int | tuple[int, ...] | None, Field(description="Number of Transformer blocks, or which (counted from 0).")
+    ] = None
+    hidden_size: Annotated[int | None, Field(ge=1, le=1 << 16, description="Width of the hidden states.")] = None
+    intermediate_size: Annotated[
+        int | None, Field(ge=1, le=1 << 18, description="Width of the feed-forward networks.")
+    ] = None
+    num_heads: Annotated[int | None, Field(ge=1, le=256, description="Attention heads of each block.")] = None
+
+
+class StudentSpec(SchemaPart):
+    """How the student is made from the model that the stage starts from; exactly one of its first four fields."""
+
+    layers: Annotated[
+        int | tuple[int, ...] | None,
+        Field(description="Keep so many blocks, or these (counted from 0), with their weights."),
+    ] = None
+    shape: Annotated[Shape | None, Field(description="Any sizes that a stock config can say.")] = None
+    named: Annotated[str | None, Field(description="A shape by its name: T3, T4-tiny, DistilBERT, DistilGPT2, ...")] = (
+        None
+    )
+    width: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Multiplier of all widths; heads keep their size, so it is rounded to heads."),
+    ] = None
+    choose: Annotated[
+        Literal["uniform", "first", "last", "skip"],
+        Field(description="With a number of layers: which are kept. skip: the last one of each group."),
+    ] = "uniform"
+    initialise: Annotated[
+        Literal["slice", "random"],
+        Field(description="shape, named and width: cut the weights out of the start's, or draw them."),
+    ] = "slice"
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StudentSpec:
+        given = [name for name in ("layers", "shape", "named", "width") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of layers, shape, named and width must be given, got {' and '.join(given) or 'none'}"
+            )
+        if self.named is not None and self.named not in NAMED_SHAPES:
+            raise ValueError(f"no shape is called {self.named!r}{nearest(self.named, NAMED_SHAPES)}")
+        if self.initialise == "random" and self.layers is not None:
+            raise ValueError("layers keeps weights; for random weights give shape: {layers: ...}")
+        return self
+
+
+class StudentPart(StagePart[StudentSpec]):
+    """The stage's model is made from its start with fewer or narrower blocks."""
+
+    key = "student"
+    schema = Annotated[StudentSpec | None, Field(description="How the start is made smaller; default: it is not.")]
+    applied = "smaller student"
+    reports = False
+
+    def prepare(self, spec: StudentSpec, work: Work) -> None:
+        work.model = make_student(work.model, spec, work.recipe.seed)
+
+
+def make_student(start: PreTrainedModel, spec: StudentSpec, seed: int) -> PreTrainedModel:
+    """The model that a stage trains.
+
+    Args:
+        start: what it is made from; on ``meta``, so is the student.
+        spec: how.
+        seed: of what is drawn.
+
+    Raises:
+        LmcompressError: If layers are not there, sizes do not fit, or compact layers are to be sliced.
+    """
+    meta = start.device.type == "meta"
+    choose: Any = spec.choose
+    if spec.layers is not None:
+        return by_layers(start, spec.layers, choose=choose).model
+    if spec.initialise == "slice":
+        refuse_compact(start, "slice")
+    # norms, by which a slice is chosen, need weights
+    initialise: Any = "random" if meta else spec.initialise
+    with torch.device("meta") if meta else nullcontext():
+        if spec.named is not None:
+            return named(spec.named, start, initialise=initialise, seed=seed).model
+        if spec.width is not None:
+            return by_width(start, spec.width, initialise=initialise, seed=seed).model
+        assert spec.shape is not None
+        sizes: dict[str, Any] = spec.shape.model_dump()
+        return by_shape(start, **sizes, choose=choose, initialise=initialise, seed=seed).model

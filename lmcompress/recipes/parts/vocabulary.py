@@ -1,0 +1,92 @@
+"""Vocabulary pruning in recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmcompress.data import TaskKind
+from lmcompress.errors import LmcompressError
+from lmcompress.pruning.vocabulary.embeddings import prune_vocabulary
+from lmcompress.pruning.vocabulary.report import VocabularyReport
+from lmcompress.recipes.materials import Materials
+from lmcompress.recipes.parts.base import StagePart, Work
+from lmcompress.recipes.specs import SchemaPart
+
+
+class VocabularySpec(SchemaPart):
+    """Rows of the embeddings that the task never reads go, and the tokenizer is rewritten to match."""
+
+    min_count: Annotated[int, Field(ge=1, description="A token stays if the texts have it so often.")] = 1
+    max_size: Annotated[int | None, Field(ge=1, description="The most tokens that stay, the most frequent ones.")] = (
+        None
+    )
+    keep: Annotated[
+        tuple[str, ...], Field(description="Tokens that stay in any case, in the tokenizer's spelling: ##ing, Ġcat.")
+    ] = ()
+    keep_characters: Annotated[
+        bool, Field(description="Keep all single characters, so that words the texts do not have can be spelled.")
+    ] = True
+    splits: Annotated[
+        tuple[str, ...], Field(min_length=1, description="Splits of the task whose texts are counted.")
+    ] = ("train",)
+
+
+class VocabularyPart(StagePart[VocabularySpec]):
+    """Embedding rows of tokens that the task does not use are removed before anything else."""
+
+    key = "vocabulary"
+    schema = Annotated[
+        VocabularySpec | None,
+        Field(description="Prune the vocabulary first: for this stage and for those that start from it."),
+    ]
+    applied = "vocabulary pruning"
+
+    def prepare(self, spec: VocabularySpec, work: Work) -> VocabularyReport:
+        tokenizer, report = prune_stage_vocabulary(work.model, work.materials, spec)
+        work.materials = work.materials.with_tokenizer(tokenizer)
+        return report
+
+    def words(self, planned: VocabularyReport) -> list[str]:
+        return [
+            f"vocabulary {planned.rows_before:,} → {planned.rows_after:,} tokens, "
+            f"{planned.bytes_saved / 1e6:.1f} MB less; {planned.texts_changed:,} of {planned.texts:,} texts are cut "
+            "into other pieces"
+        ]
+
+
+def prune_stage_vocabulary(
+    model: PreTrainedModel, materials: Materials, spec: VocabularySpec
+) -> tuple[PreTrainedTokenizerBase, VocabularyReport]:
+    """Prune a model's vocabulary down to what the task's texts use.
+
+    Args:
+        model: changed in place; on ``meta`` its shapes are.
+        materials: with the tokenizer that the model has now.
+        spec: of the stage.
+
+    Returns:
+        The new tokenizer, and what was done.
+
+    Raises:
+        LmcompressError: If a split is not there, or
+            :func:`~lmcompress.pruning.vocabulary.embeddings.prune_vocabulary` refuses.
+    """
+    splits = materials.data.splits()
+    for name in spec.splits:
+        if name not in splits:
+            raise LmcompressError(f"vocabulary.splits names {name!r}; {materials.task.name} has: {', '.join(splits)}")
+    columns = [splits[name][column] for name in spec.splits for column in materials.task.text_columns]
+    words = materials.task.kind is TaskKind.TOKEN_CLASSIFICATION
+    texts = [" ".join(text) if words else text for column in columns for text in column]
+    return prune_vocabulary(
+        model,
+        materials.tokenizer,
+        texts,
+        min_count=spec.min_count,
+        keep=spec.keep,
+        max_size=spec.max_size,
+        keep_characters=spec.keep_characters,
+    )

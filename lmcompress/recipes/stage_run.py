@@ -1,0 +1,245 @@
+"""One stage of a run: its model, its methods, its trainer, its folder."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+
+from lmcompress.checkpoint.config import Provenance, recorded_compression
+from lmcompress.data import TaskKind
+from lmcompress.errors import LmcompressError
+from lmcompress.evaluation import compute_metrics, predictions_from_logits
+from lmcompress.method import Method
+from lmcompress.model import CompressedModel, library_version, outputs_of
+from lmcompress.recipes.building import auto_class, base_model, is_stage
+from lmcompress.recipes.files import write_json
+from lmcompress.recipes.folder import CHECKPOINTS, checkpoint_to_resume, described
+from lmcompress.recipes.materials import gate_batches
+from lmcompress.recipes.measuring import STAGE_FILE
+from lmcompress.recipes.parts import PARTS
+from lmcompress.recipes.parts.base import Running
+from lmcompress.recipes.parts.teachers import neighbours
+from lmcompress.recipes.planning import Plan, StagePlan
+from lmcompress.recipes.progress import StageBar
+from lmcompress.recipes.schema import Stage
+from lmcompress.trainers import CompressionTrainer
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What became of a stage's model, beside the model.
+
+    Attributes:
+        log: of the trainer.
+        steps: optimizer steps.
+        masked: outputs of the masked model before it was cut, for the batches of the round-trip check; None where it
+            was not cut, or changed since.
+        reports: what each part did, by its key.
+    """
+
+    log: list[dict[str, Any]]
+    steps: int
+    masked: list[Tensor] | None
+    reports: dict[str, Any]
+
+
+class StageRun:
+    """One stage: its model, its methods, its trainer, its folder.
+
+    Args:
+        planned: the whole run.
+        entry: this stage in it.
+        folder: of the run.
+        digest: hash of all that the stage depends on.
+        console: where lines and bars go.
+        resume: go on from a checkpoint, if there is one.
+
+    Attributes:
+        target: folder of the model.
+        outcome: after :meth:`train`, what became of the stage, as JSON types: fields of
+            :class:`~lmcompress.recipes.measuring.Entry`.
+    """
+
+    def __init__(
+        self, planned: Plan, entry: StagePlan, folder: Path, digest: str, console: Console, resume: bool
+    ) -> None:
+        self.planned, self.entry = planned, entry
+        self.stage: Stage = entry.stage
+        self.folder = folder
+        self.target = folder / entry.stage.name
+        # beside the model, not in it: a checkpoint is replaced as a whole
+        self.checkpoints = folder / CHECKPOINTS / entry.stage.name
+        self.digest, self.console, self.resume = digest, console, resume
+        self.outcome: dict[str, Any] = {}
+
+    def train(self) -> None:
+        """Train or change the model, save it, and say in ``outcome`` what became of it."""
+        start = time.monotonic()
+        checkpoint = None
+        if self.stage.trains:
+            checkpoint = checkpoint_to_resume(self.checkpoints, self.stage, self.digest, resume=self.resume)
+        if checkpoint is not None:
+            self.console.print(f"  going on from {checkpoint.name}")
+        work, prepared = self._begun()
+        done = self._trained(work, checkpoint) if self.stage.trains else self._without_training(work)
+        # trainer and methods know one another; the optimizer's state need not be there while a model is reloaded
+        gc.collect()
+        seconds = time.monotonic() - start
+        history = [entry for entry in done.log if "loss" in entry]
+        training: dict[str, Any] = {"seconds": round(seconds, 1), "steps": done.steps}
+        training |= {"resumed": checkpoint is not None, "last_log": history[-1] if history else {}}
+        reports = {part.key: _as_json((prepared | done.reports).get(part.key)) for part in PARTS if part.reports}
+        self.outcome = {"training": training, "done": reports}
+        marker = {"hash": self.digest, "stage": described(self.stage), "training": training, "log": done.log} | reports
+        max_error = self._save(work.model, done.masked, marker, reports)
+        verbs = [part.verb for part, _ in self.stage.parts() if part.verb is not None]
+        self.console.print(
+            f"  {seconds:.0f} s; {', '.join([*verbs, 'saved'])} to {self.target}, reloaded, greatest difference of "
+            f"any output {max_error:.2g}"
+        )
+
+    def _save(
+        self, model: PreTrainedModel, masked: list[Tensor] | None, marker: dict[str, Any], reports: dict[str, Any]
+    ) -> float:
+        report = {"recipe": self.planned.recipe.name, "task": self.entry.materials.task.name, "stage": self.stage.name}
+        # outputs of the masked model are compared where they were made
+        compressed = CompressedModel(model if masked else model.to("cpu"), self._provenance())
+        equivalence = compressed.save_pretrained(
+            self.target,
+            format=self.stage.save,
+            storage=self.stage.storage,
+            tokenizer=self.entry.materials.tokenizer,
+            batches=gate_batches(self.entry.materials),
+            reference=masked,
+            report=report | reports,
+            write_more=lambda temporary: write_json(temporary / STAGE_FILE, marker),
+        )
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return equivalence.max_error
+
+    def _begun(self) -> tuple[Running, dict[str, Any]]:
+        """The stage with the model that it trains, made from its start, and what was done to make it."""
+        if is_stage(self.stage.start):
+            model = auto_class(self.entry.materials.task).from_pretrained(self.folder / self.stage.start)
+        else:
+            model = base_model(self.planned.materials)
+        work = Running(
+            recipe=self.planned.recipe,
+            stage=self.stage,
+            folder=self.folder,
+            # a part that changes the vocabulary makes the same tokenizer again, from the same texts
+            materials=self.planned.materials_of(self.stage.start),
+            model=model,
+            staged={entry.stage.name: entry.materials for entry in self.planned.stages},
+            console=self.console,
+            plans=dict(self.entry.plans),
+        )
+        set_seed(self.planned.recipe.seed)
+        prepared = {part.key: part.prepare(spec, work) for part, spec in self.stage.parts()}
+        # whose rows are tokenized already
+        work.materials = self.entry.materials
+        return work, prepared
+
+    def _trained(self, work: Running, checkpoint: Path | None) -> _Done:
+        parts = self.stage.parts()
+        self._rows(work)
+        found = {part.key: part.method(spec, work) for part, spec in sorted(parts, key=lambda one: not one[0].begins)}
+        methods = {key: method for key, method in found.items() if method is not None}
+        trainer, bar = self._trainer(work, list(methods.values()))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            bar.close()
+        masked = None
+        cuts = any(method.changes_shapes for method in methods.values())
+        if cuts and not any(part.codes for part, _ in parts):
+            for method in trainer.methods:
+                method.set_active(False)
+            trainer.settle()
+            masked = outputs_of(work.model, gate_batches(work.materials))
+        trainer.finish()
+        reports = {key: getattr(method, "report", None) for key, method in methods.items()}
+        return _Done(trainer.state.log_history, trainer.state.global_step, masked, reports)
+
+    def _without_training(self, work: Running) -> _Done:
+        reports = {}
+        for part, spec in self.stage.parts():
+            before = len(work.masked)
+            if (report := part.apply(spec, work)) is not None:
+                reports[part.key] = report
+                # what was masked before is no reference for what has changed since
+                del work.masked[:before]
+        return _Done([], 0, work.masked or None, reports)
+
+    def _rows(self, work: Running) -> None:
+        augmentation = self.stage.augmentation
+        near = neighbours(work) if augmentation is not None and augmentation.replaces else None
+        self.data = work.materials.rows(augmentation, work.teacher_tokenizer, near)
+        work.train, work.collate = self.data.train, work.materials.collator(work.teacher_tokenizer)
+
+    def _trainer(self, work: Running, methods: Sequence[Method]) -> tuple[CompressionTrainer, StageBar]:
+        task, args = work.materials.task, self._arguments()
+        evaluates = args.eval_strategy != "no"
+        classifies = task.kind not in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION)
+        bar = StageBar(self.console, self.stage.name)
+        trainer = CompressionTrainer(
+            work.model,
+            args,
+            methods,
+            train_dataset=work.train,
+            eval_dataset=self.data.validation if evaluates else None,
+            data_collator=work.collate,
+            processing_class=work.materials.tokenizer,
+            compute_metrics=self._compute_metrics if evaluates and classifies else None,
+            callbacks=[bar],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer, bar
+
+    def _arguments(self) -> TrainingArguments:
+        chosen = self.stage.training.arguments()
+        defaults = {
+            "report_to": "none",
+            "seed": self.planned.recipe.seed,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        try:
+            return TrainingArguments(output_dir=str(self.checkpoints), disable_tqdm=True, **defaults | chosen)
+        except (ValueError, TypeError) as error:
+            raise LmcompressError(f"stage {self.stage.name!r}, training: {error}") from error
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        task = self.entry.materials.task
+        said = predictions_from_logits(prediction.predictions, task.kind.value)
+        return compute_metrics(task.metrics, said, prediction.label_ids)
+
+    def _provenance(self) -> Provenance:
+        earlier: tuple[str, ...] = ()
+        if is_stage(self.stage.start):
+            # what earlier stages did to the model is in it still
+            before = recorded_compression(AutoConfig.from_pretrained(self.folder / self.stage.start))
+            earlier = before.provenance.methods if before is not None else ()
+        own = (part.applied for part, _ in self.stage.parts())
+        recipe = self.planned.recipe
+        return Provenance(
+            library_version=library_version(),
+            base_model=recipe.model[:1024] if isinstance(recipe.model, str) else "",
+            recipe=recipe.name,
+            methods=tuple(dict.fromkeys((*earlier, *own))),
+        )
+
+
+def _as_json(report: Any) -> Any:
+    if isinstance(report, list):
+        return [one.to_dict() for one in report]
+    return None if report is None else report.to_dict()

@@ -1,0 +1,132 @@
+"""Students with some of a teacher's blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lmcompress.checkpoint.config import CompressionConfig
+from lmcompress.checkpoint.layers import layers_of
+from lmcompress.checkpoint.structure import keep_layers, structure_of
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import anatomy_of
+
+Choice = Literal["uniform", "first", "last", "skip"]
+
+CHOICES: tuple[Choice, ...] = ("uniform", "first", "last", "skip")
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student, and where its blocks come from.
+
+    Attributes:
+        model: every parameter trainable, on the teacher's device and in its dtype; shares no memory with the teacher.
+        layers: for each block of the student the teacher's block that it was made from, counted from 0;
+            empty where nothing was copied.
+    """
+
+    model: PreTrainedModel
+    layers: tuple[int, ...]
+
+
+def choose_layers(total: int, keep: int, choose: Choice = "uniform") -> tuple[int, ...]:
+    """Which blocks of a teacher a student starts from.
+
+    ========= ========================================================== ====================
+    choose    rule                                                       6 of 12
+    ========= ========================================================== ====================
+    uniform   evenly spread, first and last included                     0, 2, 4, 7, 9, 11
+    first     the first ones                                             0, 1, 2, 3, 4, 5
+    last      the last ones                                              6, 7, 8, 9, 10, 11
+    skip      the last one of each of ``keep`` equal groups              1, 3, 5, 7, 9, 11
+    ========= ========================================================== ====================
+
+    ``uniform`` is what the code of DistilBERT and DistilGPT2 takes ("every second" in the paper); ``first`` is where
+    BERT-PKD and TextBrewer's T6 and T3 start; ``skip`` are the blocks whose outputs the layer maps of TextBrewer and
+    TinyBERT match (2, 4, ..., 12 counted from 1), and BERT-PKD's "skip" but for the last block, which that leaves out.
+
+    Args:
+        total: blocks of the teacher.
+        keep: blocks of the student, from 1 to ``total``.
+        choose: the rule.
+
+    Returns:
+        Block numbers counted from 0, rising.
+
+    Raises:
+        LmcompressError: ``keep`` is out of range, or the rule is unknown.
+
+    Reference:
+        Sanh et al., *DistilBERT*, 2019, https://arxiv.org/abs/1910.01108, section 2; Sun et al., *Patient Knowledge
+        Distillation*, 2019, https://arxiv.org/abs/1908.09355, section 3.2.
+
+    Example:
+        >>> choose_layers(12, 6)
+        (0, 2, 4, 7, 9, 11)
+    """
+    if choose not in CHOICES:
+        raise LmcompressError(f"unknown rule for choosing layers {choose!r}{nearest(str(choose), CHOICES)}")
+    if not 1 <= keep <= total:
+        raise LmcompressError(f"a student of this teacher can keep 1 to {total} layers, got {keep}")
+    if choose == "first":
+        return tuple(range(keep))
+    if choose == "last":
+        return tuple(range(total - keep, total))
+    if choose == "skip":
+        return tuple((i + 1) * total // keep - 1 for i in range(keep))
+    gaps = max(keep - 1, 1)
+    return tuple((2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(keep))
+
+
+def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: Choice = "uniform") -> Student:
+    """A copy of the teacher with some of its blocks; embeddings and head come along.
+
+    Args:
+        teacher: of a family that :mod:`lmcompress.families` knows; left as it is. Hooks on it are not copied.
+        layers: how many blocks, or which (counted from 0, in the order they are to have).
+        choose: which, where ``layers`` is a number: see :func:`choose_layers`.
+
+    Returns:
+        The student and the teacher's blocks it has. Its config says how many they are.
+
+    Raises:
+        LmcompressError: blocks that the teacher does not have, or none.
+    """
+    kept = chosen_layers(len(anatomy_of(teacher).blocks), layers, choose)
+    student = copy.deepcopy(teacher, _without_hooks(teacher))
+    keep_layers(student, kept)
+    recorded = getattr(student.config, "quantization_config", None)
+    if isinstance(recorded, CompressionConfig):
+        # a compressed teacher's config describes blocks that have gone
+        student.config.quantization_config = CompressionConfig(
+            structure=structure_of(student), provenance=recorded.provenance, layers=layers_of(student)
+        )
+    return Student(student.requires_grad_(True), kept)
+
+
+def chosen_layers(total: int, layers: int | Sequence[int], choose: Choice) -> tuple[int, ...]:
+    if isinstance(layers, int):
+        return choose_layers(total, layers, choose)
+    kept = tuple(layers)
+    if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= total:
+        raise LmcompressError(
+            f"layers must be numbers from 0 to {total - 1}, at least one and none twice; got {list(kept)}"
+        )
+    return kept
+
+
+def _without_hooks(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``deepcopy`` with which the copy has no hooks: a teacher's may hold tensors of its last forward."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+    return memo

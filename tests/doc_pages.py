@@ -8,9 +8,7 @@ import lmcompress
 
 ROOT = Path(lmcompress.__file__).parent.parent
 PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "recipes" / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

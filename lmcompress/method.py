@@ -134,7 +134,7 @@ class Method:
             active: whether the next forward passes train.
         """
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Called on all methods before any is finished: what it does is decided from then on."""
 
     def finish(self) -> None:

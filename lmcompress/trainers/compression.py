@@ -239,14 +239,14 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             self._logged, self._shares = {}, {}
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Freeze what every method decided: the model computes from now on what it will after :meth:`finish`."""
         for method in self.methods:
-            method.settle()
+            method.freeze()
 
     def finish(self) -> None:
         """Freeze what every method decided, materialize it and take the hooks away; the trainer is done then."""
-        self.settle()
+        self.freeze()
         for method in self.methods:
             method.finish()
 

@@ -165,7 +165,7 @@ class StructuredPruning(SteppedMethod):
         if not active and self.strategy.soft and self._gates_hold != "evaluation":
             self._put("evaluation")
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Make the mask final and put it on the gates: what :meth:`finish` cuts is what the model computes from now on.
 
         Raises:
@@ -187,7 +187,7 @@ class StructuredPruning(SteppedMethod):
         """
         if self.report is not None:
             return
-        self.settle()
+        self.freeze()
         run, target = self.run, self.config.target
         if bool(run.state.mask.all()):
             raise LmcompressError(

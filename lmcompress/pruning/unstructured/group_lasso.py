@@ -150,7 +150,7 @@ class GroupSparsity(SteppedMethod):
         """Strengths, final groups and whether they are final, for checkpoints."""
         return {"state": self._state}
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Make zero groups final; the weights are ordinary ones from then on.
 
         Raises:
@@ -171,7 +171,7 @@ class GroupSparsity(SteppedMethod):
             LmcompressError: If training has not begun.
         """
         if self.report is None:
-            self.settle()
+            self.freeze()
             self.report = GroupReport(self.config.model_dump(mode="json"), self._rows())
 
     # what the callback calls

@@ -123,7 +123,7 @@ class Sparsity(SteppedMethod):
         """Masks, hidden weights, scores and where the schedule is, for checkpoints."""
         return {"state": self._state}
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Make the mask final and materialize the zeros; the weights are ordinary ones from then on.
 
         Raises:
@@ -141,13 +141,13 @@ class Sparsity(SteppedMethod):
         ]
 
     def finish(self) -> None:
-        """Materialize the zeros, if :meth:`settle` has not, and report.
+        """Materialize the zeros, if :meth:`freeze` has not, and report.
 
         Raises:
             LmcompressError: If training has not begun.
         """
         if self.report is None:
-            self.settle()
+            self.freeze()
             self.report = self._reported(trained=True)
 
     # what the callback calls
@@ -390,7 +390,7 @@ class Sparsity(SteppedMethod):
         finally:
             self._release()
         self._events, self._done = [Event(0, 1.0, final=True)], 1
-        self.settle()
+        self.freeze()
         return self._reported(trained=False)
 
     def _reported(self, *, trained: bool) -> SparsityReport:

@@ -153,7 +153,7 @@ def test_quantize_on_the_command_line(quantized, task_folder, tmp_path, capsys):
     assert run_app([*asked, "--out", str(target)]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
     assert run_app([*asked, "--storage", "zip", "--out", str(tmp_path / "other")]) == 2
-    assert "storage: Input should be 'plain', 'auto', 'zstd' or 'huffman'" in capsys.readouterr().err
+    assert "--storage: input should be 'plain', 'auto', 'zstd' or 'huffman'" in capsys.readouterr().err
     assert run_app([*asked[:4], "--max-length", "12", "--bits", "7", "--out", str(tmp_path / "other")]) == 2
     assert "weights" in capsys.readouterr().err
 

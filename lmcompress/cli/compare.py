@@ -31,8 +31,6 @@ def compare(
     for folder in runs:
         if not folder.is_dir():
             raise LmcompressError(f"no such folder: {folder}")
-        if not (folder / "results.json").is_file():
-            raise LmcompressError(f"{folder} is no folder of a run (no results.json)")
     if name and len(name) != len(runs):
         raise LmcompressError(f"--name must be given once for each of the {len(runs)} runs, got {len(name)}")
     from lmcompress.recipes.progress import quiet_libraries

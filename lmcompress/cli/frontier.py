@@ -78,7 +78,7 @@ def frontier(
 ) -> None:
     """Prune one model to several targets, let each recover for a while, and plot quality against size and latency.
 
-    One run, with a report and plots/frontier.png; the same command goes on where it was interrupted. Its recipe.yaml is
+    One run, with a report and its plots; the same command goes on where it was interrupted. Its recipe.yaml is
     in the folder, to be changed and run by itself.
 
     Examples:

@@ -26,7 +26,9 @@ def test_an_example_runs_offline_and_its_two_ways_agree(name, rows, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     table = dict(re.findall(r"│ (.+?) +│ ([0-9.]+) +│", done.stdout))
     assert rows <= {title.partition(", ")[0].rpartition(":")[2] for title in table}, done.stdout
-    in_recipe, as_object = (next(v for k, v in table.items() if k.endswith(way)) for way in ("in a recipe", "an object"))
+    in_recipe, as_object = (
+        next(v for k, v in table.items() if k.endswith(way)) for way in ("in a recipe", "an object")
+    )
     assert abs(float(in_recipe) - float(as_object)) <= 0.02
 
 

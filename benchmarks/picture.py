@@ -15,10 +15,8 @@ from html import unescape
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("svg")
-
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tabling import form
 from tabling.headline import points
 
@@ -68,9 +66,15 @@ def shown(picture: Path = PICTURE) -> dict[str, list[float]]:
 def draw(picture: Path, results: Path = RESULTS) -> None:
     """Write the picture."""
     numbers = drawn(results)
-    benchmarks = {point.way.label: point.way.benchmark for point in points(results)}
-    plt.rcParams.update({"svg.hashsalt": "lmcompress", "font.size": 10, "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(7.6, 3.9), layout="constrained")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    about = {"Title": "Quality against size", "Description": json.dumps(numbers), "Date": None, "Creator": None}
+    with matplotlib.rc_context({"svg.hashsalt": "lmcompress", "font.size": 10, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        _plot(figure.subplots(), numbers, {point.way.label: point.way.benchmark for point in points(results)})
+        figure.savefig(picture, format="svg", metadata=about)
+
+
+def _plot(axes: Axes, numbers: dict[str, list[float]], benchmarks: dict[str, str]) -> None:
     axes.axhline(100, color="#999999", linewidth=0.8, zorder=0)
     for label, (megabytes, kept, interval) in numbers.items():
         colour = COLOURS.get(benchmarks.get(label, ""), "#333333")
@@ -86,10 +90,6 @@ def draw(picture: Path, results: Path = RESULTS) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    about = {"Title": "Quality against size", "Description": json.dumps(numbers), "Date": None, "Creator": None}
-    figure.savefig(picture, format="svg", metadata=about)
-    plt.close(figure)
 
 
 def main() -> None:

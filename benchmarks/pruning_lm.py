@@ -37,7 +37,8 @@ from lmcompress.distillation import Distillation, DistillationConfig, LiveTeache
 from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.method import StructuredPruning, prune
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.post_training import prune
 from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.schedules import Gradual
 from lmcompress.trainers import CompressionTrainer

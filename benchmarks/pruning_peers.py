@@ -52,7 +52,7 @@ from lmcompress.distillation import DistillationConfig
 from lmcompress.evaluation import compare_latency, evaluate_classifier, glue_score, parameter_count, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.method import prune
+from lmcompress.pruning.structured.post_training import prune
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.schedules import Gradual
 from lmcompress.trainers import PruningTrainer

@@ -49,6 +49,7 @@ def asked(results: Path) -> str | None:
 
 TABLES: dict[str, Callable[[Path], str | None]] = {
     "headline": headline.headline,
+    "headline_sources": headline.sources,
     "choices": choices.choices_of_readme,
     "choices_of_docs": choices.choices,
     "distillation": distillation.distillation,

@@ -134,11 +134,11 @@ class Method:
             active: whether the next forward passes train.
         """
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Called on all methods before any is finished: what it does is decided from then on."""
 
     def finish(self) -> None:
-        """Called after training: take hooks away, make the work permanent."""
+        """Called after training: materialize what was decided and take hooks away."""
 
 
 class SteppedMethod(Method):
@@ -188,21 +188,27 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.method = method
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training begins or goes on."""
         self.method.begin(state.max_steps, kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An optimizer step begins."""
         self.method.advance(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are clipped."""
         self.method.before_optimizer_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights have moved."""
         self.method.after_optimizer_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training ends."""
         self.method.end(state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The method's numbers join the log."""
         if logs is not None and "loss" in logs and state.log_history:
             values = self.method.metrics()
             logs.update(values)
@@ -223,7 +229,7 @@ def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> lis
         The batches as the collator makes them, without what is a teacher's.
 
     Raises:
-        LmcompressError: there is no training set, or one that cannot be indexed.
+        LmcompressError: If there is no training set, or it cannot be indexed.
     """
     data = trainer.train_dataset
     if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
@@ -250,7 +256,7 @@ def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> lis
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Leave mode and random numbers of a training run as they are; gradients are gone afterwards.
+    """Leave mode and random numbers of a training run as they are; gradients are None afterwards.
 
     Args:
         model: that is trained.

@@ -15,14 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.checkpoint.card import model_card
-from lmcompress.checkpoint.config import (
-    MAX_BLOCKS,
-    CompressionConfig,
-    Provenance,
-    Storage,
-    Structure,
-    recorded_compression,
-)
+from lmcompress.checkpoint.config import CompressionConfig, Provenance, Storage, Structure, recorded_compression
 from lmcompress.checkpoint.encoding import encoding_of, weight_count
 from lmcompress.checkpoint.layers import layers_of
 from lmcompress.checkpoint.saving import (
@@ -36,9 +29,15 @@ from lmcompress.checkpoint.saving import (
 )
 from lmcompress.checkpoint.self_loader import write_self_loader
 from lmcompress.checkpoint.streams import store_as_streams
-from lmcompress.checkpoint.structure import recorded_structure, set_stock_shapes, stock_structure, why_not_vanilla
+from lmcompress.checkpoint.structure import (
+    recorded_structure,
+    set_stock_shapes,
+    stock_structure,
+    unless_stock,
+    why_not_vanilla,
+)
 from lmcompress.entropy_coding import CODERS, Coder
-from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.errors import LmcompressError
 from lmcompress.families import Anatomy, anatomy_of
 
 SaveFormat = Literal["native", "vanilla", "self_loading"]
@@ -117,12 +116,8 @@ class CompressedModel:
     @property
     def compression(self) -> CompressionConfig:
         """What has been done to the model, as it would be written into ``config.json``."""
-        structure: Structure | None = self.structure
-        if structure is not None and why_not_vanilla(structure, self.model.config) is None:
-            if all(block.source is None for block in structure.blocks):
-                structure = None
         return CompressionConfig(
-            structure=structure,
+            structure=unless_stock(self.structure, self.model.config),
             provenance=self.provenance,
             encoding=encoding_of(self.model),
             layers=layers_of(self.model),
@@ -331,10 +326,8 @@ def _class_of(config: Any) -> Any:
 
 
 __all__ = [
-    "MAX_BLOCKS",
     "REPORT_FILE",
     "Batch",
-    "CheckpointError",
     "CompressedModel",
     "Equivalence",
     "SaveFormat",

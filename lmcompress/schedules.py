@@ -1,14 +1,15 @@
-"""When to remove how much: from the share of training done to the share of the way to the target."""
+"""When to prune how much: from the share of training done to the share of the way to the target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lmcompress.errors import LmcompressError
+from lmcompress.registry import PartField, Registry
 
 Ramp = Callable[[float], float]
 """``share of the pruning phase in [0, 1] -> share of the way to the target in [0, 1]``, not decreasing."""
@@ -24,7 +25,7 @@ def linear(progress: float) -> float:
         The same number.
 
     Raises:
-        LmcompressError: ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` lies outside [0, 1].
     """
     if not 0 <= progress <= 1:
         raise LmcompressError(f"progress must be in [0, 1], got {progress}")
@@ -43,7 +44,7 @@ def cubic(progress: float) -> float:
         Share of the way to the target, in [0, 1].
 
     Raises:
-        LmcompressError: ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` lies outside [0, 1].
 
     Reference:
         Zhu & Gupta, *To prune, or not to prune*, 2017, https://arxiv.org/abs/1710.01878, equation 1; Sanh, Wolf & Rush,
@@ -56,12 +57,35 @@ def cubic(progress: float) -> float:
     return 1 - (1 - linear(progress)) ** 3
 
 
-RAMPS: dict[str, Ramp] = {"linear": linear, "cubic": cubic}
-"""The ramps by name, for recipes."""
+RAMPS: Registry[Ramp] = Registry("ramp", {"linear": linear, "cubic": cubic}, callable, "a function of the progress")
+"""The ramps by name; one of your own is a function, or its name ``module:attribute``."""
+
+
+def ramp_of(ramp: str | Ramp) -> Ramp:
+    """A ramp whose values are checked as it is used.
+
+    Args:
+        ramp: a name in :data:`RAMPS`, a function, or ``module:attribute`` of one.
+
+    Returns:
+        The function; it raises a :class:`~lmcompress.errors.LmcompressError` where its value lies outside [0, 1].
+
+    Raises:
+        LmcompressError: If there is no such ramp.
+    """
+    function = RAMPS.resolve(ramp)
+
+    def checked(progress: float) -> float:
+        share = float(function(progress))
+        if not 0 <= share <= 1:
+            raise LmcompressError(f"the ramp {ramp!r} must give shares in [0, 1], got {share} at progress {progress}")
+        return share
+
+    return checked
 
 
 def phase_share(step: int, begin: int, end: int) -> float:
-    """How much of a phase is done.
+    """Share of a phase that is done.
 
     Args:
         step: optimizer steps done.
@@ -92,7 +116,7 @@ def rounds(begin: int, end: int, count: int) -> list[int]:
         ``count`` steps, not decreasing.
 
     Raises:
-        LmcompressError: no rounds, or an end before the beginning, or more rounds than steps.
+        LmcompressError: If ``count`` is below 1, or the phase has fewer steps than rounds.
 
     Example:
         >>> rounds(0, 90, 4)
@@ -111,10 +135,10 @@ def rounds(begin: int, end: int, count: int) -> list[int]:
 
 
 def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float) -> Literal["dense", "sparse"]:
-    """In which half of a prune/re-activate cycle a step lies.
+    """Half of a prune/reactivate cycle that a step lies in.
 
     The phase from ``begin`` to ``end`` is cut into ``cycles`` equal cycles; each begins pruned (the support alone is
-    trained) and ends with everything re-activated. Before ``begin`` all is dense, from ``end`` on all is pruned.
+    trained) and ends with everything reactivated. Before ``begin`` all is dense, from ``end`` on all is pruned.
 
     Args:
         step: optimizer steps done.
@@ -124,10 +148,10 @@ def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float
         dense_share: share of each cycle that is dense, in (0, 1).
 
     Returns:
-        Which half.
+        ``"sparse"`` in the half in which weights are pruned, else ``"dense"``.
 
     Raises:
-        LmcompressError: no cycles, a share outside (0, 1), or cycles of fewer than two steps.
+        LmcompressError: If ``cycles`` is below 1, ``dense_share`` outside (0, 1), or a cycle shorter than two steps.
 
     Reference:
         Jin, Yuan, Feng & Yan, *Training Skinny Deep Neural Networks with Iterative Hard Thresholding*, 2016,
@@ -156,14 +180,32 @@ def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float
     return "sparse" if step < first + sparse_steps else "dense"
 
 
+@dataclass(frozen=True)
+class Event:
+    """What happens before an optimizer step.
+
+    Attributes:
+        step: optimizer steps done by then.
+        share: share of the way to the target up to which to prune; None: everything is reactivated.
+        final: whether the mask is final from then on.
+    """
+
+    step: int
+    share: float | None
+    final: bool = False
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # whether a model must be trained meanwhile
+    trains: ClassVar[bool] = True
 
 
 class Phase(_Part):
     """When pruning begins and ends, as shares of the optimizer steps; what comes after is recovery."""
 
-    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before anything goes.")] = 0.0
+    begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before anything is pruned.")] = 0.0
     end: Annotated[
         float, Field(gt=0, le=1, description="Share of training after which the mask is final; the rest is recovery.")
     ] = 0.5
@@ -174,6 +216,24 @@ class Phase(_Part):
             raise ValueError(f"end must not come before begin, got begin {self.begin} and end {self.end}")
         return self
 
+    def steps(self, max_steps: int, what: str) -> tuple[int, int]:
+        """First and last optimizer step of a phase that cannot be empty.
+
+        Args:
+            max_steps: optimizer steps of the run.
+            what: whose phase it is, for the message.
+
+        Raises:
+            LmcompressError: If no step lies between them.
+        """
+        begin, end = round(self.begin * max_steps), round(self.end * max_steps)
+        if end <= begin:
+            raise LmcompressError(
+                f"{what} must have optimizer steps between begin and end, got {end - begin} of {max_steps}: train "
+                "longer, or let the phase take a larger share"
+            )
+        return begin, end
+
 
 class OneShot(_Part):
     """Everything at once, then recovery."""
@@ -181,12 +241,42 @@ class OneShot(_Part):
     kind: Literal["one_shot"] = "one_shot"
     begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before it.")] = 0.0
 
+    trains: ClassVar[bool] = False
+
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
+
+        Args:
+            max_steps: optimizer steps of the run.
+
+        Returns:
+            One event, which is final.
+        """
+        return [Event(round(self.begin * max_steps), 1.0, final=True)]
+
 
 class Iterative(Phase):
-    """Some rounds, each scored anew, with recovery between them (TextPruner, Molchanov)."""
+    """Several rounds, each scored anew, with recovery between them (TextPruner, Molchanov)."""
 
     kind: Literal["iterative"] = "iterative"
-    rounds: Annotated[int, Field(ge=1, description="How often something is pruned, in equal pieces.")] = 8
+    rounds: Annotated[int, Field(ge=1, description="Number of prunings, in equal pieces.")] = 8
+
+    trains: ClassVar[bool] = False
+
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
+
+        Args:
+            max_steps: optimizer steps of the run.
+
+        Returns:
+            One event per round; the last is final.
+
+        Raises:
+            LmcompressError: If the phase has fewer steps than rounds.
+        """
+        steps = rounds(round(self.begin * max_steps), round(self.end * max_steps), self.rounds)
+        return [Event(s, (i + 1) / len(steps), final=i + 1 == len(steps)) for i, s in enumerate(steps)]
 
 
 class Gradual(Phase):
@@ -194,7 +284,9 @@ class Gradual(Phase):
 
     kind: Literal["gradual"] = "gradual"
     ramp: Annotated[
-        Literal["cubic", "linear"], Field(description="cubic: fast at first, slow at the end, as Zhu & Gupta.")
+        str | Ramp,
+        PartField(RAMPS),
+        Field(description="cubic: fast at first, slow at the end, as Zhu & Gupta; linear; or module:attribute."),
     ] = "cubic"
     every: Annotated[
         int,
@@ -205,61 +297,52 @@ class Gradual(Phase):
         ),
     ] = 20
 
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
+
+        Args:
+            max_steps: optimizer steps of the run.
+
+        Returns:
+            An event every :attr:`every` steps and a final one at the end.
+
+        Raises:
+            LmcompressError: If a ramp of the user's own gives a share outside [0, 1].
+        """
+        begin, end = round(self.begin * max_steps), round(self.end * max_steps)
+        ramp = ramp_of(self.ramp)
+        shares = ((s, ramp(phase_share(s, begin, end))) for s in range(begin + self.every, end, self.every))
+        # a share of 0 prunes nothing
+        return [*(Event(step, share) for step, share in shares if share), Event(end, 1.0, final=True)]
+
 
 class HardThresholding(Phase):
-    """Cycles: remove what is smallest and train the rest, then bring all back and train all (IHT)."""
+    """Cycles: prune what is smallest and train the rest, then reactivate all and train all (IHT)."""
 
     kind: Literal["iht"] = "iht"
     begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before the first cycle.")] = 0.1
     end: Annotated[float, Field(gt=0, le=1, description="Share of training after which all stays pruned.")] = 0.7
-    cycles: Annotated[int, Field(ge=1, description="How often all is pruned and re-activated.")] = 3
+    cycles: Annotated[int, Field(ge=1, description="Number of times that all is pruned and reactivated.")] = 3
     dense_share: Annotated[float, Field(gt=0, lt=1, description="Share of each cycle in which all is trained.")] = 0.5
 
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happens before an optimizer step.
+        Args:
+            max_steps: optimizer steps of the run.
 
-    Attributes:
-        step: optimizer steps done by then.
-        share: of the way to the target to which to remove, or None: everything comes back.
-        final: whether what is removed is final from then on.
-    """
+        Returns:
+            Prunings and reactivations by turns; the last is final.
 
-    step: int
-    share: float | None
-    final: bool = False
-
-
-def events(schedule: OneShot | Iterative | Gradual | HardThresholding, max_steps: int) -> list[Event]:
-    """What happens when, in a run of so many optimizer steps.
-
-    Args:
-        schedule: that needs no scores of its own.
-        max_steps: optimizer steps of the run.
-
-    Returns:
-        Events in order; the last is final.
-
-    Raises:
-        LmcompressError: too few steps for the rounds or cycles.
-    """
-    begin = round(schedule.begin * max_steps)
-    if isinstance(schedule, OneShot):
-        return [Event(begin, 1.0, final=True)]
-    end = round(schedule.end * max_steps)
-    if isinstance(schedule, Iterative):
-        steps = rounds(begin, end, schedule.rounds)
-        return [Event(s, (i + 1) / len(steps), final=i + 1 == len(steps)) for i, s in enumerate(steps)]
-    if isinstance(schedule, Gradual):
-        steps = list(range(begin + schedule.every, end, schedule.every))
-        ramp = RAMPS[schedule.ramp]
-        return [*(Event(s, ramp(phase_share(s, begin, end))) for s in steps), Event(end, 1.0, final=True)]
-    found: list[Event] = []
-    before = "dense"
-    for step in range(begin, end):
-        now = cycle_phase(step, begin, end, schedule.cycles, schedule.dense_share)
-        if now != before:
-            found.append(Event(step, 1.0 if now == "sparse" else None))
-        before = now
-    return [*found, Event(end, 1.0, final=True)]
+        Raises:
+            LmcompressError: If a cycle would have fewer than two steps.
+        """
+        begin, end = round(self.begin * max_steps), round(self.end * max_steps)
+        found: list[Event] = []
+        before = "dense"
+        for step in range(begin, end):
+            now = cycle_phase(step, begin, end, self.cycles, self.dense_share)
+            if now != before:
+                found.append(Event(step, 1.0 if now == "sparse" else None))
+            before = now
+        return [*found, Event(end, 1.0, final=True)]

@@ -183,7 +183,7 @@ def test_given_batches_and_more_files_are_used(tmp_path):
     assert "of real inputs" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_the_gate_compares_with_what_was_trained(tmp_path):
+def test_the_round_trip_check_compares_with_what_was_trained(tmp_path):
     model = make("bert")
     batches = random_batches(model)
     reference = outputs_of(model, batches)
@@ -376,7 +376,7 @@ def hub(monkeypatch):
     return _Hub.calls
 
 
-def test_pushing_makes_the_repository_and_uploads_a_gated_checkpoint_with_its_card(hub):
+def test_pushing_makes_the_repository_and_uploads_a_checked_checkpoint_with_its_card(hub):
     compressed = CompressedModel(cut_unevenly(make("bert")), Provenance(base_model="/home/me/teacher"))
     address = compressed.push_to_hub("me/tiny", private=True, token="t", format="self_loading")
     assert address == "https://huggingface.co/me/tiny/commit/1"
@@ -388,7 +388,7 @@ def test_pushing_makes_the_repository_and_uploads_a_gated_checkpoint_with_its_ca
     assert b"/home/me" not in files["README.md"]
 
 
-def test_nothing_is_pushed_that_fails_the_gate(hub):
+def test_nothing_is_pushed_that_fails_the_round_trip_check(hub):
     model = make("bert")
     model.classifier.bias.data[0] = float("nan")
     with pytest.raises(EquivalenceError, match="nan"):

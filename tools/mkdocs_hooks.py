@@ -24,6 +24,7 @@ MOUNTED = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
+    "recipes/README.md": "recipes.md",
     "benchmarks/results/obd.svg": "images/obd.svg",
 }
 

@@ -98,5 +98,6 @@ def choices_of_readme(results: Path) -> str | None:
 def _cell(point: Point, dense: float) -> str:
     """What is kept of the teacher's score, how much smaller the file is, and how much faster the encoder."""
     faster = "" if point.speedup is None else f", {point.speedup:.1f} × faster"
-    tasks = "" if len(point.scores) > 2 else f" on {len(point.scores)} tasks"
+    count = len(point.scores)
+    tasks = "" if count > 2 else f" on {count} task{'s' if count > 1 else ''}"
     return f"{point.kept:.0f} % of the score{tasks}, {dense / point.megabytes:.1f} × smaller{faster}"

@@ -23,6 +23,7 @@ class Way(NamedTuple):
     Attributes:
         name: as the table has it.
         label: as the picture has it.
+        how: how it was made.
         benchmark: whose ``rows`` are searched.
         keys: what a row must have to be of this way.
         dense: what a row must have to be of the teacher.
@@ -31,6 +32,7 @@ class Way(NamedTuple):
 
     name: str
     label: str
+    how: str
     benchmark: str
     keys: Mapping[str, Any]
     dense: Mapping[str, Any]
@@ -48,27 +50,42 @@ def _packed(method: str) -> tuple[str, Mapping[str, Any]]:
 _GRADUAL = {"kind": "schedules", "name": "gradual"}
 _TEACHER = {"role": "teacher"}
 _UNTRAINED = {"kind": "without training", "name": "gptq"}
+_GPTQ = "GPTQ on 512 rows, activations and embeddings too"
 WAYS = (
-    Way("distilled, 3 of 6 layers", "distilled, 3 layers", "distillation", {"role": "distilled"}, _TEACHER),
-    Way("the same 3 layers, no teacher", "3 layers, no teacher", "distillation", {"role": "control"}, _TEACHER),
-    Way("half of the encoder pruned", "50 % pruned", "pruning", _GRADUAL | {"sparsity": 0.5}, {}, _pruned(0.5)),
     Way(
-        "three quarters of the encoder pruned", "75 % pruned", "pruning", _GRADUAL | {"sparsity": 0.75}, {},
+        "distilled, 3 of 6 layers", "distilled, 3 layers",
+        "logits at temperature 2, hidden states and labels; first on unlabelled sentences, then on the task",
+        "distillation", {"role": "distilled"}, _TEACHER,
+    ),
+    Way(
+        "the same 3 layers, no teacher", "3 layers, no teacher", "the teacher's first three layers, labels alone",
+        "distillation", {"role": "control"}, _TEACHER,
+    ),
+    Way(
+        "half of the encoder pruned", "50 % pruned", "heads and neurons, gradually, by Fisher scores, with a teacher",
+        "pruning", _GRADUAL | {"sparsity": 0.5}, {}, _pruned(0.5),
+    ),
+    Way(
+        "three quarters of the encoder pruned", "75 % pruned", "the same", "pruning", _GRADUAL | {"sparsity": 0.75}, {},
         _pruned(0.75),
     ),
     Way(
-        "8 bits, no training", "8 bits", "qat_glue", _UNTRAINED | {"bits": 8}, {"kind": "teacher"},
+        "8 bits, no training", "8 bits", _GPTQ, "qat_glue", _UNTRAINED | {"bits": 8}, {"kind": "teacher"},
         _packed("lmcompress W8A8"),
     ),
     Way(
-        "4 bits, no training", "4 bits", "qat_glue", _UNTRAINED | {"bits": 4}, {"kind": "teacher"},
+        "4 bits, no training", "4 bits", _GPTQ, "qat_glue", _UNTRAINED | {"bits": 4}, {"kind": "teacher"},
         _packed("lmcompress W4A8"),
     ),
     Way(
-        "2 bits, trained", "2 bits, trained", "qat_glue", {"kind": "trained", "bits": 2, "name": "tbt-g64"},
-        {"kind": "teacher"},
+        "2 bits, trained", "2 bits, trained",
+        "ternary matrices with a scale for every 64 weights, 4-bit embeddings, on the teacher's answers", "qat_glue",
+        {"kind": "trained", "bits": 2, "name": "tbt-g64"}, {"kind": "teacher"},
     ),
-    Way("Deep Compression", "Deep Compression", "deep_compression_bert", {"stage": "coded"}, {"stage": "dense"}),
+    Way(
+        "Deep Compression", "Deep Compression", "55 % of the blocks' weights pruned, 16 clusters, entropy-coded file",
+        "deep_compression_bert", {"stage": "coded"}, {"stage": "dense"},
+    ),
 )  # fmt: skip
 
 
@@ -134,6 +151,19 @@ def headline(results: Path) -> str | None:
         table.append([point.way.name, *cells, kept, f"{point.megabytes:.1f} MB", speed])
     columns = ["GLUE, validation", *(form.TASKS[t] for t in tasks), "of the teacher", "file", "encoder, 32 × 128"]
     return f"{form.markdown(columns, table)}\n\n{_caption(found)}"
+
+
+def sources(results: Path) -> str | None:
+    """How each row of the table was made, and the commands that measured it; None where there are no results."""
+    found = points(results)
+    table = []
+    for point in found:
+        names = [point.way.benchmark, *([point.way.speed[0]] if point.way.speed else [])]
+        read = [form.read(results / f"{name}.json") for name in names]
+        commands = "<br>".join(f"`{result['command']}`" for result in read if result is not None)
+        table.append([point.way.name, point.way.how, commands])
+    lines = ["| row | made by | measured by (quality, speed) |", "|---|---|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table)]) if table else None
 
 
 def _caption(found: Iterable[Point]) -> str:

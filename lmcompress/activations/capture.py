@@ -14,8 +14,8 @@ from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import Block, anatomy_of
 
 FEATURES = ("hidden", "scores", "probabilities", "queries", "keys", "values", "output")
-# of queries and keys
-_PRODUCTS = ("scores", "probabilities")
+# what is computed of queries and keys
+_SCORES = ("scores", "probabilities")
 Feature = tuple[str, int]
 """A kind of feature and a layer: hidden states from 0 (embeddings), all others from 1 (first block).
 
@@ -37,7 +37,7 @@ def resolve(model: PreTrainedModel, kind: str, layer: int) -> Feature:
         ``(kind, layer)``.
 
     Raises:
-        LmcompressError: an unknown kind, or a layer that is not there.
+        LmcompressError: If the kind is unknown, or the layer is not there.
     """
     if kind not in FEATURES:
         raise LmcompressError(f"unknown feature {kind!r}{nearest(kind, FEATURES)}")
@@ -67,7 +67,7 @@ def shape_of(model: PreTrainedModel, feature: Feature) -> tuple[int, ...]:
     if kind in ("hidden", "output"):
         return (0, anatomy_of(model).hidden_size)
     block = anatomy_of(model).blocks[layer - 1]
-    return (block.num_heads, 0, 0) if kind in _PRODUCTS else (block.num_heads, 0, block.head_size)
+    return (block.num_heads, 0, 0) if kind in _SCORES else (block.num_heads, 0, block.head_size)
 
 
 class Capture:
@@ -88,7 +88,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         anatomy = anatomy_of(model)
         blocks = anatomy.blocks
-        self._scalings = {layer: blocks[layer - 1].scaling for kind, layer in self.features if kind in _PRODUCTS}
+        self._scalings = {layer: blocks[layer - 1].scaling for kind, layer in self.features if kind in _SCORES}
         needed = {need for feature in self.features for need in _needs(feature)}
         for kind, layer in sorted(needed):
             if kind == "hidden" and layer == 0:
@@ -115,7 +115,7 @@ class Capture:
             Tensors by feature, in the dtype in which the model computed them.
 
         Raises:
-            LmcompressError: the model did not run, or did not reach a layer.
+            LmcompressError: If the model did not run, or did not reach a layer.
         """
         kept, self._kept = self._kept, {}
         return {feature: self._read(kept, feature, attention_mask) for feature in self.features}
@@ -153,7 +153,7 @@ class Capture:
 
     def _read(self, kept: dict[tuple[str, int], Tensor], feature: Feature, mask: Tensor | None) -> Tensor:
         kind, layer = feature
-        if kind not in _PRODUCTS:
+        if kind not in _SCORES:
             return self._get(kept, kind, layer)
         query, key = self._get(kept, "queries", layer), self._get(kept, "keys", layer)
         scores = torch.matmul(query, key.transpose(-1, -2)) * self._scalings[layer]
@@ -209,7 +209,7 @@ def extract(model: PreTrainedModel, batch: Mapping[str, Any], features: Sequence
 
 def _needs(feature: Feature) -> list[Feature]:
     kind, layer = feature
-    return [("queries", layer), ("keys", layer)] if kind in _PRODUCTS else [feature]
+    return [("queries", layer), ("keys", layer)] if kind in _SCORES else [feature]
 
 
 def _projection(block: Block, kind: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:

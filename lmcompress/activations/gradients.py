@@ -27,7 +27,7 @@ def example_gradients(
         For each weight a tensor of its shape and dtype; zeros where the loss does not depend on it.
 
     Raises:
-        LmcompressError: there are no examples, or the model gives no loss on them.
+        LmcompressError: If there are no examples, or the model gives no loss on them.
     """
     with differentiable(model, weights):
         for row in _rows(weights, batches):
@@ -66,7 +66,8 @@ def class_gradients(
         For each example and class the class's factor and, for each weight, a gradient of its shape.
 
     Raises:
-        LmcompressError: there are no examples, logits of another shape, or more than :data:`MAX_CLASSES` classes.
+        LmcompressError: If there are no examples, logits have another shape, or there are more than
+            :data:`MAX_CLASSES` classes.
 
     Reference:
         LeCun, Denker & Solla, *Optimal Brain Damage*, NIPS 1989, section 2.2; that the Gauss-Newton matrix of cross

@@ -36,11 +36,11 @@ def check_hessian(weight: Tensor, hessian: Tensor, damping: float, block_size: i
         weight: ``(out, in)``.
         hessian: ``(in, in)``, Σ x xᵀ over the module's inputs.
         damping: share of the mean of the diagonal that is added to it.
-        block_size: columns that are settled at once.
+        block_size: columns that are fixed at once.
 
     Raises:
-        LmcompressError: a Hessian of another shape, not finite, or without any input; weights that are NaN or infinite;
-            damping or a block size that is not > 0.
+        LmcompressError: If the Hessian has another shape, is not finite or has seen no input, weights are NaN or
+            infinite, or damping or the block size is not > 0.
     """
     check_finite(weight)
     if weight.dim() != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):

@@ -33,7 +33,7 @@ def calibration_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> lis
         The batches; those without any token are left out.
 
     Raises:
-        LmcompressError: no batch, none with a token that is not padding, or one without input.
+        LmcompressError: If there is no batch, none has a token that is not padding, or one has no input.
     """
     names = set(inspect.signature(model.forward).parameters) - {"labels", "use_cache"}
     kept, given = [], 0

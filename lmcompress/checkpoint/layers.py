@@ -56,22 +56,9 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
     prefix = model.base_model_prefix + "."
     kinds: dict[CompactLayer, list[str]] = {}
     for name, module in model.named_modules():
-        path = name.removeprefix(prefix)
-        kind: CompactLayer | None = None
-        if isinstance(module, LowRankLinear):
-            kind = LowRankLayers(kind="low_rank", rank=module.rank, modules=("x",))
-        elif isinstance(module, FactorizedEmbedding):
-            kind = FactorizedEmbeddings(kind="factorized_embedding", rank=module.rank, modules=("x",))
-        elif isinstance(module, GroupedLinear):
-            kind = GroupedLayers(
-                kind="grouped",
-                groups=module.groups,
-                input_order=module.input_order is not None,
-                output_order=module.output_order is not None,
-                modules=("x",),
-            )
+        kind = _kind_of(module)
         if kind is not None:
-            kinds.setdefault(kind, []).append(path)
+            kinds.setdefault(kind, []).append(name.removeprefix(prefix))
     entries = [kind.model_copy(update={"modules": tuple(paths)}) for kind, paths in kinds.items()]
     kernels: dict[int, list[int]] = {}
     for index, block in enumerate(anatomy.blocks):
@@ -82,6 +69,19 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
     sources = shared_sources(list(anatomy.block_list))
     shared = [SharedBlocks(kind="shared", sources=sources)] if sources != tuple(range(len(sources))) else []
     return (*mixings, *entries, *shared)
+
+
+def _kind_of(module: nn.Module) -> LowRankLayers | FactorizedEmbeddings | GroupedLayers | None:
+    """The entry of one compact module, whose place is still to be filled in."""
+    place = ("x",)
+    if isinstance(module, LowRankLinear):
+        return LowRankLayers(kind="low_rank", rank=module.rank, modules=place)
+    if isinstance(module, FactorizedEmbedding):
+        return FactorizedEmbeddings(kind="factorized_embedding", rank=module.rank, modules=place)
+    if isinstance(module, GroupedLinear):
+        orders = {"input_order": module.input_order is not None, "output_order": module.output_order is not None}
+        return GroupedLayers(kind="grouped", groups=module.groups, modules=place, **orders)
+    return None
 
 
 def record_layers(model: PreTrainedModel) -> None:

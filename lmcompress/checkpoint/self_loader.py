@@ -41,6 +41,7 @@ def write_self_loader(model: PreTrainedModel, folder: Path) -> None:
     # a checkpoint with a head also loads without it
     classes = {"AutoModel": type(model.base_model).__name__, auto_class: class_name}
     source = [
+        "# Rebuilds this checkpoint's shapes without lmcompress; written by lmcompress, Apache-2.0.\n",
         inspect.getsource(narrow),
         _without_imports(inspect.getsource(shaping)),
         f"\nPATHS = {_table(PATHS)}\nHEAD_ATTRIBUTES = {_table(HEAD_ATTRIBUTES)}\nFORMAT_VERSION = {FORMAT_VERSION}\n",

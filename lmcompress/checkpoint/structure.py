@@ -35,6 +35,7 @@ __all__ = [
     "stated_structure",
     "stock_structure",
     "structure_of",
+    "unless_stock",
     "why_not_vanilla",
 ]
 
@@ -93,8 +94,18 @@ def stated_structure(model: PreTrainedModel) -> Structure | None:
     """
     structure = recorded_structure(model)
     set_stock_shapes(model.config, structure)
-    stock = why_not_vanilla(structure, model.config) is None and all(block.source is None for block in structure.blocks)
-    return None if stock else structure
+    return unless_stock(structure, model.config)
+
+
+def unless_stock(structure: Structure, config: PretrainedConfig) -> Structure | None:
+    """The shapes, or None where a stock config says all of them.
+
+    Args:
+        structure: of a model, with the numbers of the blocks it was cut from where they are known.
+        config: the stock config of the model.
+    """
+    cut = any(block.source is not None for block in structure.blocks)
+    return structure if cut or why_not_vanilla(structure, config) is not None else None
 
 
 def stock_structure(config: PretrainedConfig) -> Structure:

@@ -47,8 +47,8 @@ def benchmark(
     from lmcompress.cli.console import output_console
     from lmcompress.evaluation import compare_latency, parameter_count, size_on_disk
     from lmcompress.evaluation import verdict as verdicts
+    from lmcompress.recipes.one_model import load_model
     from lmcompress.recipes.progress import quiet_libraries
-    from lmcompress.recipes.single import load_model
     from lmcompress.reporting import latency_table
 
     names = [name for name in (against, model) if name is not None]

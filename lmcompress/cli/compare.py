@@ -35,6 +35,9 @@ def compare(
             raise LmcompressError(f"{folder} is no folder of a run (no results.json)")
     if name and len(name) != len(runs):
         raise LmcompressError(f"--name must be given once for each of the {len(runs)} runs, got {len(name)}")
+    from lmcompress.recipes.progress import quiet_libraries
     from lmcompress.reporting.compare import compare_runs
 
-    typer.echo(f"written: {compare_runs(runs, output, name)}")
+    with quiet_libraries():
+        page = compare_runs(runs, output, name)
+    typer.echo(f"written: {page}")

@@ -58,7 +58,7 @@ def evaluate(
 
     from lmcompress.cli.console import output_console, print_notes
     from lmcompress.cli.values import evaluation_spec, messages_name_options, task_spec
-    from lmcompress.recipes.single import evaluate_once
+    from lmcompress.recipes.one_model import evaluate_once
 
     with messages_name_options():
         spec = task_spec(task, data, text_column, label_column, limit, max_length)

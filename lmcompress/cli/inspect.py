@@ -39,8 +39,8 @@ def inspect(
 
     from lmcompress.cli.console import output_console
     from lmcompress.evaluation import size_on_disk, stream_table, tensor_table
+    from lmcompress.recipes.one_model import load_compressed
     from lmcompress.recipes.progress import quiet_libraries
-    from lmcompress.recipes.single import load_compressed
 
     with quiet_libraries():
         compressed = load_compressed(model)

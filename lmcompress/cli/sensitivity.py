@@ -66,7 +66,7 @@ def sensitivity(
     from lmcompress.cli.values import evaluation_spec, messages_name_options, parts_of, task_spec, validated
     from lmcompress.pruning.structured.config import PruningConfig
     from lmcompress.pruning.structured.targets import Target
-    from lmcompress.recipes.single import measure_sensitivity
+    from lmcompress.recipes.one_model import measure_sensitivity
     from lmcompress.reporting import sensitivity_table
 
     # any target will do: nothing is removed

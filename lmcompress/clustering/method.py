@@ -209,7 +209,7 @@ def share_weights(
     """Cluster the weights of each matrix, without training.
 
     Args:
-        model: a ``PreTrainedModel`` or any other module; its weights are changed in place.
+        model: a ``PreTrainedModel``, a ``CompressedModel`` or any other module; its weights are changed in place.
         config: how many values which matrix has; default: Deep Compression's.
         batches: with labels, best of one row each, where the config asks for sensitivity.
 

@@ -26,7 +26,7 @@ def sampling_probabilities(sizes: Sequence[int], tau: float = 1.0) -> np.ndarray
         ``(tasks,)`` float64 that sums to 1.
 
     Raises:
-        LmcompressError: a size or ``tau`` is out of range.
+        LmcompressError: If a size or ``tau`` is out of range.
 
     Reference:
         Raffel et al., *Exploring the Limits of Transfer Learning*, 2020,
@@ -52,7 +52,7 @@ class MultiTaskDataset(TorchDataset[Row]):
         datasets: tokenised rows by task name.
 
     Raises:
-        LmcompressError: there are no data sets, or one is empty.
+        LmcompressError: If there are no data sets, or one is empty.
 
     Example:
         >>> both = MultiTaskDataset({"a": [{"x": 1}], "b": [{"x": 2}, {"x": 3}]})
@@ -104,7 +104,7 @@ class TaskSampledBatches(Sampler[list[int]]):
         num_processes: how many processes share the batches.
 
     Raises:
-        LmcompressError: a number is out of range.
+        LmcompressError: If a number is out of range.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class MultiTaskCollator:
             what the task's collator makes, and ``"task"``, a string.
 
         Raises:
-            LmcompressError: the rows are of several tasks, or of one without a collator.
+            LmcompressError: If the rows are of several tasks, or of one without a collator.
         """
         names = sorted({row["task"] for row in rows})
         if len(names) != 1:

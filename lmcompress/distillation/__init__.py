@@ -1,8 +1,8 @@
 """Distillation: losses, matches, teachers, and the method that puts them into a training run."""
 
 from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatch, Match, TemperatureSchedule
-from lmcompress.distillation.losses.registry import LogitLoss
-from lmcompress.distillation.matches.registry import MatchLoss
+from lmcompress.distillation.losses import LogitLoss
+from lmcompress.distillation.matches import MatchLoss
 from lmcompress.distillation.method import Distillation
 from lmcompress.distillation.presets import quantgpt, ternarybert
 from lmcompress.distillation.store import TeacherStore

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.distillation.config import DistillationConfig
-from lmcompress.distillation.losses.registry import LOGIT_LOSSES, LogitLoss, loss_for
+from lmcompress.distillation.losses import LOGIT_LOSSES, LogitLoss, loss_for
 from lmcompress.distillation.step import PER_TOKEN
 from lmcompress.distillation.store.teacher import StoredTeacher
 from lmcompress.distillation.teachers import Teacher

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lmcompress.distillation.losses.registry import LOGIT_LOSSES, LogitLoss
-from lmcompress.distillation.matches.registry import MATCHES, MatchLoss
+from lmcompress.distillation.losses import LOGIT_LOSSES, LogitLoss
+from lmcompress.distillation.matches import MATCHES, MatchLoss
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES
 from lmcompress.registry import PartField
 
@@ -110,8 +110,7 @@ class Contrast(_Part):
         ),
     ] = "teacher"
     num_negatives: Annotated[
-        int | None,
-        Field(ge=1, description="So many, chosen at random; default: all others of the sequence."),
+        int | None, Field(ge=1, description="How many, chosen at random; default: all others of the sequence.")
     ] = None
     exclude_same_id: Annotated[
         bool, Field(description="Another occurrence of the same token in the sequence is no negative.")
@@ -128,7 +127,7 @@ class Contrast(_Part):
         Literal["auto", "none", "linear"] | Annotated[int, Field(ge=1)],
         Field(
             description="auto: the student's side, linear, where the widths differ; linear: always; a number: both "
-            "sides, to so many dimensions."
+            "sides, to that width."
         ),
     ] = "auto"
     projection_learning_rate: Annotated[

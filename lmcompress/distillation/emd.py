@@ -92,8 +92,8 @@ def earth_mover_flow(
         The flow, of the shape and on the device of ``cost``, float32, without gradient; each sums to 1.
 
     Raises:
-        LmcompressError: a cost that is not finite or of another shape, or weights that are no distribution.
-        ImportError: POT is not installed.
+        LmcompressError: If a cost is not finite or of another shape, or weights are no distribution.
+        ImportError: If POT is not installed.
 
     Reference:
         Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3.
@@ -143,8 +143,8 @@ def emd_hidden_mse(
         ``(batch,)`` float32 sums over tokens (unit ``tokens``); 0 where the layers are the same sets.
 
     Raises:
-        LmcompressError: no layers, or shapes that differ.
-        ImportError: POT is not installed.
+        LmcompressError: If there are no layers, or their shapes differ.
+        ImportError: If POT is not installed.
 
     Reference:
         Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3. Theirs finds one flow for the batch.
@@ -172,7 +172,7 @@ def emd_costs(
         ``(batch, S, T)`` float32 sums over tokens, with gradient to the student.
 
     Raises:
-        LmcompressError: no layers, or shapes that differ.
+        LmcompressError: If there are no layers, or their shapes differ.
     """
     if len(student) == 0 or len(teacher) == 0:
         raise LmcompressError(f"need layers on both sides, got {len(student)} of the student, {len(teacher)} teacher's")
@@ -201,7 +201,7 @@ def cost_attention(
         New student weights ``(S,)`` and teacher weights ``(T,)``, float32, each summing to 1, without gradient.
 
     Raises:
-        LmcompressError: the shapes do not fit, or a weight is not > 0.
+        LmcompressError: If the shapes do not fit, or a weight is not > 0.
 
     Reference:
         Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3 (cost attention), in the form of the

@@ -32,7 +32,7 @@ def uniform(student_layers: int, teacher_layers: int, include_embeddings: bool =
         ``M`` pairs, and one for the embeddings.
 
     Raises:
-        LmcompressError: a number < 1, or a student deeper than its teacher.
+        LmcompressError: If a number is < 1, or the student is deeper than its teacher.
 
     Reference:
         Jiao et al., *TinyBERT*, 2020, https://arxiv.org/abs/1909.10351, section 4.1 (``g(m) = 3m``); TextBrewer's maps
@@ -61,7 +61,7 @@ def skip(student_layers: int, teacher_layers: int, include_last: bool = False) -
         ``M - 1`` pairs, or ``M`` with ``include_last``.
 
     Raises:
-        LmcompressError: a number < 1, or ``M`` does not divide ``N``.
+        LmcompressError: If a number is < 1, or ``M`` does not divide ``N``.
 
     Reference:
         Sun et al., *Patient Knowledge Distillation*, 2019, https://arxiv.org/abs/1908.09355, section 3.2.
@@ -92,7 +92,7 @@ def last(student_layers: int, teacher_layers: int, include_last: bool = False) -
         ``M - 1`` pairs, or ``M`` with ``include_last``.
 
     Raises:
-        LmcompressError: a number < 1, or a student deeper than its teacher.
+        LmcompressError: If a number is < 1, or the student is deeper than its teacher.
 
     Reference:
         Sun et al., *Patient Knowledge Distillation*, 2019, https://arxiv.org/abs/1908.09355, section 3.2.
@@ -118,8 +118,8 @@ def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: i
         The pairs in the order given, with negative indices resolved.
 
     Raises:
-        LmcompressError: nothing was given, something is no pair of integers, an index is out of range, or a pair comes
-            twice.
+        LmcompressError: If nothing was given, something is no pair of integers, an index is out of range, or a pair
+            comes twice.
 
     Example:
         >>> given([[0, 0], [-1, -1]], student_layers=4, teacher_layers=12)
@@ -133,10 +133,7 @@ def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: i
             raise LmcompressError(
                 f"a layer map is made of pairs of integers (student_layer, teacher_layer), got {pair}"
             )
-        entry = (
-            _resolve(pair[0], student_layers, "student", pair),
-            _resolve(pair[1], teacher_layers, "teacher", pair),
-        )
+        entry = (_resolve(pair[0], student_layers, "student", pair), _resolve(pair[1], teacher_layers, "teacher", pair))
         if entry in resolved:
             raise LmcompressError(f"the layer map names the pair {entry} twice; raise its weight instead")
         resolved.append(entry)
@@ -159,7 +156,8 @@ def nearest_in_order(distances: Tensor, student_layers: Sequence[int], teacher_l
         One pair for each teacher layer, in order.
 
     Raises:
-        LmcompressError: shapes that do not fit, layers that do not increase, no candidates, or distances not finite.
+        LmcompressError: If shapes do not fit, layers do not increase, there are no candidates, or
+            distances are not finite.
 
     Reference:
         Xia, Zhong & Chen, *CoFi*, 2022, https://arxiv.org/abs/2204.00408, section 3.2 (``m(i)``).
@@ -219,7 +217,7 @@ def nearest_kept(kept: Sequence[int], teacher_layers: Sequence[int]) -> LayerMap
         One pair for each teacher layer; student layers are counted in the cut student.
 
     Raises:
-        LmcompressError: either list is empty or does not increase.
+        LmcompressError: If either list is empty or does not increase.
 
     Example:
         >>> nearest_kept([1, 2, 6, 11], [2, 5, 8, 11])

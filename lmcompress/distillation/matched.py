@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from lmcompress.activations.capture import Features, resolve, shape_of
 from lmcompress.distillation.config import Match
 from lmcompress.distillation.layer_maps import nearest_in_order
+from lmcompress.distillation.matches import MATCHES, MatchLoss, match_for
 from lmcompress.distillation.matches.features import hidden_mse
-from lmcompress.distillation.matches.registry import MATCHES, MatchLoss, match_for
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.step import Matched
 from lmcompress.distillation.teachers import Answers, Teacher
@@ -66,9 +66,7 @@ def matched(match: Match, number: int, student: PreTrainedModel, teacher: Teache
     return made
 
 
-def nearest_chooser(
-    matches: Sequence[Matched],
-) -> Callable[[Step, Features, Sequence[Answers], Tensor], None] | None:
+def nearest_chooser(matches: Sequence[Matched]) -> Callable[[Step, Features, Sequence[Answers], Tensor], None] | None:
     """What chooses the layers of the matches with ``student: nearest``, once in each optimizer step.
 
     Args:

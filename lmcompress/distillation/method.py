@@ -25,7 +25,7 @@ from lmcompress.distillation.contrastive.term import ContrastTerm, Homogeneity
 from lmcompress.distillation.emd import EmdTerm
 from lmcompress.distillation.matched import matched, nearest_chooser
 from lmcompress.distillation.step import DistillationStep, FeatureTerm
-from lmcompress.distillation.teachers import LiveTeacher, Teacher
+from lmcompress.distillation.teachers import LiveTeacher, Teacher, Teachers
 from lmcompress.distillation.textbrewer import read_textbrewer
 from lmcompress.errors import LmcompressError
 from lmcompress.model import CompressedModel
@@ -44,9 +44,7 @@ class Distillation(DistillationStep):
 
     name = "distillation"
 
-    def __init__(
-        self, config: DistillationConfig, teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]
-    ) -> None:
+    def __init__(self, config: DistillationConfig, teachers: Teachers) -> None:
         given = list(teachers) if isinstance(teachers, Sequence) else [teachers]
         self.teachers = [_teacher(teacher) for teacher in given]
         if not self.teachers:
@@ -59,11 +57,7 @@ class Distillation(DistillationStep):
         self._parts = []
 
     @classmethod
-    def from_textbrewer(
-        cls,
-        config: str | Path | Mapping[str, Any],
-        teachers: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel],
-    ) -> Distillation:
+    def from_textbrewer(cls, config: str | Path | Mapping[str, Any], teachers: Teachers) -> Distillation:
         """From TextBrewer's own ``DistillationConfig`` as JSON.
 
         Args:

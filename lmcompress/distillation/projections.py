@@ -31,7 +31,8 @@ class Projection(nn.Module):
         seed: of the normal weight; the global generator is left alone. ``None`` draws from the global one.
 
     Raises:
-        LmcompressError: a width < 1, an unknown activation or initialisation, or the identity between unequal widths.
+        LmcompressError: If a width is < 1, an activation or initialisation is unknown, or the
+            identity is to be between unequal widths.
 
     Reference:
         Jiao et al., *TinyBERT*, 2020, https://arxiv.org/abs/1909.10351, equations 8 and 9 (``W_h``, ``W_e``); Xia,
@@ -86,7 +87,7 @@ class Projection(nn.Module):
             ``(..., teacher_dim)`` float32.
 
         Raises:
-            LmcompressError: the last axis is not ``student_dim``.
+            LmcompressError: If the last axis is not ``student_dim``.
         """
         if hidden.shape[-1] != self.student_dim:
             raise LmcompressError(

@@ -26,7 +26,7 @@ def constant(progress: float) -> float:
         1.0.
 
     Raises:
-        LmcompressError: ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` lies outside [0, 1].
     """
     _check_progress(progress)
     return 1.0
@@ -42,7 +42,7 @@ def linear_decay(progress: float) -> float:
         The factor, in [0, 1].
 
     Raises:
-        LmcompressError: ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` lies outside [0, 1].
 
     Example:
         >>> 5.0 * linear_decay(0.25)
@@ -61,7 +61,7 @@ def linear_growth(progress: float) -> float:
         The factor, in [0, 1].
 
     Raises:
-        LmcompressError: ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` lies outside [0, 1].
 
     Example:
         >>> 5.0 * linear_growth(0.25)
@@ -80,7 +80,7 @@ def cosine_decay(progress: float) -> float:
         The factor, in [0, 1].
 
     Raises:
-        LmcompressError: ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` lies outside [0, 1].
 
     Example:
         >>> round(cosine_decay(0.5), 6)
@@ -91,12 +91,7 @@ def cosine_decay(progress: float) -> float:
 
 WEIGHT_SCHEDULES: Registry[WeightSchedule] = Registry(
     "weight schedule",
-    {
-        "constant": constant,
-        "linear_decay": linear_decay,
-        "linear_growth": linear_growth,
-        "cosine_decay": cosine_decay,
-    },
+    {"constant": constant, "linear_decay": linear_decay, "linear_growth": linear_growth, "cosine_decay": cosine_decay},
     callable,
     "a function of the share of training done",
 )
@@ -155,7 +150,7 @@ def flsw(
         ``(...)`` float32 within ``[minimum, maximum]``, without gradient.
 
     Raises:
-        LmcompressError: the shapes differ, or an option is out of its range.
+        LmcompressError: If the shapes differ, or an option is out of its range.
 
     Reference:
         Wen, Lai & Qian, *Preparing Lessons*, 2019, https://arxiv.org/abs/1911.07471, dynamic temperature
@@ -206,7 +201,7 @@ def cwsm(
         ``(...)`` float32 within ``[minimum, maximum]``, without gradient.
 
     Raises:
-        LmcompressError: an option is out of its range.
+        LmcompressError: If an option is out of its range.
 
     Reference:
         Wen, Lai & Qian, *Preparing Lessons*, 2019, https://arxiv.org/abs/1911.07471, dynamic temperature

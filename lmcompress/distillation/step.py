@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lmcompress.activations.capture import Capture, Feature, Features
 from lmcompress.distillation.causal import chunked_term
 from lmcompress.distillation.config import DistillationConfig, Match
+from lmcompress.distillation.losses import LOGIT_LOSSES, LogitLoss
 from lmcompress.distillation.losses.outputs import probability_shift, token_weights
-from lmcompress.distillation.losses.registry import LOGIT_LOSSES, LogitLoss
-from lmcompress.distillation.matches.registry import MatchLoss
+from lmcompress.distillation.matches import MatchLoss
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, WeightSchedule, cwsm, flsw
 from lmcompress.distillation.teachers import Answers, Teacher

@@ -51,7 +51,7 @@ class Teacher(Protocol):
             ``(kind, layer)``.
 
         Raises:
-            LmcompressError: it cannot be given.
+            LmcompressError: If it cannot be given.
         """
 
     def shape_of(self, feature: Feature) -> tuple[int, ...]:
@@ -91,6 +91,10 @@ class Teacher(Protocol):
     @property
     def model(self) -> PreTrainedModel | None:
         """The model, where there is one: what student and teacher must agree on is checked against it."""
+
+
+Teachers = Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]
+"""One source of answers, or several."""
 
 
 def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def load_teacher(
         The model.
 
     Raises:
-        LmcompressError: bitsandbytes is missing, or the precision is unknown.
+        LmcompressError: If bitsandbytes is missing, or the precision is unknown.
     """
     if precision in ("8bit", "4bit"):
         try:

@@ -57,7 +57,7 @@ def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfi
         The configuration.
 
     Raises:
-        LmcompressError: it is no TextBrewer configuration, or asks for something that has no meaning here.
+        LmcompressError: If it is no TextBrewer configuration, or asks for something that has no meaning here.
     """
     values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     for key in values:

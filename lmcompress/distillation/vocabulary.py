@@ -1,7 +1,7 @@
 """The loss over a large vocabulary, in chunks of tokens: the full ``(tokens, vocabulary)`` float32 matrix never exists.
 
 Gradients are computed chunk by chunk in the forward pass, so nothing is recomputed: student and teacher head are each
-multiplied once, and the student's gradient costs the two products that it always costs.
+multiplied once, and the student's gradient costs the two matmuls that it always costs.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        # inside, everything is float32 but the products, whose dtype is chosen above
+        # inside, everything is float32 but the matmuls, whose dtype is chosen above
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], asked.chunk):
                 stop = min(start + asked.chunk, hidden.shape[0])

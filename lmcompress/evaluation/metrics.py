@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -218,14 +219,6 @@ def _f1(predictions: Array, labels: Array) -> float:
     return _sklearn_f1(predictions, labels, "binary")
 
 
-def _f1_macro(predictions: Array, labels: Array) -> float:
-    return _sklearn_f1(predictions, labels, "macro")
-
-
-def _f1_micro(predictions: Array, labels: Array) -> float:
-    return _sklearn_f1(predictions, labels, "micro")
-
-
 def _sklearn_f1(predictions: Array, labels: Array, average: str) -> float:
     with warnings.catch_warnings():
         # sklearn takes many classes in few rows for a regression; transformers has multi-label labels as floats
@@ -240,14 +233,6 @@ def _matthews(predictions: Array, labels: Array) -> float:
         # the answer, 0, is right; the warning is about the shape of a confusion matrix that nobody sees
         warnings.filterwarnings("ignore", message="A single label was found|The number of unique classes")
         return float(matthews_corrcoef(labels, predictions))
-
-
-def _pearson(predictions: Array, labels: Array) -> float:
-    return _correlation(pearsonr, predictions, labels)
-
-
-def _spearman(predictions: Array, labels: Array) -> float:
-    return _correlation(spearmanr, predictions, labels)
 
 
 def _correlation(function: Callable[[Array, Array], Any], predictions: Array, labels: Array) -> float:
@@ -269,11 +254,11 @@ def _mse(predictions: Array, labels: Array) -> float:
 METRICS: dict[str, Callable[[Array, Array], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
-    "f1_macro": _f1_macro,
-    "f1_micro": _f1_micro,
+    "f1_macro": partial(_sklearn_f1, average="macro"),
+    "f1_micro": partial(_sklearn_f1, average="micro"),
     "matthews_correlation": _matthews,
     "mse": _mse,
-    "pearson": _pearson,
-    "spearmanr": _spearman,
+    "pearson": partial(_correlation, pearsonr),
+    "spearmanr": partial(_correlation, spearmanr),
 }
 """Name to ``f(predictions, labels)`` of plain arrays; :func:`compute_metrics` looks up here."""

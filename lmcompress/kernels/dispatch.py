@@ -59,10 +59,8 @@ from lmcompress.kernels.tinygemm import Tinygemm
 
 logger = logging.getLogger(__name__)
 
-
 Memory = Literal["fast", "low"]
 """Whether matrices are kept prepacked for their kernel, or unpacked by blocks in every call."""
-
 
 _MEMORY: tuple[Memory, ...] = ("fast", "low")
 

@@ -14,7 +14,6 @@ from lmcompress.numerics.grids import Grid
 SMALLEST_SCALE = 1e-5
 """What a learned scale is at least, as in BiT's and ParetoQ's code; an optimizer may step below 0."""
 
-
 Inside = Literal["rounding", "level", "zero"]
 """What a number within the range teaches its unit: see :class:`Rule`."""
 

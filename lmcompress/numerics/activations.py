@@ -43,7 +43,6 @@ from lmcompress.numerics.quantizers import Quantized, affine
 ActivationBits = Literal[4, 8]
 """Widths of activations."""
 
-
 BITS: tuple[ActivationBits, ...] = (4, 8)
 
 
@@ -274,6 +273,14 @@ def check_range(low: float, high: float) -> None:
 
 
 def refuse_unless(finite: bool) -> None:
+    """Refuse activations that are not finite.
+
+    Args:
+        finite: whether they are.
+
+    Raises:
+        LmcompressError: If they are not.
+    """
     if not finite:
         raise LmcompressError(
             "activations must be finite to be quantized, got NaN or infinity; is the model sound in this dtype? "

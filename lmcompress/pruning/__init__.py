@@ -4,7 +4,8 @@ from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movem
 from lmcompress.pruning.structured.costs import CostModel, EnergyCost, FlopCost, ModelSizes, ParameterCost
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.latency import LatencyTable, measure_latency
-from lmcompress.pruning.structured.method import StructuredPruning, prune
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.post_training import prune
 from lmcompress.pruning.structured.ranking import select
 from lmcompress.pruning.structured.registry import CRITERIA, Criterion
 from lmcompress.pruning.structured.repair import compensate_bias, least_squares, least_squares_in_order

@@ -1,13 +1,37 @@
-"""Groups of weights that a penalty makes exactly zero: their norms, and a proximal step."""
+"""Groups of weights that a penalty makes exactly zero: their norms, a proximal step, and steering the penalty."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError
+
+STEER_EVERY = 10
+"""Optimizer steps between two corrections of a penalty that follows a target."""
+
+_RATE = 0.25
+
+
+def steering_factor(gap: float) -> float:
+    """Factor on a penalty whose effect is to follow a target.
+
+    A factor, so that no scale has to be guessed; bounded, so that it cannot run away between two corrections.
+
+    Args:
+        gap: share that is still to be pruned by now, of all that is to be pruned; negative where too much is.
+
+    Returns:
+        In [exp(-0.25), exp(0.25)].
+
+    Example:
+        >>> steering_factor(0.0), round(steering_factor(1.0), 3)
+        (1.0, 1.284)
+    """
+    return math.exp(_RATE * max(-1.0, min(1.0, 5 * gap)))
 
 
 def group_norms(views: Sequence[Tensor]) -> Tensor:
@@ -20,7 +44,7 @@ def group_norms(views: Sequence[Tensor]) -> Tensor:
         ``(groups,)`` float32, the l2 norm of each group over all tensors.
 
     Raises:
-        LmcompressError: no tensor, or other numbers of groups.
+        LmcompressError: If there is no tensor, or their numbers of groups differ.
 
     Example:
         >>> group_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([4.0, 2.0])])
@@ -45,7 +69,7 @@ def proximal_factor(norms: Tensor, threshold: float) -> Tensor:
         ``(groups,)`` in [0, 1]; exactly 0 where the norm is at most the threshold.
 
     Raises:
-        LmcompressError: a negative threshold.
+        LmcompressError: If the threshold is negative.
 
     Reference:
         Parikh & Boyd, *Proximal Algorithms*, 2014, section 6.5.1, for the penalty of Wen et al., *Learning Structured

@@ -74,7 +74,7 @@ class CarriedCodes:
         again = dequantize(levels, self.scales, granularity=self.granularity, zero_points=self.zero_points)
         if not torch.equal(again.to(weight.dtype), weight.detach()):
             raise LmcompressError(
-                f"{path} must be what its codes stand for when it is packed, something has changed it since settle(); "
+                f"{path} must be what its codes stand for when it is packed, something has changed it since freeze(); "
                 "finish pruning and quantization by CompressionTrainer.finish()"
             )
         quantized = Quantized(

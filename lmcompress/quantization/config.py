@@ -41,7 +41,7 @@ class WeightScheme(_Part):
 
     quantizer: Annotated[
         str | SkipJsonSchema[InstanceOf[WeightQuantizer]],
-        PlainSerializer(quantizer_name, when_used="json"),
+        PlainSerializer(quantizer_name),
         Field(description="A key of lmcompress.numerics.QUANTIZERS, or module:attribute of a WeightQuantizer."),
     ] = "dynamic_scaling"
     bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8

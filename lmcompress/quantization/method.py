@@ -100,7 +100,7 @@ class Quantization(SteppedMethod):
 
         Args:
             student: the model, not wrapped.
-            cut_later: whether something else cuts it between :meth:`settle` and :meth:`finish`.
+            cut_later: whether something else cuts it between :meth:`freeze` and :meth:`finish`.
 
         Raises:
             LmcompressError: If :meth:`prepare` would refuse it.
@@ -137,7 +137,7 @@ class Quantization(SteppedMethod):
         """Scales, ranges, curvatures and where the schedules are, for checkpoints."""
         return {"scales": self.faked.state, "state": self._state}
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Bring schedules to their end; where the model is to be cut, fix codes and scales as they are now.
 
         In that case weights become what their codes stand for, nothing is fake any more, activations are not
@@ -186,13 +186,13 @@ class Quantization(SteppedMethod):
 
         Raises:
             LmcompressError: If a range cannot be calibrated, weights or scales are NaN or infinite, or the model was
-                cut without :meth:`settle`.
+                cut without :meth:`freeze`.
         """
         if self.report is not None:
             return
         if self._cut_later and self._frozen is None:
             raise LmcompressError(
-                "settle() must come before the model is cut, so that codes are those of the masked model; "
+                "freeze() must come before the model is cut, so that codes are those of the masked model; "
                 "CompressionTrainer.finish() calls both in that order"
             )
         started = time.perf_counter()

@@ -154,7 +154,9 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ImportError, RuntimeError) as error:
-        raise LmcompressError(f"optim: {arguments.optim} is not installed ({first_line(error)})") from error
+        raise LmcompressError(
+            f"optim: {OptimizerNames(arguments.optim).value} is not installed ({first_line(error)})"
+        ) from error
     except ValueError as error:
         # some want the model, which is there only when the stage is trained
         if "model" not in str(error):

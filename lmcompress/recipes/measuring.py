@@ -40,6 +40,7 @@ from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics
 from lmcompress.recipes.parts import PARTS, StagePart
 from lmcompress.reporting import card_rows
 from lmcompress.reporting.evidence import encode
+from lmcompress.reporting.models import collect, pick
 
 STAGE_FILE = "stage.json"
 
@@ -76,7 +77,11 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
         notes: what a reader of the numbers must know.
 
     Returns:
-        What ``results.json`` holds: JSON types.
+        What ``results.json`` holds: JSON types. Beside the scores these are, so that a report can say how far they can
+        be trusted: ``chance`` (by split and metric, what one and the same answer to every row scores), ``evidence``
+        (labels of each split, packed by :func:`~lmcompress.reporting.evidence.encode`), ``latency`` (repeats, load of
+        the machine), ``picked`` (the model that the page is about), and in each row ``evidence`` (predictions, or
+        negative log-likelihoods of windows), ``modules`` (bytes on disk) and ``log`` (losses by term).
     """
     entries = sorted(entries, key=lambda entry: entry.name != reference)
     materials = entries[0].materials
@@ -91,7 +96,7 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
     for row in rows:
         row["latency"] = [entry for entry in latency if entry["model"] == row["name"]]
     metric = measured_metrics(task)[0]
-    return {
+    report = {
         "recipe": recipe.name,
         "description": recipe.description,
         "paper": recipe.paper,
@@ -111,6 +116,7 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
         "rows": rows,
         "notes": list(notes),
     }
+    return report | {"picked": pick(report, collect(report)).name}
 
 
 def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[str, float]:

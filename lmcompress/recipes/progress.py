@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+SECONDS_BETWEEN_LINES = 10.0
+"""How often training is told of where there is no terminal."""
+
 
 class StageBar(TrainerCallback):  # type: ignore[misc]
-    """A bar over the optimizer steps of one stage, with the latest loss; nothing where there is no terminal.
+    """A bar over the optimizer steps of one stage, with the latest loss; lines where there is no terminal.
 
     Args:
         console: where it is drawn.
@@ -23,7 +27,8 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, console: Console, label: str) -> None:
-        self.label = label
+        self.label, self.console = label, console
+        self.said = time.monotonic()
         self.progress = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
@@ -69,13 +74,19 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
 
         Args:
             args: not used.
-            state: not used.
+            state: knows the step.
             control: not used.
             logs: of the trainer.
             **kwargs: not used.
         """
-        if self.task is not None and logs and "loss" in logs:
-            self.progress.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+        if self.task is None or not logs or "loss" not in logs:
+            return
+        loss = f"loss {float(logs['loss']):.3f}"
+        self.progress.update(self.task, loss=loss)
+        if not self.console.is_terminal and time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            steps = f"step {state.global_step:,} of {state.max_steps:,}"
+            self.console.print(f"  {self.label}: {steps}, {loss}", highlight=False)
 
     def close(self) -> None:
         """Take the bar away, however training ended."""

@@ -165,7 +165,7 @@ class StageRun:
         if cuts and not any(part.codes for part, _ in parts):
             for method in trainer.methods:
                 method.set_active(False)
-            trainer.settle()
+            trainer.freeze()
             masked = outputs_of(work.model, gate_batches(work.materials))
         trainer.finish()
         reports = {key: getattr(method, "report", None) for key, method in methods.items()}

@@ -23,6 +23,21 @@ def pruning_maps(models: Sequence[Model]) -> list[dict[str, Any]]:
     return [_pruning_map(model) for model in models if model.row.get("pruning") and model.kind != "control"]
 
 
+def vocabulary_notes(models: Sequence[Model]) -> list[str]:
+    """What vocabulary pruning has done to each model.
+
+    Args:
+        models: of a report.
+    """
+    return [
+        f"{model.name}: Its vocabulary has {found['rows_after']:,} tokens, {found['rows_before']:,} before; "
+        f"{found['bytes_saved'] / 1e6:.2f} MB less; {found['texts_changed']:,} of {found['texts']:,} texts are split "
+        "into other tokens."
+        for model in models
+        if (found := model.row.get("vocabulary"))
+    ]
+
+
 def part_legend(models: Sequence[Model]) -> list[dict[str, str]]:
     """Names and colours of the parts that bytes are shown of.
 

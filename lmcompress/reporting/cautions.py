@@ -18,6 +18,8 @@ LEVELS = ("stop", "warn", "note")
 _SPREAD = 0.25
 """Quartiles that are further apart than this share of the median come from a busy machine, and so do medians of two
 equal models."""
+_FEW = 50
+"""Fewer rows than this say little."""
 _RELOAD = 1e-4
 """A greater difference, relative to the greatest output, of a reloaded model is a failure."""
 
@@ -47,6 +49,7 @@ def cautions(report: Report, models: Sequence[Model]) -> list[Caution]:
     found = [
         *_chance(report, models),
         *_reload(models),
+        *_few(report, models),
         *_seed(models),
         *busy_machine(models),
         *_slower(models),
@@ -140,6 +143,13 @@ def _reload(models: Sequence[Model]) -> Iterator[Caution]:
             yield Caution("stop", "Saved is not what was trained.", text)
 
 
+def _few(report: Report, models: Sequence[Model]) -> Iterator[Caution]:
+    units = models[0].units
+    if units is not None and len(units) < _FEW:
+        what = "windows" if report["kind"] == "causal_lm" else "rows"
+        yield Caution("warn", f"Only {len(units)} {what}.", "Intervals are wide, and those of a bootstrap too narrow.")
+
+
 def _seed(models: Sequence[Model]) -> Iterator[Caution]:
     if len(models) > 1 and any((m.row.get("training") or {}).get("steps") for m in models):
         text = (
@@ -170,7 +180,9 @@ def _controls(report: Report, models: Sequence[Model]) -> Iterator[Caution]:
         if worth is None or min(metric.gain(worth.low), metric.gain(worth.high)) > 0:
             continue
         title = f"{model.name} gains nothing from its teacher that these rows can show."
-        yield Caution("warn", title, f"Its control is as good: {change_text(worth)} {metric.unit}.")
+        better = max(metric.gain(worth.low), metric.gain(worth.high)) < 0
+        text = f"Its control is {'better' if better else 'as good'}: {change_text(worth)} {metric.unit}."
+        yield Caution("warn", title, text)
 
 
 def _share_of_what(models: Sequence[Model]) -> Iterator[Caution]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap, rankdata, ttest_1samp
+from scipy.stats import DegenerateDataWarning, binomtest, bootstrap, rankdata, ttest_1samp
 
 Array = NDArray[Any]
 _CONFIDENCE = 0.95
@@ -178,21 +179,26 @@ def _bootstrapped(columns: tuple[Array, ...], combine: Callable[..., Any]) -> In
             return combine(*(column.mean(axis=axis) for column in drawn))
 
     value = float(statistic(*columns))
-    # resampling one number again and again has no spread, and scipy warns of it
+    if not np.isfinite(value):
+        return None
+    # resampling one number again and again has no spread
     if all(np.ptp(column) == 0 for column in columns):
-        return Interval(value, value, value) if np.isfinite(value) else None
-    ends = bootstrap(
-        columns,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        batch=max(1, 2_000_000 // len(columns[0])),
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
+        return Interval(value, value, value)
+    with warnings.catch_warnings():
+        # a resample without a score makes the ends nan, which is no interval
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        ends = bootstrap(
+            columns,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=_RESAMPLES,
+            batch=max(1, 2_000_000 // len(columns[0])),
+            method="percentile",
+            random_state=np.random.default_rng(0),
+        ).confidence_interval
     found = Interval(value, float(ends.low), float(ends.high))
-    return found if np.isfinite([found.value, found.low, found.high]).all() else None
+    return found if np.isfinite([found.low, found.high]).all() else None
 
 
 def _of_metric(metric: str, predictions: Array, labels: Array) -> Units | None:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from lmcompress.reporting.labels import Box, place
 from lmcompress.reporting.svg import COLOURS, Drawing, style
 
+_LONGEST_NAME = 22
 _MARKERS = {"teacher": "s", "student": "o", "control": "D", "pruned": "^", "quantized": "h"}
 _DASHES: Mapping[str, Any] = {"kd": (0, (6, 2)), "hidden": (0, (1.5, 1.5)), "other": (0, (4, 1.5, 1, 1.5))}
 
@@ -194,8 +195,10 @@ def _cost_axis(axes: Axes, points: Sequence[Point], log: bool) -> None:
 
 def _mark(axes: Axes, point: Point) -> None:
     colour, hollow = COLOURS[point.kind], point.kind == "control"
-    axes.plot([point.x[0]] * 2, point.y[1:], color=colour, linewidth=1.6, zorder=3)
-    axes.plot(point.x[1:], [point.y[0]] * 2, color=colour, linewidth=1.6, zorder=3)
+    # a marker at the end of an axis is whole
+    bar: dict[str, Any] = {"color": colour, "linewidth": 1.6, "zorder": 3, "clip_on": False}
+    axes.plot([point.x[0]] * 2, point.y[1:], **bar)
+    axes.plot(point.x[1:], [point.y[0]] * 2, **bar)
     face: dict[str, Any] = {
         "color": COLOURS["card"] if hollow else colour,
         "markeredgecolor": colour,
@@ -203,12 +206,20 @@ def _mark(axes: Axes, point: Point) -> None:
     }
     size = 11 if hollow else 8.5
     axes.plot(
-        point.x[:1], point.y[:1], marker=_MARKERS[point.kind], markersize=size, linestyle="none", zorder=4, **face
+        point.x[:1],
+        point.y[:1],
+        marker=_MARKERS[point.kind],
+        markersize=size,
+        linestyle="none",
+        zorder=4,
+        clip_on=False,
+        **face,
     )
 
 
 def _name(drawing: Drawing, axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
-    at = {p.name: tuple(axes.transData.transform((p.x[0], p.y[0]))) for p in points}
+    names = _short_names([point.name for point in points])
+    at = {names[p.name]: tuple(axes.transData.transform((p.x[0], p.y[0]))) for p in points}
     taken: list[tuple[Box, float]] = []
     for point in points:
         (x, y), (left, low), (right, high) = (
@@ -216,10 +227,10 @@ def _name(drawing: Drawing, axes: Axes, points: Sequence[Point], best: Sequence[
         )
         taken += [((x - 7, y - 7, x + 7, y + 7), 6), ((x - 2, low, x + 2, high), 2), ((left, y - 2, right, y + 2), 2)]
     for point, after in pairwise(best):
-        (x, y), (next_x, next_y) = at[point.name], at[after.name]
+        (x, y), (next_x, next_y) = at[names[point.name]], at[names[after.name]]
         taken.append(((x, y - 1.5, next_x, y + 1.5), 1.2))
         taken.append(((next_x - 1, min(y, next_y), next_x + 1, max(y, next_y)), 1.2))
-    strong = {p.name for p in points if p.strong}
+    strong = {names[p.name] for p in points if p.strong}
     area = (axes.get_window_extent().x0 + 1, axes.get_window_extent().y0 + 1, drawing.width - 2, drawing.height - 24)
     for label in place(at, taken, area):
         if label.leader:
@@ -227,6 +238,12 @@ def _name(drawing: Drawing, axes: Axes, points: Sequence[Point], best: Sequence[
         weight = "bold" if label.name in strong else "normal"
         where: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": weight}
         drawing.text(*label.centre, label.name, colour="ink", size=11.5, **where)
+
+
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names that fit a plot: of long ones the middle is left out, as long as they differ without it."""
+    short = {name: name if len(name) <= _LONGEST_NAME else f"{name[:10]}…{name[-10:]}" for name in names}
+    return {name: words if list(short.values()).count(words) == 1 else name for name, words in short.items()}
 
 
 def _curves(

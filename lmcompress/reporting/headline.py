@@ -219,7 +219,7 @@ def _speed(picked: Model) -> Markup:
         return Markup(", and answers {} <em>{} faster</em>").format(_one(batch), times(ratio))
     if "slower" in verdict:
         return Markup(", but answers {} <em class=bad>{} as fast</em>").format(_one(batch), f"{ratio:.2f}×")
-    return Markup(", and answers {} as fast").format(_one(batch))
+    return Markup(", with no measurable difference in speed on {}").format(_one(batch))
 
 
 def _one(batch: int) -> str:

@@ -83,7 +83,7 @@ def run_view(report: Report, folder: Path | None = None) -> dict[str, Any]:
         "timing": None if picked.is_reference else _timing(models[0], picked),
         "description": linked(str(report["description"])),
         "paper": linked(report["paper"]) if report.get("paper") else None,
-        "notes": other_notes(report),
+        "notes": [*other_notes(report), *anatomy.vocabulary_notes(models)],
         "recipe": recipe,
         "recipe_lines": recipe.count("\n") if recipe else 0,
         "environment": environment(report),

@@ -90,7 +90,7 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[str]:
     for plot in tradeoffs(report, models, pick(report, models)):
         file = folder / "plots" / (plot["title"].lower().replace(",", "").replace(" ", "_") + ".svg")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(standalone(plot["svgs"][0]), "utf-8")
+        file.write_text(standalone(str(plot["svgs"][0])), "utf-8")
         files.append(file.relative_to(folder).as_posix())
     return files
 
@@ -103,7 +103,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("lmcompress.reporting", "templates"),
         undefined=StrictUndefined,
-        autoescape=select_autoescape(["html", "html.j2", "parts.j2"]),
+        autoescape=select_autoescape(["html.j2"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )

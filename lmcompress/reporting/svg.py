@@ -113,9 +113,13 @@ class Drawing:
         # the font of the page; matplotlib writes the shorthand or its parts, by its version
         text = re.sub(r'font: (?:(bold|\d+) )?([\d.]+)px [^;"]*', _font, text)
         text = re.sub(r'font-family: [^;"]*;? ?', "", text)
+        # a style sheet in a figure holds for the whole page
+        text = text.replace(">*{stroke", ">.plot *{stroke")
         for slot, (name, _) in _SLOTS.items():
             text = text.replace(slot, f"var(--{name})")
-        text = re.sub(r' id="(?!p|m|[0-9a-f]*[0-9])[^"]*"', "", text)
+        # names that nothing refers to are the same in every figure of the page
+        used = set(re.findall(r'(?:"#|url\(#)([^")]+)', text))
+        text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
         head = (
             f'<svg class="plot" viewBox="0 0 {self.width} {self.height}" style="max-width:{self.width}px" role="img" '
             'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'

@@ -177,7 +177,7 @@ def sensitivity_table(found: Mapping[str, Any]) -> Table:
     """Quality with shares of one block's units gone: a row for each block and part.
 
     Args:
-        found: of :func:`~lmcompress.recipes.single.measure_sensitivity`.
+        found: of :func:`~lmcompress.recipes.one_model.measure_sensitivity`.
     """
     rows = found["rows"]
     shares = sorted({row["share"] for row in rows if row["part"] != "none"})

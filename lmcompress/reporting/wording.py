@@ -36,7 +36,9 @@ class Metric:
         Args:
             report: of a run.
         """
-        return cls(str(report["metric"]), metric_title(report), bool(report["lower_is_better"]))
+        name = str(report["metric"])
+        title = metric_title(report) if name.endswith("perplexity") else name.replace("_", " ")
+        return cls(name, title, bool(report["lower_is_better"]))
 
     @property
     def scale(self) -> float:
@@ -71,7 +73,7 @@ class Metric:
             ('87.5 %', '34.22')
         """
         if self.lower_is_better:
-            return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+            return f"{value:,.2f}" if value < 100 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
         return f"{100 * value:.1f}".replace("-", "−") + (" %" if self.name in _PER_CENT else "")
 
     def interval(self, found: Interval | None) -> str:

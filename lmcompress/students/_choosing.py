@@ -45,7 +45,7 @@ def check_ready(model: PreTrainedModel) -> None:
         model: of a known family.
 
     Raises:
-        LmcompressError: it is packed or quantized by another library, parametrized, or its blocks share parameters.
+        LmcompressError: If it is packed or quantized by another library, parametrized, or its blocks share parameters.
     """
     recorded = recorded_compression(model.config)
     if recorded is not None and recorded.encoding is not None:
@@ -85,8 +85,8 @@ def projections(
         The matrices; and by path, why others that were asked for have to stay.
 
     Raises:
-        LmcompressError: no such part or block, or nothing to replace; or a matrix that is compact already and was asked
-            for by name.
+        LmcompressError: If there is no such part or block, nothing to replace, or a matrix that was asked for by name
+            is compact already.
     """
     anatomy = anatomy_of(model)
     has = [part for part in PARTS if getattr(anatomy.family, part)]
@@ -126,7 +126,7 @@ def block_numbers(model: PreTrainedModel, blocks: Sequence[int] | None) -> list[
         The numbers.
 
     Raises:
-        LmcompressError: none, one twice, or one that is not there.
+        LmcompressError: If there are none, one is named twice, or one is not there.
     """
     count = len(anatomy_of(model).block_list)
     numbers = list(range(count)) if blocks is None else list(blocks)
@@ -149,7 +149,7 @@ def second_moments(
         By name ``(in, in)`` float64 on the CPU, or None for all.
 
     Raises:
-        LmcompressError: no batch, or none with a real token.
+        LmcompressError: If there is no batch, or none with a token that is no padding.
     """
     if batches is None:
         return {name: None for name in modules}
@@ -184,7 +184,7 @@ def run(
         writes: called with a module's output likewise.
 
     Raises:
-        LmcompressError: no batch, or none with a real token.
+        LmcompressError: If there is no batch, or none with a token that is no padding.
     """
     mask = torch.ones(0)
     handles = [

@@ -106,7 +106,7 @@ class Factorize(_Projections):
 
 
 class FactorizeEmbeddings(_Replacement):
-    """A narrow table and a matrix in the place of the word embeddings and of a head tied to them."""
+    """A narrow table and a matrix in the place of the token embeddings and of a head tied to them."""
 
     kind: Literal["factorize_embeddings"] = "factorize_embeddings"
     rank: Annotated[int, Field(ge=1, description="Width of the table.")]

@@ -33,8 +33,8 @@ def share_layers(
         What was changed and what it costs.
 
     Raises:
-        LmcompressError: fewer than 2 blocks in a run or more than there are, blocks of different shapes, or a model
-            that is packed, parametrized, or shares already.
+        LmcompressError: If a run has fewer than 2 blocks or more than there are, blocks are of different shapes, or the
+            model is packed, parametrized, or shares already.
 
     Reference:
         Lan et al., *ALBERT*, 2020, https://arxiv.org/abs/1909.11942, section 3.1, "Cross-layer parameter sharing".

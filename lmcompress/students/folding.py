@@ -30,7 +30,7 @@ def fold_shuffles(model: PreTrainedModel) -> CompactReport:
         What was folded.
 
     Raises:
-        LmcompressError: there is no order to fold, or the model is packed or shares its blocks.
+        LmcompressError: If there is no order to fold, or the model is packed or shares its blocks.
     """
     report = fold_where_possible(model)
     if not report.changed:
@@ -51,7 +51,7 @@ def fold_where_possible(model: PreTrainedModel) -> CompactReport:
         What was folded, if anything.
 
     Raises:
-        LmcompressError: the model is packed or shares its blocks.
+        LmcompressError: If the model is packed or shares its blocks.
     """
     blocks = list(anatomy_of(model).block_list)
     if len(set(shared_sources(blocks))) < len(blocks):

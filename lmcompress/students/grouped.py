@@ -59,8 +59,8 @@ def group(
         What was changed and what it costs.
 
     Raises:
-        LmcompressError: groups that do not divide, an unknown shuffle, no such part or block, or a model that is
-            packed, parametrized or shares its blocks.
+        LmcompressError: If groups do not divide a width, the shuffle is unknown, there is no such part or block, or the
+            model is packed, parametrized or shares its blocks.
 
     Reference:
         Zhang et al., *ShuffleNet*, CVPR 2018, https://arxiv.org/abs/1707.01083, section 3.1; Iandola et al.,

@@ -97,14 +97,14 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
         The student and the teacher's blocks it has. Its config says how many they are.
 
     Raises:
-        LmcompressError: blocks that the teacher does not have, or none.
+        LmcompressError: If the teacher lacks a block, or none is asked for.
     """
     kept = chosen_layers(len(anatomy_of(teacher).blocks), layers, choose)
     student = copy.deepcopy(teacher, _without_hooks(teacher))
     keep_layers(student, kept)
     recorded = getattr(student.config, "quantization_config", None)
     if isinstance(recorded, CompressionConfig):
-        # a compressed teacher's config describes blocks that have gone
+        # a compressed teacher's config describes blocks that it lacks
         student.config.quantization_config = CompressionConfig(
             structure=structure_of(student), provenance=recorded.provenance, layers=layers_of(student)
         )
@@ -112,6 +112,16 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
 
 
 def chosen_layers(total: int, layers: int | Sequence[int], choose: Choice) -> tuple[int, ...]:
+    """Numbers of the blocks that a student starts from.
+
+    Args:
+        total: blocks of the teacher.
+        layers: how many, or which.
+        choose: which, where ``layers`` is a number.
+
+    Raises:
+        LmcompressError: If the teacher lacks one of them, one is named twice, or there are none.
+    """
     if isinstance(layers, int):
         return choose_layers(total, layers, choose)
     kept = tuple(layers)

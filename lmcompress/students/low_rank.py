@@ -27,7 +27,7 @@ class Factors:
         moment: :math:`C`, ``(in, in)``, or None.
 
     Raises:
-        LmcompressError: the weight is not finite.
+        LmcompressError: If the weight is not finite.
 
     Reference:
         Yuan et al., *ASVD*, 2023, https://arxiv.org/abs/2312.05821, section 3; Wang et al., *SVD-LLM*, 2024,
@@ -107,8 +107,8 @@ def factorize(
         What was changed and what it costs.
 
     Raises:
-        LmcompressError: not one of the three, one out of range, a rank above a matrix's or one that saves nothing in
-            any, no such part or block, or a model that is packed, parametrized or shares its blocks.
+        LmcompressError: If not one of the three is given or it is out of range, a rank is above a matrix's or saves
+            nothing in any, there is no such part or block, or the model is packed, parametrized or shares its blocks.
 
     Reference:
         Denil et al. 2013, https://arxiv.org/abs/1306.0543; see :class:`Factors` for the fit on data.
@@ -155,7 +155,7 @@ def factorize(
 
 
 def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
-    """Put a narrow table and a matrix in the place of the word embeddings, and of a head that is tied to them.
+    """Put a narrow table and a matrix in the place of the token embeddings, and of a head that is tied to them.
 
     Args:
         model: changed in place; its config says it afterwards. On ``meta`` only shapes are.
@@ -165,7 +165,7 @@ def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
         What was changed and what it costs.
 
     Raises:
-        LmcompressError: a rank above the table's or one that saves nothing, or a model that is packed, parametrized or
+        LmcompressError: If the rank is above the table's or saves nothing, or the model is packed, parametrized or
             shares its blocks.
 
     Reference:
@@ -225,7 +225,7 @@ def check_goal(rank: int | None, energy: float | None, parameters: float | None)
         parameters: likewise.
 
     Raises:
-        LmcompressError: not exactly one of the three, or one out of range.
+        LmcompressError: If not exactly one of the three is given, or it is out of range.
     """
     given = {name: v for name, v in (("rank", rank), ("energy", energy), ("parameters", parameters)) if v is not None}
     if len(given) != 1:

@@ -61,7 +61,7 @@ def named(name: str, teacher: PreTrainedModel, *, initialise: Initialisation = "
         The student and the teacher's blocks it was cut from.
 
     Raises:
-        LmcompressError: no such name, or the teacher is smaller than the shape.
+        LmcompressError: If there is no such name, or the teacher is smaller than the shape.
     """
     shape = NAMED_SHAPES.get(name)
     if shape is None:

@@ -43,8 +43,8 @@ def separate(
         What was changed; the errors are shares of the squared deviation of the heads' output from its mean.
 
     Raises:
-        LmcompressError: no such block, one without heads, one that mixes already or whose values are compact, a kernel
-            that is even or as wide as the model, no data, or a model that is packed, parametrized or shares its blocks.
+        LmcompressError: If there is no such block, it has no heads, mixes already or has compact values, the kernel is
+            even or as wide as the model, there are no data, or the model is packed, parametrized or shares its blocks.
 
     Reference:
         Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.1; Jiang et al., *ConvBERT*,

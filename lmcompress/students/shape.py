@@ -65,7 +65,7 @@ def by_shape(
         The student, in evaluation mode as after ``from_pretrained``, and the teacher's blocks it was cut from.
 
     Raises:
-        LmcompressError: the width is not divisible by the heads, a size is not positive, or a slice would have to be
+        LmcompressError: If the width is not divisible by the heads, a size is not positive, or a slice would have to be
             larger than the teacher's.
     """
     if initialise not in INITIALISATIONS:
@@ -112,7 +112,7 @@ def by_width(
         The student and the teacher's blocks it was cut from.
 
     Raises:
-        LmcompressError: a multiplier out of range.
+        LmcompressError: If the multiplier is out of range.
 
     Reference:
         Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.3, "Width Multiplier". There the

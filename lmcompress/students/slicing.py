@@ -13,6 +13,15 @@ from lmcompress.families import Block, anatomy_of, weight_view
 
 
 def refuse_growth(new: Block, old: Sequence[Block]) -> None:
+    """Refuse a block that is larger than those it is to be cut from.
+
+    Args:
+        new: of the student.
+        old: of the teacher.
+
+    Raises:
+        LmcompressError: If it has more heads or neurons, or wider heads.
+    """
     sizes = {
         "num_heads": (new.num_heads, min(block.num_heads for block in old)),
         "the width of a head": (new.head_size, min(block.head_size for block in old)),
@@ -27,6 +36,16 @@ def refuse_growth(new: Block, old: Sequence[Block]) -> None:
 
 
 def slice_into(student: PreTrainedModel, teacher: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Copy into a student the parts of a teacher's tensors that have the largest norms.
+
+    Args:
+        student: changed in place.
+        teacher: at least as large.
+        kept: for each block of the student the teacher's block.
+
+    Raises:
+        LmcompressError: If the student is wider than the teacher.
+    """
     new, old = anatomy_of(student), anatomy_of(teacher)
     if new.hidden_size > old.hidden_size:
         raise LmcompressError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from lmcompress.checkpoint.structure import stock_structure, structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.method import UNITS, Method, Step, Term, Unit
 from lmcompress.model import CompressedModel
-from lmcompress.trainers.sampling import LengthGroupedSampler
-from lmcompress.trainers.state import load_state, save_state
+from lmcompress.trainers.monitoring import check_alive, gradient_shares
+from lmcompress.trainers.sampling import length_grouped
+from lmcompress.trainers.state import describe_structure, load_state, save_state
 
-DEAD_STEPS = 50
 # what a teacher may take and the student not; Trainer takes columns away that the student does not know
 TEACHER_COLUMNS = ("token_type_ids", "teacher_input_ids", "teacher_attention_mask", "teacher_token_type_ids")
 
@@ -41,8 +39,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
 
     Without methods it trains as ``Trainer`` does, but for the denominator: every term, the loss on the labels among
     them, is a mean over the whole optimizer step, all micro-batches and processes, so that a batch of 8 × 1 is 1 × 8.
-    (For GPT-2, ``Trainer`` of 5.17 and 5.23 divides by the labels before the shift; here it is by the tokens that are
-    predicted.)
+    (For GPT-2, ``Trainer`` 5.17 and 5.23 divide by the labels before the shift, this one by the tokens predicted.)
 
     Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints carry the state of the
     methods and resume bit-exact on a CPU; what is saved in the end is the student alone.
@@ -60,8 +57,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             for, none of which the terms allow for.
     """
 
-    # our terms are divided by the counts of the whole step; transformers asks from 5.19 on, before that it divided
-    # unless the model took loss kwargs
+    # terms are divided by the counts of the step; transformers asks from 5.19 on, before it divided without loss kwargs
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -98,7 +94,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self._divides_by_accumulation = not hasattr(Trainer, "loss_is_scaled_for_ga")
         if isinstance(student, PreTrainedModel):
-            _describe_structure(student)
+            describe_structure(student)
         for method in self.methods:
             method.prepare(self)
 
@@ -130,10 +126,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__") or not len(rows):
             return super()._get_train_sampler(train_dataset)
-        columns = getattr(rows, "column_names", None)
-        ids = rows["input_ids"] if columns and "input_ids" in columns else (row["input_ids"] for row in rows)
-        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler([len(row) for row in ids], step_rows, self.args.seed)
+        return length_grouped(rows, self.args)
 
     def compute_loss(
         self,
@@ -193,7 +186,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         weighted = {name: term.weight * scale * _mean(term, counts) for name, term in terms.items() if term.weight > 0}
         self._check_gradients(terms)
         if measured:
-            self._measure_shares(weighted)
+            self._shares = gradient_shares(weighted, [p for p in self.student.parameters() if p.requires_grad])
         self._remember(terms, counts)
         if weighted:
             loss = torch.stack([value.to(_exact(value.device)) for value in weighted.values()]).sum().float()
@@ -240,28 +233,25 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 value = float(self.accelerator.gather(logged.total.reshape(1)).sum()) / logged.steps
                 logs[name if logged.measured else f"loss_{name}"] = value
                 if not logged.measured:
-                    self._watch(name, value, logged.steps)
+                    self._silent_steps[name] = self._silent_steps.get(name, 0) + logged.steps if value == 0 else 0
+                    check_alive(name, self._silent_steps[name])
             logs |= {f"share_{name}": share for name, share in self._shares.items()}
             self._logged, self._shares = {}, {}
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Freeze what every method decided: the model computes from now on what it will after :meth:`finish`."""
         for method in self.methods:
-            method.settle()
+            method.freeze()
 
     def finish(self) -> None:
         """Freeze what every method decided, materialize it and take the hooks away; the trainer is done then."""
-        self.settle()
+        self.freeze()
         for method in self.methods:
             method.finish()
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As ``Trainer``'s, with what is a teacher's taken out of the batch, and without anything being captured.
 
@@ -275,15 +265,10 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             Loss, logits and labels, as ``Trainer`` has them.
         """
         kept = self._student_inputs(inputs) | {k: v for k, v in inputs.items() if k in self.label_names}
-        with self._nothing_captured():
-            return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
-
-    @contextmanager
-    def _nothing_captured(self) -> Iterator[None]:
         for method in self.methods:
             method.set_active(False)
         try:
-            yield
+            return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
         finally:
             for method in self.methods:
                 method.set_active(True)
@@ -298,9 +283,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         names = _parameters_of(type(self._model_for(inputs)).forward)
-        kept = {
-            k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in ("labels", *self.label_names)
-        }
+        other = ("labels", *self.label_names)
+        kept = {k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in other}
         # a column may be there for the teacher alone, such as BERT's token types beside a DistilBERT
         return {k: v for k, v in kept.items() if k in names} if "input_ids" in names else kept
 
@@ -312,8 +296,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         return Term(torch.where(count > 0, loss, torch.zeros_like(loss)) * count, "labels", weight)
 
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
-        causal, shifted = self._reads[id(self._model_for(batch))]
-        return _count_vector(batch, causal=causal, shifted=shifted)
+        return _count_vector(batch, *self._reads[id(self._model_for(batch))])
 
     def _check_gradients(self, terms: Mapping[str, Term]) -> None:
         for name, term in terms.items():
@@ -323,16 +306,6 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                     "Are the layers it looks at frozen, or is the student the teacher itself?"
                 )
 
-    def _measure_shares(self, weighted: Mapping[str, Tensor]) -> None:
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        norms = {}
-        for name, value in weighted.items():
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            squares = [float(g.float().square().sum()) for g in gradients if g is not None]
-            norms[name] = sum(squares) ** 0.5
-        total = sum(norms.values())
-        self._shares = {name: norm / total if total else 0.0 for name, norm in norms.items()}
-
     def _remember(self, terms: Mapping[str, Term], counts: Mapping[Unit, Tensor]) -> None:
         for name, term in terms.items():
             for part, total in ({name: term.total} if term.parts is None else term.parts).items():
@@ -341,16 +314,6 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 logged.total = logged.total + value
                 if logged.last_step != self.state.global_step:
                     logged.steps, logged.last_step = logged.steps + 1, self.state.global_step
-
-    def _watch(self, name: str, value: float, steps: int) -> None:
-        silent = self._silent_steps.get(name, 0) + steps if value == 0 else 0
-        self._silent_steps[name] = silent
-        if silent >= DEAD_STEPS:
-            raise LmcompressError(
-                f"the loss term {name!r} has been exactly zero for {silent} steps, and so has its gradient. Usual "
-                "causes: teacher and student are the same model, a softmax over a single output (use the mse loss), or "
-                "a mask that hides all tokens. Take the term out if it is meant to be zero."
-            )
 
     def _care_for(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float | None
@@ -414,7 +377,7 @@ def _reading_of(model: Any) -> tuple[bool, bool]:
     return anatomy.family.causal, anatomy.head is not None
 
 
-def _count_vector(batch: Mapping[str, Any], *, causal: bool, shifted: bool) -> Tensor:
+def _count_vector(batch: Mapping[str, Any], causal: bool, shifted: bool) -> Tensor:
     """How many of each unit a batch has, ``(len(UNITS),)``, in the order of ``UNITS``.
 
     Args:
@@ -439,10 +402,3 @@ def _count_vector(batch: Mapping[str, Any], *, causal: bool, shifted: bool) -> T
     else:
         counted = (labels[:, 1:] if shifted else labels).ne(-100).sum().to(lengths.dtype)
     return torch.stack([lengths.new_tensor(ids.shape[0]), counted, lengths.sum(), pairs])
-
-
-def _describe_structure(student: PreTrainedModel) -> None:
-    """Let the config say what the shapes are, so that every checkpoint on the way reloads."""
-    described = CompressedModel(student).compression
-    if described.structure is not None and structure_of(student) != stock_structure(student.config):
-        student.config.quantization_config = described

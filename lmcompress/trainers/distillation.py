@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, TrainingArguments
 
 from lmcompress.distillation.config import DistillationConfig
 from lmcompress.distillation.method import Distillation
-from lmcompress.distillation.teachers import Teacher
+from lmcompress.distillation.teachers import Teachers
+from lmcompress.errors import LmcompressError
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
 from lmcompress.trainers.compression import CompressionTrainer
+
+Report = TypeVar("Report")
 
 
 class DistillationTrainer(CompressionTrainer):
@@ -30,11 +33,42 @@ class DistillationTrainer(CompressionTrainer):
     def __init__(
         self,
         model: PreTrainedModel | CompressedModel,
-        teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel],
+        teacher: Teachers,
         args: TrainingArguments | None = None,
         distillation: DistillationConfig | None = None,
         methods: Sequence[Method] = (),
         **kwargs: Any,
     ) -> None:
-        method = Distillation(distillation or DistillationConfig(), teacher)
-        super().__init__(model, args, [method, *methods], **kwargs)
+        super().__init__(model, args, [*taught(teacher, distillation), *methods], **kwargs)
+
+
+def taught(teacher: Teachers | None, distillation: DistillationConfig | None) -> list[Method]:
+    """The method that a trainer's ``teacher`` and ``distillation`` stand for, if there is a teacher.
+
+    Args:
+        teacher: one or several.
+        distillation: what is compared; default: logits and labels.
+
+    Returns:
+        One method, or none.
+
+    Raises:
+        LmcompressError: If a distillation has no teacher.
+    """
+    if teacher is None and distillation is not None:
+        raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
+    return [] if teacher is None else [Distillation(distillation or DistillationConfig(), teacher)]
+
+
+def finished(report: Report | None) -> Report:
+    """The report of a method, which is there once the trainer has finished.
+
+    Args:
+        report: of the method, or None.
+
+    Raises:
+        LmcompressError: If there is none yet.
+    """
+    if report is None:
+        raise LmcompressError("there is no report before finish(): call it after train()")
+    return report

@@ -31,7 +31,7 @@ class MultiTaskStudent(nn.Module):
         share_backbone: let all use the base model of the first, whose weights are kept; the others' are dropped.
 
     Raises:
-        LmcompressError: no models, a name that is no folder, or bodies that are not of one shape.
+        LmcompressError: If there are no models, a name is no folder, or bodies are not of one shape.
     """
 
     def __init__(self, models: Mapping[str, PreTrainedModel | CompressedModel], *, share_backbone: bool = True) -> None:
@@ -59,7 +59,7 @@ class MultiTaskStudent(nn.Module):
             The model.
 
         Raises:
-            LmcompressError: there is no such task.
+            LmcompressError: If there is no such task.
         """
         if task not in self.models:
             raise LmcompressError(f"there is no task {task!r}{nearest(task, self.models)}")
@@ -187,7 +187,7 @@ class MultiTaskTrainer(CompressionTrainer):
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: the tasks of model, data and collators are not the same.
+        LmcompressError: If the tasks of model, data and collators are not the same.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class MultiTaskTrainer(CompressionTrainer):
         return self.accelerator.prepare(loader)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write each task's model to its folder, through the equivalence gate but for checkpoints on the way.
+        """Write each task's model to its folder, through the round-trip check but for checkpoints on the way.
 
         Args:
             output_dir: default: that of the arguments.

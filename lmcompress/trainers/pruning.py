@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from lmcompress.distillation.config import DistillationConfig
-from lmcompress.distillation.method import Distillation
-from lmcompress.distillation.teachers import Teacher
+from lmcompress.distillation.teachers import Teachers
 from lmcompress.errors import LmcompressError
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
@@ -19,12 +18,13 @@ from lmcompress.pruning.structured.costs import CostModel
 from lmcompress.pruning.structured.method import StructuredPruning
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.trainers.compression import CompressionTrainer
+from lmcompress.trainers.distillation import finished, taught
 
 
 class PruningTrainer(CompressionTrainer):
     """Prunes ``model`` while it is trained, on labels, on a teacher, or on both.
 
-    After :meth:`train`, :meth:`finish` cuts the model and gives the report; until then units that are gone are masked.
+    After :meth:`train`, :meth:`finish` cuts the model and gives the report; until then pruned units are masked.
     With a teacher, labels keep the weight that ``distillation`` says, 1 by default.
 
     Args:
@@ -40,7 +40,7 @@ class PruningTrainer(CompressionTrainer):
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: no configuration, a distillation without a teacher, or a target that no shape can meet.
+        LmcompressError: If there is no configuration, a distillation has no teacher, or no shape can meet the target.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PruningTrainer(CompressionTrainer):
         model: PreTrainedModel | CompressedModel,
         args: TrainingArguments | None = None,
         pruning: PruningConfig | None = None,
-        teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel] | None = None,
+        teacher: Teachers | None = None,
         distillation: DistillationConfig | None = None,
         methods: Sequence[Method] = (),
         *,
@@ -61,22 +61,15 @@ class PruningTrainer(CompressionTrainer):
                 "pruning must say what to prune and how much, got None; for instance "
                 "PruningConfig(target=Target(sparsity=0.5))"
             )
-        if teacher is None and distillation is not None:
-            raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
         self.pruning = StructuredPruning(pruning, calibration=calibration, cost=cost)
         # gates are hooked first: what distillation captures is what they left
-        first: list[Method] = [self.pruning]
-        if teacher is not None:
-            first.append(Distillation(distillation or DistillationConfig(), teacher))
-        super().__init__(model, args, [*first, *methods], **kwargs)
+        super().__init__(model, args, [self.pruning, *taught(teacher, distillation), *methods], **kwargs)
 
     @property
     def report(self) -> PruningReport:
         """What was cut.
 
         Raises:
-            LmcompressError: :meth:`finish` was not called yet.
+            LmcompressError: If :meth:`finish` was not called yet.
         """
-        if self.pruning.report is None:
-            raise LmcompressError("there is no report before finish(): call it after train()")
-        return self.pruning.report
+        return finished(self.pruning.report)

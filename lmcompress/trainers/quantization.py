@@ -9,10 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from lmcompress.distillation.config import DistillationConfig
-from lmcompress.distillation.method import Distillation
 from lmcompress.distillation.presets import quantgpt, ternarybert
-from lmcompress.distillation.teachers import Teacher
-from lmcompress.errors import LmcompressError
+from lmcompress.distillation.teachers import Teachers
 from lmcompress.families import anatomy_of
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
@@ -20,6 +18,7 @@ from lmcompress.quantization.config import QuantizationConfig
 from lmcompress.quantization.method import Quantization
 from lmcompress.quantization.report import QuantizationReport
 from lmcompress.trainers.compression import CompressionTrainer
+from lmcompress.trainers.distillation import finished, taught
 
 
 class QuantizationTrainer(CompressionTrainer):
@@ -39,8 +38,8 @@ class QuantizationTrainer(CompressionTrainer):
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: a distillation without a teacher, or what :class:`~lmcompress.quantization.method.Quantization`
-            refuses.
+        LmcompressError: If a distillation has no teacher, or for what
+            :class:`~lmcompress.quantization.method.Quantization` refuses.
     """
 
     def __init__(
@@ -48,25 +47,21 @@ class QuantizationTrainer(CompressionTrainer):
         model: PreTrainedModel | CompressedModel,
         args: TrainingArguments | None = None,
         quantization: QuantizationConfig | None = None,
-        teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel] | None = None,
+        teacher: Teachers | None = None,
         distillation: DistillationConfig | None = None,
         methods: Sequence[Method] = (),
         *,
         calibration: Sequence[Mapping[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if teacher is None and distillation is not None:
-            raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
         self.quantization = Quantization(quantization, calibration=calibration)
         cutting = [method for method in methods if method.changes_shapes]
         others = [method for method in methods if method not in cutting]
         # gates are hooked first: what is quantized, and what distillation captures, is what they left
-        first: list[Method] = [*cutting, self.quantization]
-        if teacher is not None:
-            if distillation is None:
-                student = model.model if isinstance(model, CompressedModel) else model
-                distillation = default_distillation(student, teacher, cut=bool(cutting))
-            first.append(Distillation(distillation, teacher))
+        if teacher is not None and distillation is None:
+            student = model.model if isinstance(model, CompressedModel) else model
+            distillation = default_distillation(student, teacher, cut=bool(cutting))
+        first: list[Method] = [*cutting, self.quantization, *taught(teacher, distillation)]
         super().__init__(model, args, [*first, *others], **kwargs)
 
     @property
@@ -74,19 +69,12 @@ class QuantizationTrainer(CompressionTrainer):
         """What was quantized.
 
         Raises:
-            LmcompressError: :meth:`finish` was not called yet.
+            LmcompressError: If :meth:`finish` was not called yet.
         """
-        if self.quantization.report is None:
-            raise LmcompressError("there is no report before finish(): call it after train()")
-        return self.quantization.report
+        return finished(self.quantization.report)
 
 
-def default_distillation(
-    student: PreTrainedModel,
-    teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel],
-    *,
-    cut: bool = False,
-) -> DistillationConfig:
+def default_distillation(student: PreTrainedModel, teacher: Teachers, *, cut: bool = False) -> DistillationConfig:
     """What a student that is quantized learns from its teacher, where nothing else is said.
 
     Causal language models: logits and contrast of tokens

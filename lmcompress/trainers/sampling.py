@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 POOL_BATCHES = 50
 
@@ -26,7 +28,7 @@ class LengthGroupedSampler(Sampler[int]):
         seed: of the order.
 
     Raises:
-        ValueError: ``batch_size`` is below 1.
+        ValueError: If ``batch_size`` is below 1.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
@@ -63,3 +65,16 @@ class LengthGroupedSampler(Sampler[int]):
         order = torch.randperm(len(batches), generator=generator).tolist()
         for batch in [*(batches[i] for i in order), *short] if order else short:
             yield from batch.tolist()
+
+
+def length_grouped(rows: Any, args: TrainingArguments) -> LengthGroupedSampler:
+    """The sampler of a run's training rows, in batches of an optimizer step on one process.
+
+    Args:
+        rows: with ``input_ids``; a data set or a sequence of dictionaries.
+        args: of the run.
+    """
+    columns = getattr(rows, "column_names", None)
+    ids = rows["input_ids"] if columns and "input_ids" in columns else (row["input_ids"] for row in rows)
+    step_rows = args.train_batch_size * args.gradient_accumulation_steps
+    return LengthGroupedSampler([len(row) for row in ids], step_rows, args.seed)

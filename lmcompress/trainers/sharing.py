@@ -12,12 +12,11 @@ from lmcompress.clustering.config import SharingConfig
 from lmcompress.clustering.method import WeightSharing
 from lmcompress.clustering.report import SharingReport
 from lmcompress.distillation.config import DistillationConfig
-from lmcompress.distillation.method import Distillation
-from lmcompress.distillation.teachers import Teacher
-from lmcompress.errors import LmcompressError
+from lmcompress.distillation.teachers import Teachers
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel
 from lmcompress.trainers.compression import CompressionTrainer
+from lmcompress.trainers.distillation import finished, taught
 
 
 class SharingTrainer(CompressionTrainer):
@@ -38,7 +37,7 @@ class SharingTrainer(CompressionTrainer):
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: a distillation without a teacher, or what
+        LmcompressError: If a distillation has no teacher, or for what
             :class:`~lmcompress.clustering.method.WeightSharing` refuses.
     """
 
@@ -47,28 +46,21 @@ class SharingTrainer(CompressionTrainer):
         model: PreTrainedModel | CompressedModel | nn.Module,
         args: TrainingArguments | None = None,
         sharing: SharingConfig | None = None,
-        teacher: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel] | None = None,
+        teacher: Teachers | None = None,
         distillation: DistillationConfig | None = None,
         methods: Sequence[Method] = (),
         *,
         calibration: Sequence[Mapping[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if teacher is None and distillation is not None:
-            raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
         self.sharing = WeightSharing(sharing, calibration=calibration)
-        first: list[Method] = [self.sharing]
-        if teacher is not None:
-            first.append(Distillation(distillation or DistillationConfig(), teacher))
-        super().__init__(model, args, [*first, *methods], **kwargs)
+        super().__init__(model, args, [self.sharing, *taught(teacher, distillation), *methods], **kwargs)
 
     @property
     def report(self) -> SharingReport:
         """What shares its values.
 
         Raises:
-            LmcompressError: :meth:`finish` was not called yet.
+            LmcompressError: If :meth:`finish` was not called yet.
         """
-        if self.sharing.report is None:
-            raise LmcompressError("there is no report before finish(): call it after train()")
-        return self.sharing.report
+        return finished(self.sharing.report)

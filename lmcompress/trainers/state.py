@@ -1,4 +1,4 @@
-"""What methods keep in training checkpoints, beside the model that ``Trainer`` writes."""
+"""What is in training checkpoints beside what ``Trainer`` writes: the state of methods, the shapes of a cut student."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from lmcompress.checkpoint.structure import stock_structure, structure_of
 from lmcompress.errors import CheckpointError
 from lmcompress.method import Method
+from lmcompress.model import CompressedModel
 
 STATE_FILE = "lmcompress_training_state.safetensors"
 
@@ -62,3 +65,14 @@ def _state_of(methods: Sequence[Method]) -> dict[str, Tensor]:
         for part, module in method.modules().items()
         for name, tensor in module.state_dict().items()
     }
+
+
+def describe_structure(student: PreTrainedModel) -> None:
+    """Let the config say what the shapes are, so that every checkpoint on the way reloads.
+
+    Args:
+        student: perhaps cut before.
+    """
+    described = CompressedModel(student).compression
+    if described.structure is not None and structure_of(student) != stock_structure(student.config):
+        student.config.quantization_config = described

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lmcompress.activations import running as _running
+from lmcompress.activations import running
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,6 @@ from lmcompress.activations import running as _running
 )
 def test_the_bar_shows_only_where_it_helps_and_changes_no_item(monkeypatch, items, terminal, enabled, shown):
     stream = io.StringIO()
-    monkeypatch.setattr(_running, "Console", lambda stderr: Console(file=stream, force_terminal=terminal))
-    assert list(_running.with_progress(items, "perplexity", enabled=enabled)) == items
+    monkeypatch.setattr(running, "Console", lambda stderr: Console(file=stream, force_terminal=terminal))
+    assert list(running.with_progress(items, "perplexity", enabled=enabled)) == items
     assert ("perplexity" in stream.getvalue()) == shown

@@ -13,7 +13,7 @@ import lmcompress
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "pydantic")
 ARTEFACTS = Path(__file__).parents[1] / "artefacts"
-# what training, measuring and reporting need, installed or not: none of it is imported
+# what training, measuring, reporting and saving need: none of it is imported for loading
 LEFT_OUT = ("datasets", "sklearn", "scipy", "matplotlib", "typer", "rich", "jinja2", "accelerate", "pandas", "yaml")
 
 _LOAD = """
@@ -37,6 +37,7 @@ for folder in sys.argv[2:]:
     except Exception as error:
         found.append(f"{type(error).__name__}: {error}")
 ours = {name.partition(".")[0] for name, module in sys.modules.items() if name not in before}
+lmcompress.CompressedModel(model).save_pretrained("again")
 print(json.dumps([found, sorted(ours), lmcompress.__file__]))
 """
 

@@ -1,6 +1,7 @@
 """selfloading: the loader that travels with a checkpoint works where lmcompress is not installed."""
 
 import ast
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ from families import FAMILIES, auto_class, cut_to_nothing, cut_unevenly, inputs,
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lmcompress import CompressedModel
+from lmcompress.checkpoint import travelling
 from lmcompress.checkpoint.config import FORMAT_VERSION
+from lmcompress.families import narrow, shaping
 
 _LOAD = """
 import json
@@ -87,6 +90,14 @@ def test_the_loader_is_python_and_names_both_classes(family, tmp_path):
     }
     imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     assert not any(name.startswith("lmcompress") for name in imported)
+
+
+@pytest.mark.parametrize(
+    "own", [narrow.narrow_stream, shaping.shape_model, travelling.register], ids=lambda f: f.__name__
+)
+def test_the_loader_is_the_source_text_of_what_lmcompress_itself_runs(own, tmp_path):
+    CompressedModel(make("bert")).save_pretrained(tmp_path / "m", format="self_loading")
+    assert inspect.getsource(own) in (tmp_path / "m" / "modeling_lmcompress.py").read_text()
 
 
 def test_the_loader_stays_with_the_checkpoint_through_a_copy(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 
 import pytest
 from test_application import COMMANDS
@@ -28,17 +29,19 @@ def _arguments(line):
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_an_example_runs(line, workplace, monkeypatch, capsys):
+def test_an_example_runs(line, workplace, tmp_path, monkeypatch, capsys):
     arguments = _arguments(line)
-    monkeypatch.chdir(workplace)
+    if arguments[0] not in ("run", "quickstart"):
+        shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     if arguments[0] == "compare":
         if importlib.util.find_spec("lmcompress.reporting.compare") is None:
             pytest.skip("there is no comparison of runs yet")
-        _write_runs(workplace, monkeypatch)
+        _write_runs(tmp_path, monkeypatch)
     if arguments[0] == "push":
         monkeypatch.setattr("lmcompress.model.push_folder", lambda *_, **__: "https://hub/commit")
-    if arguments[0] in TRAINS:
-        arguments = [*dict.fromkeys([*arguments, "--dry-run"])]
+    if arguments[0] in TRAINS and "--dry-run" not in arguments:
+        arguments.append("--dry-run")
     assert cli.run_app(arguments) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
 

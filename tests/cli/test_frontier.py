@@ -26,5 +26,5 @@ def test_a_frontier_is_a_run_with_a_recipe_of_its_own(trained, tmp_path, capsys)
     assert cli.run_app(["frontier", model, *task, *options]) == 0
     shown = capsys.readouterr().out
     assert "sparsity-0.3" in shown and "sparsity-0.6" in shown and "of dense" in shown
-    assert (tmp_path / "f" / "plots" / "frontier.png").is_file()
+    assert (tmp_path / "f" / "plots" / "quality_and_size.svg").is_file()
     assert cli.run_app(["run", str(tmp_path / "f" / "recipe.yaml"), "--dry-run"]) == 0

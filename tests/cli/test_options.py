@@ -3,7 +3,6 @@
 from typing import get_args
 
 import pytest
-from lmcompress.quantization.post_training import Method
 from test_application import COMMANDS
 
 from lmcompress.cli import options
@@ -13,6 +12,7 @@ from lmcompress.evaluation import METRICS
 from lmcompress.numerics.quantizers import QUANTIZERS
 from lmcompress.pruning.structured.config import DEFAULT_CRITERION, PruningConfig
 from lmcompress.pruning.structured.scoring import CRITERIA
+from lmcompress.quantization.ptq import Method
 from lmcompress.recipes.metrics import PERPLEXITIES
 from lmcompress.recipes.schema import Stage
 

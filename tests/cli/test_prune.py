@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -51,7 +52,7 @@ def test_prune_measures_before_and_after_and_says_how_to_load_it(trained, tmp_pa
     assert "of dense" in shown and "pruned" in shown and "heads + neurons of each block" in shown
     assert "asked for; needs lmcompress" in shown and "masked, cut, saved" in shown
     assert "AutoModelForSequenceClassification.from_pretrained" in shown
-    assert (tmp_path / "report" / "plots" / "kept_pruned.png").is_file()
+    assert (tmp_path / "report" / "plots" / "quality_and_size.svg").is_file()
     saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
     assert saved["pruning"]["removed"] >= 0.4 and len(saved["table"]) == 2
     assert saved["model"]["provenance"]["methods"] == ["vocabulary pruning", "structured pruning"]
@@ -113,10 +114,26 @@ def test_a_dry_run_refuses_a_folder_that_is_taken(reviews, tmp_path, capsys):
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lmcompress.evaluation._running.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("lmcompress.activations.running.SECONDS_BETWEEN_LINES", 0)
     model, file = str(reviews / "my-model"), str(reviews / "reviews.csv")
     options = ["--sparsity", "0.3", "--rows", "36", "--batch", "1", "-o", str(tmp_path / "x")]
     assert cli.run_app(["prune", model, "--task", file, *options]) == 0
     shown = capsys.readouterr().out
     assert "checking rows, model and what is asked for" in shown and "pruning to" in shown
     assert "  score: 1 of 2" in shown and "measuring quality, size and latency" in shown
+
+
+def test_a_criterion_of_ones_own_is_named_by_its_module(trained, tmp_path, capsys, monkeypatch):
+    model, task = trained
+    (tmp_path / "own_units.py").write_text(
+        "from lmcompress.pruning import Criterion\n"
+        'spread = Criterion("spread", "weights", ("heads", "neurons"), lambda group: group.float().std(dim=1))\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--criterion", "own_units:spread", "-o", "small"]
+    task = ["--task", str(Path(task[1]).resolve()), *task[2:]]
+    assert cli.run_app(["prune", str(Path(model).resolve()), *task, "--sparsity", "0.3", "--batch", "1", *options]) == 0
+    saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
+    assert saved["pruning"]["method"]["criterion"] == "own_units:spread"
+    assert cli.run_app(["prune", model, *task, "--sparsity", "0.3", "--criterion", "own_units:spraed", "-o", "b"]) == 2
+    assert "own_units has no 'spraed'; did you mean 'spread'" in " ".join(capsys.readouterr().err.split())

@@ -35,7 +35,7 @@ def test_messages_name_the_option(options, message, reviews, tmp_path, capsys):
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lmcompress.evaluation._running.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("lmcompress.activations.running.SECONDS_BETWEEN_LINES", 0)
     model, file = str(reviews / "my-model"), str(reviews / "reviews.csv")
     options = ["--bits", "4", "--method", "gptq", "--activations", "none", "--batch", "1", "-o", str(tmp_path / "x")]
     assert cli.run_app(["quantize", model, "--task", file, *options]) == 0

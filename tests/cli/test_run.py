@@ -37,6 +37,14 @@ def test_a_run_prints_the_table_and_how_to_load_the_student(finished, capsys):
     assert "AutoModelForSequenceClassification.from_pretrained" in shown
 
 
+def test_training_is_told_of_in_lines_where_there_is_no_terminal(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lmcompress.recipes.progress.SECONDS_BETWEEN_LINES", 0)
+    overrides = ["training.max_steps=2", "training.logging_steps=1"]
+    assert cli.run_app(["run", str(finished / "tiny.yaml"), *overrides, "-o", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "  student: step 1 of 2, loss " in shown and "  student: step 2 of 2, loss " in shown
+
+
 def test_a_dry_run_writes_nothing(finished, tmp_path, capsys):
     assert cli.run_app(["run", str(finished / "tiny.yaml"), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "Nothing was trained" in capsys.readouterr().out

@@ -306,11 +306,17 @@ def test_lists_of_words_with_lists_of_labels_are_token_classification(labels):
 @pytest.mark.parametrize(
     "columns",
     [("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
-     ("sentence",), ("text",)],
+     ("sentence",), ("text",), ("review",), ("content",), ("body",)],
 )  # fmt: skip
 def test_usual_text_columns_are_found(columns):
     rows = [{**dict.fromkeys(columns, "x"), "label": i, "idx": i} for i in range(2)]
     assert load_task("mine", data={"train": rows, "validation": rows}).task.text_columns == columns
+
+
+@pytest.mark.parametrize("column", ["label", "score", "sentiment", "class", "category", "target"])
+def test_usual_label_columns_are_found(column):
+    rows = [{"id": "1", "text": "a", column: "x"}, {"id": "2", "text": "b", column: "y"}] * 5
+    assert load_task("mine", data=rows).task.label_column == column
 
 
 @settings(max_examples=25, deadline=None)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lmcompress.activations.capture import extract
 from lmcompress.distillation.store import TeacherStore, expand_top_k, row_keys, teacher_fingerprint
+from lmcompress.distillation.store import format as layout
 from lmcompress.distillation.store import writer as module
 from lmcompress.errors import LmcompressError
 
@@ -308,7 +309,7 @@ def test_an_index_that_points_outside_is_refused(tmp_path):
     build(folder, make("bert", "tokens"))
     index = load_file(folder / "index.safetensors")
     save_file(index | {"shards": index["shards"] + 5}, folder / "index.safetensors")
-    info = module.file_info(folder / "index.safetensors")
+    info = layout.file_info(folder / "index.safetensors")
     edit(folder, index=info.model_dump())
     with pytest.raises(LmcompressError, match="numbers rows or shards that cannot be"):
         TeacherStore.open(folder)

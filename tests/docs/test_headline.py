@@ -47,7 +47,22 @@ def test_the_table_says_what_is_missing_and_how_many_seeds(tables, results):
     assert "standard deviation of 3 seeds (MRPC); all else is one seed" in table
 
 
+def test_every_row_names_the_commands_that_measured_it(tables, results):
+    told = tables.headline.sources(results)
+    assert (
+        "| 4 bits, no training | GPTQ on 512 rows, activations and embeddings too | `python x`<br>`python x` |" in told
+    )
+
+
+def test_a_choice_says_what_came_of_it(tables, results):
+    table = tables.choices.choices_of_readme(results)
+    assert "| a minute | 100 % of the score on 1 task, 8.0 × smaller, 3.2 × faster |" in table
+    assert "[vocabulary pruning](docs/guides/pruning_vocabulary.md)" in table
+    assert "| minutes | not measured |" in table
+
+
 def test_there_is_no_table_without_results(tables, tmp_path):
+    assert tables.headline.sources(tmp_path) is tables.choices.choices(tmp_path) is None
     assert tables.headline.headline(tmp_path) is None
 
 

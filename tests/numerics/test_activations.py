@@ -358,7 +358,7 @@ def test_unchecked_activations_that_are_no_numbers_are_not_hidden(symmetric, wro
 
 
 @pytest.mark.parametrize("name", ["static", "static asymmetric", "learned", "learned asymmetric"])
-def test_ranges_that_are_settled_do_not_hide_nan(name):
+def test_ranges_that_are_frozen_do_not_hide_nan(name):
     x = activations(3, 4)
     x[1, 1] = float("nan")
     values = EVERY[name](x, 8).values

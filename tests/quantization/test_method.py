@@ -157,15 +157,15 @@ def test_a_model_that_is_no_transformers_model_is_refused():
         Quantization().prepare(trainer)
 
 
-def test_finishing_a_cut_model_that_was_not_settled_is_refused():
+def test_finishing_a_cut_model_that_was_not_frozen_is_refused():
     method = attached(config(), cut_later=True)
-    with pytest.raises(LmcompressError, match=r"settle\(\) must come before the model is cut"):
+    with pytest.raises(LmcompressError, match=r"freeze\(\) must come before the model is cut"):
         method.finish()
 
 
-def test_a_model_changed_between_settle_and_finish_is_refused():
+def test_a_model_changed_between_freeze_and_finish_is_refused():
     method = attached(config(), cut_later=True)
-    method.settle()
+    method.freeze()
     with torch.no_grad():
         weight_view(anatomy_of(method._student).blocks[0].get("ffn_in")).mul_(0.7)
     with pytest.raises(LmcompressError, match="must be what its codes stand for when it is packed"):
@@ -177,7 +177,7 @@ def test_a_model_changed_between_settle_and_finish_is_refused():
 def test_codes_and_scales_go_with_rows_when_the_model_is_cut(family, quantizer, bits):
     model = make(family, "language", seed=1)
     method = attached(config(quantizer, bits), model, cut_later=True)
-    method.settle()
+    method.freeze()
     first, second, third = anatomy_of(model).blocks
     keep_heads(first, [1, 3])
     drop_heads(second)

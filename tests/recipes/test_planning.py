@@ -61,7 +61,7 @@ def test_a_layer_map_is_spelled_out_for_each_loss(tiny):
         ("task.label_column=tone", "no column 'tone'"),
         ("task.text_columns=[sentence]", "no column 'sentence'"),
         ("task.name=/nowhere/at/all", "no such file or folder"),
-        ("task.max_length=64", "max_length must be at most 32"),
+        ("task.max_length=64", "max_length must be at most 32, the number of positions of the model"),
         ("evaluation.splits=[test]", "evaluation.splits: no split 'test'"),
         ("stages.student.distillation.teachers=[/nowhere]", "no such folder: /nowhere"),
         ("model=/nowhere", "no such folder: /nowhere"),

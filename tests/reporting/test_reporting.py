@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from xml.etree import ElementTree
 
 import pytest
+from reports import plain_report
+from reports import pruning as pruned
 from rich.console import Console
 
 from lmcompress.errors import LmcompressError
 from lmcompress.reporting import (
     card_rows,
-    frontier,
     importance_map,
-    kept_map,
-    report_html,
     report_markdown,
     results_table,
     sensitivity_curves,
@@ -24,44 +24,9 @@ from lmcompress.reporting import (
 )
 
 
-def _row(name, role, score, size, ms, verdict, metric="accuracy"):
-    return {
-        "name": name,
-        "role": role,
-        "folder": f"runs/{name}",
-        "metrics": {"validation": {metric: score}},
-        "parameters": 1000,
-        "size_bytes": size,
-        "weights_bytes": size,
-        "equivalence": {"max_error": 0.0},
-        "format": "native",
-        "training": {"steps": 3, "seconds": 1.0, "resumed": False},
-        "latency": [{"model": name, "batch_size": 1, "median_ms": ms, "verdict": verdict}],
-    }
-
-
 @pytest.fixture
 def report():
-    return {
-        "recipe": "tiny",
-        "description": "d",
-        "paper": None,
-        "task": "t",
-        "kind": "classification",
-        "metric": "accuracy",
-        "lower_is_better": False,
-        "split": "validation",
-        "reference": "teacher",
-        "created": "now",
-        "seed": 0,
-        "machine": {"processor": "p", "cores": 2, "threads": 2, "gpu": None},
-        "versions": {"torch": "2"},
-        "rows": [
-            _row("teacher", "teacher", 0.8, 2_000_000, 4.0, "baseline"),
-            _row("student", "student", 0.6, 500_000, 2.0, "2.00x faster"),
-        ],
-        "notes": ["a note"],
-    }
+    return plain_report()
 
 
 def test_a_score_is_a_share_of_the_teachers(report):
@@ -86,12 +51,6 @@ def test_a_reference_of_nothing_has_no_share(report):
     assert card_rows(report)[1]["of teacher"] == "–"
 
 
-def test_html_escapes_what_comes_from_data(report):
-    report |= {"recipe": "<script>alert(1)</script>", "notes": ["<b>"]}
-    page = report_html(report, ["plots/a.png"])
-    assert "<script>" not in page and "&lt;script&gt;" in page and "<li>&lt;b&gt;</li>" in page
-
-
 def test_markdown_is_a_table_and_has_the_notes(report):
     text = report_markdown(report)
     assert "| student | student | 0.6000 | 75.0 % | 1,000 | 0.50 | 2.00 ms, 2.00x faster |" in text
@@ -102,9 +61,10 @@ def test_everything_is_written_and_plots_are_pictures(report, tmp_path):
     write_report(report, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == report
     names = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert names == {"quality_size.png", "quality_latency_1.png"}
-    assert (tmp_path / "plots" / "quality_size.png").read_bytes().startswith(b"\x89PNG")
-    assert "plots/quality_size.png" in (tmp_path / "report.html").read_text()
+    assert names == {"quality_and_size.svg", "quality_and_latency_1_row.svg"}
+    picture = ElementTree.parse(tmp_path / "plots" / "quality_and_size.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "![plots/quality_and_size.svg](plots/quality_and_size.svg)" in (tmp_path / "report.md").read_text()
 
 
 def test_the_terminal_shows_all_columns_in_eighty(report):
@@ -116,20 +76,10 @@ def test_the_terminal_shows_all_columns_in_eighty(report):
 
 @pytest.fixture
 def pruning():
-    """What pruning says of three blocks: the second has lost all heads, the third is gone."""
-    return {
-        "before": {"blocks": [{"heads": 4, "ffn": 64}] * 3},
-        "after": {"blocks": [{"heads": 2, "ffn": 40, "source": 0}, {"heads": 0, "ffn": 8, "source": 1}]},
-        "kept_heads": [[0, 3], [], []],
-        "removed": 0.6,
-        "asked": 0.59,
-        "unit": "parameters",
-        "masked_error": 2e-7,
-        "stock": {"loads": False, "reason": "every block needs <all> heads"},
-    }
+    return pruned()
 
 
-def test_a_report_says_which_heads_stay(report, pruning, tmp_path):
+def test_a_report_says_which_heads_stay(report, pruning):
     report["rows"][1] |= {"pruning": pruning, "blocks": pruning["after"]["blocks"]}
     report["rows"][1]["vocabulary"] = {
         "rows_before": 4000,
@@ -142,15 +92,6 @@ def test_a_report_says_which_heads_stay(report, pruning, tmp_path):
     assert "| student | 0 | 2 | 4 | 0, 3 | 40 | 64 |" in text
     assert "| student | 1 | 0 | 4 | – | 8 | 64 |" in text and "| student | 2 | 0 | 4 | – | 0 | 64 |" in text
     assert "60.0 % of parameters gone (59.0 % asked for)" in text and "3000 tokens, 4000 before" in text
-    page = report_html(report)
-    assert "needs lmcompress: every block needs &lt;all&gt; heads" in page and "<td>0, 3</td>" in page
-    write_report(report, tmp_path)
-    assert (tmp_path / "plots" / "kept_student.png").read_bytes().startswith(b"\x89PNG")
-    # one pruned model is no frontier
-    assert not (tmp_path / "plots" / "frontier.png").exists()
-    report["rows"][0]["pruning"] = pruning
-    write_report(report, tmp_path)
-    assert (tmp_path / "plots" / "frontier.png").is_file()
 
 
 def test_blocks_of_models_stand_beside_one_another_by_their_first_number(pruning):
@@ -177,14 +118,11 @@ def test_a_sensitivity_table_has_a_row_for_each_block_and_part():
 
 
 @pytest.mark.parametrize("lower_is_better", [False, True])
-def test_curves_and_maps_are_pictures(tmp_path, pruning, report, lower_is_better):
+def test_curves_and_maps_are_pictures(tmp_path, lower_is_better):
     rows = [_measured("none", -1, 0.0, 20.0), _measured("heads", 0, 0.5, 900.0), _measured("heads", 1, 0.5, 21.0)]
-    report["lower_is_better"] = lower_is_better
     files = [
         sensitivity_curves(rows, tmp_path / "a" / "s.png", lower_is_better=lower_is_better),
         importance_map([[0.1, 0.2], [], [0.3]], tmp_path / "i.png"),
-        kept_map(pruning, tmp_path / "k.png"),
-        frontier(report, tmp_path / "f.png"),
     ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from families import make, set_dropout
@@ -132,3 +136,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
             MultiTaskStudent(heads(1)), arguments(tmp_path), [method], train_datasets=rows,
             collators=dict.fromkeys(KINDS, default_collate),
         )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_example_runs_and_saves_both_tasks(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[2] / "examples" / "multitask.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--output", str(tmp_path), "--steps", "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "intent: teacher" in capsys.readouterr().out
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "question")
+    assert (loaded.config.num_labels, loaded.config.num_hidden_layers) == (2, 2)

@@ -239,7 +239,7 @@ def test_pruning_and_quantization_and_distillation_in_one_run(tmp_path, name, ac
     trainer = trainer_of(tmp_path, config, family, head, teacher, methods=[pruning])
     assert [method.name for method in trainer.methods] == ["pruning", "quantization", "distillation"]
     trainer.train()
-    pruning.settle()
+    pruning.freeze()
     for method in trainer.methods:
         method.set_active(False)
     masked = outputs(trainer.student.eval())
@@ -257,7 +257,7 @@ def test_codes_are_those_of_the_masked_model_and_not_made_anew(tmp_path):
     pruning = StructuredPruning(PRUNINGS["gradual"])
     trainer = trainer_of(tmp_path, scheme(bits=2, activations=None), methods=[pruning], dropout=0.0)
     trainer.train()
-    pruning.settle()
+    pruning.freeze()
     quantized = trainer.quantization.faked.quantized()
     wanted = outputs(trainer.student.eval())
     trainer.finish()

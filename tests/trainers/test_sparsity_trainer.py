@@ -310,7 +310,7 @@ def test_what_cannot_be_trained_is_refused_before(tmp_path):
         trainer_of(tmp_path, CONFIGS["gradual"]).finish()
     with pytest.raises(LmcompressError, match="there is no report before finish"):
         _ = trainer_of(tmp_path, CONFIGS["gradual"]).report
-    with pytest.raises(LmcompressError, match="movement must see some steps before weights go"):
+    with pytest.raises(LmcompressError, match="movement must see some steps before weights are pruned"):
         trainer_of(tmp_path, SparsityConfig(sparsity=0.5, criterion="movement")).train()
     with pytest.raises(LmcompressError, match="surgery must have optimizer steps between begin and end, got 0 of 16"):
         trainer_of(tmp_path, SparsityConfig(sparsity=0.5, schedule=Surgery(end=0.01))).train()

@@ -12,8 +12,7 @@ from lmcompress.distillation.contrastive.losses import (
     sequence_contrast,
     token_contrast,
 )
-from lmcompress.distillation.contrastive.memory import MemoryBank
-from lmcompress.distillation.contrastive.term import ContrastTerm, Homogeneity
+from lmcompress.distillation.contrastive.term import ContrastTerm, Homogeneity, MemoryBank
 
 __all__ = [
     "ContrastTerm",

@@ -31,7 +31,7 @@ def info_nce(
         ``(batch, n)`` float32, in nats, > 0; exactly 0 where an anchor has no negative. Gradients flow into all three.
 
     Raises:
-        LmcompressError: the shapes do not belong together, or ``temperature`` is not > 0.
+        LmcompressError: If the shapes do not belong together, or ``temperature`` is not > 0.
 
     Reference:
         van den Oord, Li & Vinyals, *Representation Learning with Contrastive Predictive Coding*, 2018,
@@ -131,14 +131,14 @@ def token_contrast(
         negatives: where the negatives are taken from, shaped as ``teacher``, which is the default; the student's own
             states for the ablation.
         input_ids: ``(batch, length)``; given, a token with the same id is no negative.
-        num_negatives: so many chosen at random for each token; default: all.
+        num_negatives: how many are chosen at random for each token; default: all.
         generator: of that choice; default: the global one of the device.
 
     Returns:
         ``(batch, length)`` float32, in nats, >= 0; 0 at padding and for a token without negatives.
 
     Raises:
-        LmcompressError: the shapes do not belong together, or a number is out of its range.
+        LmcompressError: If the shapes do not belong together, or a number is out of its range.
 
     Reference:
         Tao et al., *Compression of Generative Pre-trained Language Models via Quantization*, 2022,
@@ -166,12 +166,7 @@ def token_contrast(
 
 
 def sequence_contrast(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor,
-    *,
-    temperature: float = 0.1,
-    teacher_mask: Tensor | None = None,
+    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 0.1, teacher_mask: Tensor | None = None
 ) -> Tensor:
     """Contrast of every sequence, as the mean of its tokens, with the other sequences of the batch.
 
@@ -186,7 +181,7 @@ def sequence_contrast(
         ``(batch,)`` float32, in nats; 0 in a batch of one.
 
     Raises:
-        LmcompressError: the shapes do not belong together, or ``temperature`` is not > 0.
+        LmcompressError: If the shapes do not belong together, or ``temperature`` is not > 0.
 
     Reference:
         Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 5 (the ablation of token against sequence level).

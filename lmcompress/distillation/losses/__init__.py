@@ -1,5 +1,14 @@
 """Losses between the logits of a student and those of a teacher: pure, one value per row, unreduced, float32."""
 
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
 from lmcompress.distillation.losses.distributions import js_divergence, kl_divergence, reverse_kl, soft_cross_entropy
 from lmcompress.distillation.losses.outputs import (
     binary_kl,
@@ -8,7 +17,113 @@ from lmcompress.distillation.losses.outputs import (
     regression_mse,
     token_scaling,
 )
-from lmcompress.distillation.losses.registry import LOGIT_LOSSES, LogitLoss, loss_for
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.registry import Registry
+
+ProblemType = Literal[
+    "single_label_classification", "token_classification", "causal_lm", "multi_label_classification", "regression"
+]
+OF_CLASSES: tuple[ProblemType, ...] = ("single_label_classification", "token_classification", "causal_lm")
+"""Heads whose logits are those of one softmax; masked language models are token classifiers over the vocabulary."""
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """A loss between the logits of a student and those of a teacher, and what it is for.
+
+    Attributes:
+        name: for messages.
+        function: ``(student_logits (..., C), teacher_logits (..., C), *, temperature, scale_by_temperature) -> (...)``,
+            one float32 value per row, with gradient to the student; ``temperature`` is a number or one per row. A
+            keyword ``beta`` is the configuration's.
+        problems: heads that it fits.
+        truncated: whether it may be given the greatest logits of a stored teacher, the rest of the probability spread
+            evenly; a loss of anything else than the softmax may not.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    problems: tuple[ProblemType, ...] = OF_CLASSES
+    truncated: bool = False
+
+    @property
+    def takes_beta(self) -> bool:
+        """Whether the function has an argument ``beta``."""
+        return "beta" in inspect.signature(self.function).parameters
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, **options: float | Tensor | bool) -> Tensor:
+        """One value per row.
+
+        Args:
+            student_logits: ``(..., C)``.
+            teacher_logits: same shape.
+            **options: of the function.
+
+        Returns:
+            ``(...)`` float32.
+        """
+        return self.function(student_logits, teacher_logits, **options)
+
+
+_ALL = (
+    LogitLoss("kl", kl_divergence, truncated=True),
+    LogitLoss("ce", soft_cross_entropy, truncated=True),
+    LogitLoss("reverse_kl", reverse_kl, truncated=True),
+    LogitLoss("jsd", js_divergence, truncated=True),
+    LogitLoss("mse", logit_mse, (*OF_CLASSES, "multi_label_classification")),
+    LogitLoss("binary_kl", binary_kl, ("multi_label_classification",)),
+    LogitLoss("regression_mse", regression_mse, ("regression",)),
+)
+
+LOGIT_LOSSES: Registry[LogitLoss] = Registry(
+    "logit loss",
+    {loss.name: loss for loss in _ALL},
+    lambda part: isinstance(part, LogitLoss),
+    "a lmcompress.distillation.LogitLoss",
+)
+"""The losses by name, for configurations and recipes."""
+
+_DEFAULTS: dict[ProblemType, str] = {"multi_label_classification": "binary_kl", "regression": "regression_mse"}
+_REASONS: dict[ProblemType, str] = {
+    "regression": "the softmax of one output is 1 whatever the output, so the gradient would be exactly zero",
+    "multi_label_classification": "its labels are independent, not alternatives of one softmax",
+}
+
+
+def loss_for(problem_type: str, loss: str | LogitLoss = "auto") -> LogitLoss:
+    """The loss that fits a problem type.
+
+    Args:
+        problem_type: one of :data:`ProblemType`.
+        loss: a key of :data:`LOGIT_LOSSES`, ``module:attribute`` of a custom loss, or a loss; ``"auto"`` is the usual
+            one: ``kl`` for classes and tokens, ``binary_kl`` for multi-label and ``regression_mse`` for regression,
+            which ``mse`` stands for too.
+
+    Raises:
+        LmcompressError: If the problem type or the loss is unknown, or the loss does not fit.
+
+    Example:
+        >>> loss_for("multi_label_classification").name
+        'binary_kl'
+    """
+    for known in get_args(ProblemType):
+        if known == problem_type:
+            break
+    else:
+        raise LmcompressError(f"unknown problem type {problem_type!r}{nearest(problem_type, get_args(ProblemType))}")
+    usual = _DEFAULTS.get(known, "kl")
+    if loss == "auto" or (known == "regression" and loss == "mse"):
+        return LOGIT_LOSSES[usual]
+    found = LOGIT_LOSSES.resolve(loss)
+    if known not in found.problems:
+        fitting = [usual, *(n for n, other in LOGIT_LOSSES.items() if known in other.problems and n != usual)]
+        raise LmcompressError(
+            f"the logit loss {found.name!r} does not fit the problem type {problem_type!r}: "
+            f"{_REASONS.get(known, 'its classes are alternatives of one softmax')}. "
+            f"Use {' or '.join(fitting)}, or leave the loss out to get {usual}"
+        )
+    return found
+
 
 __all__ = [
     "LOGIT_LOSSES",

@@ -35,7 +35,7 @@ def kl_divergence(
         ``(...)`` float32, in nats, >= 0 and 0 where the two agree. Neither masked nor reduced.
 
     Raises:
-        LmcompressError: the shapes differ, there is only one class (the KL is then always 0), or a temperature
+        LmcompressError: If the shapes differ, there is only one class (the KL is then always 0), or a temperature
             is not > 0.
 
     Reference:
@@ -74,7 +74,7 @@ def soft_cross_entropy(
         ``(...)`` float32, in nats.
 
     Raises:
-        LmcompressError: as :func:`kl_divergence`.
+        LmcompressError: If :func:`kl_divergence` would raise it.
 
     Reference:
         Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, section 2.
@@ -111,7 +111,7 @@ def reverse_kl(
         ``(...)`` float32, in nats, >= 0 and 0 where the two agree.
 
     Raises:
-        LmcompressError: as :func:`kl_divergence`.
+        LmcompressError: If :func:`kl_divergence` would raise it.
 
     Reference:
         Gu, Dong, Wei & Huang, *MiniLLM*, 2023, https://arxiv.org/abs/2306.08543, section 2. Theirs is over whole
@@ -152,7 +152,7 @@ def js_divergence(
         ``(...)`` float32, in nats, >= 0 and 0 where the two agree.
 
     Raises:
-        LmcompressError: as :func:`kl_divergence`, or ``beta`` is not between 0 and 1.
+        LmcompressError: If :func:`kl_divergence` would raise it, or ``beta`` is not between 0 and 1.
 
     Reference:
         Agarwal et al., *On-Policy Distillation of Language Models* (GKD), 2023, https://arxiv.org/abs/2306.13649,
@@ -194,6 +194,7 @@ def _log_distributions(
 
 
 def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Refuse logits of unlike shapes."""
     if student_logits.shape != teacher_logits.shape:
         raise LmcompressError(
             f"student and teacher logits must have one shape, got {tuple(student_logits.shape)} and "

@@ -33,7 +33,7 @@ def logit_mse(
         ``(...)`` float32, >= 0 and 0 where the two agree.
 
     Raises:
-        LmcompressError: the shapes differ or a temperature is not > 0.
+        LmcompressError: If the shapes differ or a temperature is not > 0.
 
     Reference:
         Ba & Caruana, *Do Deep Nets Really Need to be Deep?*, 2014, https://arxiv.org/abs/1312.6184, equation 1
@@ -73,7 +73,7 @@ def binary_kl(
         ``(...)`` float32, in nats per label, >= 0 and 0 where the two agree.
 
     Raises:
-        LmcompressError: the shapes differ or a temperature is not > 0.
+        LmcompressError: If the shapes differ or a temperature is not > 0.
 
     Reference:
         Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, section 2, with the sigmoid (a softmax over
@@ -118,7 +118,7 @@ def regression_mse(
         ``(...)`` float32, in squared units of the target, >= 0 and 0 where the two agree.
 
     Raises:
-        LmcompressError: the shapes differ or a temperature is not > 0.
+        LmcompressError: If the shapes differ or a temperature is not > 0.
 
     Example:
         >>> regression_mse(torch.tensor([[3.0]]), torch.tensor([[1.0]]), temperature=8.0)
@@ -142,7 +142,7 @@ def probability_shift(teacher_logits: Tensor, labels: Tensor, ignore_index: int 
         ``(..., C)`` a new tensor of the same dtype, without gradient.
 
     Raises:
-        LmcompressError: the labels are not integers, do not have one value per row, or lie outside the classes.
+        LmcompressError: If the labels are not integers, do not have one value per row, or lie outside the classes.
 
     Reference:
         Wen, Lai & Qian, *Preparing Lessons: Improve Knowledge Distillation with Better Supervision*, 2019,
@@ -193,7 +193,7 @@ def token_scaling(cross_entropy: Tensor, mask: Tensor, *, temperature: float = 1
         ``(batch, length)`` float32 without gradient, 0 where ``mask`` is; the mean over what counts is 1.
 
     Raises:
-        LmcompressError: the shapes differ, or ``temperature`` is not > 0.
+        LmcompressError: If the shapes differ, or ``temperature`` is not > 0.
 
     Reference:
         Kim et al., *Token-Scaled Logit Distillation for Ternary Weight Generative Language Models*, 2023,

@@ -6,6 +6,16 @@ to the student only; what stands at padding never matters. Losses are 0 where st
 cross-entropies, which keep the teacher's entropy.
 """
 
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
 from lmcompress.distillation.matches.features import (
     attention_ce,
     attention_ce_mean,
@@ -15,7 +25,6 @@ from lmcompress.distillation.matches.features import (
     hidden_mse,
     pkd,
 )
-from lmcompress.distillation.matches.registry import MATCHES, MatchLoss, match_for
 from lmcompress.distillation.matches.relations import (
     attention_kl,
     attention_transfer,
@@ -24,6 +33,177 @@ from lmcompress.distillation.matches.relations import (
     relation_kl,
     value_relation_kl,
 )
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.registry import Registry
+
+Unit = Literal["examples", "tokens", "pairs"]
+Feature = Literal["hidden", "scores", "probabilities", "queries", "keys", "values"]
+Features = Tensor | tuple[Tensor, Tensor]
+"""One captured feature, or those of two layers for the matches that relate layers."""
+
+
+@dataclass(frozen=True)
+class MatchLoss:
+    """A comparison of captured features, what it compares and what it is counted in.
+
+    Attributes:
+        name: that its terms are logged by.
+        function: ``f(student, teacher, mask, **options) -> (batch,)``, the float32 sum for each example, with gradient
+            to the student. Keywords ``causal`` (whether the models are) and ``on`` (the feature) are filled in.
+        unit: what the sums are counted in: ``"examples"``, ``"tokens"`` or ``"pairs"``.
+        features: what it can compare; of several, one is chosen with :meth:`on`.
+        layers: how many layers of each model it takes; with 2, ``student`` and ``teacher`` are pairs of features.
+        projectable: whether unequal widths need (and allow) a projection of the student.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    unit: Unit
+    features: tuple[Feature, ...]
+    layers: int = 1
+    projectable: bool = False
+
+    @property
+    def feature(self) -> Feature | None:
+        """What it compares; None where there is a choice that has not been made."""
+        return self.features[0] if len(self.features) == 1 else None
+
+    @property
+    def options(self) -> frozenset[str]:
+        """Names of the options that a user may set (not ``causal`` and ``on``, which follow from the model)."""
+        return self._keywords - {"causal", "on"}
+
+    def on(self, feature: str | None) -> MatchLoss:
+        """The same match with its feature stated.
+
+        Args:
+            feature: one of :attr:`features`; None only where there is no choice.
+
+        Returns:
+            A match whose ``feature`` is set and whose function knows it.
+
+        Raises:
+            LmcompressError: If the match cannot compare that feature, or there is a choice and none was made.
+
+        Example:
+            >>> MATCHES["attention_ce"].on("scores").feature
+            'scores'
+        """
+        if feature is None and self.feature is not None:
+            return self
+        if feature is None:
+            raise LmcompressError(
+                f"the match {self.name!r} must be told what to compare: on={' or on='.join(map(repr, self.features))}"
+                " (scores are before the softmax, probabilities after it)"
+            )
+        for known in self.features:
+            if known == feature:
+                function = partial(self.function, on=known) if "on" in self._keywords else self.function
+                return replace(self, features=(known,), function=function)
+        raise LmcompressError(f"the match {self.name!r} cannot compare {feature!r}{nearest(feature, self.features)}")
+
+    def bound(self, *, causal: bool = False, **options: float) -> Callable[[Features, Features, Tensor], Tensor]:
+        """The function of ``(student, teacher, mask)`` alone.
+
+        Args:
+            causal: whether the models are causal; only matches of pairs look at it.
+            **options: of the function, see :attr:`options`.
+
+        Raises:
+            LmcompressError: If no feature was stated, or an option is unknown.
+        """
+        if self.feature is None:
+            self.on(None)
+        for option in options:
+            if option not in self.options:
+                raise LmcompressError(
+                    f"the match {self.name!r} has no option {option!r}{nearest(option, self.options)}"
+                    if self.options
+                    else f"the match {self.name!r} has no options, got {option!r}"
+                )
+        return partial(self.function, **options, **({"causal": causal} if "causal" in self._keywords else {}))
+
+    def __call__(
+        self, student: Features, teacher: Features, mask: Tensor, *, causal: bool = False, **options: float
+    ) -> Tensor:
+        """The sum for each example, in :attr:`unit`.
+
+        Args:
+            student: the captured feature, or a pair of them if :attr:`layers` is 2.
+            teacher: likewise.
+            mask: ``(batch, length)``, 1 = real token.
+            causal: as in :meth:`bound`.
+            **options: of the function, see :attr:`options`.
+
+        Returns:
+            ``(batch,)`` float32.
+
+        Raises:
+            LmcompressError: If no feature was stated, an option is unknown, or the number of layers is wrong.
+        """
+        compare = self.bound(causal=causal, **options)
+        for side, given in (("student", student), ("teacher", teacher)):
+            count = len(given) if isinstance(given, (tuple, list)) else 1
+            if count != self.layers:
+                raise LmcompressError(
+                    f"the match {self.name!r} takes {self.layers} layer(s) of the {side}, got {count}"
+                )
+        return compare(student, teacher, mask)
+
+    @property
+    def _keywords(self) -> frozenset[str]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+_ATTENTION: tuple[Feature, ...] = ("scores", "probabilities")
+_ALL = (
+    MatchLoss("hidden_mse", hidden_mse, "tokens", ("hidden",), projectable=True),
+    MatchLoss("hidden_cosine", hidden_cosine, "tokens", ("hidden",), projectable=True),
+    MatchLoss("pkd", pkd, "examples", ("hidden",), projectable=True),
+    MatchLoss("gram", gram, "examples", ("hidden",), layers=2, projectable=True),
+    MatchLoss("nst", nst, "pairs", ("hidden",), layers=2),
+    MatchLoss("attention_transfer", attention_transfer, "examples", ("hidden",)),
+    MatchLoss("attention_mse", attention_mse, "pairs", _ATTENTION),
+    MatchLoss("attention_mse_mean", attention_mse_mean, "pairs", _ATTENTION),
+    MatchLoss("attention_ce", attention_ce, "tokens", _ATTENTION),
+    MatchLoss("attention_ce_mean", attention_ce_mean, "tokens", _ATTENTION),
+    MatchLoss("minilm_attention", attention_kl, "tokens", ("scores",)),
+    MatchLoss("minilm_value", value_relation_kl, "tokens", ("values",)),
+    MatchLoss("minilmv2_query", relation_kl, "tokens", ("queries",)),
+    MatchLoss("minilmv2_key", relation_kl, "tokens", ("keys",)),
+    MatchLoss("minilmv2_value", relation_kl, "tokens", ("values",)),
+)
+_NAMED = {match.name: match for match in _ALL}
+
+MATCHES: Registry[MatchLoss] = Registry(
+    "match",
+    _NAMED | {"fsp": _NAMED["gram"], "mmd": _NAMED["nst"]},
+    lambda part: isinstance(part, MatchLoss),
+    "a lmcompress.distillation.MatchLoss",
+)
+"""The matches by name, for recipes; ``fsp`` and ``mmd`` are TextBrewer's other names of ``gram`` and ``nst``."""
+
+
+def match_for(match: str | MatchLoss, on: str | None = None) -> MatchLoss:
+    """A match with its feature stated.
+
+    Args:
+        match: a key of :data:`MATCHES`, ``module:attribute`` of a custom match, or a match.
+        on: the feature to compare; needed by the attention matches (``"scores"`` or ``"probabilities"``).
+
+    Returns:
+        The match, ready to be called.
+
+    Raises:
+        LmcompressError: If the match is unknown, or the feature is missing or not the match's.
+
+    Example:
+        >>> match_for("attention_mse", on="scores").unit
+        'pairs'
+    """
+    return MATCHES.resolve(match).on(on)
+
 
 __all__ = [
     "MATCHES",

@@ -25,7 +25,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         ``(batch,)`` float32 sums over tokens.
 
     Raises:
-        LmcompressError: the shapes differ.
+        LmcompressError: If the shapes differ.
 
     Reference:
         Jiao et al., *TinyBERT*, 2020, https://arxiv.org/abs/1909.10351, equation 8.
@@ -51,7 +51,7 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor, *, eps: float 
         ``(batch,)`` float32 sums over tokens, each token's share in [0, 2].
 
     Raises:
-        LmcompressError: the shapes differ.
+        LmcompressError: If the shapes differ.
 
     Reference:
         Sanh et al., *DistilBERT*, 2019, https://arxiv.org/abs/1910.01108, section 2 (``L_cos``).
@@ -78,7 +78,7 @@ def pkd(student: Tensor, teacher: Tensor, mask: Tensor, *, position: int = 0, ep
         ``(batch,)`` float32, one value in [0, 4] for each example.
 
     Raises:
-        LmcompressError: the shapes differ.
+        LmcompressError: If the shapes differ.
 
     Reference:
         Sun et al., *Patient Knowledge Distillation for BERT Model Compression*, 2019,
@@ -112,7 +112,7 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, causal: boo
         ``(batch,)`` float32 sums over pairs of the mean over heads.
 
     Raises:
-        LmcompressError: the shapes differ; unequal heads need :func:`attention_mse_mean`.
+        LmcompressError: If the shapes differ; unequal heads need :func:`attention_mse_mean`.
 
     Reference:
         Jiao et al., *TinyBERT*, 2020, https://arxiv.org/abs/1909.10351, equation 7 (on scores, which they found
@@ -140,20 +140,14 @@ def attention_mse_mean(student: Tensor, teacher: Tensor, mask: Tensor, *, causal
         ``(batch,)`` float32 sums over pairs.
 
     Raises:
-        LmcompressError: batches or lengths differ.
+        LmcompressError: If batches or lengths differ.
     """
     student, teacher, pairs = as_attention("attention_mse_mean", student, teacher, mask, causal, same_heads=False)
     return _pair_distance(student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True), pairs)
 
 
 def attention_ce(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor,
-    *,
-    on: AttentionFeature,
-    causal: bool = False,
-    eps: float = 1e-12,
+    student: Tensor, teacher: Tensor, mask: Tensor, *, on: AttentionFeature, causal: bool = False, eps: float = 1e-12
 ) -> Tensor:
     r"""Cross-entropy of the student's attention under the teacher's, head by head.
 
@@ -175,20 +169,14 @@ def attention_ce(
         ``(batch,)`` float32 sums over query tokens of the mean over heads, in nats.
 
     Raises:
-        LmcompressError: the shapes differ (unequal heads need :func:`attention_ce_mean`), or ``on`` is neither.
+        LmcompressError: If the shapes differ (unequal heads need :func:`attention_ce_mean`), or ``on`` is neither.
     """
     student, teacher, pairs = as_attention("attention_ce", student, teacher, mask, causal)
     return _attention_cross_entropy(student, teacher, pairs, on, eps)
 
 
 def attention_ce_mean(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor,
-    *,
-    on: AttentionFeature,
-    causal: bool = False,
-    eps: float = 1e-12,
+    student: Tensor, teacher: Tensor, mask: Tensor, *, on: AttentionFeature, causal: bool = False, eps: float = 1e-12
 ) -> Tensor:
     """Cross-entropy of attention averaged over heads (scores before the softmax), so that numbers of heads may differ.
 
@@ -206,7 +194,7 @@ def attention_ce_mean(
         ``(batch,)`` float32 sums over query tokens, in nats; at the teacher its entropy, not 0.
 
     Raises:
-        LmcompressError: batches or lengths differ, or ``on`` is neither.
+        LmcompressError: If batches or lengths differ, or ``on`` is neither.
     """
     student, teacher, pairs = as_attention("attention_ce_mean", student, teacher, mask, causal, same_heads=False)
     student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
@@ -251,6 +239,7 @@ def as_attention(
 def check_positions(
     name: str, student_batch: int, teacher_batch: int, student_length: int, teacher_length: int, mask: Tensor
 ) -> None:
+    """Refuse features of unlike batches or lengths, and a mask of another shape."""
     if student_batch != teacher_batch:
         raise LmcompressError(f"{name} needs one batch, got {student_batch} examples and the teacher's {teacher_batch}")
     if student_length != teacher_length:
@@ -265,6 +254,7 @@ def check_positions(
 
 
 def unequal_heads(name: str, student_heads: int, teacher_heads: int) -> str:
+    """The message for unequal numbers of heads, with the matches that allow them."""
     mean = f"{name}_mean or " if name in ("attention_mse", "attention_ce") else ""
     return (
         f"{name} compares head by head, got {student_heads} heads of the student and {teacher_heads} of the teacher; "

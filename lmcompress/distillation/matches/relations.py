@@ -36,7 +36,7 @@ def gram(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: T
         ``(batch,)`` float32, one value for each example.
 
     Raises:
-        LmcompressError: the shapes differ.
+        LmcompressError: If the shapes differ.
 
     Reference:
         Yim, Joo, Bae & Kim, *A Gift from Knowledge Distillation*, CVPR 2017,
@@ -70,7 +70,7 @@ def nst(
         ``(batch,)`` float32 sums over pairs.
 
     Raises:
-        LmcompressError: batches or lengths differ.
+        LmcompressError: If batches or lengths differ.
 
     Reference:
         Huang & Wang, *Like What You Like: Knowledge Distill via Neuron Selectivity Transfer*, 2017,
@@ -102,7 +102,7 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, causal: bool
         ``(batch,)`` float32 sums over query tokens of the mean over heads, in nats.
 
     Raises:
-        LmcompressError: the shapes differ; unequal heads need ``minilmv2_query``, ``_key`` and ``_value``.
+        LmcompressError: If the shapes differ; unequal heads need ``minilmv2_query``, ``_key`` and ``_value``.
 
     Reference:
         Wang et al., *MiniLM*, 2020, https://arxiv.org/abs/2002.10957, section 3.1 (``L_AT``, of the last layers).
@@ -127,7 +127,7 @@ def value_relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, causal:
         ``(batch,)`` float32 sums over query tokens of the mean over heads, in nats.
 
     Raises:
-        LmcompressError: batches, lengths or numbers of heads differ.
+        LmcompressError: If batches, lengths or numbers of heads differ.
 
     Reference:
         Wang et al., *MiniLM*, 2020, https://arxiv.org/abs/2002.10957, section 3.2 (``L_VR``, of the last layers).
@@ -166,7 +166,7 @@ def relation_kl(
         ``(batch,)`` float32 sums over query tokens of the mean over relation heads, in nats.
 
     Raises:
-        LmcompressError: batches or lengths differ, or a width cannot be cut into ``relation_heads``.
+        LmcompressError: If batches or lengths differ, or a width cannot be cut into ``relation_heads``.
 
     Reference:
         Wang et al., *MiniLMv2*, 2021, https://arxiv.org/abs/2012.15828, section 3.
@@ -209,7 +209,7 @@ def attention_transfer(
         ``(batch,)`` float32, one value for each example.
 
     Raises:
-        LmcompressError: batches or lengths differ, or ``power`` < 1.
+        LmcompressError: If batches or lengths differ, or ``power`` < 1.
 
     Reference:
         Zagoruyko & Komodakis, *Paying More Attention to Attention*, 2017, https://arxiv.org/abs/1612.03928,
@@ -239,7 +239,7 @@ def _relation_divergence(student: Tensor, teacher: Tensor, pairs: Tensor) -> Ten
 
 
 def _relations(vectors: Tensor, valid: Tensor, heads: int) -> Tensor:
-    """``(batch, H, length, k)`` to scaled products ``(batch, heads, length, length)``."""
+    """``(batch, H, length, k)`` to scaled dot products ``(batch, heads, length, length)``."""
     batch, _, length, _ = vectors.shape
     states = vectors.float().transpose(1, 2).reshape(batch, length, -1).masked_fill(~valid.unsqueeze(-1), 0)
     split = states.view(batch, length, heads, -1).transpose(1, 2)

@@ -8,29 +8,7 @@ A folder holds ``meta.json`` (:class:`StoreMeta`), ``index.safetensors`` (keys, 
 row) and ``shard-00000.safetensors``, ... (whatever has one entry per token, rows laid end to end without padding).
 """
 
-from lmcompress.distillation.store.format import (
-    FORMAT_VERSION,
-    FeatureInfo,
-    FileInfo,
-    StoredDtype,
-    StoreMeta,
-    row_keys,
-    teacher_fingerprint,
-)
-from lmcompress.distillation.store.reader import Stored, TeacherStore, TopK, expand_top_k
-from lmcompress.distillation.store.writer import Extract
+from lmcompress.distillation.store.format import StoreMeta, row_keys, teacher_fingerprint
+from lmcompress.distillation.store.reader import TeacherStore, TopK, expand_top_k
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Extract",
-    "FeatureInfo",
-    "FileInfo",
-    "Stored",
-    "StoredDtype",
-    "StoreMeta",
-    "TeacherStore",
-    "TopK",
-    "expand_top_k",
-    "row_keys",
-    "teacher_fingerprint",
-]
+__all__ = ["StoreMeta", "TeacherStore", "TopK", "expand_top_k", "row_keys", "teacher_fingerprint"]

@@ -62,7 +62,7 @@ def teacher_fingerprint(model: PreTrainedModel) -> str:
         32 hexadecimal digits.
 
     Raises:
-        LmcompressError: the model is on ``meta`` and has no weights.
+        LmcompressError: If the model is on ``meta`` and has no weights.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     digest.update(json.dumps(_lasting(model.config), sort_keys=True, default=str).encode())
@@ -85,7 +85,7 @@ def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
         16 bytes for each row.
 
     Raises:
-        LmcompressError: there are no token ids.
+        LmcompressError: If there are no token ids.
     """
     return keys_of(store_inputs(batch))
 
@@ -160,14 +160,17 @@ class StoredField:
 
     @property
     def per_row(self) -> bool:
+        """Whether a row has one entry of a fixed size, whatever its length."""
         return 0 not in self.shape
 
     def sizes(self, lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Numbers of each row, from its length."""
         power = self.shape.count(0)
         return lengths.astype(np.int64) ** power * math.prod(size for size in self.shape if size)
 
 
 def fields_of(meta: StoreMeta) -> dict[str, StoredField]:
+    """How the tensors of a row are laid out, by name."""
     dtype = DTYPES[meta.dtype]
     start = (0,) if meta.logits == "token" else ()
     if meta.top_k is not None:
@@ -189,6 +192,7 @@ def _lasting(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def store_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The teacher's inputs of a batch, checked."""
     prefix = "teacher_" if "teacher_input_ids" in batch else ""
     inputs = {name: batch[prefix + name] for name in _INPUTS if isinstance(batch.get(prefix + name), Tensor)}
     ids = inputs.get("input_ids")
@@ -205,11 +209,13 @@ def store_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def token_mask(inputs: Mapping[str, Tensor]) -> Tensor:
+    """``(batch, length)`` booleans on the CPU, True for real tokens."""
     mask = inputs.get("attention_mask")
     return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool().cpu()
 
 
 def keys_of(inputs: Mapping[str, Tensor]) -> list[bytes]:
+    """The key of each row of the inputs."""
     mask = token_mask(inputs).numpy()
     columns = [inputs[name].cpu().numpy().astype("<i8") for name in ("input_ids", "token_type_ids") if name in inputs]
     keys = []
@@ -222,18 +228,22 @@ def keys_of(inputs: Mapping[str, Tensor]) -> list[bytes]:
 
 
 def field_name(feature: Feature) -> str:
+    """The name of a feature's tensor in the files."""
     return f"{feature[0]}.{feature[1]}"
 
 
 def shard_name(number: int) -> str:
+    """The file of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def files_of(meta: StoreMeta) -> list[tuple[str, FileInfo]]:
+    """All files that a store must have, by name."""
     return [(INDEX_FILE, meta.index), *((shard_name(i), info) for i, info in enumerate(meta.shards))]
 
 
 def file_info(path: Path) -> FileInfo:
+    """Size and hash of a file as it is."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -242,6 +252,7 @@ def file_info(path: Path) -> FileInfo:
 
 
 def open_checked(path: Path, info: FileInfo) -> Any:
+    """Open a file of tensors, if its hash is right."""
     try:
         if file_info(path) == info:
             return safe_open(path, framework="pt")
@@ -252,6 +263,7 @@ def open_checked(path: Path, info: FileInfo) -> Any:
 
 
 def read_meta(folder: Path) -> StoreMeta:
+    """Read and validate ``meta.json``."""
     path = folder / META_FILE
     if not path.is_file():
         raise LmcompressError(f"{folder} holds no teacher store (no {META_FILE}); make one with TeacherStore.build")

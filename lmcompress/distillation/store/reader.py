@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,27 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from lmcompress.activations.capture import Feature, Features
-from lmcompress.distillation.store.format import (
-    INDEX_FILE,
-    KEY_BYTES,
-    StoredDtype,
-    StoreMeta,
-    field_name,
-    fields_of,
-    files_of,
-    keys_of,
-    open_checked,
-    read_meta,
-    shard_name,
-    store_inputs,
-    teacher_fingerprint,
-    token_mask,
-)
-from lmcompress.distillation.store.writer import Extract, write_store
-from lmcompress.errors import LmcompressError
+from lmcompress.activations.capture import Feature, Features, resolve
+from lmcompress.distillation.store import format as layout
+from lmcompress.distillation.store.writer import Extract, StoreWriter
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.model import replaced_folder
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ def expand_top_k(values: Tensor, indices: Tensor, logsumexp: Tensor, vocab_size:
         ``(..., vocab_size)`` float32, whose logsumexp is ``logsumexp`` again.
 
     Raises:
-        LmcompressError: the shapes do not belong together.
+        LmcompressError: If the shapes do not belong together.
 
     Example:
         >>> logits = expand_top_k(torch.tensor([0.5]).log(), torch.tensor([2]), torch.tensor(0.0), 3)
@@ -120,10 +109,10 @@ class TeacherStore:
         meta: what it says of itself.
     """
 
-    def __init__(self, folder: Path, meta: StoreMeta) -> None:
+    def __init__(self, folder: Path, meta: layout.StoreMeta) -> None:
         self.folder = folder
         self.meta = meta
-        self._fields = fields_of(meta)
+        self._fields = layout.fields_of(meta)
         self._handles: dict[int, Any] = {}
         index = self._read_index()
         self._rows: dict[bytes, int] = {key.tobytes(): row for row, key in enumerate(index["keys"].numpy())}
@@ -161,7 +150,7 @@ class TeacherStore:
         extract: Extract,
         top_k: int | None = None,
         features: Sequence[Feature] = (),
-        dtype: StoredDtype = "float16",
+        dtype: layout.StoredDtype = "float16",
         batch_size: int = 32,
         progress: bool = True,
     ) -> TeacherStore:
@@ -193,21 +182,33 @@ class TeacherStore:
             The store, open.
 
         Raises:
-            LmcompressError: no data, an unknown feature, ``top_k`` out of range, an answer that is NaN or does not fit
-                ``float16``, a folder with something else in it, or no space; what was at ``folder`` is still there.
+            LmcompressError: If there is no data, a feature is unknown, ``top_k`` is out of range, an answer is NaN or
+                does not fit ``float16``, ``folder`` holds something else, or there is no space; what was there is
+                kept.
         """
-        write_store(
-            Path(folder),
-            teacher,
-            dataset,
-            collator,
-            extract=extract,
-            top_k=top_k,
-            features=features,
-            dtype=dtype,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        if dtype not in layout.DTYPES:
+            raise LmcompressError(f"unknown dtype {dtype!r}{nearest(str(dtype), layout.DTYPES)}")
+        if batch_size < 1:
+            raise LmcompressError(f"batch_size must be at least 1, got {batch_size}")
+        wanted = list(dict.fromkeys(resolve(teacher, kind, layer) for kind, layer in features))
+        loader = DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collator)
+        # the bar of transformers, which its verbosity settings switch off
+        batches = logging.tqdm(loader, desc="teacher", disable=not progress)
+        takes = set(inspect.signature(teacher.forward).parameters)
+        training = teacher.training
+        teacher.eval()
+        try:
+            with replaced_folder(Path(folder), marker=layout.META_FILE) as temporary, torch.no_grad():
+                writer = StoreWriter(temporary, dtype, top_k)
+                for batch in batches:
+                    inputs = layout.store_inputs(batch)
+                    on_device = {k: v.to(teacher.device) for k, v in inputs.items() if k in takes}
+                    logits, captured = extract(teacher, on_device, wanted)
+                    answers = {feature: captured[feature] for feature in wanted}
+                    writer.add(layout.keys_of(inputs), layout.token_mask(inputs), logits, answers)
+                writer.finish(teacher)
+        finally:
+            teacher.train(training)
         return cls.open(folder)
 
     @classmethod
@@ -224,17 +225,17 @@ class TeacherStore:
             The store; nothing but its index is in memory.
 
         Raises:
-            LmcompressError: no store, a damaged one, one of a later version, or another teacher's.
+            LmcompressError: If there is no store, or it is damaged, of a later version, or another teacher's.
         """
         folder = Path(folder)
-        meta = read_meta(folder)
-        for name, info in files_of(meta):
+        meta = layout.read_meta(folder)
+        for name, info in layout.files_of(meta):
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != info.size_bytes:
                 found = "is missing" if size is None else f"has {size} bytes instead of {info.size_bytes}"
                 raise LmcompressError(f"the teacher store {folder} is damaged: {name} {found}; build it again")
-        if teacher is not None and (found := teacher_fingerprint(teacher)) != meta.teacher:
+        if teacher is not None and (found := layout.teacher_fingerprint(teacher)) != meta.teacher:
             raise LmcompressError(
                 f"the store {folder} was made by another teacher: it has the hash {meta.teacher[:12]} "
                 f"({meta.teacher_name or 'no name'}), this one {found[:12]} "
@@ -254,12 +255,12 @@ class TeacherStore:
             Logits and features on the batch's device, padded to the batch's length.
 
         Raises:
-            LmcompressError: a feature or a row is not in the store, or a shard is damaged.
+            LmcompressError: If a feature or a row is not in the store, or a shard is damaged.
         """
         wanted = [self._resolve(kind, layer) for kind, layer in features]
-        inputs = store_inputs(batch)
-        device, mask = inputs["input_ids"].device, token_mask(inputs)
-        rows = self._find(keys_of(inputs))
+        inputs = layout.store_inputs(batch)
+        device, mask = inputs["input_ids"].device, layout.token_mask(inputs)
+        rows = self._find(layout.keys_of(inputs))
         logits = top_k = None
         if self.meta.top_k is None:
             logits = self._get("logits", rows, mask)
@@ -269,7 +270,7 @@ class TeacherStore:
         else:
             top_k = self._top_k(rows, mask, device)
         return Stored(
-            logits, top_k, {feature: self._get(field_name(feature), rows, mask).to(device) for feature in wanted}
+            logits, top_k, {feature: self._get(layout.field_name(feature), rows, mask).to(device) for feature in wanted}
         )
 
     def _top_k(self, rows: Sequence[int], mask: Tensor, device: torch.device) -> TopK:
@@ -321,10 +322,10 @@ class TeacherStore:
         return padded
 
     def _read_index(self) -> dict[str, Tensor]:
-        path, meta = self.folder / INDEX_FILE, self.meta
-        with open_checked(path, meta.index) as handle:
+        path, meta = self.folder / layout.INDEX_FILE, self.meta
+        with layout.open_checked(path, meta.index) as handle:
             index = {name: handle.get_tensor(name) for name in handle.keys()}
-        expected = {"keys": (meta.rows, KEY_BYTES), "lengths": (meta.rows,), "shards": (meta.rows,)}
+        expected = {"keys": (meta.rows, layout.KEY_BYTES), "lengths": (meta.rows,), "shards": (meta.rows,)}
         expected |= {name: (meta.rows, *field.shape) for name, field in self._fields.items() if field.per_row}
         if {name: tuple(tensor.shape) for name, tensor in index.items()} != expected:
             raise LmcompressError(f"{path} does not hold what meta.json says; build the store again")
@@ -336,8 +337,8 @@ class TeacherStore:
 
     def _shard(self, number: int) -> Any:
         if number not in self._handles:
-            path = self.folder / shard_name(number)
-            handle = open_checked(path, self.meta.shards[number])
+            path = self.folder / layout.shard_name(number)
+            handle = layout.open_checked(path, self.meta.shards[number])
             sizes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
             if sizes != {name: (int(total[number]),) for name, total in self._totals.items()}:
                 raise LmcompressError(f"{path} does not hold what the index says; build the store again")

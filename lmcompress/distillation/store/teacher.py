@@ -40,7 +40,7 @@ class StoredTeacher:
             ``(kind, layer)``.
 
         Raises:
-            LmcompressError: the store lacks it.
+            LmcompressError: If the store lacks it.
         """
         feature = (kind, layer if layer >= 0 else self.store.meta.layers + 1 + layer)
         if feature not in self.store.features:

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from lmcompress.activations.capture import Feature, Features, resolve
-from lmcompress.distillation.store.format import (
-    DTYPES,
-    INDEX_FILE,
-    KEY_BYTES,
-    META_FILE,
-    FeatureInfo,
-    FileInfo,
-    StoredDtype,
-    StoreMeta,
-    field_name,
-    file_info,
-    keys_of,
-    shard_name,
-    store_inputs,
-    teacher_fingerprint,
-    token_mask,
-)
-from lmcompress.errors import LmcompressError, nearest
-from lmcompress.model import replaced_folder
+from lmcompress.activations.capture import Feature, Features
+from lmcompress.distillation.store import format as layout
+from lmcompress.errors import LmcompressError
 
 Extract = Callable[[PreTrainedModel, Mapping[str, Tensor], Sequence[Feature]], tuple[Tensor, Features]]
 """``(teacher, inputs, features) -> (logits, {feature: tensor})``, as :func:`capture.extract`."""
@@ -58,26 +38,27 @@ _LENGTH_AXES = {
 class StoreWriter:
     """Collects rows, writes a shard whenever there is enough, and the index and ``meta.json`` at the end."""
 
-    def __init__(self, folder: Path, dtype: StoredDtype, top_k: int | None) -> None:
+    def __init__(self, folder: Path, dtype: layout.StoredDtype, top_k: int | None) -> None:
         self.folder, self.dtype, self.top_k = folder, dtype, top_k
         self.seen: dict[bytes, None] = {}  # in the order of the rows
         self.lengths: list[int] = []
         self.shard_of: list[int] = []
-        self.shards: list[FileInfo] = []
+        self.shards: list[layout.FileInfo] = []
         self.of_rows: dict[str, list[Tensor]] = {}
         self.pending: dict[str, list[Tensor]] = {}
         self.pending_bytes = 0
         self.logits: Literal["row", "token"] = "row"
         self.vocab_size = 0
-        self.features: tuple[FeatureInfo, ...] = ()
+        self.features: tuple[layout.FeatureInfo, ...] = ()
 
     def add(self, keys: Sequence[bytes], mask: Tensor, logits: Tensor, features: Features) -> None:
+        """Take the answers to one batch; rows that are there already are left out."""
         self._describe(mask, logits, features)
         tensors = self._logit_fields(logits) | {
-            field_name(f): self._rounded(t, field_name(f)) for f, t in features.items()
+            layout.field_name(f): self._rounded(t, layout.field_name(f)) for f, t in features.items()
         }
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        axes = {field_name(feature): _LENGTH_AXES[feature[0]] for feature in features}
+        axes = {layout.field_name(feature): _LENGTH_AXES[feature[0]] for feature in features}
         for row, key in enumerate(keys):
             if key in self.seen:
                 continue
@@ -98,19 +79,20 @@ class StoreWriter:
                 self._flush()
 
     def finish(self, teacher: PreTrainedModel) -> None:
+        """Write what is left, the index and ``meta.json``."""
         if not self.seen:
             raise LmcompressError("the dataset has no rows; a store needs at least one")
         if self.pending:
             self._flush()
         keys = b"".join(self.seen)
         index = {
-            "keys": torch.from_numpy(np.frombuffer(keys, dtype=np.uint8).copy()).view(-1, KEY_BYTES),
+            "keys": torch.from_numpy(np.frombuffer(keys, dtype=np.uint8).copy()).view(-1, layout.KEY_BYTES),
             "lengths": torch.tensor(self.lengths, dtype=torch.int32),
             "shards": torch.tensor(self.shard_of, dtype=torch.int32),
         } | {name: torch.stack(rows) for name, rows in self.of_rows.items()}
-        save_file(index, self.folder / INDEX_FILE)
-        meta = StoreMeta(
-            teacher=teacher_fingerprint(teacher),
+        save_file(index, self.folder / layout.INDEX_FILE)
+        meta = layout.StoreMeta(
+            teacher=layout.teacher_fingerprint(teacher),
             teacher_name=str(teacher.config.name_or_path or "")[:1024],
             layers=int(teacher.config.num_hidden_layers),
             rows=len(self.seen),
@@ -119,10 +101,10 @@ class StoreWriter:
             top_k=self.top_k,
             dtype=self.dtype,
             features=self.features,
-            index=file_info(self.folder / INDEX_FILE),
+            index=layout.file_info(self.folder / layout.INDEX_FILE),
             shards=tuple(self.shards),
         )
-        (self.folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n")
+        (self.folder / layout.META_FILE).write_text(meta.model_dump_json(indent=2) + "\n")
 
     def _describe(self, mask: Tensor, logits: Tensor, features: Features) -> None:
         """What the answers look like: set by the first batch, the same in all others."""
@@ -142,7 +124,7 @@ class StoreWriter:
                         f"{tuple(tensor.shape)}"
                     )
                 shape[axis] = 0
-            infos.append(FeatureInfo(kind=kind, layer=layer, shape=tuple(shape)))
+            infos.append(layout.FeatureInfo(kind=kind, layer=layer, shape=tuple(shape)))
         kind_of_logits: Literal["row", "token"] = "row" if logits.dim() == 2 else "token"
         found = (kind_of_logits, logits.shape[-1], tuple(infos))
         if not self.vocab_size:
@@ -168,7 +150,7 @@ class StoreWriter:
         if self.top_k is not None:
             total = logits.logsumexp(-1, keepdim=True)
             top = logits.topk(self.top_k, dim=-1)
-            values = (top.values - total).clamp(min=_LOWEST).to(DTYPES[self.dtype])
+            values = (top.values - total).clamp(min=_LOWEST).to(layout.DTYPES[self.dtype])
             return {"values": values, "indices": top.indices.int(), "logsumexp": total}
         if self.dtype == "float32":
             return {"logits": logits}
@@ -176,7 +158,7 @@ class StoreWriter:
         return {"logits": (logits - greatest).clamp(min=_LOWEST).half(), "offsets": greatest}
 
     def _rounded(self, feature: Tensor, name: str) -> Tensor:
-        rounded = feature.detach().to(DTYPES[self.dtype])
+        rounded = feature.detach().to(layout.DTYPES[self.dtype])
         if self.dtype == "float16" and (rounded.isinf() & feature.isfinite()).any():
             raise LmcompressError(
                 f"the feature {name} reaches {float(feature.abs().max()):.3g}, more than float16 holds; "
@@ -185,46 +167,7 @@ class StoreWriter:
         return rounded
 
     def _flush(self) -> None:
-        path = self.folder / shard_name(len(self.shards))
+        path = self.folder / layout.shard_name(len(self.shards))
         save_file({name: torch.cat(rows) for name, rows in self.pending.items()}, path)
-        self.shards.append(file_info(path))
+        self.shards.append(layout.file_info(path))
         self.pending, self.pending_bytes = {}, 0
-
-
-def write_store(
-    folder: Path,
-    teacher: PreTrainedModel,
-    dataset: Any,
-    collator: Callable[[list[Any]], Mapping[str, Any]],
-    *,
-    extract: Extract,
-    top_k: int | None,
-    features: Sequence[Feature],
-    dtype: StoredDtype,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    """Run the teacher over the data and write its answers, as :meth:`TeacherStore.build` describes."""
-    if dtype not in DTYPES:
-        raise LmcompressError(f"unknown dtype {dtype!r}{nearest(str(dtype), DTYPES)}")
-    if batch_size < 1:
-        raise LmcompressError(f"batch_size must be at least 1, got {batch_size}")
-    wanted = list(dict.fromkeys(resolve(teacher, kind, layer) for kind, layer in features))
-    loader = DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collator)
-    # the bar of transformers, which its verbosity settings switch off
-    batches = logging.tqdm(loader, desc="teacher", disable=not progress)
-    takes = set(inspect.signature(teacher.forward).parameters)
-    training = teacher.training
-    teacher.eval()
-    try:
-        with replaced_folder(folder, marker=META_FILE) as temporary, torch.no_grad():
-            writer = StoreWriter(temporary, dtype, top_k)
-            for batch in batches:
-                inputs = store_inputs(batch)
-                on_device = {k: v.to(teacher.device) for k, v in inputs.items() if k in takes}
-                logits, captured = extract(teacher, on_device, wanted)
-                answers = {feature: captured[feature] for feature in wanted}
-                writer.add(keys_of(inputs), token_mask(inputs), logits, answers)
-            writer.finish(teacher)
-    finally:
-        teacher.train(training)

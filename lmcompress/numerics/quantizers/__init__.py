@@ -53,19 +53,16 @@ from lmcompress.numerics.quantizers.learned import (
     lsq,
     pact,
 )
-from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for, quantizer_name
-from lmcompress.numerics.quantizers.uniform import (
-    affine,
-    asymmetric,
+from lmcompress.numerics.quantizers.ranges import (
     check_percentile,
     mse_clip,
     mse_limits,
-    nearest_codes,
     percentile_clip,
     percentile_limits,
     search_shares,
-    symmetric,
 )
+from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for, quantizer_name
+from lmcompress.numerics.quantizers.uniform import affine, asymmetric, nearest_codes, symmetric
 
 __all__ = [
     "QUANTIZERS", "InitialState", "Quantized", "Quantizer", "WeightQuantizer", "affine", "asymmetric", "binary",

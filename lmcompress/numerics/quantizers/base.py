@@ -57,7 +57,6 @@ class Quantized:
 Quantizer = Callable[..., Quantized]
 """``(weight, state, *, bits, granularity) -> Quantized``."""
 
-
 InitialState = Callable[..., Tensor]
 """``(weight, *, bits, granularity) -> state``."""
 
@@ -115,6 +114,17 @@ def check_finite(x: Tensor, name: str = "weights") -> None:
 
 
 def check_state(state: Tensor, weight: Tensor, granularity: Granularity, name: str) -> Tensor:
+    """A state, or scales, as they came.
+
+    Args:
+        state: of the quantizer.
+        weight: whose it is.
+        granularity: which weights share one number of it.
+        name: what to call it in the error.
+
+    Raises:
+        LmcompressError: If it has another shape than ``granularity.scale_shape(weight.shape)``.
+    """
     expected = granularity.scale_shape(weight.shape)
     if tuple(state.shape) != expected:
         raise LmcompressError(
@@ -127,12 +137,29 @@ def check_state(state: Tensor, weight: Tensor, granularity: Granularity, name: s
 def clipped(
     weight: Tensor, alpha: Tensor, grid: Grid, granularity: Granularity, *, inside: Inside, pass_outside: bool
 ) -> Quantized:
-    """On a symmetric grid between ±alpha."""
+    """Fake-quantized on a symmetric grid between ±alpha.
+
+    Args:
+        weight: any shape, floating.
+        alpha: ``granularity.scale_shape(weight.shape)``, the clip.
+        grid: symmetric.
+        granularity: which weights share a clip.
+        inside: what the gradient of the clip is for weights within it.
+        pass_outside: whether weights beyond the clip get a gradient.
+    """
     rule = Rule(grid, float(grid.high), -1.0, 1.0, inside, pass_outside)
     return by_rule(weight, alpha, rule, granularity)
 
 
 def by_rule(weight: Tensor, unit: Tensor, rule: Rule, granularity: Granularity) -> Quantized:
+    """Fake-quantized by a rule with a gradient of the unit.
+
+    Args:
+        weight: any shape, floating.
+        unit: ``granularity.scale_shape(weight.shape)``, > 0.
+        rule: grid, range and gradient.
+        granularity: which weights share a unit.
+    """
     split = granularity.split(weight.float())
     values, levels = fake_quantize(split, granularity.spread(unit, weight.shape), rule)
     scales = unit.detach() / rule.per_unit
@@ -142,17 +169,41 @@ def by_rule(weight: Tensor, unit: Tensor, rule: Rule, granularity: Granularity) 
 def from_levels(
     weight: Tensor, split: Tensor, levels: Tensor, scale: Tensor, grid: Grid, granularity: Granularity
 ) -> Quantized:
-    """Values of codes and scales (broadcasting over them), straight through."""
+    """Values of given codes and scales, with a straight-through gradient.
+
+    Args:
+        weight: any shape, floating.
+        split: the weight as the granularity splits it, with gradient.
+        levels: the codes, shaped alike.
+        scale: broadcasting over them.
+        grid: of the codes.
+        granularity: which weights share a scale.
+    """
     values = straight_through(split, levels * scale).reshape(weight.shape)
     scales = scale.reshape(granularity.scale_shape(weight.shape))
     return Quantized(values, scales, None, grid, granularity, levels, weight.detach())
 
 
 def nearest_levels(split: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes of a grid around 0.
+
+    Args:
+        split: weights as the granularity splits them.
+        scale: broadcasting over them, >= 0.
+        grid: what codes may be.
+    """
     # x / infinity is 0: where the scale is 0 all is 0
     return grid.nearest(split / torch.where(scale > 0, scale, torch.inf))
 
 
 def affine_levels(split: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes of an unsigned grid with zero points.
+
+    Args:
+        split: weights as the granularity splits them.
+        scale: broadcasting over them, >= 0.
+        zero: the zero points, broadcasting likewise.
+        grid: from 0 up.
+    """
     levels = (split / torch.where(scale > 0, scale, torch.inf)).round_().add_(zero)
     return levels.clamp_(grid.low, grid.high).add_(0.0)

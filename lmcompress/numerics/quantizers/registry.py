@@ -6,7 +6,7 @@ from functools import cache
 
 from lmcompress.errors import LmcompressError
 from lmcompress.numerics.grids import Bits
-from lmcompress.numerics.quantizers import closed_form, learned, uniform
+from lmcompress.numerics.quantizers import closed_form, learned, ranges, uniform
 from lmcompress.numerics.quantizers.base import TERNARY, WITH_ZERO, WeightQuantizer
 from lmcompress.registry import Registry
 
@@ -25,11 +25,11 @@ QUANTIZERS: Registry[WeightQuantizer] = Registry(
         "tbt": WeightQuantizer(closed_form.tbt, bits=TERNARY, by_rows=True),
         "binary": WeightQuantizer(closed_form.binary, bits=(1,), by_rows=True),
         "minmax": WeightQuantizer(uniform.symmetric, by_rows=True),
-        "percentile": WeightQuantizer(uniform.symmetric, uniform.percentile_clip, by_rows=True, takes_percentile=True),
-        "mse": WeightQuantizer(uniform.symmetric, uniform.mse_clip, by_rows=True),
+        "percentile": WeightQuantizer(uniform.symmetric, ranges.percentile_clip, by_rows=True, takes_percentile=True),
+        "mse": WeightQuantizer(uniform.symmetric, ranges.mse_clip, by_rows=True),
         "asymmetric_minmax": WeightQuantizer(uniform.asymmetric),
-        "asymmetric_percentile": WeightQuantizer(uniform.asymmetric, uniform.percentile_limits, takes_percentile=True),
-        "asymmetric_mse": WeightQuantizer(uniform.asymmetric, uniform.mse_limits),
+        "asymmetric_percentile": WeightQuantizer(uniform.asymmetric, ranges.percentile_limits, takes_percentile=True),
+        "asymmetric_mse": WeightQuantizer(uniform.asymmetric, ranges.mse_limits),
     },
     lambda part: isinstance(part, WeightQuantizer),
     "a lmcompress.numerics.WeightQuantizer",

@@ -35,6 +35,14 @@ class _Means:
 def from_activations(
     model: PreTrainedModel, criterion: Criterion, parts: Sequence[Part], data: CalibrationData
 ) -> Units:
+    """Scores by a criterion that needs activations, attention, or what goes through blocks.
+
+    Args:
+        model: of a known family, in evaluation mode.
+        criterion: called with activations of valid tokens.
+        parts: units to score.
+        data: calibration data.
+    """
     means = _Means()
     pooled: dict[tuple[Part, int], list[Tensor]] = {}
     with Taps(model) as taps:

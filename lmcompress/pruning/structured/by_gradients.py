@@ -41,6 +41,19 @@ def from_gradients(
     labels: Labels,
     seed: int,
 ) -> Units:
+    """Scores by a criterion that needs the gradients of gates, or products of weights and gradients.
+
+    Args:
+        model: of a known family, in evaluation mode.
+        criterion: called with the gradients of each example's own loss.
+        parts: units to score.
+        data: calibration data.
+        labels: given, or drawn from the model's own answer.
+        seed: of drawn labels.
+
+    Raises:
+        LmcompressError: If no label counts.
+    """
     generator = torch.Generator().manual_seed(seed)
     by_products = criterion.needs == "products"
     gated: list[Part] = [p for p in parts if p != "layers"] if by_products else list(parts)
@@ -128,7 +141,7 @@ class _FirstMatrices:
         self.handles = [module.register_forward_hook(self._times(index)) for index, module in enumerate(modules)]
 
     def fresh(self, rows: int) -> None:
-        """New leaves for a batch of so many examples."""
+        """New leaves for the examples of a batch."""
         self.leaves = [torch.ones(rows, width, device=self._device, requires_grad=True) for width in self._widths]
 
     def _times(self, index: int) -> Callable[..., Tensor]:

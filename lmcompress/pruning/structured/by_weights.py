@@ -16,6 +16,13 @@ from lmcompress.pruning.structured.units import Part, Units, assembled
 
 
 def from_weights(model: PreTrainedModel, criterion: Criterion, parts: Sequence[Part]) -> Units:
+    """Scores by a criterion that needs weights.
+
+    Args:
+        model: of a known family.
+        criterion: called with the coupled weights of each tensor of units.
+        parts: units to score.
+    """
     return assembled(
         model,
         parts,

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from lmcompress.activations.running import with_progress
 from lmcompress.errors import LmcompressError
 
+Batch = Mapping[str, Any]
+"""Tensors by name, as a collator makes them: ``input_ids``, ``attention_mask``, perhaps ``labels``."""
+
 
 def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The tensors of a batch on a device, without the rows that are padding all through.
@@ -32,13 +35,19 @@ def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict
     return {name: value.to(device) for name, value in tensors.items()}
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The tensors of a batch on a device.
+
+    Args:
+        batch: what is not a tensor is left out.
+        device: where they go.
+    """
+    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+
+
 def rows_of(batch: Mapping[str, Tensor]) -> int:
     """Examples in a batch, by its first tensor that has rows."""
     return next((len(value) for value in batch.values() if value.dim()), 0)
-
-
-Batch = Mapping[str, Any]
-"""Tensors by name, as a collator makes them: ``input_ids``, ``attention_mask``, perhaps ``labels``."""
 
 
 class CalibrationData:

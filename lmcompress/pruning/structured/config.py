@@ -1,4 +1,4 @@
-"""What pruning is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""Configuration of structured pruning, validated: used by recipes and by the Python API alike."""
 
 from __future__ import annotations
 
@@ -7,33 +7,49 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lmcompress.pruning.structured.order import Order, Ranking
-from lmcompress.pruning.structured.registry import CRITERIA, Criterion
+from lmcompress.pruning.structured.registry import CRITERIA, Criterion, criteria_for
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.pruning.structured.units import Part
 from lmcompress.registry import PartField
-from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
+from lmcompress.schedules import Event, Gradual, HardThresholding, Iterative, OneShot, Phase
 
 Repair = Literal["none", "bias", "least_squares", "least_squares_in_order"]
 DEFAULT_CRITERION = "fisher"
 """What scores units where nothing is said: it kept most at every sparsity in ``benchmarks/pruning.py``."""
-RUNNING_CRITERIA = ("taylor_gates", "fisher", "movement")
-"""Criteria that training can collect on its way, from the gradients of gates."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Learned(Phase):
+class Learned(Phase):
+    """A phase in which masks are learnt while the target rises."""
+
+    kind: str
     end: Annotated[
         float, Field(gt=0, le=1, description="Share of training after which the mask is final; the rest is recovery.")
     ] = 0.7
     warmup: Annotated[
-        float, Field(ge=0, le=1, description="Share of the phase over which the target rises from 0, in a line.")
+        float, Field(ge=0, le=1, description="Share of the phase over which the target rises linearly from 0.")
     ] = 0.5
 
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
 
-class HardConcrete(_Learned):
+        Args:
+            max_steps: optimizer steps of the run.
+
+        Returns:
+            One event, which is final.
+
+        Raises:
+            LmcompressError: If the phase has no step.
+        """
+        _, end = self.steps(max_steps, f"the schedule {self.kind}")
+        return [Event(end, 1.0, final=True)]
+
+
+class HardConcrete(Learned):
     """Hard-concrete L0 gates, driven to the target by a Lagrangian (CoFi)."""
 
     kind: Literal["hard_concrete"] = "hard_concrete"
@@ -44,7 +60,7 @@ class HardConcrete(_Learned):
     drop: Annotated[float, Field(ge=0, lt=1, description="Share of gates that begin closed.")] = 0.05
 
 
-class Movement(_Learned):
+class Movement(Learned):
     """Scores learnt by movement, with a sigmoid threshold and straight-through gradients (nn_pruning)."""
 
     kind: Literal["movement"] = "movement"
@@ -56,7 +72,7 @@ class Movement(_Learned):
     steer: Annotated[bool, Field(description="Raise and lower the penalty so that the mask follows the target.")] = True
 
 
-class GroupLasso(_Learned):
+class GroupLasso(Learned):
     """A penalty on the norms of heads and neurons, with a proximal step after each optimizer step (SSL)."""
 
     kind: Literal["group_lasso"] = "group_lasso"
@@ -78,7 +94,7 @@ class PruningConfig(_Part):
     target: Target
     parts: Annotated[
         tuple[Part, ...],
-        Field(min_length=1, description="What may go: heads, neurons, attention, ffn, layers, hidden."),
+        Field(min_length=1, description="What may be pruned: heads, neurons, attention, ffn, layers, hidden."),
     ] = ("heads", "neurons")
     schedule: Schedule = OneShot()
     criterion: Annotated[
@@ -139,31 +155,18 @@ class PruningConfig(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruningConfig:
-        kind = self.schedule.kind
+        kind, units = self.schedule.kind, {"heads", "neurons"}
         if len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts must be named once each, got {', '.join(self.parts)}")
-        own_scores = kind in ("iht", "hard_concrete", "movement", "group_lasso")
-        if own_scores and self.criterion is not None:
-            raise ValueError(f"the schedule {kind} has its own scores: leave criterion out, got {self.criterion!r}")
-        if not own_scores:
-            wrong = set(self.parts) - set(self.chosen_criterion.parts)
-            if wrong:
-                fitting = sorted(name for name, known in CRITERIA.items() if set(self.parts) <= set(known.parts))
-                raise ValueError(
-                    f"the criterion {self.criterion_name} says nothing of {', '.join(sorted(wrong))}; criteria for all "
-                    f"of {', '.join(self.parts)} are {', '.join(fitting)}"
-                )
-            if self.chosen_criterion.signed and self.labels == "self":
-                raise ValueError(
-                    f"the criterion {self.criterion_name} needs the labels that are given, got labels: self; use "
-                    "taylor_gates or fisher"
-                )
-            if self.chosen_criterion.signed and self.ranking == "relative":
-                raise ValueError(
-                    f"ranking: relative compares scores with their mean, and those of {self.criterion_name} have both "
-                    "signs: use another ranking, or taylor_gates or fisher"
-                )
-        if self.repair != "none" and not {"heads", "neurons"} & set(self.parts):
+        if self.own_scores:
+            if self.criterion is not None:
+                name = self.criterion_name
+                raise ValueError(f"the schedule {kind} has its own scores: leave criterion out, got {name!r}")
+            if self.scores == "training":
+                raise ValueError(f"the schedule {kind} has its own scores: leave scores out, got 'training'")
+        else:
+            self._check_criterion()
+        if self.repair != "none" and not units & set(self.parts):
             raise ValueError(
                 f"repair re-fits what reads heads and neurons, got parts {', '.join(self.parts)}: leave repair out"
             )
@@ -172,29 +175,40 @@ class PruningConfig(_Part):
                 f"repair re-fits hard masks, the schedule hard_concrete has soft gates, got repair: {self.repair}; "
                 "leave it out and let the phase end earlier for recovery"
             )
-        if kind in ("iht", "group_lasso") and set(self.parts) - {"heads", "neurons"}:
+        if kind in ("iht", "group_lasso") and set(self.parts) - units:
             raise ValueError(
                 f"the schedule {kind} knows groups of weights of heads and neurons only, got parts "
                 f"{', '.join(self.parts)}: choose hard_concrete or a criterion for the others"
             )
+        return self
+
+    def _check_criterion(self) -> None:
+        criterion, name = self.chosen_criterion, self.criterion_name
+        if wrong := set(self.parts) - set(criterion.parts):
+            raise ValueError(
+                f"the criterion {name} does not score {', '.join(sorted(wrong))}; criteria for all of "
+                f"{', '.join(self.parts)} are {criteria_for(self.parts)}"
+            )
+        if criterion.signed and self.labels == "self":
+            raise ValueError(
+                f"the criterion {name} needs the labels that are given, got labels: self; use taylor_gates or fisher"
+            )
+        if criterion.signed and self.ranking == "relative":
+            raise ValueError(
+                f"ranking: relative compares scores with their mean, and those of {name} have both signs: use another "
+                "ranking, or taylor_gates or fisher"
+            )
         if self.scores == "training":
-            if own_scores:
-                raise ValueError(f"the schedule {kind} has its own scores: leave scores out, got 'training'")
-            if self.criterion_name not in RUNNING_CRITERIA:
+            if not criterion.sums_in_training:
+                known = ", ".join(key for key, other in CRITERIA.items() if other.sums_in_training)
                 raise ValueError(
-                    f"scores: training needs one of {', '.join(RUNNING_CRITERIA)}, got {self.criterion_name!r}; use "
+                    f"scores: training needs a criterion of the gradients of gates, such as {known}, got {name!r}; use "
                     "scores: calibration"
                 )
-            if self.schedule.begin == 0 and kind != "gradual":
+            if self.schedule.begin == 0 and self.schedule.kind != "gradual":
                 raise ValueError(
                     "scores: training must see some steps before the first pruning, got begin: 0; set begin to 0.1"
                 )
-        return self
-
-    @property
-    def criterion_name(self) -> str:
-        """Name of the criterion, with the default filled in."""
-        return self.criterion if isinstance(self.criterion, str) else self.chosen_criterion.name
 
     @property
     def chosen_criterion(self) -> Criterion:
@@ -202,6 +216,28 @@ class PruningConfig(_Part):
         return CRITERIA.resolve(self.criterion or DEFAULT_CRITERION)
 
     @property
+    def criterion_name(self) -> str:
+        """Name of the criterion, with the default filled in."""
+        return self.criterion if isinstance(self.criterion, str) else self.chosen_criterion.name
+
+    @property
+    def own_scores(self) -> bool:
+        """Whether the schedule scores units by itself, without a criterion."""
+        return isinstance(self.schedule, (HardThresholding, Learned))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether scores or repair need calibration data apart from training."""
+        scored = not self.own_scores and self.scores == "calibration" and self.chosen_criterion.needs_data
+        return scored or self.repair != "none"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether calibration data must have labels."""
+        scored = not self.own_scores and self.scores == "calibration" and self.labels == "given"
+        return scored and self.chosen_criterion.by_gradients
+
+    @property
     def trains(self) -> bool:
         """Whether the schedule needs a training run; one_shot and iterative do not."""
-        return self.schedule.kind not in ("one_shot", "iterative")
+        return self.schedule.trains

@@ -247,7 +247,7 @@ def activation_entropy(pooled: Tensor, *, bins: int = 100) -> Tensor:
         activation, and fewer examples than bins bound it by the logarithm of their number.
 
     Raises:
-        LmcompressError: fewer than two bins or two examples.
+        LmcompressError: If there are fewer than two bins or two examples.
 
     Reference:
         Luo & Wu, *An Entropy-based Pruning Method for CNN Compression*, 2017,

@@ -34,7 +34,7 @@ class Gates:
     is that of a high power: many times what its removal changes. Scores take another value, of
     :meth:`read_with`, which multiplies what each matrix reads, once.
 
-    At first every value is 1, and the model computes what it did, to the bit. Gates go by block number and hold hooks
+    At first every value is 1, and the model's outputs are bit-exact. Gates go by block number and hold hooks
     on modules: take them away before the model is cut.
 
     Args:
@@ -42,7 +42,7 @@ class Gates:
         parts: which units get values.
 
     Raises:
-        LmcompressError: no such part, or none.
+        LmcompressError: If there is no such part, or none is named.
 
     Reference:
         Xia, Zhong & Chen, *Structured Pruning Learns Compact and Accurate Models*, 2022,
@@ -62,7 +62,7 @@ class Gates:
         self._shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
         self._parts: tuple[Part, ...] = ones.parts()
         self._values = ones
-        # a part is left alone, to the bit and at no cost, until somebody sets it
+        # a part is left alone, bit-exact and at no cost, until somebody sets it
         self._active: set[Part] = set()
         self._some_hidden_gone = False
         self._reads: Tensor | None = None
@@ -83,7 +83,7 @@ class Gates:
                 are moved to the model's device, and kept, not copied, where they are there.
 
         Raises:
-            LmcompressError: a part that these gates are not of, or another shape.
+            LmcompressError: If these gates are not of a part, or the shape is another.
         """
         for part in values.parts():
             if part not in self._parts:
@@ -109,7 +109,7 @@ class Gates:
             values: ``(n,)`` or ``(batch, n)``, as for :meth:`set`.
 
         Raises:
-            LmcompressError: these gates are not of ``hidden``, or another shape.
+            LmcompressError: If these gates are not of ``hidden``, or the shape is another.
         """
         if "hidden" not in self._parts:
             raise LmcompressError(
@@ -151,14 +151,14 @@ class Gates:
             values: as for :meth:`set`; those of ``hidden`` with gradient.
 
         Raises:
-            LmcompressError: as :meth:`set`.
+            LmcompressError: As :meth:`set`.
         """
         if values.hidden is None:
             self.set(values)
             return
         held = values.hidden.detach()
         self.set(values.updated(hidden=held))
-        # also where scores are set up without gradients; 1 to the bit, whatever the value
+        # also where scores are set up without gradients; exactly 1, whatever the value
         with torch.enable_grad():
             self.read_with(1 + (values.hidden - held))
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from lmcompress.checkpoint.config import BlockShape, Structure
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.costs import CostModel, FlopCost, ModelSizes, ParameterCost, secant_costs
-from lmcompress.pruning.structured.latency import LatencyTable
+from lmcompress.pruning.structured.costs import CostModel, ModelSizes, ParameterCost, secant_costs
 from lmcompress.pruning.structured.learned import UnitCosts
 from lmcompress.pruning.structured.ranking import select
-from lmcompress.pruning.structured.targets import Shape, Target
+from lmcompress.pruning.structured.targets import Shape, Target, counted_in
 from lmcompress.pruning.structured.units import Part, Units, masked_structure, unit_shapes
 
 
@@ -55,22 +54,10 @@ def goal_of(target: Target, sizes: ModelSizes, cost: CostModel | None = None) ->
         The goal.
 
     Raises:
-        LmcompressError: a latency target without a table, or a target that the model meets already.
+        LmcompressError: If a latency target has no table, or the model meets the target already.
     """
     structure = sizes.structure
-    counted: CostModel = ParameterCost(sizes)
-    if target.parameters is not None:
-        counted = ParameterCost(sizes, "whole")
-    elif target.flops_share is not None:
-        counted = cost if isinstance(cost, FlopCost) else FlopCost(sizes)
-    elif target.kind in ("latency_share", "latency_ms"):
-        if not isinstance(cost, LatencyTable):
-            raise LmcompressError(
-                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got "
-                f"{'none' if cost is None else type(cost).__name__}; make one with measure_latency, or aim at "
-                "flops_share"
-            )
-        counted = cost
+    counted = counted_in(target, sizes, cost)
     dense = counted.cost(structure)
     if target.sparsity is not None:
         removed = target.sparsity
@@ -104,7 +91,7 @@ def partial_target(target: Target, share: float, sizes: ModelSizes, goal: Goal) 
         what depends on their number come last, in one piece.
 
     Raises:
-        LmcompressError: ``share`` lies outside (0, 1].
+        LmcompressError: If ``share`` lies outside (0, 1].
     """
     if not 0 < share <= 1:
         raise LmcompressError(f"the share of the way to a target must be in (0, 1], got {share}")
@@ -164,7 +151,7 @@ def choose(
     gone: Units | None = None,
     per_cost: bool = True,
 ) -> Units:
-    """The mask that meets a target, with what is gone already staying gone.
+    """The mask that meets a target, with what is pruned already staying pruned.
 
     Args:
         config: ranking, order, multiples and what must stay.
@@ -179,7 +166,7 @@ def choose(
         A bool mask on the CPU.
 
     Raises:
-        LmcompressError: as :func:`~lmcompress.pruning.structured.ranking.select`, or scores that are all equal.
+        LmcompressError: As :func:`~lmcompress.pruning.structured.ranking.select`, or if all scores are equal.
     """
     scores = scores.map(lambda tensor: tensor.detach().double().cpu())
     _refuse_constant(scores, zeros=not per_cost)
@@ -237,7 +224,7 @@ def feasible(config: PruningConfig, sizes: ModelSizes, cost: CostModel | None = 
         A shape that meets it (which units go is another question).
 
     Raises:
-        LmcompressError: no shape meets the target, or the model meets it already.
+        LmcompressError: If no shape meets the target, or the model meets it already.
     """
     mask = choose(config, _in_order(sizes, config.parts), sizes, config.target, cost=cost, per_cost=False)
     return masked_structure(sizes.structure, mask)

@@ -18,7 +18,7 @@ GroupPart = Literal["heads", "neurons"]
 Side = Literal["in", "out"]
 """What feeds a unit (query, key and value rows; the first matrix), and what reads it (columns of the projections)."""
 
-_PARTS: tuple[GroupPart, ...] = ("heads", "neurons")
+GROUP_PARTS: tuple[GroupPart, ...] = ("heads", "neurons")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -41,7 +41,7 @@ def unit_views(
         Views whose first axis is the unit, of any number of further axes; changing them changes what was picked.
 
     Raises:
-        LmcompressError: another part.
+        LmcompressError: If it is another part.
     """
     if part not in ("heads", "neurons"):
         raise LmcompressError(f"coupled weights must be of heads or neurons, got {part!r}: other parts have no groups")
@@ -99,7 +99,7 @@ def zero_units(model: PreTrainedModel, parts: Collection[GroupPart] = ("heads", 
     all zero.
 
     However they became so, such as by a group lasso on rows or columns of single matrices
-    (:class:`lmcompress.pruning.unstructured.GroupSparsity`): a unit is gone if all that reads it is 0, or all that
+    (:class:`lmcompress.pruning.unstructured.GroupSparsity`): a unit is pruned if all that reads it is 0, or all that
     feeds it, biases included (activations of these families are 0 at 0).
 
     Args:
@@ -165,8 +165,8 @@ def silence_(
     """Set the weights of masked heads, neurons and sub-layers to 0, and what an optimizer remembers of them.
 
     A unit whose weights are 0 on both sides has no gradient, without moments the optimizer does not move it, and
-    weight decay leaves 0 at 0: it stays as it is. With ``sides=("out",)`` it is silent too, but can come back: what
-    reads it restarts from 0 and has a gradient as soon as its gate is open.
+    weight decay leaves 0 at 0: it stays as it is. With ``sides=("out",)`` it is silent too, but can be reactivated:
+    what reads it restarts from 0 and has a gradient as soon as its gate is open.
 
     Args:
         model: changed in place.
@@ -175,7 +175,7 @@ def silence_(
         optimizer: whose moments of both sides are set to 0.
     """
     for index, block in enumerate(anatomy_of(model).blocks):
-        for part in _PARTS:
+        for part in GROUP_PARTS:
             tensors = mask.tensors(part)
             if not tensors or bool(tensors[index].all()):
                 continue

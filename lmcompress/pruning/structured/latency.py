@@ -87,7 +87,7 @@ class LatencyTable(BaseModel):
             structure: the shapes.
 
         Raises:
-            LmcompressError: another hidden size or head size than the table's, or more heads or neurons.
+            LmcompressError: If hidden size or head size are not the table's, or there are more heads or neurons.
         """
         if structure.hidden not in (None, self.hidden) or structure.head_size != self.head_size:
             raise LmcompressError(
@@ -108,7 +108,7 @@ class LatencyTable(BaseModel):
             path: made if it is not there; a table with the same key is replaced.
 
         Raises:
-            LmcompressError: there is a file, and it is not one of latency tables.
+            LmcompressError: If there is a file that holds no latency tables.
         """
         file = Path(path)
         tables = _read_tables(file) if file.exists() else {}
@@ -129,7 +129,7 @@ class LatencyTable(BaseModel):
             length: tokens of a row.
 
         Raises:
-            LmcompressError: there is a file, and it is not one of latency tables.
+            LmcompressError: If there is a file that holds no latency tables.
         """
         file = Path(path)
         key = table_key(_machine_name(model.device), _dtype_name(model), batch_size, length, _widths(model))
@@ -146,7 +146,8 @@ class LatencyTable(BaseModel):
             length: tokens of a row.
 
         Raises:
-            LmcompressError: the file is not there or not one, or has no such table; the message lists those it has.
+            LmcompressError: If the file is missing or holds no latency tables, or not this one; the message lists those
+                it has.
         """
         tables = _read_tables(Path(path))
         key = table_key(_machine_name(model.device), _dtype_name(model), batch_size, length, _widths(model))
@@ -183,8 +184,8 @@ def measure_latency(
 ) -> LatencyTable:
     """Time a model's sub-layers at several widths, on the machine and device where the model is.
 
-    Whole models are timed, not sub-layers by themselves: copies of this one in which every attention has so many heads,
-    or every feed-forward network so many neurons. All of them live in one process and are timed in turn, call by call,
+    Whole models are timed, not sub-layers by themselves: copies of this one in which every attention has n heads,
+    or every feed-forward network n neurons. All of them live in one process and are timed in turn, call by call,
     and medians are compared, so that a machine that slows down or is busy does so for all. Times are made not to fall
     as a width grows.
 
@@ -203,8 +204,8 @@ def measure_latency(
         The table. It predicts the time of the dense model as measured.
 
     Raises:
-        LmcompressError: fewer than 2 points, no copies, a model without heads or neurons in a block, or what
-            :func:`~lmcompress.evaluation.speed.compare_latency` refuses.
+        LmcompressError: If there are fewer than 2 points, no copies, or a block without heads or neurons, or as
+            :func:`~lmcompress.evaluation.speed.compare_latency`.
     """
     anatomy, structure = anatomy_of(model), structure_of(model)
     heads, ffn = {b.heads for b in structure.blocks}, {b.ffn for b in structure.blocks}

@@ -41,7 +41,7 @@ class Layout:
             Units that share the vector's memory and its gradient.
 
         Raises:
-            LmcompressError: the vector is of another size.
+            LmcompressError: If the vector is of another size.
         """
         if vector.shape[-1] != self.size:
             raise LmcompressError(f"the vector must have {self.size} entries, got {vector.shape[-1]}")
@@ -60,7 +60,7 @@ class Layout:
             units: with this layout's parts.
 
         Raises:
-            LmcompressError: they have other parts or sizes.
+            LmcompressError: If they have other parts or sizes.
         """
         state = units.state_dict()
         pieces = []

@@ -39,7 +39,7 @@ def hard_concrete_sample(
         Gates in [0, 1], float32, with gradient to ``log_alpha``.
 
     Raises:
-        LmcompressError: the shapes differ.
+        LmcompressError: If the shapes differ.
 
     Reference:
         Louizos, Welling & Kingma, *Learning Sparse Neural Networks through L0 Regularization*, 2018,
@@ -116,7 +116,7 @@ def initial_log_alpha(drop: float) -> float:
         One number for all gates.
 
     Raises:
-        LmcompressError: ``drop`` outside [0, 1).
+        LmcompressError: If ``drop`` lies outside [0, 1).
 
     Example:
         >>> round(initial_log_alpha(0.05), 3)
@@ -224,7 +224,7 @@ class UnitCosts:
     """What units cost, as a polynomial that is linear in every count: a product for every chain of gates.
 
     A block costs ``heads × (per_head · D + per_head_fixed) + neurons × (per_neuron · D + per_neuron_fixed) +
-    per_layer · D``, with D the width of the residual stream; and nothing once the block is gone.
+    per_layer · D``, with D the width of the residual stream; and nothing once the block is pruned.
 
     Attributes:
         per_head, per_head_fixed: ``(blocks,)``.
@@ -266,7 +266,7 @@ def expected_cost(open_probability: Units, costs: UnitCosts, heads: Sequence[int
         0-d float32, with gradient; in the unit of ``costs``.
 
     Raises:
-        LmcompressError: the numbers of blocks differ.
+        LmcompressError: If the numbers of blocks differ.
 
     Reference:
         Xia, Zhong & Chen, *CoFi*, 2022, https://arxiv.org/abs/2204.00408, section 3.1 (equation for the expected

@@ -19,7 +19,7 @@ Labels = Literal["given", "self"]
 IGNORED = -100
 """The label of a token that does not count."""
 
-# up to so many classes every label's loss is taken, weighted by its probability, rather than one drawn
+# up to this number of classes every label's loss is taken, weighted by its probability, rather than one drawn
 _FEW_CLASSES = 8
 
 
@@ -50,7 +50,7 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
         batch: with ``labels``.
 
     Raises:
-        LmcompressError: there are no labels, or no logits.
+        LmcompressError: If there are no labels, or no logits.
     """
     causal = anatomy_of(model).head is not None
     labels = batch.get("labels")
@@ -104,7 +104,7 @@ def own_objectives(
             so that draws do not depend on batches or padding.
 
     Raises:
-        LmcompressError: the outputs have neither logits nor hidden states.
+        LmcompressError: If the outputs have neither logits nor hidden states.
     """
     logits, mask = _logits(outputs), valid_tokens(batch)
     if logits is None:

@@ -39,13 +39,13 @@ class Groups:
 
     Attributes:
         members: for each tensor of the scores, the number of the group of each unit; -1 for one that always stays, -2
-            for one that is gone already.
+            for one that is pruned already.
         part: of each group, as a number in PARTS.
         source: number of the tensor that each group is of.
         value: score per cost of each group.
-        mean: for each tensor, the mean score per cost of what is not gone.
-        share: position of each group in its tensor's list, those that are gone already before it, in (0, 1].
-        totals: groups of each part, by its number in PARTS, those that always stay and those that are gone too.
+        mean: for each tensor, the mean score per cost of what is not pruned.
+        share: position of each group in its tensor's list, those that are pruned already before it, in (0, 1].
+        totals: groups of each part, by its number in PARTS, those that always stay and those that are pruned too.
         gone: groups of each part that are gone already.
         costs: for each tensor, the cost of all of it.
     """
@@ -64,6 +64,16 @@ class Groups:
 def group_units(
     scores: Units, left: Units, sizes: ModelSizes, cost: CostModel, multiple_of: int, keep: Mapping[Part, int]
 ) -> Groups:
+    """Put units that are cut together into groups.
+
+    Args:
+        scores: of the units.
+        left: bool, False where a unit is pruned already.
+        sizes: of the model.
+        cost: that scores are divided by.
+        multiple_of: size of the groups of neurons and hidden dimensions.
+        keep: units of each part that always stay.
+    """
     members: list[Tensor] = []
     parts: list[Tensor] = []
     sources: list[Tensor] = []
@@ -109,7 +119,13 @@ def group_units(
 
 
 def steps_of(groups: Groups, ranking: Ranking, order: Order) -> Tensor:
-    """When each group goes: 0 is first."""
+    """Step at which each group is cut, from 0.
+
+    Args:
+        groups: of :func:`group_units`.
+        ranking: what is compared with what.
+        order: by score, or sub-layer by sub-layer by cost.
+    """
     if order == "cost":
         costs = torch.tensor(groups.costs, dtype=torch.float64)
         rank = torch.empty_like(costs)
@@ -139,13 +155,13 @@ def _positions(keys: Tensor) -> Tensor:
 
 
 class Plan:
-    """The order in which groups go, and the mask after so many steps."""
+    """The order in which groups go, and the mask after n steps."""
 
     def __init__(self, scores: Units, groups: Groups, steps: Tensor) -> None:
         self.last = int(steps.max()) if len(steps) else -1
         self._scores = scores
         self._alike = [part in _ALIKE for part, _, _ in scores.items()]
-        # those that are gone went before everything; those that always stay never go; both are read from the end
+        # those that are pruned went before everything; those that always stay never go; both are read from the end
         extended = torch.cat([steps, torch.tensor([-1, NEVER])])
         self._when = [extended[members] for members in groups.members]
 
@@ -163,7 +179,7 @@ class Plan:
         return other
 
     def with_step(self, mask: Units, step: int) -> Units | None:
-        """The mask with what goes at ``step`` put back; None where something alike and better would still be gone."""
+        """The mask with what goes at ``step`` put back; None where something alike and better would still be pruned."""
         tensors = []
         for (_, _, kept), when, alike in zip(mask.items(), self._when, self._alike, strict=True):
             back = when == step

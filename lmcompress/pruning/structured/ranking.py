@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.pruning.structured.costs import CostModel, FlopCost, ModelSizes, ParameterCost
-from lmcompress.pruning.structured.latency import LatencyTable
+from lmcompress.pruning.structured.costs import CostModel, ModelSizes
 from lmcompress.pruning.structured.order import (
     KEEP_AT_LEAST,
     ORDERS,
@@ -20,12 +19,13 @@ from lmcompress.pruning.structured.order import (
     group_units,
     steps_of,
 )
-from lmcompress.pruning.structured.targets import Shape, Target
+from lmcompress.pruning.structured.targets import Shape, Target, counted_in
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, masked_structure, unit_shapes
 
 # of what is cut last, so much is tried again one by one, where the last piece was a large one
 _PUT_BACK = 200
-# a budget is met well enough when no more than this share of it is left, and large pieces are gone around so many times
+# a budget is met well enough when no more than this share of it is left, and large pieces are
+# avoided at most this number of times
 _NEAR, _TRIES = 0.04, 16
 
 
@@ -54,7 +54,7 @@ def select(
       add up to a change of the loss; it is how torch-pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900)
       ranks globally.
 
-    With ``order="cost"`` the sub-layers are gone through in ten rounds, the most costly first, each losing a tenth of
+    With ``order="cost"`` the sub-layers take turns in ten rounds, the most costly first, each losing a tenth of
     its units a round until the target is met, so that costly ones lose more: the order of Yang et al. 2017, section 3.
 
     Args:
@@ -76,9 +76,9 @@ def select(
         place, if there are any; ``per_layer`` keeps its even widths instead.
 
     Raises:
-        LmcompressError: no shape meets the target (the message says the least that can be reached), the model meets it
-            already, a latency target without a table, scores that are not of the model's shapes or are NaN, or an
-            argument out of range.
+        LmcompressError: If no shape meets the target (the message says the least that can be reached), the model meets
+            it already, a latency target has no table, scores are not of the model's shapes or NaN, or an argument is
+            out of range.
     """
     _check(scores, sizes, ranking, order, multiple_of, keep_at_least)
     keep = {**KEEP_AT_LEAST, **(keep_at_least or {})}
@@ -151,29 +151,18 @@ def _budget(
     target: Target, sizes: ModelSizes, cost: CostModel | None
 ) -> tuple[CostModel, float, Callable[[float], str]]:
     """What the target is counted in, how much of it may stay, and the same for a message."""
-    if target.kind in ("latency_share", "latency_ms"):
-        if not isinstance(cost, LatencyTable):
-            raise LmcompressError(
-                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got {cost!r}; make one "
-                "with measure_latency, or aim at flops_share"
-            )
-        dense = cost.cost(sizes.structure)
-        if target.latency_ms is not None:
-            return cost, target.latency_ms, lambda value: f"{value:.4g} ms"
-        assert target.latency_share is not None
-        return cost, target.latency_share * dense, lambda value: f"a share of {value / dense:.4f} ({value:.4g} ms)"
-    if target.flops_share is not None:
-        # what the caller divides by may know batch and length; the share is of that
-        flops = cost if isinstance(cost, FlopCost) else FlopCost(sizes)
-        dense = flops.cost(sizes.structure)
-        return flops, target.flops_share * dense, lambda value: f"a share of {value / dense:.4f}"
+    counted = counted_in(target, sizes, cost)
+    dense = counted.cost(sizes.structure)
+    if target.latency_ms is not None:
+        return counted, target.latency_ms, lambda value: f"{value:.4g} ms"
     if target.parameters is not None:
-        return ParameterCost(sizes, "whole"), target.parameters, lambda value: f"{value:.0f} parameters"
-    assert target.sparsity is not None
-    encoder = ParameterCost(sizes)
-    dense = encoder.cost(sizes.structure)
-    # a hair of tolerance: 1 - 0.9 is not 0.1
-    return encoder, (1 - target.sparsity) * dense * (1 + 1e-9), lambda v: f"a sparsity of {1 - v / dense:.4f}"
+        return counted, target.parameters, lambda value: f"{value:.0f} parameters"
+    if target.sparsity is not None:
+        # a hair of tolerance: 1 - 0.9 is not 0.1
+        budget = (1 - target.sparsity) * dense * (1 + 1e-9)
+        return counted, budget, lambda value: f"a sparsity of {1 - value / dense:.4f}"
+    share = target.flops_share or target.latency_share or 0.0
+    return counted, share * dense, lambda value: f"a share of {value / dense:.4f} ({value:.4g} {counted.unit})"
 
 
 def _left(scores: Units, sizes: ModelSizes, gone: Units | None) -> Units:
@@ -190,7 +179,7 @@ def _left(scores: Units, sizes: ModelSizes, gone: Units | None) -> Units:
 
 
 def _last(scores: Tensor, left: Tensor) -> Tensor:
-    """Scores in which those that are gone already are the least."""
+    """Scores in which those that are pruned already are the least."""
     return scores.detach().cpu().double().masked_fill(~left, float("-inf"))
 
 
@@ -207,7 +196,7 @@ def _around_large_pieces(plan: Plan, low: int, reached: Callable[[Units], float]
     """Where the last piece was so large that the budget is missed from below, keep it and go on with smaller ones."""
     best = reached(plan.mask(low)), plan, low
     for _ in range(_TRIES):
-        # before the first step lies what is gone already
+        # before the first step lies what is pruned already
         if best[0] >= (1 - _NEAR) * budget or low == 0:
             break
         plan = plan.without(low - 1)

@@ -1,4 +1,4 @@
-"""Making good what a mask takes away, in closed form, before anybody trains."""
+"""Compensating what a mask prunes, in closed form, without training."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def least_squares(
         What was done, for each sub-layer that loses some of its inputs.
 
     Raises:
-        LmcompressError: a mask of another shape or that takes no head and no neuron away, damping that is not positive
-            or too small for the data, or no calibration data.
+        LmcompressError: If the mask is of another shape or prunes no head and no neuron, damping is not positive or too
+            small for the data, or there are no calibration data.
 
     Reference:
         Yang, Chen & Sze, CVPR 2017, https://arxiv.org/abs/1611.05128, section 3.3 (there on the support of single
@@ -108,14 +108,14 @@ def least_squares_in_order(
     r"""As :func:`least_squares`, sub-layer by sub-layer, each on the inputs that it will really have.
 
     Inputs are those of the pruned model, repaired up to there, and targets are the outputs of the dense one, so that
-    each sub-layer also makes good what earlier ones have lost, and those that lose nothing themselves are re-fitted
+    each sub-layer also compensates what earlier ones have lost, and those that lose nothing themselves are re-fitted
     too. It needs a copy of the model and two forward passes over the data for each sub-layer, and is worth that where
     much is cut.
 
     Args:
         model: as in :func:`least_squares`; changed in place.
         mask: bool, True stays; all parts are applied while fitting.
-        batches: calibration data, gone through many times: a list, not a generator.
+        batches: calibration data, iterated many times: a list, not a generator.
         damping: λ as a share of the mean square of the inputs.
 
     Returns:
@@ -123,7 +123,7 @@ def least_squares_in_order(
         inputs of the pruned one.
 
     Raises:
-        LmcompressError: as :func:`least_squares`.
+        LmcompressError: As :func:`least_squares`.
 
     Reference:
         Yang, Chen & Sze, CVPR 2017, https://arxiv.org/abs/1611.05128, section 3; inputs after compression as in
@@ -165,8 +165,8 @@ def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch
         What was done, for each sub-layer that loses some of its inputs.
 
     Raises:
-        LmcompressError: a mask of another shape or that takes no head and no neuron away, an output projection without
-            bias, or no calibration data.
+        LmcompressError: If the mask is of another shape or prunes no head and no neuron, an output projection has no
+            bias, or there are no calibration data.
 
     Reference:
         An et al. (FLAP), 2023, https://arxiv.org/abs/2312.11983, section 3.3.

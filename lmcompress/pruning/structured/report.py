@@ -21,10 +21,10 @@ class PruningReport:
             :func:`~lmcompress.pruning.structured.surgery.coverage`).
         target: what was asked for, as JSON types.
         unit: what the target is counted in.
-        removed: share of that which is gone.
+        removed: share of that which is pruned.
         asked: share of it that was asked for.
         method: schedule, criterion, ranking and repair, as JSON types.
-        masked_error: greatest difference between the outputs of the masked and the cut model, relative to the greatest
+        masked_error: max abs difference between the outputs of the masked and the cut model, relative to the greatest
             output.
         repaired: of each sub-layer that was re-fitted, its error before and after.
         stock: whether the result loads without lmcompress, why not, and the nearest shape that would.
@@ -56,11 +56,11 @@ class PruningReport:
     def __rich__(self) -> Table:
         """A table for the terminal: one row for each part and one for each block."""
         table = Table(
-            title=f"pruned: {self.removed:.1%} of {self.unit} gone ({self.asked:.1%} asked for)",
+            title=f"pruned: {self.removed:.1%} of {self.unit} ({self.asked:.1%} asked for)",
             caption=f"masked against cut: {self.masked_error:.1e} · "
             + ("loads with stock transformers" if self.stock.get("loads") else "needs lmcompress to load"),
         )
-        for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("gone", "right")):
+        for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("pruned", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for name, row in self.coverage.items():
             if isinstance(row, dict) and "before" in row:

@@ -10,15 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.activations.running import evaluating
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import anatomy_of
 from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.by_activations import from_activations
 from lmcompress.pruning.structured.by_gradients import from_gradients
 from lmcompress.pruning.structured.by_weights import from_weights
 from lmcompress.pruning.structured.calibration import Batch, CalibrationData
+from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.objectives import Labels
-from lmcompress.pruning.structured.registry import CRITERIA, Criterion
-from lmcompress.pruning.structured.units import PARTS, PER_BLOCK, Part, Units, full
+from lmcompress.pruning.structured.registry import CRITERIA, Criterion, criteria_for
+from lmcompress.pruning.structured.units import PARTS, PER_BLOCK, Part, Units, check_units, full, unit_shapes
 
 # scores that differ by less, relative to the greatest, differ by rounding alone
 _EQUAL = 1e-6
@@ -42,7 +45,8 @@ def score(
 
     Args:
         model: of a known family, on any device.
-        criterion: one of :data:`CRITERIA` or its name, or another :class:`Criterion`.
+        criterion: a name in :data:`~lmcompress.pruning.structured.registry.CRITERIA`, ``module:attribute`` of one of
+            your own, or a :class:`~lmcompress.pruning.structured.registry.Criterion`.
         parts: units to score.
         batches: calibration data; not needed where the criterion looks at weights alone.
         labels: for criteria with gradients, ``given`` takes those of the batches (a causal language model without any
@@ -55,11 +59,11 @@ def score(
         Float32 on the CPU, in the parts asked for; greater is more important.
 
     Raises:
-        LmcompressError: an unknown criterion or part, or one that does not go with the other; no calibration data, or
-            nothing but padding; no labels; labels of its own for a criterion whose sign matters; scores that are NaN or
-            infinite (the message names the block), or all equal in a part, which would prune at random.
+        LmcompressError: If criterion or part are unknown, or do not go together; there are no calibration data, tokens
+            or labels; the model's own labels are asked for with a criterion whose sign matters; scores are of other
+            shapes, NaN or infinite (the message names the block), or all equal in a part, which would prune at random.
     """
-    chosen = _criterion(criterion)
+    chosen = CRITERIA.resolve(criterion)
     _check_request(chosen, parts, batches, labels)
     wanted: tuple[Part, ...] = tuple(part for part in PARTS if part in parts)
     if chosen.needs == "nothing":
@@ -71,12 +75,31 @@ def score(
     else:
         data = CalibrationData(model, batches if batches is not None else (), progress)
         with evaluating(model):
-            if chosen.needs in ("gates", "products"):
+            if chosen.by_gradients:
                 scores = from_gradients(model, chosen, wanted, data, labels, seed)
             else:
                 scores = from_activations(model, chosen, wanted, data)
+    check_units(scores, unit_shapes(structure_of(model), anatomy_of(model).hidden_size), f"scores by {chosen.name}")
     check_scores(scores, chosen.name)
     return scores
+
+
+def calibrated(
+    model: PreTrainedModel, config: PruningConfig, batches: Iterable[Batch], *, progress: bool = False
+) -> Units:
+    """Scores as a configuration asks for them.
+
+    Args:
+        model: of a known family.
+        config: criterion, parts, labels and seed.
+        batches: calibration data.
+        progress: as for :func:`score`.
+
+    Raises:
+        LmcompressError: As :func:`score`.
+    """
+    criterion = config.chosen_criterion
+    return score(model, criterion, config.parts, batches, labels=config.labels, seed=config.seed, progress=progress)
 
 
 def normalized(scores: Units) -> Units:
@@ -100,7 +123,7 @@ def check_scores(scores: Units, name: str) -> None:
         name: of the criterion, for the message.
 
     Raises:
-        LmcompressError: a score is NaN or infinite, or all scores of a part are equal, zero for instance.
+        LmcompressError: If a score is NaN or infinite, or all scores of a part are equal, zero for instance.
     """
     for part, block, tensor in scores.items():
         bad = ~tensor.isfinite()
@@ -124,12 +147,6 @@ def check_scores(scores: Units, name: str) -> None:
             )
 
 
-def _criterion(criterion: Criterion | str) -> Criterion:
-    if isinstance(criterion, Criterion):
-        return criterion
-    return CRITERIA.resolve(criterion)
-
-
 def _check_request(criterion: Criterion, parts: Collection[Part], batches: Iterable[Batch] | None, labels: str) -> None:
     if not parts:
         raise LmcompressError(f"parts must name at least one of {', '.join(PARTS)}, got none")
@@ -137,14 +154,13 @@ def _check_request(criterion: Criterion, parts: Collection[Part], batches: Itera
         if part not in PARTS:
             raise LmcompressError(f"unknown part {part!r}{nearest(part, PARTS)}")
         if part not in criterion.parts:
-            fitting = [name for name, other in CRITERIA.items() if part in other.parts]
             raise LmcompressError(
-                f"{criterion.name} must be asked about {', '.join(criterion.parts)}, got {part}; criteria for {part} "
-                f"are {', '.join(fitting)}"
+                f"{criterion.name} scores {', '.join(criterion.parts)}, got {part}; criteria for {part} are "
+                f"{criteria_for([part])}"
             )
     if labels not in get_args(Labels):
         raise LmcompressError(f"labels must be given or self, got {labels!r}{nearest(labels, get_args(Labels))}")
-    if criterion.needs not in ("nothing", "weights") and batches is None:
+    if criterion.needs_data and batches is None:
         raise LmcompressError(f"{criterion.name} must have calibration data, got batches=None; l1 and l2 need none")
     if criterion.signed and labels == "self":
         raise LmcompressError(

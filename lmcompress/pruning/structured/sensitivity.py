@@ -72,7 +72,7 @@ def sensitivity(
         units are measured once.
 
     Raises:
-        LmcompressError: no shares or some out of range, or no scores of heads or neurons.
+        LmcompressError: If there are no shares or some are out of range, or there are no scores of heads or neurons.
 
     Reference:
         Li, Kadav, Durdanovic, Samet & Graf, *Pruning Filters for Efficient ConvNets*, ICLR 2017,
@@ -109,7 +109,7 @@ def mean_loss(batches: Iterable[Batch]) -> Evaluate:
         A function from a model to its loss; lower is better.
 
     Raises:
-        LmcompressError: when called, for batches without labels.
+        LmcompressError: If the batches have no labels; when called.
     """
     data = list(batches)
 

@@ -1,4 +1,4 @@
-"""Surgery: making a mask or gate values permanent in a model, and saying what that changed."""
+"""Surgery: cutting a model by a mask, folding gate values into its weights, and counting what that changed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cut(model: PreTrainedModel, mask: Units) -> None:
             :class:`~lmcompress.pruning.structured.units.Units`.
 
     Raises:
-        LmcompressError: the mask keeps everything, or no block, or no hidden dimension; or it has other shapes; or the
+        LmcompressError: If the mask keeps everything, no block or no hidden dimension, or has other shapes, or the
             model is quantized by another library.
     """
     anatomy = anatomy_of(model)
@@ -87,7 +87,7 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         model: of a known family.
 
     Raises:
-        LmcompressError: it is quantized by another library, or packed, or has compact layers.
+        LmcompressError: If it is quantized by another library, packed, or has compact layers.
     """
     refuse_compact(model, "cut")
     recorded = recorded_compression(model.config)
@@ -115,7 +115,7 @@ def fold(model: PreTrainedModel, values: Units) -> None:
         values: floats or bools, one of each unit, of the shapes that the model has now. Those of ``layers`` are 0 or 1.
 
     Raises:
-        LmcompressError: other shapes, values that are not finite, or a block that is only partly there.
+        LmcompressError: If shapes differ, a value is not finite, or a block is only partly there.
 
     Note:
         Where the output matrix of a causal language model is tied to its embeddings, folded hidden values are in that
@@ -181,7 +181,7 @@ def coverage(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 
     Returns:
         JSON types: for each number of the census ``{"before": ..., "after": ..., "cut": ...}``, the last as a share in
-        [0, 1]; ``sparsity``, the share of the parameters of blocks that is gone; ``blocks``, the shapes that are left;
+        [0, 1]; ``sparsity``, the pruned share of the parameters of blocks; ``blocks``, the shapes that are left;
         and ``unchanged``, whether nothing was cut.
     """
     counts = [name for name in before if name != "blocks"]

@@ -6,6 +6,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lmcompress.errors import LmcompressError
+from lmcompress.pruning.structured.costs import CostModel, FlopCost, ModelSizes, ParameterCost
+from lmcompress.pruning.structured.latency import LatencyTable
+
 
 class Shape(BaseModel):
     """A shape to be reached; what is not named stays as it is.
@@ -64,3 +68,27 @@ class Target(BaseModel):
     def kind(self) -> str:
         """Name of the one that is given."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+def counted_in(target: Target, sizes: ModelSizes, cost: CostModel | None = None) -> CostModel:
+    """The cost that a target is counted in; of a shape, parameters of the blocks.
+
+    Args:
+        target: any.
+        sizes: of the model.
+        cost: a latency table for latency targets; operations at a batch and length of one's own.
+
+    Raises:
+        LmcompressError: If a latency target has no table.
+    """
+    if target.kind in ("latency_share", "latency_ms"):
+        if not isinstance(cost, LatencyTable):
+            raise LmcompressError(
+                f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got "
+                f"{'none' if cost is None else type(cost).__name__}; make one with measure_latency, or aim at "
+                "flops_share"
+            )
+        return cost
+    if target.flops_share is not None:
+        return cost if isinstance(cost, FlopCost) else FlopCost(sizes)
+    return ParameterCost(sizes, "encoder" if target.parameters is None else "whole")

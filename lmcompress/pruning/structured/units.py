@@ -32,7 +32,7 @@ class Units:
     - ``attention[b]``, ``ffn[b]``: the output of the sub-layer's last projection, bias included, is zero; what comes
       after it (dropout, residual connection, LayerNorm) stays;
     - ``layers[b]``: the output of the block is its input;
-    - ``hidden[d]``: dimension d of the residual stream is gone from embeddings, matrices, norms and the inside of the
+    - ``hidden[d]``: dimension d of the residual stream is cut from embeddings, matrices, norms and the inside of the
       task's head; norms average over the dimensions that are left.
 
     Attributes:
@@ -100,7 +100,7 @@ class Units:
             The results, in the parts that both have.
 
         Raises:
-            LmcompressError: the two have other numbers of blocks.
+            LmcompressError: If the numbers of blocks differ.
         """
         both = [part for part in self.parts() if getattr(other, part) is not None]
         for part in both:
@@ -121,7 +121,7 @@ class Units:
             **parts: new values by part.
 
         Raises:
-            LmcompressError: no such part.
+            LmcompressError: If there is no such part.
         """
         for name in parts:
             _known(name)
@@ -139,7 +139,7 @@ class Units:
             state: tensors by name.
 
         Raises:
-            LmcompressError: a name is not one of them, or a block is missing.
+            LmcompressError: If a name is not one of them, or a block is missing.
         """
         found: dict[str, dict[int, Tensor]] = {}
         for name, tensor in state.items():
@@ -174,7 +174,7 @@ def full(
         Tensors on the CPU.
 
     Raises:
-        LmcompressError: no such part.
+        LmcompressError: If there is no such part.
     """
     shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
     for part in parts:
@@ -211,7 +211,7 @@ def check_units(units: Units, shapes: Mapping[Part, tuple[int, ...]], what: str,
         batched: whether tensors may have a batch axis in front.
 
     Raises:
-        LmcompressError: a part has tensors of other numbers or shapes than the model.
+        LmcompressError: If a part has tensors of other numbers or shapes than the model.
     """
     for part in units.parts():
         tensors, wanted = units.tensors(part), shapes[part]
@@ -240,7 +240,7 @@ def masked_structure(structure: Structure, mask: Units) -> Structure:
         Where blocks are dropped, those that stay carry the number of the block they were.
 
     Raises:
-        LmcompressError: the mask is not bool, has other shapes, or keeps no block or no hidden dimension.
+        LmcompressError: If the mask is not bool, has other shapes, or keeps no block or no hidden dimension.
     """
     for part, _, tensor in mask.items():
         if tensor.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Zeros whose error is made good by the weights that stay: SparseGPT's optimal brain surgeon, layer by layer."""
+"""Pruning whose error the weights that stay compensate: SparseGPT's optimal brain surgeon, layer by layer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from lmcompress.activations.hessian import check_hessian, exact, inverse_factor, output_error
 from lmcompress.activations.running import evaluating
 from lmcompress.activations.walking import Walk, calibration_batches, without_padding
+from lmcompress.errors import LmcompressError
 from lmcompress.families import FAMILIES
+from lmcompress.pruning.unstructured.config import SparsityConfig
 from lmcompress.pruning.unstructured.patterns import Blocks, NOfM, Unstructured, keep_largest, masks_of
-from lmcompress.pruning.unstructured.planning import Planned
+from lmcompress.pruning.unstructured.planning import Planned, choose
 from lmcompress.pruning.unstructured.scoring import look
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -27,7 +29,7 @@ _STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("
 def compensate(
     weight: Tensor, hessian: Tensor, choose: Choose, *, damping: float = 0.01, block_size: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
-    r"""Removes weights column by column; the columns that are left take over what they did to the output.
+    r"""Prune weights column by column; the columns that are left compensate what they did to the output.
 
     With H = XᵀX of the inputs and :math:`H^{-1} = U^T U`, U upper triangular, removing :math:`w_j` costs
     :math:`w_j^2 / U_{jj}^2`, which is the score that ``choose`` sees, and for each column j in turn
@@ -48,8 +50,8 @@ def compensate(
         ``(out, in)`` float32 with exact zeros, and the mask.
 
     Raises:
-        LmcompressError: a Hessian of another shape, not finite, or without any input; weights that are NaN or infinite;
-            damping or a block size that is not > 0.
+        LmcompressError: If the Hessian is of another shape, not finite, or without any input, a weight is NaN or
+            infinite, or damping or block size is not > 0.
 
     Reference:
         Frantar & Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*, ICML 2023,
@@ -92,7 +94,7 @@ def choosing(sparsity: float, pattern: Unstructured | NOfM | Blocks, kept: Tenso
     Args:
         sparsity: share to remove, as for :func:`~lmcompress.pruning.unstructured.patterns.masks_of`.
         pattern: where zeros may lie.
-        kept: ``(out, in)`` bool: what is gone already; all that is False goes whatever its score.
+        kept: ``(out, in)`` bool: False where a weight is pruned already; those stay pruned whatever their score.
 
     Returns:
         What :func:`compensate` asks, and how many columns it must ask of.
@@ -132,43 +134,80 @@ def given(mask: Tensor) -> Choose:
     return lambda scores, first: mask[:, first : first + scores.shape[1]]
 
 
-Settle = Callable[[Planned, Tensor | None], None]
-"""``(matrix, Σ x xᵀ of its inputs or None where nothing reaches it)``: removes, and changes the weight."""
+def compensated(
+    one: Planned,
+    weight: Tensor,
+    hessian: Tensor | None,
+    config: SparsityConfig,
+    share: float,
+    kept: Tensor,
+    chosen: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """Prune one matrix as configured, on what is known of its inputs.
+
+    Args:
+        one: the matrix.
+        weight: ``(out, in)``.
+        hessian: ``(in, in)``, Σ x xᵀ over its inputs; None where each row is read by itself.
+        config: pattern, damping.
+        share: of the way to the target.
+        kept: ``(out, in)`` bool, False where a weight is pruned already.
+        chosen: ``(out, in)`` bool, the mask of a criterion; None: SparseGPT's choice.
+
+    Returns:
+        ``(out, in)`` float32, None where the weights that stay do not change, and the mask.
+
+    Raises:
+        LmcompressError: As :func:`compensate`.
+    """
+    if hessian is None or not bool((hessian.diagonal() > 0).any()):
+        mask = choose([one], config, [weight.float().abs()], share)[0] if chosen is None else chosen
+        return None, mask & kept
+    if chosen is None:
+        choice, size = choosing((one.sparsity or 0.0) * share, config.pattern, kept)
+    else:
+        choice, size = given(chosen & kept), BLOCK
+    try:
+        return compensate(weight, hessian.to(weight.device), choice, damping=config.damping, block_size=size)
+    except LmcompressError as error:
+        raise LmcompressError(f"{one.path}: {error}") from error
 
 
-def in_order(
-    model: nn.Module, planned: Sequence[Planned], batches: Iterable[Mapping[str, Any]], settle: Settle
-) -> None:
-    """Settle matrices one after another, each on what those before it give.
+Prune = Callable[[Planned, Tensor | None], None]
+"""``(matrix, Σ x xᵀ of its inputs or None where nothing reaches it)``: prunes the matrix in place."""
+
+
+def in_order(model: nn.Module, planned: Sequence[Planned], batches: Iterable[Mapping[str, Any]], prune: Prune) -> None:
+    """Prune matrices one after another, each on the outputs of those before it.
 
     In a known family block by block (query, key and value, then what they feed); in other models in the order in which
-    the model has its modules. Embeddings have no sum that others could make good, and come first.
+    the model has its modules. Embeddings have no sum that others could compensate, and come first.
 
     Args:
         model: in any mode; afterwards it is in the same.
         planned: its matrices.
         batches: what the model is called with.
-        settle: called once for each matrix.
+        prune: called once for each matrix.
 
     Raises:
-        LmcompressError: there are no data.
+        LmcompressError: If there are no data.
     """
     for one in planned:
         if isinstance(one.at.module, nn.Embedding):
-            settle(one, None)
+            prune(one, None)
     rest = [one for one in planned if not isinstance(one.at.module, nn.Embedding)]
     if isinstance(model, PreTrainedModel) and model.config.model_type in FAMILIES:
-        _by_blocks(model, rest, batches, settle)
+        _by_blocks(model, rest, batches, prune)
         return
     data = list(batches)
     for one in rest:
         moments = _Moments(one)
         look(model, {one.at.module: moments.take}, data)
-        settle(one, moments.hessian)
+        prune(one, moments.hessian)
 
 
 def _by_blocks(
-    model: PreTrainedModel, planned: Sequence[Planned], batches: Iterable[Mapping[str, Any]], settle: Settle
+    model: PreTrainedModel, planned: Sequence[Planned], batches: Iterable[Mapping[str, Any]], prune: Prune
 ) -> None:
     walk = Walk(model, calibration_batches(model, batches))
 
@@ -182,7 +221,7 @@ def _by_blocks(
         else:
             walk.look(index, takes)
         for one in matrices:
-            settle(one, moments[one.path].hessian)
+            prune(one, moments[one.path].hessian)
 
     with evaluating(model):
         for one in planned:

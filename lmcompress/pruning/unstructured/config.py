@@ -1,4 +1,4 @@
-"""What sparsity is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""Configuration of unstructured pruning, validated: used by recipes and by the Python API alike."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lmcompress.pruning.unstructured.criteria import CRITERIA, Scope
+from lmcompress.errors import LmcompressError
+from lmcompress.pruning.unstructured.criteria import CRITERIA, Criterion, Scope
 from lmcompress.pruning.unstructured.patterns import NOfM, Pattern, Unstructured
-from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot, Phase
+from lmcompress.registry import PartField
+from lmcompress.schedules import RAMPS, Event, Gradual, HardThresholding, Iterative, OneShot, Phase, Ramp
 
 
 class _Part(BaseModel):
@@ -16,10 +18,10 @@ class _Part(BaseModel):
 
 
 class Surgery(Phase):
-    """Cut and splice: weights are trained behind the mask, and come back when they have grown (Guo et al. 2016).
+    """Cut and splice: weights are trained behind the mask, and are reactivated when they have grown (Guo et al. 2016).
 
     With ``quality``, thresholds are those of the paper: μ + quality · σ of the magnitudes of each matrix when surgery
-    begins, and then fixed. With ``sparsity`` they follow the weights, so that the share that is gone rises to it along
+    begins, and then fixed. With ``sparsity`` they follow the weights, so that the pruned share rises to it along
     the ramp, and is exact in the end.
     """
 
@@ -30,7 +32,9 @@ class Surgery(Phase):
     margin: Annotated[
         float,
         Field(
-            ge=0, lt=1, description="Weights go below 1 - margin times the threshold, and come back above 1 + margin."
+            ge=0,
+            lt=1,
+            description="Weights are pruned below 1 - margin times the threshold, and reactivated above 1 + margin.",
         ),
     ] = 0.1
     gamma: Annotated[
@@ -42,9 +46,24 @@ class Surgery(Phase):
         Field(ge=1, description="Optimizer steps between two looks; with sparsity, each of them ranks all weights."),
     ] = 1
     ramp: Annotated[
-        Literal["cubic", "linear"] | None,
+        Annotated[str | Ramp, PartField(RAMPS)] | None,
         Field(description="With sparsity: how the share rises within the phase; null: the whole of it from the start."),
     ] = "cubic"
+
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
+
+        Args:
+            max_steps: optimizer steps of the run.
+
+        Returns:
+            The beginning, at which a share of 0 is pruned, and the end, which is final.
+
+        Raises:
+            LmcompressError: If the phase has no step.
+        """
+        begin, end = self.steps(max_steps, "surgery")
+        return [Event(begin, 0.0), Event(end, 1.0, final=True)]
 
 
 Schedule = Annotated[
@@ -75,7 +94,7 @@ class SparsityRule(_Part):
     ]
     sparsity: Annotated[
         float | None,
-        Field(description="Share of the weights that goes, ranked by themselves; without quality, null: none goes."),
+        Field(description="Share of the weights that is pruned, ranked by themselves; without quality, null: none is."),
     ] = None
     quality: Annotated[float | None, Field(description="As in the configuration, for these matrices.")] = None
 
@@ -92,10 +111,10 @@ class SparsityRule(_Part):
 
 
 class SparsityConfig(_Part):
-    """Which single weights become zero, how many, by what criterion and when."""
+    """Which single weights are pruned, how many, by what criterion and when."""
 
     sparsity: Annotated[
-        float | None, Field(description="Share of the weights of the matrices that goes, in [0, 1).")
+        float | None, Field(description="Share of the weights of the matrices that is pruned, in [0, 1).")
     ] = None
     quality: Annotated[
         float | None,
@@ -108,10 +127,11 @@ class SparsityConfig(_Part):
         Unstructured()
     )
     criterion: Annotated[
-        str,
+        str | Criterion,
+        PartField(CRITERIA),
         Field(
             description="What scores weights: magnitude, obd (exact second order, for classifiers of few classes), "
-            "fisher, taylor, movement, wanda, sparsegpt or random."
+            "fisher, taylor, movement, wanda, sparsegpt or random; or module:attribute of a Criterion of your own."
         ),
     ] = "magnitude"
     scope: Annotated[
@@ -126,8 +146,8 @@ class SparsityConfig(_Part):
     train_removed: Annotated[
         bool | None,
         Field(
-            description="Whether weights that are gone are trained behind the mask until it is final, so that they may "
-            "come back; default: with the schedule surgery and the criterion movement."
+            description="Whether pruned weights are trained behind the mask until it is final, so that they may be "
+            "reactivated; default: with the schedule surgery and the criterion movement."
         ),
     ] = None
     keep_zeros: Annotated[
@@ -156,82 +176,117 @@ class SparsityConfig(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> SparsityConfig:
-        kind, by_quality = (
-            self.schedule.kind,
-            self.quality is not None or any(r.quality is not None for r in self.rules),
-        )
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {self.criterion!r}; known are {', '.join(sorted(CRITERIA))}")
+        self._check_amount()
+        self._check_schedule()
+        criterion, name = self.chosen_criterion, self.criterion_name
+        if self.train_removed and criterion.needs_data and not criterion.in_training:
+            raise ValueError(
+                f"train_removed goes with magnitude, movement or random, got {name!r}, which asks the masked model of "
+                "weights that it does not have"
+            )
+        if self.scope == "row" and not isinstance(self.pattern, Unstructured):
+            raise ValueError(f"scope row needs single weights, got the pattern {self.pattern.kind}")
+        if self.compensation and (self.schedule.trains or self.removed_is_trained):
+            raise ValueError(
+                "compensation is for weights that are pruned for good: one_shot or iterative, got "
+                f"{self.schedule.kind}{' with train_removed' if self.removed_is_trained else ''}"
+            )
+        if criterion.needs == "moments" and not self.compensation:
+            raise ValueError(f"the criterion {name} chooses while it compensates: set compensation to true")
+        return self
+
+    def _check_amount(self) -> None:
+        """How much goes is said once, and in a way that fits the criterion and the pattern."""
+        given = [q for q in (self.quality, *(rule.quality for rule in self.rules)) if q is not None]
         if self.sparsity is not None and self.quality is not None:
             raise ValueError(f"either sparsity or quality must be given, got {self.sparsity} and {self.quality}")
         if isinstance(self.pattern, NOfM):
-            if self.sparsity is not None or by_quality or any(rule.sparsity is not None for rule in self.rules):
+            if self.sparsity is not None or given or any(rule.sparsity is not None for rule in self.rules):
                 raise ValueError(
                     f"the pattern {self.pattern.n}:{self.pattern.m} says how many weights stay: leave sparsity and "
                     "quality out; a rule without them leaves its matrices dense"
                 )
-        elif self.sparsity is None and self.quality is None and not any(_asks(rule) for rule in self.rules):
-            raise ValueError("sparsity, quality or a rule with one of them must say how much is to go, got none")
-        if by_quality and (self.criterion != "magnitude" or not isinstance(self.pattern, Unstructured)):
+        elif self.sparsity is None and not given and not any(rule.sparsity is not None for rule in self.rules):
+            raise ValueError("sparsity, quality or a rule with one of them must say how much is to be pruned, got none")
+        if not given:
+            return
+        if not self._by_magnitude or not isinstance(self.pattern, Unstructured):
             raise ValueError(
-                f"quality is a threshold of single magnitudes, got criterion {self.criterion} and pattern "
+                f"quality is a threshold of single magnitudes, got criterion {self.criterion_name} and pattern "
                 f"{self.pattern.kind}: say how much by sparsity"
             )
-        if by_quality and (kind == "iht" or self.scope not in (None, "layer")):
+        if self.schedule.kind == "iht" or self.scope not in (None, "layer"):
             raise ValueError("quality is a threshold of each matrix, it fits neither iht nor another scope than layer")
-        given = [q for q in (self.quality, *(rule.quality for rule in self.rules)) if q is not None]
-        if kind != "surgery" and any(not q > 0 for q in given):
+        if self.schedule.kind != "surgery" and any(not q > 0 for q in given):
             raise ValueError(f"quality must be > 0 but with the schedule surgery, got {min(given)}")
-        if kind == "surgery" and self.criterion != "magnitude":
-            raise ValueError(f"the schedule surgery goes by magnitude, got criterion {self.criterion!r}")
-        if kind == "iht" and self.criterion == "movement":
-            raise ValueError(
-                "iht scores the weights as they are when a cycle begins, movement is a sum over all steps before: use "
-                "magnitude, wanda, fisher or taylor"
-            )
-        if kind == "surgery" and (not isinstance(self.pattern, Unstructured) or self.scope == "row"):
-            raise ValueError("surgery looks at single weights of a matrix or of all: use no pattern, nor scope row")
-        if kind == "surgery" and self.train_removed is False:
-            raise ValueError("surgery trains what is removed, or nothing could come back: leave train_removed out")
-        if self.train_removed and self.criterion not in ("magnitude", "movement", "random"):
-            raise ValueError(
-                f"train_removed goes with magnitude, movement or random, got {self.criterion!r}, which asks the masked "
-                "model of weights that it does not have"
-            )
-        if kind == "iht" and self.train_removed:
-            raise ValueError("iht restarts what comes back from 0: leave train_removed out")
-        if self.scope == "row" and not isinstance(self.pattern, Unstructured):
-            raise ValueError(f"scope row needs single weights, got the pattern {self.pattern.kind}")
-        if self.compensation and (kind not in ("one_shot", "iterative") or self.removed_is_trained):
-            raise ValueError(
-                f"compensation is for weights that are gone for good: one_shot or iterative, got {kind}"
-                f"{' with train_removed' if self.removed_is_trained else ''}"
-            )
-        if self.criterion == "sparsegpt" and not self.compensation:
-            raise ValueError("the criterion sparsegpt chooses while it compensates: set compensation to true")
-        if self.compensation and by_quality:
+        if self.compensation:
             raise ValueError("compensation needs sparsity or a pattern, got quality")
-        return self
+
+    def _check_schedule(self) -> None:
+        """What surgery and hard thresholding do not go with."""
+        if self.schedule.kind == "surgery":
+            if not self._by_magnitude:
+                raise ValueError(f"the schedule surgery goes by magnitude, got criterion {self.criterion_name!r}")
+            if not isinstance(self.pattern, Unstructured) or self.scope == "row":
+                raise ValueError("surgery looks at single weights of a matrix or of all: use no pattern, nor scope row")
+            if self.train_removed is False:
+                raise ValueError(
+                    "surgery trains what is pruned, or nothing could be reactivated: leave train_removed out"
+                )
+        if self.schedule.kind == "iht":
+            if self.chosen_criterion.in_training:
+                raise ValueError(
+                    f"iht scores the weights as they are when a cycle begins, {self.criterion_name} is a sum over all "
+                    "steps before: use magnitude, wanda, fisher or taylor"
+                )
+            if self.train_removed:
+                raise ValueError("iht restarts what is reactivated from 0: leave train_removed out")
+
+    @property
+    def _by_magnitude(self) -> bool:
+        return self.chosen_criterion is CRITERIA["magnitude"]
+
+    @property
+    def chosen_criterion(self) -> Criterion:
+        """The criterion as an object."""
+        return CRITERIA.resolve(self.criterion)
+
+    @property
+    def criterion_name(self) -> str:
+        """Name of the criterion."""
+        return self.criterion if isinstance(self.criterion, str) else self.criterion.name
 
     @property
     def removed_is_trained(self) -> bool:
-        """Whether weights that are gone are trained behind the mask, with the default filled in."""
+        """Whether pruned weights are trained behind the mask, with the default filled in."""
         if self.train_removed is None:
-            return self.schedule.kind == "surgery" or self.criterion == "movement"
+            return self.schedule.kind == "surgery" or self.chosen_criterion.in_training
         return self.train_removed
 
     @property
     def needs_data(self) -> bool:
-        """Whether rows of the training data are looked at apart from training."""
-        by_data = CRITERIA[self.criterion].needs not in ("weights", "nothing")
-        # movement is what training itself shows
-        return self.compensation or (by_data and self.criterion != "movement")
+        """Whether rows of the training data are read apart from training."""
+        # a sum over training is what training itself shows
+        return self.compensation or (self.chosen_criterion.needs_data and not self.chosen_criterion.in_training)
 
     @property
     def trains(self) -> bool:
         """Whether the schedule needs a training run; one_shot and iterative do not."""
-        return self.schedule.kind not in ("one_shot", "iterative")
+        return self.schedule.trains
 
+    def events(self, max_steps: int) -> list[Event]:
+        """What happens in a run, by step.
 
-def _asks(rule: SparsityRule) -> bool:
-    return rule.sparsity is not None or rule.quality is not None
+        Args:
+            max_steps: optimizer steps of the run.
+
+        Raises:
+            LmcompressError: If there are too few steps for the schedule, or for a criterion that is a sum over them.
+        """
+        found = self.schedule.events(max_steps)
+        if self.chosen_criterion.in_training and next(event for event in found if event.share).step == 0:
+            raise LmcompressError(
+                f"the criterion {self.criterion_name} must see some steps before weights are pruned, got a schedule "
+                "that begins with the first; let it begin later, such as begin: 0.1"
+            )
+        return found

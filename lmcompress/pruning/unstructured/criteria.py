@@ -17,11 +17,15 @@ criterion       source                           looks at                       
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lmcompress.errors import LmcompressError, nearest
+from lmcompress.registry import Registry
 
 Scope = Literal["global", "layer", "row"]
 Needs = Literal["nothing", "weights", "examples", "classes", "inputs", "moments"]
@@ -29,29 +33,55 @@ Needs = Literal["nothing", "weights", "examples", "classes", "inputs", "moments"
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a criterion needs to know.
+    """A function that scores weights, and what it needs.
+
+    ============ ================================================================================ ===============
+    needs        ``function``; ``weight`` is ``(out, in)`` with inputs, else as stored            then
+    ============ ================================================================================ ===============
+    ``nothing``  ``(weight, generator) -> scores`` of the weight's shape
+    ``weights``  ``(weight) -> scores``
+    ``examples`` ``(weight, gradient) -> summand``, by each example's own loss on its label       sum of examples
+    ``classes``  ``(weight, gradient) -> summand``, by each log-probability of each example       sum, weighted
+                                                                                                  by probability
+    ``inputs``   ``(weight, norm (in,)) -> scores``, of norms of inputs over tokens
+    ``moments``  none: it chooses while it compensates, from the second moments of inputs
+    ============ ================================================================================ ===============
 
     Attributes:
-        needs: ``examples``: the gradients of each example's loss; ``classes``: those of each class's log-probability;
-            ``inputs``: norms of inputs; ``moments``: all their second moments.
-        scope: within what its scores are compared, where nothing else is said.
+        name: for messages and reports.
+        needs: see the table.
+        function: see the table; float32, a greater score stays longer.
+        scope: within what scores are compared, where nothing else is said.
+        finish: ``(weight, sum) -> scores``, for sums of which the weight is a factor.
+        in_training: whether it is a sum over the steps of training, from the gradient of each batch, and the pruned
+            weights are trained behind the mask. Without training, the sum is that over ``examples``.
+
+    Example:
+        >>> cube = Criterion("cube", "weights", lambda weight: weight.float().abs() ** 3)
+        >>> cube.needs_data
+        False
     """
 
+    name: str
     needs: Needs
-    scope: Scope
+    function: Callable[..., Tensor]
+    scope: Scope = "layer"
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    in_training: bool = False
 
+    def __post_init__(self) -> None:
+        for value, valid in ((self.needs, get_args(Needs)), (self.scope, get_args(Scope))):
+            if value not in valid:
+                raise LmcompressError(
+                    f"the criterion {self.name} has {value!r}, which is not known{nearest(value, valid)}"
+                )
+        if self.in_training and self.needs != "examples":
+            raise LmcompressError(f"the criterion {self.name} must need examples to be a sum over training")
 
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": Criterion("weights", "layer"),
-    "obd": Criterion("classes", "global"),
-    "fisher": Criterion("examples", "global"),
-    "taylor": Criterion("examples", "global"),
-    "movement": Criterion("examples", "global"),
-    "wanda": Criterion("inputs", "row"),
-    "sparsegpt": Criterion("moments", "layer"),
-    "random": Criterion("nothing", "layer"),
-}
-"""The criteria by name, for configurations."""
+    @property
+    def needs_data(self) -> bool:
+        """Whether scores depend on calibration data."""
+        return self.needs not in ("nothing", "weights")
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -94,6 +124,19 @@ def obd(weight: Tensor, curvature: Tensor) -> Tensor:
     return curvature.float() * weight.float().square() / 2
 
 
+def squared_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
+    r"""What the curvature by a weight is summed from, :math:`(\partial L / \partial w)^2`.
+
+    Args:
+        weight: not looked at.
+        gradient: of the loss of an example, or of a log-probability.
+
+    Returns:
+        The gradient's shape, float32, >= 0.
+    """
+    return gradient.float().square()
+
+
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     r"""First-order change of an example's loss when a weight is deleted, :math:`|w \, \partial L / \partial w|`.
 
@@ -133,7 +176,7 @@ def movement(weight: Tensor, gradient: Tensor) -> Tensor:
         >>> movement(torch.tensor([2.0, 1.0]), torch.tensor([-0.5, 0.25]))
         tensor([ 1.0000, -0.2500])
     """
-    return -(weight.float() * gradient.float())
+    return (weight.float() * gradient.float()).neg_()
 
 
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
@@ -141,8 +184,8 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
 
     Args:
         weight: ``(out, in)``.
-        input_norm: ``(in,)``, Euclidean norm of each input over the calibration tokens; of an embedding ``(words, 1)``,
-            the root of how often each word occurs.
+        input_norm: ``(in,)``, Euclidean norm of each input over the calibration tokens; of an embedding
+            ``(tokens, 1)``, the root of how often each token occurs.
 
     Returns:
         ``(out, in)`` float32.
@@ -171,11 +214,44 @@ def random_scores(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
+def no_scores(weight: Tensor) -> Tensor:
+    """Refuse to score: SparseGPT's scores depend on what it has pruned before.
+
+    Args:
+        weight: not looked at.
+
+    Raises:
+        LmcompressError: Always.
+    """
+    raise LmcompressError("the criterion sparsegpt chooses while it compensates, it has no scores of its own")
+
+
+CRITERIA: Registry[Criterion] = Registry(
+    "criterion",
+    {
+        criterion.name: criterion
+        for criterion in (
+            Criterion("magnitude", "weights", magnitude),
+            Criterion("obd", "classes", squared_gradient, "global", finish=obd),
+            Criterion("fisher", "examples", squared_gradient, "global", finish=obd),
+            Criterion("taylor", "examples", taylor, "global"),
+            Criterion("movement", "examples", movement, "global", in_training=True),
+            Criterion("wanda", "inputs", wanda, "row"),
+            Criterion("sparsegpt", "moments", no_scores),
+            Criterion("random", "nothing", random_scores),
+        )
+    },
+    lambda part: isinstance(part, Criterion),
+    "a lmcompress.pruning.unstructured.Criterion",
+)
+"""The criteria by name; one of your own is a :class:`Criterion`, or its name ``module:attribute``."""
+
+
 def quality_threshold(weight: Tensor, quality: float) -> Tensor:
     """Han's threshold of a matrix: a quality parameter times the standard deviation of its weights.
 
     Args:
-        weight: any shape; weights that are exactly 0 are gone already and do not count.
+        weight: any shape; weights that are exactly 0 are pruned already and do not count.
         quality: how many standard deviations.
 
     Returns:

@@ -57,7 +57,8 @@ def cut_zero_units(layers: nn.Sequential) -> list[CutLayer]:
         Each layer's widths.
 
     Raises:
-        LmcompressError: something else in between, a convolution with groups, or a layer that would lose all its units.
+        LmcompressError: If another module lies in between, a convolution has groups, or a layer would lose all its
+            units.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))

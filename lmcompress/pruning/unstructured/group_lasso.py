@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -13,12 +12,9 @@ from torch import Tensor, nn
 
 from lmcompress.errors import LmcompressError
 from lmcompress.method import StepCallback, SteppedMethod, inner_optimizer
-from lmcompress.pruning.proximal import proximal_factor
+from lmcompress.pruning.proximal import STEER_EVERY, proximal_factor, steering_factor
 from lmcompress.pruning.unstructured.groups import GroupRule, Groups, groups_of
 from lmcompress.schedules import Phase, linear, phase_share
-
-STEER_EVERY = 10
-STEER_RATE = 0.25
 
 
 class GroupLassoConfig(Phase):
@@ -27,7 +23,7 @@ class GroupLassoConfig(Phase):
     rules: Annotated[tuple[GroupRule, ...], Field(min_length=1, description="What is divided into which groups.")]
     end: Annotated[
         float,
-        Field(gt=0, le=1, description="Share of training after which zero groups are final and the penalty is gone."),
+        Field(gt=0, le=1, description="Share of training after which zero groups are final and there is no penalty."),
     ] = 0.6
     warmup: Annotated[
         float, Field(ge=0, le=1, description="keep: share of the phase over which the number of groups falls to it.")
@@ -118,7 +114,7 @@ class GroupSparsity(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: a rule that names nothing, groups that do not divide a matrix, more to keep than there are,
+            LmcompressError: If a rule names nothing, groups do not divide a matrix, more are to be kept than there are,
                 or the best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
@@ -137,7 +133,7 @@ class GroupSparsity(SteppedMethod):
             model: not wrapped.
 
         Raises:
-            LmcompressError: as :meth:`prepare`.
+            LmcompressError: As :meth:`prepare`.
         """
         self.groups = groups_of(model, self.config.rules)
         self._before = [int((one.norms() > 0).sum()) for one in self.groups]
@@ -154,11 +150,11 @@ class GroupSparsity(SteppedMethod):
         """Strengths, final groups and whether they are final, for checkpoints."""
         return {"state": self._state}
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Make zero groups final; the weights are ordinary ones from then on.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self._trainer is not None and self._end < 0:
             raise LmcompressError("no group was shrunk: finish() must come after train()")
@@ -172,10 +168,10 @@ class GroupSparsity(SteppedMethod):
         """Say what was done.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self.report is None:
-            self.settle()
+            self.freeze()
             self.report = GroupReport(self.config.model_dump(mode="json"), self._rows())
 
     # what the callback calls
@@ -188,15 +184,10 @@ class GroupSparsity(SteppedMethod):
             optimizer: that trains the model.
 
         Raises:
-            LmcompressError: no steps between begin and end.
+            LmcompressError: If no step lies between begin and end.
         """
         self._optimizer = optimizer
-        self._begin, self._end = round(self.config.begin * max_steps), round(self.config.end * max_steps)
-        if self._end <= self._begin:
-            raise LmcompressError(
-                f"a group lasso must have optimizer steps between begin and end, got {self._end - self._begin} of "
-                f"{max_steps}: train longer, or let the phase take a larger share"
-            )
+        self._begin, self._end = self.config.steps(max_steps, "a group lasso")
         self._final = bool(self._state.final)
 
     def advance(self, step: int) -> None:
@@ -213,7 +204,7 @@ class GroupSparsity(SteppedMethod):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Shrink every group; or keep at 0 what is finally gone."""
+        """Shrink every group; or keep at 0 what is finally pruned."""
         if self._final:
             for one, gate in zip(self.groups, self._state.gates(), strict=True):
                 one.multiply_(gate)
@@ -267,9 +258,8 @@ class GroupSparsity(SteppedMethod):
         for number, one in enumerate(self.groups):
             wanted = self._wanted(one)
             if wanted is not None and one.rule.keep is not None and one.count > one.rule.keep:
-                # a factor, so that no scale has to be guessed; bounded, so that it cannot run away between two looks
                 gap = (int((one.norms() > 0).sum()) - wanted) / (one.count - one.rule.keep)
-                self._state.strengths[number] *= math.exp(STEER_RATE * max(-1.0, min(1.0, 5 * gap)))
+                self._state.strengths[number] *= steering_factor(gap)
 
     @torch.no_grad()
     def _decide(self) -> None:
@@ -287,7 +277,7 @@ class GroupSparsity(SteppedMethod):
         self._final = True
 
     def _forget(self, one: Groups, gate: Tensor) -> None:
-        """What the optimizer knows of groups that are zero."""
+        """Zero the optimizer's moments of groups that are zero."""
         if self._optimizer is None:
             return
         states = inner_optimizer(self._optimizer).state
@@ -320,5 +310,5 @@ class _State(nn.Module):
             self.register_buffer(f"gate_{number}", torch.ones(one.count, dtype=torch.bool, device=device))
 
     def gates(self) -> list[Tensor]:
-        """For each matrix ``(count,)`` bool, False where a group is finally gone."""
+        """For each matrix ``(count,)`` bool, False where a group is finally pruned."""
         return [self.get_buffer(f"gate_{number}") for number in range(self._count)]

@@ -54,8 +54,8 @@ class Groups:
         rule: into which groups.
 
     Raises:
-        LmcompressError: the matrix is no convolution where there must be one, groups that do not divide it, or more
-            groups to keep than there are.
+        LmcompressError: If the matrix is no convolution where there must be one, groups do not divide it, or more
+            groups are to be kept than there are.
     """
 
     def __init__(self, at: Weighted, rule: GroupRule) -> None:
@@ -132,7 +132,7 @@ def groups_of(model: nn.Module, rules: Sequence[GroupRule]) -> list[Groups]:
         One for each rule and matrix.
 
     Raises:
-        LmcompressError: a rule that names nothing, or what :class:`Groups` refuses.
+        LmcompressError: If a rule names nothing, or as :class:`Groups`.
     """
     candidates = weighted_modules(model)
     found = []

@@ -1,10 +1,10 @@
-"""Sparsity as a method of the trainer, and without training as a function."""
+"""Unstructured pruning as a method of the trainer."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,38 +13,39 @@ from torch.utils.hooks import RemovableHandle
 
 from lmcompress.errors import LmcompressError
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
-from lmcompress.model import CompressedModel
-from lmcompress.pruning.unstructured.compensation import choosing, compensate, given, in_order
+from lmcompress.pruning.saved import saved
+from lmcompress.pruning.unstructured.compensation import compensated, in_order
 from lmcompress.pruning.unstructured.config import SparsityConfig, Surgery
-from lmcompress.pruning.unstructured.criteria import CRITERIA, quality_threshold, splice, surgery_threshold
+from lmcompress.pruning.unstructured.criteria import quality_threshold
 from lmcompress.pruning.unstructured.masking import keep_where
 from lmcompress.pruning.unstructured.patterns import Blocks
-from lmcompress.pruning.unstructured.planning import Planned, choose, plan, pools
+from lmcompress.pruning.unstructured.planning import Planned, choose, plan
 from lmcompress.pruning.unstructured.report import SparseMatrix, SparsityReport
 from lmcompress.pruning.unstructured.scoring import score
 from lmcompress.pruning.unstructured.state import SparsityState
-from lmcompress.schedules import RAMPS, Event, Iterative, events, phase_share
+from lmcompress.pruning.unstructured.surgery import Splicing
+from lmcompress.schedules import Event
 
 Batch = Mapping[str, Tensor]
 
 
 class Sparsity(SteppedMethod):
-    """Makes single weights of the model zero while it is trained.
+    """Sets single weights of the model to zero while it is trained.
 
-    The model remains an ordinary one: what is gone is 0 in the parameter itself, whoever looks at it. A weight that is
-    gone for good has no gradient, and the optimizer forgets what it knew of it.
+    The model remains an ordinary one: a pruned weight is 0 in the parameter itself. One that is pruned for good has no
+    gradient, and its moments in the optimizer are 0.
 
     With ``train_removed`` (surgery, movement) weights go on behind the mask: before an optimizer step the parameter
     gets the values that are hidden, and after it they are hidden again. The gradient is that of the loss at the masked
     weights, for all of them, which is what surgery's paper asks for, and no module has to know of it.
 
-    Schedules advance by optimizer steps. When surgery looks at the mask is drawn from seed and step alone.
+    Schedules advance by optimizer steps.
 
     Put it before structured pruning in the list of methods: both masks hold while the model is trained, and what is cut
     in the end is sparse. With quantization, zeros are on every grid that has a zero.
 
     Args:
-        config: which weights go, how many, and when.
+        config: which weights are pruned, how many, and when.
         calibration: batches for scores that need data; default: rows of the training data.
 
     Attributes:
@@ -71,8 +72,9 @@ class Sparsity(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: what :func:`~lmcompress.pruning.unstructured.planning.plan` refuses, calibration rows that
-                will be needed cannot be had, or the best checkpoint is to be loaded at the end.
+            LmcompressError: As :func:`~lmcompress.pruning.unstructured.planning.plan`; if calibration rows that will be
+                needed cannot be had, the criterion is one of your own without a name, or the best checkpoint is to be
+                loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
@@ -93,15 +95,21 @@ class Sparsity(SteppedMethod):
             model: not wrapped.
 
         Raises:
-            LmcompressError: as :func:`~lmcompress.pruning.unstructured.planning.plan`.
+            LmcompressError: As :func:`~lmcompress.pruning.unstructured.planning.plan`.
         """
         self._student = model
+        # a criterion without a name is refused now, not after training
+        self._dumped = saved(self.config)
         self.planned, self._untouched = plan(model, self.config)
         self._state = SparsityState(self.planned, self.config)
+        schedule = self.config.schedule
+        self._splicing = (
+            Splicing(self.config, schedule, self.planned, self._state) if isinstance(schedule, Surgery) else None
+        )
         self._zeros_before = [int((one.weight == 0).sum()) for one in self.planned]
         self._step = self._done = 0
-        # whether a weight is gone for now, and whether those that are gone are trained
-        self._some_gone = self.config.keep_zeros and any(self._zeros_before)
+        # whether a weight is pruned for now, and whether pruned ones are trained
+        self._some_pruned = self.config.keep_zeros and any(self._zeros_before)
         self._tracks = self.config.removed_is_trained
         self._handles: list[RemovableHandle] = [
             one.weight.register_hook(self._masking(mask))
@@ -115,16 +123,16 @@ class Sparsity(SteppedMethod):
         """Masks, hidden weights, scores and where the schedule is, for checkpoints."""
         return {"state": self._state}
 
-    def settle(self) -> None:
-        """Make the mask final and the zeros permanent; the weights are ordinary ones from then on.
+    def freeze(self) -> None:
+        """Make the mask final and materialize the zeros; the weights are ordinary ones from then on.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self._rows is not None:
             return
         if self._trainer is not None and not self._events:
-            raise LmcompressError("nothing was removed: finish() must come after train()")
+            raise LmcompressError("nothing was pruned: finish() must come after train()")
         self._finalise()
         self._release()
         self._rows = [
@@ -133,13 +141,13 @@ class Sparsity(SteppedMethod):
         ]
 
     def finish(self) -> None:
-        """Make the zeros permanent, if :meth:`settle` has not, and say what was done.
+        """Materialize the zeros, if :meth:`freeze` has not, and report.
 
         Raises:
-            LmcompressError: training has not begun.
+            LmcompressError: If training has not begun.
         """
         if self.report is None:
-            self.settle()
+            self.freeze()
             self.report = self._reported(trained=True)
 
     # what the callback calls
@@ -152,13 +160,13 @@ class Sparsity(SteppedMethod):
             optimizer: that trains the model.
 
         Raises:
-            LmcompressError: too few steps for the schedule, or scores of training that would see none.
+            LmcompressError: If there are too few steps for the schedule, or for a sum over training.
         """
         self._optimizer = optimizer
-        self._events = sparsity_events(self.config, max_steps)
+        self._events = self.config.events(max_steps)
         # everything from here on is decided by what is in the state, so that a run that resumes decides alike
         self._done = int(self._state.done)
-        self._some_gone = any(not bool(mask.all()) for mask in self._state.masks())
+        self._some_pruned = any(not bool(mask.all()) for mask in self._state.masks())
         self._tracks = self.config.removed_is_trained and not self._finished
 
     def advance(self, step: int) -> None:
@@ -179,17 +187,18 @@ class Sparsity(SteppedMethod):
             return
         if self._tracks:
             self._uncover()
-        if self.config.criterion == "movement":
+        if self.config.chosen_criterion.in_training:
             self._collect()
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Keep what is gone at 0; with surgery, cut and splice."""
+        """Keep pruned weights at 0; with surgery, cut and splice."""
         if self._tracks and not self._finished:
             for one, hidden in zip(self.planned, self._state.hidden(), strict=True):
                 hidden.copy_(one.weight)
-            if self._looks():
-                self._operate()
+            if self._splicing is not None and self._done and self._splicing.looks(self._step, self._events[0].step):
+                self._splicing.operate(self._step, self._events, self._may_stay())
+                self._some_pruned = True
         self._mask_weights()
 
     def end(self, max_steps: int) -> None:
@@ -202,11 +211,11 @@ class Sparsity(SteppedMethod):
             self._finalise()
 
     def metrics(self) -> dict[str, float]:
-        """Share of the weights that is gone, for the log."""
+        """Share of the weights that is pruned, for the log."""
         masks = self._state.masks()
         # one copy from the GPU
-        gone = torch.stack([(~mask).sum() for mask in masks]).sum()
-        return {"sparsity": float(gone) / max(1, sum(mask.numel() for mask in masks))}
+        pruned = torch.stack([(~mask).sum() for mask in masks]).sum()
+        return {"sparsity": float(pruned) / max(1, sum(mask.numel() for mask in masks))}
 
     # below: nobody else's business
 
@@ -220,15 +229,15 @@ class Sparsity(SteppedMethod):
         self._state.done.fill_(count)
 
     def _masking(self, mask: Tensor) -> Callable[[Tensor], Tensor | None]:
-        # not after the backward pass: clipping would count the gradients of what is gone
+        # not after the backward pass: clipping would count the gradients of pruned weights
         def hook(gradient: Tensor) -> Tensor | None:
-            return gradient * mask if self._some_gone and not self._tracks else None
+            return gradient * mask if self._some_pruned and not self._tracks else None
 
         return hook
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
-        if self._some_gone:
+        if self._some_pruned:
             for one, mask in zip(self.planned, self._state.masks(), strict=True):
                 keep_where(one.weight, mask)
 
@@ -250,8 +259,7 @@ class Sparsity(SteppedMethod):
             gradient = one.weight.grad
             # float16: a step that overflows is skipped
             if gradient is not None and (scaler is None or bool(gradient.isfinite().all())):
-                # movement(), without a matrix in between
-                scores.addcmul_(one.weight, gradient, value=-1)
+                scores.add_(self.config.chosen_criterion.function(one.weight.detach(), gradient))
         self._state.seen.fill_(1)
 
     def _happen(self, event: Event) -> None:
@@ -259,9 +267,11 @@ class Sparsity(SteppedMethod):
         if event.share is None:
             for mask, may_stay in zip(self._state.masks(), self._may_stay(), strict=True):
                 mask.copy_(may_stay)
-            self._some_gone = self.config.keep_zeros
+            self._some_pruned = self.config.keep_zeros
         elif event.share == 0:
-            self._fix_thresholds()
+            # only surgery has such an event
+            assert self._splicing is not None
+            self._splicing.fix_thresholds()
         else:
             self._take(event.share)
         if event.final and self._tracks:
@@ -278,7 +288,7 @@ class Sparsity(SteppedMethod):
 
     @torch.no_grad()
     def _take(self, share: float) -> None:
-        """Remove what is due, and let the optimizer forget it."""
+        """Prune what is due, and let the optimizer forget it."""
         if self._tracks:
             self._uncover()
         if self.config.compensation:
@@ -287,7 +297,7 @@ class Sparsity(SteppedMethod):
             masks = self._masks(share)
             for one, mask, new in zip(self.planned, self._state.masks(), masks, strict=True):
                 mask.copy_(one.stored(new))
-        self._some_gone = True
+        self._some_pruned = True
         self._mask_weights()
         if not self._tracks:
             self._forget()
@@ -295,12 +305,13 @@ class Sparsity(SteppedMethod):
     def _masks(self, share: float) -> list[Tensor]:
         """Masks ``(out, in)`` at a share of the way to the target, of weights that are not covered."""
         config, planned = self.config, self.planned
-        if config.criterion == "movement" and bool(self._state.seen):
+        criterion = config.chosen_criterion
+        if criterion.in_training and bool(self._state.seen):
             scores = [one.matrix(scores) for one, scores in zip(planned, self._state.scores(), strict=True)]
         else:
             with undisturbed(self._student):
-                data = self._calibration() if CRITERIA[config.criterion].needs not in ("weights", "nothing") else None
-                scores = score(self._student, planned, config.criterion, data, seed=config.seed)
+                data = self._calibration() if criterion.needs_data else None
+                scores = score(self._student, planned, criterion, data, seed=config.seed)
         may_stay = [one.matrix(kept) for one, kept in zip(planned, self._may_stay(), strict=True)]
         # of blocks the others in it count
         least = 0.0 if isinstance(config.pattern, Blocks) else -math.inf
@@ -309,7 +320,7 @@ class Sparsity(SteppedMethod):
         for number, one in enumerate(planned):
             if one.quality is None:
                 continue
-            if isinstance(config.schedule, Surgery):
+            if self._splicing is not None:
                 masks[number] = one.matrix(self._state.masks()[number])
             else:
                 threshold = quality_threshold(one.weight.detach(), one.quality * share)
@@ -317,92 +328,30 @@ class Sparsity(SteppedMethod):
         return masks
 
     def _may_stay(self) -> list[Tensor]:
-        """Of each matrix the weights that no earlier event, and no stage before, has taken for ever; as stored."""
+        """Of each matrix the weights that no earlier event, and no stage before, has pruned for good; as stored."""
         if not self._tracks and self.config.schedule.kind != "iht":
             return [mask.clone() for mask in self._state.masks()]
         return self._state.kept() if self.config.keep_zeros else [torch.ones_like(m) for m in self._state.masks()]
 
     def _compensate(self, share: float) -> None:
-        config = self.config
-        by_criterion: dict[str, Tensor] = {}
-        before = dict(zip((one.path for one in self.planned), self._may_stay(), strict=True))
-        if config.criterion != "sparsegpt":
-            by_criterion = dict(zip((one.path for one in self.planned), self._masks(share), strict=True))
-        masks = dict(zip((one.path for one in self.planned), self._state.masks(), strict=True))
+        paths = [one.path for one in self.planned]
+        may_stay = dict(zip(paths, self._may_stay(), strict=True))
+        jointly = self.config.chosen_criterion.needs == "moments"
+        chosen = {} if jointly else dict(zip(paths, self._masks(share), strict=True))
+        masks = dict(zip(paths, self._state.masks(), strict=True))
 
-        def settle(one: Planned, hessian: Tensor | None) -> None:
-            old, weight = one.matrix(before[one.path]), one.matrix(one.weight.detach())
-            if hessian is None or not bool((hessian.diagonal() > 0).any()):
-                # nothing reaches it, or each row is read by itself
-                mask = by_criterion.get(one.path)
-                mask = choose([one], config, [weight.float().abs()], share)[0] if mask is None else mask
-                masks[one.path].copy_(one.stored(mask & old))
-                return
-            if config.criterion == "sparsegpt":
-                choice, size = choosing((one.sparsity or 0.0) * share, config.pattern, old)
-            else:
-                choice, size = given(by_criterion[one.path] & old), 128
-            try:
-                values, mask = compensate(
-                    weight, hessian.to(weight.device), choice, damping=config.damping, block_size=size
-                )
-            except LmcompressError as error:
-                raise LmcompressError(f"{one.path}: {error}") from error
+        def prune(one: Planned, hessian: Tensor | None) -> None:
+            weight, kept = one.matrix(one.weight.detach()), one.matrix(may_stay[one.path])
+            values, mask = compensated(one, weight, hessian, self.config, share, kept, chosen.get(one.path))
             masks[one.path].copy_(one.stored(mask))
-            one.weight.copy_(one.stored(values))
+            if values is not None:
+                one.weight.copy_(one.stored(values))
 
         with undisturbed(self._student):
-            in_order(self._student, self.planned, self._calibration(), settle)
-
-    def _fix_thresholds(self) -> None:
-        for number, one in enumerate(self.planned):
-            if one.quality is not None:
-                self._state.thresholds[number] = surgery_threshold(one.weight.detach(), one.quality)
-
-    def _looks(self) -> bool:
-        """Whether surgery looks at the mask after this step."""
-        schedule = self.config.schedule
-        if not isinstance(schedule, Surgery) or not self._done:
-            return False
-        steps = self._step - self._events[0].step
-        if steps % schedule.every:
-            return False
-        chance = (1 + schedule.gamma * steps) ** -schedule.power
-        seed = (self.config.seed * 6364136223846793005 + self._step + 1442695040888963407) % 2**63
-        return float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < chance
-
-    def _operate(self) -> None:
-        """One look of surgery: cut below the lower threshold, splice above the upper one."""
-        schedule = self.config.schedule
-        assert isinstance(schedule, Surgery)
-        thresholds = self._thresholds()
-        tensors = zip(self._state.masks(), self._state.hidden(), self._may_stay(), thresholds, strict=True)
-        for mask, hidden, may_stay, threshold in tensors:
-            new = splice(mask, hidden, (1 - schedule.margin) * threshold, (1 + schedule.margin) * threshold)
-            mask.copy_(new & may_stay)
-        self._some_gone = True
-
-    def _thresholds(self) -> list[Tensor]:
-        """Of each matrix: what it was when surgery began, or what as many weights lie below as are to be gone."""
-        schedule = self.config.schedule
-        assert isinstance(schedule, Surgery)
-        found = list(self._state.thresholds.unbind())
-        begin, end = self._events[0].step, self._events[-1].step
-        ramp = RAMPS[schedule.ramp] if schedule.ramp else None
-        way = 1.0 if ramp is None else ramp(phase_share(self._step, begin, end))
-        for numbers in pools(self.planned):
-            sparsity = self.planned[numbers[0]].sparsity
-            if sparsity is None:
-                continue
-            sizes = torch.cat([self._state.hidden()[number].reshape(-1).abs().float() for number in numbers])
-            below = round(sparsity * way * len(sizes))
-            value = sizes.kthvalue(below).values if below else sizes.new_zeros(())
-            for number in numbers:
-                found[number] = value
-        return found
+            in_order(self._student, self.planned, self._calibration(), prune)
 
     def _forget(self) -> None:
-        """What the optimizer knows of weights that are gone."""
+        """Zero the optimizer's moments of pruned weights."""
         if self._optimizer is None:
             return
         states = inner_optimizer(self._optimizer).state
@@ -415,89 +364,34 @@ class Sparsity(SteppedMethod):
         if self._given is None:
             config = self.config
             if self._trainer is None:
-                raise LmcompressError(f"the criterion {config.criterion} must have data, got none; pass batches")
+                raise LmcompressError(f"the criterion {config.criterion_name} must have data, got none; pass batches")
             self._given = calibration_rows(
                 self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed
             )
         return self._given
 
+    def prune_now(self, rounds: int) -> SparsityReport:
+        """Prune without training, after :meth:`attach`.
+
+        Args:
+            rounds: in which the target is reached.
+
+        Returns:
+            What was done.
+
+        Raises:
+            LmcompressError: If data are missing, or scores are NaN.
+        """
+        # nothing is trained here
+        self._tracks = False
+        try:
+            for number in range(1, rounds + 1):
+                self._happen(Event(0, number / rounds, final=number == rounds))
+        finally:
+            self._release()
+        self._events, self._done = [Event(0, 1.0, final=True)], 1
+        self.freeze()
+        return self._reported(trained=False)
+
     def _reported(self, *, trained: bool) -> SparsityReport:
-        config = self.config.model_dump(mode="json", exclude_none=True)
-        return SparsityReport(config, list(self._rows or ()), dict(self._untouched), trained, self._seconds)
-
-
-def prune_weights(
-    model: nn.Module | CompressedModel, config: SparsityConfig, batches: Iterable[Batch] | None = None
-) -> SparsityReport:
-    """Make single weights zero without training: the schedules one_shot and iterative.
-
-    With ``iterative``, each round is scored with what is gone already at 0.
-
-    Args:
-        model: a ``PreTrainedModel`` or any other module; its weights are changed in place.
-        config: which weights go, and how many; shares of training in its schedule do not matter here.
-        batches: what the model is called with, for criteria and compensation that need data; with labels for
-            gradients.
-
-    Returns:
-        What was done.
-
-    Raises:
-        LmcompressError: the schedule needs training, data are missing, or what
-            :func:`~lmcompress.pruning.unstructured.planning.plan` refuses; the model is as it was then.
-    """
-    inner = model.model if isinstance(model, CompressedModel) else model
-    if config.trains:
-        raise LmcompressError(
-            f"the schedule {config.schedule.kind} needs training: use SparsityTrainer, or choose one_shot or iterative"
-        )
-    method = Sparsity(config, calibration=None if batches is None else list(batches))
-    method.attach(inner)
-    # nothing is trained here
-    method._tracks = False
-    rounds = config.schedule.rounds if isinstance(config.schedule, Iterative) else 1
-    kept = [one.weight.detach().clone() for one in method.planned]
-    try:
-        for number in range(1, rounds + 1):
-            method._happen(Event(0, number / rounds, final=number == rounds))
-    except BaseException:
-        with torch.no_grad():
-            for one, values in zip(method.planned, kept, strict=True):
-                one.weight.copy_(values)
-        raise
-    finally:
-        method._release()
-    method._events, method._done = [Event(0, 1.0, final=True)], 1
-    method.settle()
-    return method._reported(trained=False)
-
-
-def sparsity_events(config: SparsityConfig, max_steps: int) -> list[Event]:
-    """What happens when: as for other schedules; of surgery its beginning, and its end.
-
-    Args:
-        config: with a schedule.
-        max_steps: optimizer steps of the run.
-
-    Returns:
-        In order of time.
-
-    Raises:
-        LmcompressError: too few steps for the schedule, or scores of training that would see none.
-    """
-    schedule = config.schedule
-    if not isinstance(schedule, Surgery):
-        found = events(schedule, max_steps)
-        if config.criterion == "movement" and next(event for event in found if event.share).step == 0:
-            raise LmcompressError(
-                "the criterion movement must see some steps before weights go, got a schedule that begins with the "
-                "first; let it begin later, such as begin: 0.1"
-            )
-        return found
-    begin, end = round(schedule.begin * max_steps), round(schedule.end * max_steps)
-    if end <= begin:
-        raise LmcompressError(
-            f"surgery must have optimizer steps between begin and end, got {end - begin} of {max_steps}: train longer, "
-            "or let the phase take a larger share"
-        )
-    return [Event(begin, 0.0), Event(end, 1.0, final=True)]
+        return SparsityReport(self._dumped, list(self._rows or ()), dict(self._untouched), trained, self._seconds)

@@ -1,4 +1,4 @@
-"""Where zeros may lie: anywhere, so many of every m, or in blocks; and masks of exact size from scores."""
+"""Where zeros may lie: anywhere, n of every m, or in blocks; and masks of exact size from scores."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def keep_largest(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
         For each tensor a bool of its shape, True where the weight stays. Of equal scores the earlier ones stay.
 
     Raises:
-        LmcompressError: a negative number, or a score that is NaN.
+        LmcompressError: If a number is negative, or a score NaN.
 
     Example:
         >>> keep_largest([torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0])], 2)
@@ -91,7 +91,7 @@ def keep_in_rows(scores: Tensor, keep: int) -> Tensor:
         Bool of the same shape. Of equal scores the earlier ones stay.
 
     Raises:
-        LmcompressError: more are to stay than there are, or a score is NaN.
+        LmcompressError: If more are to stay than there are, or a score is NaN.
 
     Example:
         >>> keep_in_rows(torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 1.0]]), 2)
@@ -118,7 +118,7 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
         Bool of the same shape. Of equal scores the earlier ones stay.
 
     Raises:
-        LmcompressError: m does not divide the inputs, or n is greater than m.
+        LmcompressError: If m does not divide the inputs, or n is greater than m.
 
     Reference:
         Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021, https://arxiv.org/abs/2104.08378, section 3.
@@ -148,7 +148,7 @@ def block_scores(scores: Tensor, rows: int, columns: int) -> Tensor:
         ``(out / rows, in / columns)``.
 
     Raises:
-        LmcompressError: blocks do not divide the matrix.
+        LmcompressError: If blocks do not divide the matrix.
 
     Example:
         >>> block_scores(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 1, 2)
@@ -193,7 +193,7 @@ def masks_of(scores: Sequence[Tensor], sparsity: float, pattern: Unstructured | 
         For each matrix a bool of its shape, True where the weight stays.
 
     Raises:
-        LmcompressError: a share outside [0, 1], scores that are NaN, or a matrix that the pattern does not divide.
+        LmcompressError: If the share lies outside [0, 1], a score is NaN, or the pattern does not divide a matrix.
     """
     if not 0 <= sparsity <= 1:
         raise LmcompressError(f"sparsity must be in [0, 1], got {sparsity}")

@@ -12,7 +12,6 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import is_conv1d
 from lmcompress.families.weights import Weighted, rules_by_path, weighted_modules
 from lmcompress.pruning.unstructured.config import SparsityConfig
-from lmcompress.pruning.unstructured.criteria import CRITERIA
 from lmcompress.pruning.unstructured.patterns import Blocks, NOfM, Unstructured, keep_in_rows, masks_of
 
 
@@ -74,8 +73,8 @@ def plan(model: nn.Module, config: SparsityConfig) -> tuple[list[Planned], dict[
         What loses weights, in the order of the model, and path to reason of what does not.
 
     Raises:
-        LmcompressError: a rule that names nothing, a matrix that is packed or computed by something else, one that the
-            pattern does not divide, weights that are NaN or infinite, or nothing that would be removed.
+        LmcompressError: If a rule names nothing, a matrix is packed or computed by another module, the pattern does not
+            divide one, a weight is NaN or infinite, or nothing would be pruned.
     """
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)
@@ -115,8 +114,8 @@ def scope_of(config: SparsityConfig) -> str:
         ``global``, ``layer`` or ``row``.
     """
     if config.scope is None and not isinstance(config.pattern, Unstructured):
-        return "layer" if CRITERIA[config.criterion].scope == "row" else CRITERIA[config.criterion].scope
-    return config.scope or CRITERIA[config.criterion].scope
+        return "layer" if config.chosen_criterion.scope == "row" else config.chosen_criterion.scope
+    return config.scope or config.chosen_criterion.scope
 
 
 def pools(planned: Sequence[Planned]) -> list[list[int]]:
@@ -145,7 +144,7 @@ def choose(planned: Sequence[Planned], config: SparsityConfig, scores: Sequence[
         For each a bool ``(out, in)``, True where the weight stays.
 
     Raises:
-        LmcompressError: scores that are NaN.
+        LmcompressError: If a score is NaN.
     """
     masks: list[Tensor] = [torch.empty(0)] * len(planned)
     by_row = scope_of(config) == "row"
@@ -189,7 +188,7 @@ def _check(one: Planned, config: SparsityConfig) -> None:
         raise LmcompressError(
             f"{one.path} must be made of groups of {rows} × {columns}, got {out} × {inputs}; leave it out by a rule"
         )
-    looks_at_inputs = config.compensation or CRITERIA[config.criterion].needs == "inputs"
+    looks_at_inputs = config.compensation or config.chosen_criterion.needs == "inputs"
     if looks_at_inputs and isinstance(module, nn.Conv2d) and module.groups > 1:
         raise LmcompressError(
             f"{one.path} must have one group for a criterion that looks at inputs, got {module.groups}; leave it out "

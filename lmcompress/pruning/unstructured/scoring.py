@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmcompress.activations.gradients import class_gradients, example_gradients
 from lmcompress.activations.walking import without_padding
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.unstructured.criteria import CRITERIA, magnitude, movement, obd, random_scores, taylor, wanda
+from lmcompress.pruning.unstructured.criteria import CRITERIA, Criterion
 from lmcompress.pruning.unstructured.planning import Planned
 
 Batch = Mapping[str, Tensor]
@@ -21,61 +21,85 @@ Take = Callable[[Tensor], None]
 
 
 def score(
-    model: nn.Module, planned: Sequence[Planned], criterion: str, batches: Iterable[Batch] | None, *, seed: int = 0
+    model: nn.Module,
+    planned: Sequence[Planned],
+    criterion: str | Criterion,
+    batches: Iterable[Batch] | None,
+    *,
+    seed: int = 0,
 ) -> list[Tensor]:
-    """Score the weights of some matrices.
+    """Scores of the weights of some matrices.
 
     Args:
         model: that has them.
         planned: the matrices.
-        criterion: key of :data:`~lmcompress.pruning.unstructured.criteria.CRITERIA`, but for ``sparsegpt``.
-        batches: what the model is called with; with labels for ``taylor``, ``fisher`` and ``movement``.
+        criterion: a name in :data:`~lmcompress.pruning.unstructured.criteria.CRITERIA`, ``module:attribute`` of one of
+            your own, or a :class:`~lmcompress.pruning.unstructured.criteria.Criterion`; not ``sparsegpt``.
+        batches: what the model is called with; with labels for criteria that need ``examples``.
         seed: of random scores.
 
     Returns:
         For each matrix ``(out, in)`` float32, on its device.
 
     Raises:
-        LmcompressError: data that the criterion needs are missing, or the criterion is ``sparsegpt``, which has no
-            scores before it begins.
+        LmcompressError: If data that the criterion needs are missing, its scores are not of the weights' shapes, or it
+            has none before it begins (``sparsegpt``).
     """
-    weights = [one.weight for one in planned]
-    needs = CRITERIA[criterion].needs
-    if needs in ("weights", "nothing"):
-        generator = torch.Generator().manual_seed(seed)
-        plain = [magnitude(w.detach()) if needs == "weights" else random_scores(w, generator) for w in weights]
-        return [one.matrix(scores) for one, scores in zip(planned, plain, strict=True)]
-    if needs == "moments":
-        raise LmcompressError(f"the criterion {criterion} chooses while it compensates, it has no scores of its own")
-    if batches is None:
-        raise LmcompressError(f"the criterion {criterion} must have data, got none; pass batches")
-    if needs == "inputs":
-        return _by_inputs(model, planned, batches)
-    with_gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    if criterion == "obd":
-        for factor, gradients in class_gradients(model, weights, batches):
-            for total, gradient in zip(with_gradients, gradients, strict=True):
-                total.addcmul_(gradient.float(), gradient.float(), value=factor)
+    chosen = CRITERIA.resolve(criterion)
+    if chosen.needs_data and chosen.needs != "moments" and batches is None:
+        raise LmcompressError(f"the criterion {chosen.name} must have data, got none; pass batches")
+    generator = torch.Generator().manual_seed(seed)
+    given: Iterable[Batch] = () if batches is None else batches
+    if chosen.needs == "inputs":
+        found = _by_inputs(model, planned, chosen, given)
+    elif chosen.needs in ("examples", "classes"):
+        found = _by_gradients(model, planned, chosen, given)
     else:
-        for gradients in example_gradients(model, weights, batches):
-            for total, weight, gradient in zip(with_gradients, weights, gradients, strict=True):
-                if criterion == "fisher":
-                    total.addcmul_(gradient.float(), gradient.float())
-                else:
-                    total += (taylor if criterion == "taylor" else movement)(weight.detach(), gradient)
-    if criterion in ("obd", "fisher"):
-        with_gradients = [obd(w.detach(), h) for w, h in zip(weights, with_gradients, strict=True)]
-    return [one.matrix(scores) for one, scores in zip(planned, with_gradients, strict=True)]
+        arguments = (generator,) if chosen.needs == "nothing" else ()
+        found = [one.matrix(chosen.function(one.weight.detach(), *arguments)) for one in planned]
+    for one, scores in zip(planned, found, strict=True):
+        if scores.shape != one.matrix(one.weight).shape:
+            raise LmcompressError(
+                f"scores by {chosen.name} of {one.path} must be {tuple(one.matrix(one.weight).shape)}, got "
+                f"{tuple(scores.shape)}"
+            )
+    return found
 
 
-def _by_inputs(model: nn.Module, planned: Sequence[Planned], batches: Iterable[Batch]) -> list[Tensor]:
+def _by_gradients(
+    model: nn.Module, planned: Sequence[Planned], criterion: Criterion, batches: Iterable[Batch]
+) -> list[Tensor]:
+    weights = [one.weight for one in planned]
+    totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    by_class = criterion.needs == "classes"
+    found = class_gradients(model, weights, batches) if by_class else _unweighted(model, weights, batches)
+    for factor, gradients in found:
+        for total, weight, gradient in zip(totals, weights, gradients, strict=True):
+            total.add_(criterion.function(weight.detach(), gradient), alpha=factor)
+    if (finish := criterion.finish) is not None:
+        totals = [finish(weight.detach(), total) for weight, total in zip(weights, totals, strict=True)]
+    return [one.matrix(total) for one, total in zip(planned, totals, strict=True)]
+
+
+def _unweighted(
+    model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Batch]
+) -> Iterable[tuple[float, list[Tensor]]]:
+    return ((1.0, gradients) for gradients in example_gradients(model, weights, batches))
+
+
+def _by_inputs(
+    model: nn.Module, planned: Sequence[Planned], criterion: Criterion, batches: Iterable[Batch]
+) -> list[Tensor]:
     squares = [_Squares(one) for one in planned]
     look(model, {one.at.module: own.take for one, own in zip(planned, squares, strict=True)}, batches)
-    return [wanda(one.matrix(one.weight.detach()), own.total.sqrt()) for one, own in zip(planned, squares, strict=True)]
+    return [
+        criterion.function(one.matrix(one.weight.detach()), own.total.sqrt())
+        for one, own in zip(planned, squares, strict=True)
+    ]
 
 
 class _Squares:
-    """Sums of squares over what a module reads; of an embedding, how often each word occurs."""
+    """Sums of squares over what a module reads; of an embedding, how often each token occurs."""
 
     def __init__(self, planned: Planned) -> None:
         matrix = planned.matrix(planned.weight.detach())
@@ -101,7 +125,7 @@ def look(model: nn.Module, takes: Mapping[nn.Module, Take], batches: Iterable[Ba
             ``attention_mask``.
 
     Raises:
-        LmcompressError: there are no batches.
+        LmcompressError: If there are no batches.
     """
     device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]

@@ -38,7 +38,7 @@ class Scan:
             A rule for each matrix; one that no share suits stays dense.
 
         Raises:
-            LmcompressError: a negative tolerance.
+            LmcompressError: If the tolerance is negative.
         """
         if not tolerance >= 0:
             raise LmcompressError(f"the tolerance must be >= 0, got {tolerance}")
@@ -71,8 +71,7 @@ def sensitivity_scan(
         What was found.
 
     Raises:
-        LmcompressError: shares that do not increase, or what
-            :func:`~lmcompress.pruning.unstructured.prune_weights` refuses.
+        LmcompressError: If shares do not increase, or as :func:`~lmcompress.pruning.unstructured.prune_weights`.
 
     Reference:
         Han et al. 2015, https://arxiv.org/abs/1506.02626, section 5, figure 6.
@@ -81,7 +80,7 @@ def sensitivity_scan(
         raise LmcompressError(f"shares must increase within (0, 1), got {list(shares)}")
     asked = SparsityConfig(sparsity=shares[-1]) if config is None else config
     planned, _ = plan(model, asked)
-    scores = score(model, planned, asked.criterion, batches, seed=asked.seed)
+    scores = score(model, planned, asked.chosen_criterion, batches, seed=asked.seed)
     values: dict[str, tuple[float, ...]] = {}
     for one, ranked in zip(planned, scores, strict=True):
         kept = one.weight.detach().clone()

@@ -12,7 +12,7 @@ from lmcompress.pruning.unstructured.planning import Planned
 
 
 class SparsityState(nn.Module):
-    """What a checkpoint needs to go on: masks, what is behind them, scores, thresholds, and how far the schedule is."""
+    """Masks, the weights behind them, scores, thresholds, and how far the schedule is."""
 
     thresholds: Tensor
     done: Tensor
@@ -33,11 +33,11 @@ class SparsityState(nn.Module):
                 self.register_buffer(f"kept_{number}", mask.clone())
             if config.removed_is_trained:
                 self.register_buffer(f"hidden_{number}", weight.clone())
-            if config.criterion == "movement":
+            if config.chosen_criterion.in_training:
                 self.register_buffer(f"scores_{number}", torch.zeros_like(weight, dtype=torch.float32))
 
     def masks(self) -> list[Tensor]:
-        """Bool as the weights are stored, False where one is gone."""
+        """Bool as the weights are stored, False where one is pruned."""
         return self._all("mask")
 
     def kept(self) -> list[Tensor]:

@@ -7,17 +7,16 @@ tokenizer, and the model gives it the same answer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
-from typing import cast
+from collections.abc import Collection, Iterable, Mapping
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.vocabulary.report import REASONS, Reason, VocabularyReport
-from lmcompress.pruning.vocabulary.staying import asked_for, choose, special_ids
-from lmcompress.pruning.vocabulary.tables import shrink, tables_of
+from lmcompress.pruning.vocabulary.staying import asked_for, special_ids, staying
+from lmcompress.pruning.vocabulary.tables import Tables, shrink, tables_of
 from lmcompress.pruning.vocabulary.tokenizers import (
-    Merges,
+    Vocabulary,
     alphabet_of,
     checked_texts,
     compare,
@@ -43,7 +42,8 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Co
         Count by token, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``).
 
     Raises:
-        LmcompressError: the tokenizer is a slow one, or ``texts`` is one string or holds something else than strings.
+        LmcompressError: If the tokenizer is a slow one, or ``texts`` is one string or holds something else than
+            strings.
     """
     texts = checked_texts(texts)
     names = {number: token for token, number in fast_backend(tokenizer).get_vocab(with_added_tokens=True).items()}
@@ -92,10 +92,10 @@ def prune_vocabulary(
         The new tokenizer and the report.
 
     Raises:
-        LmcompressError: the tokenizer is slow or of another kind; model and tokenizer do not belong together; the
-            embeddings are quantized or packed; the corpus is empty; a token of ``keep`` is not there; nothing would
-            stay, or nothing would go.
-        EquivalenceError: a text would be cut into other pieces although all its tokens stay; nothing was changed.
+        LmcompressError: If the tokenizer is slow or of another kind, model and tokenizer do not belong together, the
+            embeddings are quantized or packed, the corpus is empty, a token of ``keep`` is not there, or nothing would
+            stay or be pruned.
+        EquivalenceError: If a text would be cut into other pieces although all its tokens stay; nothing was changed.
         UnknownFamilyError: :mod:`lmcompress.families` does not describe the model.
 
     Note:
@@ -119,21 +119,57 @@ def prune_vocabulary(
             "give the texts that the model is to read"
         )
 
-    reasons: dict[str, Reason] = {vocabulary.names[number]: "special" for number in sorted(special)}
-    for reason, tokens in (
-        ("added", vocabulary.added),
-        ("asked for", asked_for(keep, vocabulary)),
-        ("alphabet", alphabet_of(vocabulary, keep_characters)),
-        ("unknown words", unknown_words(vocabulary, backend, texts, counts)),
-    ):
-        for token in tokens:
-            reasons.setdefault(token, cast(Reason, reason))
-    merges = Merges(vocabulary)
-    for token in list(reasons):
-        for part in merges.take(token):
-            reasons.setdefault(part, "merges")
-    choose(reasons, merges, vocabulary, counts, min_count, max_size)
+    reasons, merges = staying(
+        vocabulary,
+        counts,
+        (
+            ("special", [vocabulary.names[number] for number in sorted(special)]),
+            ("added", vocabulary.added),
+            ("asked for", asked_for(keep, vocabulary)),
+            ("alphabet", alphabet_of(vocabulary, keep_characters)),
+            ("unknown words", unknown_words(vocabulary, backend, texts, counts)),
+        ),
+        min_count,
+        max_size,
+    )
+    rows = tables.embedding.num_embeddings
+    new_ids = _renumbered(tables, vocabulary, reasons, min_count)
+    order = list(new_ids)
+    pruned = rebuilt(tokenizer, vocabulary, new_ids, merges.used)
+    compared = compare(backend, plain_backend(pruned), texts, new_ids, vocabulary.unknown)
+    bytes_saved = shrink(model, tables, order, new_ids)
+    names = [vocabulary.names[old] for old in order]
+    kept = {reason: tuple(name for name in names if reasons[name] == reason) for reason in REASONS}
+    report = VocabularyReport(
+        rows_before=rows,
+        rows_after=len(order),
+        merges_before=len(merges.ranks),
+        merges_after=len(merges.used),
+        bytes_saved=bytes_saved,
+        coverage=sum(count for number, count in counts.items() if number in new_ids) / counts.total(),
+        tokens_before=counts.total(),
+        tokens_after=compared.tokens,
+        unknown_before=counts[vocabulary.unknown] if vocabulary.unknown is not None else 0,
+        unknown_after=compared.unknown,
+        texts=len(texts),
+        texts_changed=compared.changed,
+        kept={reason: tokens for reason, tokens in kept.items() if tokens},
+        old_ids=tuple(order),
+    )
+    return pruned, report
 
+
+def _check_numbers(min_count: int, max_size: int | None) -> None:
+    if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
+        raise LmcompressError(f"min_count must be a whole number from 1, got {min_count!r}")
+    if max_size is not None and (not isinstance(max_size, int) or isinstance(max_size, bool) or max_size < 1):
+        raise LmcompressError(f"max_size must be a whole number of rows from 1, or None, got {max_size!r}")
+
+
+def _renumbered(
+    tables: Tables, vocabulary: Vocabulary, reasons: Mapping[str, Reason], min_count: int
+) -> dict[int, int]:
+    """The new id of each token that stays by its old one, in the order of the new ones."""
     rows = tables.embedding.num_embeddings
     if len(reasons) == rows:
         raise LmcompressError(
@@ -147,35 +183,4 @@ def prune_vocabulary(
             f"the padding token must keep its id {tables.padding}, from which this model counts positions, and "
             f"only {len(order)} tokens stay: raise max_size or lower min_count until more than that do"
         )
-    pruned = rebuilt(tokenizer, vocabulary, new_ids, merges.used)
-    compared = compare(backend, plain_backend(pruned), texts, new_ids, vocabulary.unknown)
-    bytes_saved = shrink(model, tables, order, new_ids)
-
-    total = sum(counts.values())
-    kept: dict[Reason, list[str]] = {reason: [] for reason in REASONS}
-    for old in order:
-        kept[reasons[vocabulary.names[old]]].append(vocabulary.names[old])
-    report = VocabularyReport(
-        rows_before=rows,
-        rows_after=len(order),
-        merges_before=len(merges.ranks),
-        merges_after=len(merges.used),
-        bytes_saved=bytes_saved,
-        coverage=sum(count for number, count in counts.items() if number in new_ids) / total,
-        tokens_before=total,
-        tokens_after=compared.tokens,
-        unknown_before=counts[vocabulary.unknown] if vocabulary.unknown is not None else 0,
-        unknown_after=compared.unknown,
-        texts=len(texts),
-        texts_changed=compared.changed,
-        kept={reason: tuple(tokens) for reason, tokens in kept.items() if tokens},
-        old_ids=tuple(order),
-    )
-    return pruned, report
-
-
-def _check_numbers(min_count: int, max_size: int | None) -> None:
-    if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
-        raise LmcompressError(f"min_count must be a whole number from 1, got {min_count!r}")
-    if max_size is not None and (not isinstance(max_size, int) or isinstance(max_size, bool) or max_size < 1):
-        raise LmcompressError(f"max_size must be a whole number of rows from 1, or None, got {max_size!r}")
+    return new_ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -69,6 +69,15 @@ def special_ids(
 
 
 def asked_for(keep: Collection[str], vocabulary: Vocabulary) -> list[str]:
+    """The tokens that are asked for by name, in the order of their ids.
+
+    Args:
+        keep: tokens in the tokenizer's spelling.
+        vocabulary: of the tokenizer.
+
+    Raises:
+        LmcompressError: If ``keep`` is one string, or names what is no token.
+    """
     if isinstance(keep, str):
         raise LmcompressError(f"keep must be several tokens, got the one string {keep!r}; put it into a list")
     for token in keep:
@@ -84,7 +93,38 @@ def asked_for(keep: Collection[str], vocabulary: Vocabulary) -> list[str]:
     return sorted(keep, key=vocabulary.ids.__getitem__)
 
 
-def choose(
+def staying(
+    vocabulary: Vocabulary,
+    counts: Counter[int],
+    always: Iterable[tuple[Reason, Iterable[str]]],
+    min_count: int,
+    max_size: int | None,
+) -> tuple[dict[str, Reason], Merges]:
+    """The tokens that stay, with the first reason of each, and the merges by which they are made.
+
+    Args:
+        vocabulary: of the tokenizer.
+        counts: of the corpus, by id.
+        always: tokens that stay whatever the counts, by reason.
+        min_count: a token of the corpus stays if it occurs so often.
+        max_size: the most tokens that may stay.
+
+    Raises:
+        LmcompressError: If more than ``max_size`` tokens stay in any case, or none of the corpus would.
+    """
+    reasons: dict[str, Reason] = {}
+    for reason, tokens in always:
+        for token in tokens:
+            reasons.setdefault(token, reason)
+    merges = Merges(vocabulary)
+    for token in list(reasons):
+        for part in merges.take(token):
+            reasons.setdefault(part, "merges")
+    _choose(reasons, merges, vocabulary, counts, min_count, max_size)
+    return reasons, merges
+
+
+def _choose(
     reasons: dict[str, Reason],
     merges: Merges,
     vocabulary: Vocabulary,
@@ -97,8 +137,8 @@ def choose(
         groups = Counter(reasons.values())
         listed = ", ".join(f"{groups[reason]} {reason}" for reason in REASONS if groups[reason])
         raise LmcompressError(
-            f"max_size must be at least {len(reasons)}, for so many tokens stay in any case ({listed}); got {max_size}"
-            + ("" if vocabulary.is_bpe else ". keep_characters=False lets go of the alphabet")
+            f"max_size must be at least {len(reasons)}, the number of tokens that stay in any case ({listed}); got "
+            f"{max_size}" + ("" if vocabulary.is_bpe else ". keep_characters=False lets go of the alphabet")
         )
     special = {vocabulary.ids[token] for token, reason in reasons.items() if reason == "special"}
     frequent = [number for number, count in counts.items() if count >= min_count and number not in special]

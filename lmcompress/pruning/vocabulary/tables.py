@@ -25,6 +25,14 @@ class Tables:
 
 
 def tables_of(model: PreTrainedModel) -> Tables:
+    """The tables of a model.
+
+    Args:
+        model: of a known family, with or without a head over the vocabulary.
+
+    Raises:
+        LmcompressError: If a table is quantized, packed or parametrized, or the config says another number of rows.
+    """
     if not isinstance(model, PreTrainedModel):
         raise LmcompressError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}; "
@@ -71,12 +79,22 @@ def _counts_positions(anatomy: Anatomy) -> bool:
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
+    """The model's config, and its generation config if it has one.
+
+    Args:
+        model: of any kind.
+    """
     # only models that generate have a generation config
     generation = getattr(model, "generation_config", None)
     return [model.config] if generation is None else [model.config, generation]
 
 
 def is_token_id(field: str) -> bool:
+    """Whether a field of a config names a token by its id.
+
+    Args:
+        field: its name.
+    """
     return field.endswith("_token_id") and not field.startswith("_")
 
 
@@ -114,7 +132,7 @@ def shrink(model: PreTrainedModel, tables: Tables, order: Sequence[int], new_ids
 def _renumber_config(config: Any, new_ids: Mapping[int, int]) -> None:
     """Renumber the fields of a model's or a generation config that name tokens.
 
-    Ids that are of no row stay as they are. What a generation config says about tokens that have gone goes with them:
+    Ids that are of no row stay as they are. What a generation config says about tokens that are pruned goes with them:
     they can no longer be generated.
     """
     for name, value in list(vars(config).items()):

@@ -59,7 +59,7 @@ class Merges:
     BPE merges, of the pairs of neighbours in a word, the one of the lowest rank, and again. Between the ends of a token
     that comes out of it nothing else was merged than if the token were a word of its own, so the way to it is found
     without the corpus. If all merges that a word uses stay, in their order, each is still the lowest when its turn
-    comes: the word is cut as before whatever other merges have gone.
+    comes: the word is cut as before whatever other merges are pruned.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:

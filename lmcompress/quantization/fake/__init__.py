@@ -12,8 +12,8 @@ What is learned on top, γ, clips and steps, belongs to no module of the model: 
 a learning rate of its own.
 """
 
-from lmcompress.quantization.fake.activation import FakeActivation
+from lmcompress.quantization.fake.activation import FakeActivation, calibrating
 from lmcompress.quantization.fake.model import FakeQuantized
 from lmcompress.quantization.fake.weight import FakeWeight
 
-__all__ = ["FakeActivation", "FakeQuantized", "FakeWeight"]
+__all__ = ["FakeActivation", "FakeQuantized", "FakeWeight", "calibrating"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -261,13 +262,43 @@ class FakeActivation(nn.Module):
                 self.step.copy_(seen.step / seen.count)
 
 
+@contextmanager
+def calibrating(activations: Sequence[FakeActivation]) -> Iterator[Callable[[Tensor | None], None]]:
+    """Calibrate activations while the block runs; their ranges are taken over at its end, or left if it fails.
+
+    Args:
+        activations: those whose range is not dynamic.
+
+    Yields:
+        What takes the mask of the next batch, ``(batch, length)``, or None.
+
+    Raises:
+        LmcompressError: If one of them saw nothing, or nothing but zeros.
+    """
+
+    def look_through(mask: Tensor | None) -> None:
+        for activation in activations:
+            activation.look_through(mask)
+
+    complete = False
+    for activation in activations:
+        activation.watch()
+    try:
+        yield look_through
+        complete = True
+    finally:
+        for activation in activations:
+            activation.freeze(discard=not complete)
+
+
 class AttentionFakes:
-    """What one module of attention quantizes with."""
+    """The activations that one module of attention quantizes."""
 
     def __init__(self, roles: Mapping[Role, FakeActivation]) -> None:
         self.roles = dict(roles)
 
     def active(self) -> bool:
+        """Whether any of them quantizes or calibrates now."""
         return any(activation.active() for activation in self.roles.values())
 
     def __call__(self, role: Role, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.encoding import Packable
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of, is_conv1d
@@ -18,7 +19,7 @@ from lmcompress.nn.quantized_attention import ROLES, Role, attach, release_atten
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.quantizers import Quantized, quantizer_for
 from lmcompress.quantization.config import ActivationScheme
-from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation
+from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation, calibrating
 from lmcompress.quantization.fake.weight import Faked, FakeWeight, fake_quantize_module, release_module
 from lmcompress.quantization.packing import AttentionRanges, FixedActivation, pack
 from lmcompress.quantization.planning import Plan, Planned, reads_alike, stored_weight
@@ -125,26 +126,18 @@ class FakeQuantized:
         waiting = [a for a in self.activations.values() if a.scheme.range != "dynamic"]
         if not waiting:
             return
-        training, complete = self.model.training, False
-        self.model.eval()
-        for activation in self.activations.values():
-            activation.watch()
-        try:
-            enabled = [activation for activation in self.activations.values() if activation.enabled]
-            for activation in enabled:
-                activation.enabled = False
-            for batch in batches:
-                inputs = {key: _moved(value, self.model.device) for key, value in batch.items() if key != "labels"}
-                for activation in waiting:
-                    activation.look_through(inputs.get("attention_mask"))
-                self.model(**inputs)
-            complete = True
-        finally:
-            for activation in enabled:
-                activation.enabled = True
-            self.model.train(training)
-            for activation in waiting:
-                activation.freeze(discard=not complete)
+        enabled = [activation for activation in self.activations.values() if activation.enabled]
+        with evaluating(self.model), calibrating(waiting) as look_through:
+            try:
+                for activation in enabled:
+                    activation.enabled = False
+                for batch in batches:
+                    inputs = {key: _moved(value, self.model.device) for key, value in batch.items() if key != "labels"}
+                    look_through(inputs.get("attention_mask"))
+                    self.model(**inputs)
+            finally:
+                for activation in enabled:
+                    activation.enabled = True
 
     def set_enabled(self, enabled: bool, what: Literal["weights", "activations"] | None = None) -> None:
         """Switch quantization on or off; off, the model computes what it did, bit-exactly.
@@ -203,11 +196,9 @@ class FakeQuantized:
         Raises:
             LmcompressError: If a path is not quantized, its quantizer takes no curvature, or the shape is another.
         """
-        for path in curvature:
-            if path not in self.weights:
-                raise LmcompressError(f"no quantized matrix has the path {path!r}{nearest(path, self.weights)}")
+        stored = {path: self.parameter(path) for path in curvature}
         for path, values in curvature.items():
-            self.weights[path].set_curvature(values, self._stored(path))
+            self.weights[path].set_curvature(values, stored[path])
 
     def parameter(self, path: str) -> nn.Parameter:
         """The full-precision weight behind a path, which training changes.

@@ -202,6 +202,7 @@ class Faked(Derived):
 
     @property
     def weight(self) -> Tensor:
+        """The quantized values, with a gradient to the parameter; the parameter itself where quantization is off."""
         module = cast(nn.Module, self)
         stored = module._parameters["weight"]
         assert stored is not None
@@ -213,9 +214,17 @@ class Faked(Derived):
 
 
 class FakedEmbedding(Faked):
-    """The same for embeddings, which need few of their rows."""
+    """The same for embeddings, of which a batch needs few rows."""
 
     def forward(self, ids: Tensor) -> Tensor:
+        """The embeddings of tokens.
+
+        Args:
+            ids: any shape, integers.
+
+        Returns:
+            ``(*ids.shape, width)``.
+        """
         embedding = cast(nn.Embedding, self)
         plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
         stored, fake = embedding._parameters["weight"], embedding.__dict__[_FAKE]

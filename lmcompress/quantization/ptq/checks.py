@@ -36,7 +36,15 @@ def check_post_training(model: PreTrainedModel, planned: Plan, method: Method) -
     _refuse_idle(model, planned, method)
 
 
-def _refuse_quantized(model: PreTrainedModel) -> None:
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Refuse a model that is quantized already.
+
+    Args:
+        model: any.
+
+    Raises:
+        LmcompressError: If it is packed, or another library has quantized it.
+    """
     if any(isinstance(module, Packed) for module in model.modules()):
         raise LmcompressError(
             "the model must be dense to be quantized, it is packed already: quantize the model that "
@@ -50,12 +58,12 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _refuse_learned(planned: Plan) -> None:
-    fit = " or ".join(name for name, quantizer in QUANTIZERS.items() if not quantizer.learned)
+    fit = ", ".join(name for name, quantizer in QUANTIZERS.items() if not quantizer.learned)
     for matrix in planned.matrices:
         if matrix.weights.function().learned:
             raise LmcompressError(
                 f"the quantizer of {matrix.path} must not be one that learns, got {matrix.weights.name!r}, whose "
-                f"scale is only good once it is trained: use {fit}, or train with QuantizationTrainer"
+                f"scale is only good once it is trained: use one of {fit}, or train with QuantizationTrainer"
             )
     schemes: list[tuple[str, ActivationScheme | None]] = [(m.path, m.inputs) for m in planned.matrices]
     for name, scheme in [*schemes, ("attention", planned.attention)]:

@@ -17,8 +17,8 @@ from lmcompress.model import CompressedModel
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme
 from lmcompress.quantization.fake import FakeQuantized
 from lmcompress.quantization.planning import Plan, plan
-from lmcompress.quantization.ptq.checks import Method, _refuse_quantized, check_post_training
-from lmcompress.quantization.ptq.run import _Run
+from lmcompress.quantization.ptq.checks import Method, check_post_training, refuse_quantized
+from lmcompress.quantization.ptq.run import PostTrainingRun
 from lmcompress.quantization.report import QuantizationReport
 
 POST_TRAINING = QuantizationConfig(
@@ -72,13 +72,13 @@ def quantize(
     inner = model.model if isinstance(model, CompressedModel) else model
     if method not in get_args(Method):
         raise LmcompressError(f"unknown method {method!r}{nearest(method, get_args(Method))}")
-    _refuse_quantized(inner)
+    refuse_quantized(inner)
     planned = plan(inner, config)
     check_post_training(inner, planned, method)
     data = _data(inner, planned, batches, method)
     before = weight_bytes(inner).total
     fake = FakeQuantized(inner, planned)
-    run = _Run(inner, fake, data, method, damping, order)
+    run = PostTrainingRun(inner, fake, data, method, damping, order)
     try:
         fake.set_enabled(False)
         with evaluating(inner):

@@ -17,7 +17,7 @@ from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.nn.quantized_attention import ROLES
 from lmcompress.numerics.errors import relative_error
-from lmcompress.quantization.fake import FakeActivation, FakeQuantized
+from lmcompress.quantization.fake import FakeActivation, FakeQuantized, calibrating
 from lmcompress.quantization.planning import Planned
 from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 from lmcompress.quantization.ptq.checks import Method
@@ -26,17 +26,28 @@ from lmcompress.quantization.report import QuantizedMatrix, matrix_row
 
 _STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("ffn_out",))
 
-
 Look = Callable[[Mapping[nn.Module, Take], "Callable[[Tensor], None] | None"], None]
 
 
 class InputMoments:
-    """Sums over the inputs of a module."""
+    """Sums over the inputs of a module.
+
+    Attributes:
+        hessian: ``(in, in)``, Σ x xᵀ.
+        sizes: ``(in,)``, Σ abs(x).
+        count: tokens seen.
+    """
 
     def __init__(self) -> None:
         self.hessian, self.sizes, self.count = torch.zeros(0), torch.zeros(0), 0
 
     def take(self, x: Tensor, mask: Tensor) -> None:
+        """Add the inputs of one batch.
+
+        Args:
+            x: ``(rows, length, in)``, or ``(rows, in)``.
+            mask: ``(rows, length)`` bool, true for tokens that are no padding.
+        """
         rows = without_padding(x, mask).float()
         if not len(rows):
             return
@@ -47,8 +58,22 @@ class InputMoments:
         self.count += len(rows)
 
 
-class _Run:
-    """One model on its way through post-training quantization."""
+class PostTrainingRun:
+    """Post-training quantization of one model, block by block.
+
+    Args:
+        model: in evaluation mode.
+        fake: its quantizers, all disabled; they are enabled as codes and ranges are found.
+        data: of :func:`~lmcompress.activations.walking.calibration_batches`, or None.
+        method: how matrices are rounded.
+        damping: of ``gptq``.
+        order: of ``gptq``.
+
+    Attributes:
+        rows: what became of each matrix, by path.
+        hidden_error: of the last block's output on the data; None without data.
+        tokens: of the data, padding left out.
+    """
 
     def __init__(
         self,
@@ -77,7 +102,11 @@ class _Run:
             parameter.data = values
 
     def all(self, progress: bool) -> None:
-        """Fix the codes of every matrix, and every range."""
+        """Find the codes of every matrix, and every range.
+
+        Args:
+            progress: shows a bar, on a terminal.
+        """
         matrices = self._fake.plan.matrices
         walk = self._walk
         dense = [] if walk is None else walk.last_hidden()
@@ -139,16 +168,8 @@ class _Run:
         """Fix ranges that are static, and quantize these activations from now on."""
         waiting = [activation for activation in activations if activation.scheme.range != "dynamic"]
         if waiting:
-            for activation in waiting:
-                activation.watch()
-
-            def masked(mask: Tensor) -> None:
-                for activation in waiting:
-                    activation.look_through(mask)
-
-            look({module: _ignore for module in readers}, masked)
-            for activation in waiting:
-                activation.freeze()
+            with calibrating(waiting) as look_through:
+                look({module: _ignore for module in readers}, look_through)
         for activation in activations:
             activation.enabled = True
 

@@ -22,8 +22,8 @@ from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
 from lmcompress.pruning.structured.goals import feasible
 from lmcompress.pruning.structured.latency import LatencyTable, measure_latency
-from lmcompress.pruning.structured.method import StructuredPruning, prune
-from lmcompress.pruning.structured.method import plan as schedule_events
+from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.post_training import prune
 from lmcompress.pruning.structured.report import PruningReport
 from lmcompress.pruning.structured.stock import stock_verdict
 from lmcompress.pruning.structured.surgery import cut
@@ -183,7 +183,7 @@ def plan_pruning(
     """
     config = spec.config(materials.recipe.seed)
     if steps:
-        schedule_events(config, steps)
+        config.schedule.events(steps)
     _check_labels(config, materials)
     sizes = ModelSizes.of(model)
     if not config.target.kind.startswith("latency"):
@@ -236,7 +236,7 @@ def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any
     Returns:
         Batches on the CPU; none where nothing looks at data.
     """
-    if not config.chosen_criterion.needs_data and config.repair == "none":
+    if not config.needs_data:
         return []
     return drawn_batches(materials, config.calibration_rows, config.calibration_batch_size, config.seed)
 
@@ -312,17 +312,13 @@ def _obstacle(config: PruningConfig, expected: Structure, model: PreTrainedModel
 
 
 def _check_labels(config: PruningConfig, materials: Materials) -> None:
-    schedule = config.schedule.kind
-    if schedule not in ("one_shot", "iterative", "gradual") or materials.task.kind is TaskKind.CAUSAL_LM:
-        return
-    criterion = config.chosen_criterion
-    if not criterion.by_gradients or config.labels == "self" or config.scores == "training":
+    if not config.needs_labels or materials.task.kind is TaskKind.CAUSAL_LM:
         return
     column = materials.task.label_column
     if column not in materials.data.train.column_names:
         raise LmcompressError(
-            f"the criterion {criterion.name} needs labels, and the training rows of {materials.task.name} have none; "
-            "set labels: self, or choose a criterion without gradients (l1, wanda, activation_entropy)"
+            f"the criterion {config.criterion_name} needs labels, and the training rows of {materials.task.name} have "
+            "none; set labels: self, or choose a criterion without gradients (l1, wanda, activation_entropy)"
         )
 
 

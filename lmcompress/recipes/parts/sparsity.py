@@ -11,7 +11,6 @@ from lmcompress.activations.gradients import MAX_CLASSES
 from lmcompress.data import Task, TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.unstructured import Sparsity, SparsityConfig, SparsityReport, prune_weights
-from lmcompress.pruning.unstructured.method import sparsity_events
 from lmcompress.pruning.unstructured.planning import plan as plan_sparsity
 from lmcompress.recipes.materials import drawn_batches
 from lmcompress.recipes.parts.base import Planning, Running, StagePart, needs_training, seeded
@@ -45,8 +44,8 @@ class SparsityPart(StagePart[SparsityConfig]):
     def plan(self, spec: SparsityConfig, work: Planning) -> None:
         plan_sparsity(work.model, spec)
         if work.stage.trains:
-            sparsity_events(spec, work.steps)
-        if spec.criterion == "obd":
+            spec.events(work.steps)
+        if spec.chosen_criterion.needs == "classes":
             check_classes(work.materials.task)
 
     def method(self, spec: SparsityConfig, work: Running) -> Sparsity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 from lmcompress import CompressedModel, LmcompressError, anatomy_of
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import weight_view
+from lmcompress.method import Step
 from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes, ParameterCost, secant_costs
 from lmcompress.pruning.structured.goals import (
@@ -28,8 +30,10 @@ from lmcompress.pruning.structured.goals import (
 from lmcompress.pruning.structured.groups import shrink_, silence_, unit_norms, unit_views
 from lmcompress.pruning.structured.latency import LatencyTable
 from lmcompress.pruning.structured.learned import expected_cost
-from lmcompress.pruning.structured.method import StructuredPruning, _without_dead, plan, prune
+from lmcompress.pruning.structured.method import StructuredPruning
 from lmcompress.pruning.structured.order import RANKINGS
+from lmcompress.pruning.structured.post_training import prune
+from lmcompress.pruning.structured.schedules.group_lasso import without_dead
 from lmcompress.pruning.structured.surgery import cut
 from lmcompress.pruning.structured.targets import Shape, Target
 from lmcompress.pruning.structured.units import Units, full, masked_structure
@@ -312,7 +316,6 @@ def test_the_shape_is_known_before_training():
 
 
 def test_plans_end_at_the_target_and_in_order():
-    target = Target(sparsity=0.5)
     for schedule in (
         OneShot(begin=0.2),
         Iterative(rounds=5),
@@ -320,23 +323,22 @@ def test_plans_end_at_the_target_and_in_order():
         HardThresholding(cycles=3),
         HardConcrete(),
     ):
-        events = plan(PruningConfig(target=target, schedule=schedule), 100)
+        events = schedule.events(100)
         assert [event.final for event in events] == [False] * (len(events) - 1) + [True]
         assert events[-1].share == 1.0
         steps = [event.step for event in events]
         assert steps == sorted(steps)
         shares = [event.share for event in events if event.share is not None]
         assert shares == sorted(shares)
-    events = plan(PruningConfig(target=target, schedule=HardThresholding(begin=0.1, end=0.7, cycles=3)), 100)
+    events = HardThresholding(begin=0.1, end=0.7, cycles=3).events(100)
     assert [event.share for event in events] == [1.0, None] * 3 + [1.0]
 
 
 def test_a_run_too_short_for_its_schedule_is_refused():
-    target = Target(sparsity=0.5)
     with pytest.raises(LmcompressError, match="8 rounds need at least 7 optimizer steps"):
-        plan(PruningConfig(target=target, schedule=Iterative()), 6)
+        Iterative().events(6)
     with pytest.raises(LmcompressError, match="hard_concrete must have optimizer steps between begin and end, got 0"):
-        plan(PruningConfig(target=target, schedule=HardConcrete(begin=0.5, end=0.5)), 10)
+        HardConcrete(begin=0.5, end=0.5).events(10)
 
 
 # coupled groups
@@ -450,22 +452,29 @@ def test_dead_groups_go_too_but_not_below_what_must_stay():
     mask = Units(neurons=(torch.tensor([True, True, True, False]),) * 2)
     alive = Units(neurons=(torch.tensor([True, True, False, True]), torch.tensor([True, False, False, True])))
     config = PruningConfig(target=Target(sparsity=0.5), schedule=GroupLasso(), keep_at_least={"neurons": 2})
-    first, second = _without_dead(mask, alive, config).neurons
+    first, second = without_dead(mask, alive, config).neurons
     assert first.tolist() == [True, True, False, False] and torch.equal(second, mask.neurons[1])
 
 
-@pytest.mark.parametrize(("criterion", "power"), [("taylor_gates", 1), ("fisher", 2)])
-def test_running_scores_are_without_the_scale_of_float16_and_without_steps_that_overflow(criterion, power):
+@pytest.mark.parametrize("criterion", ["taylor_gates", "fisher"])
+def test_running_scores_are_without_the_scale_of_float16_and_without_steps_that_overflow(criterion):
     config = PruningConfig(
         target=Target(sparsity=0.5), schedule=Iterative(begin=0.5), criterion=criterion, scores="training"
     )
     method = StructuredPruning(config)
-    method.attach(make("bert"), torch.device("cpu"))
+    model = make("bert")
+    method.attach(model, torch.device("cpu"))
     scaler = SimpleNamespace(get_scale=lambda: 1024.0)
     accelerator = SimpleNamespace(scaler=scaler)
-    method._trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(world_size=1))
-    method._fresh = torch.full_like(method._state.scores, 1024.0**power * 3)
-    method.before_optimizer_step()
-    method._fresh = torch.full_like(method._state.scores, float("inf"))
-    method.before_optimizer_step()
-    assert torch.equal(method._state.scores, torch.full_like(method._state.scores, 3.0))
+    method.run.trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(world_size=1))
+    batch = model_inputs(model)
+    step = Step(model, batch, batch, 0.0)
+    scores = []
+    for scale in (1.0, 1024.0, float("inf")):
+        scaler.get_scale = partial(float, scale)
+        method.before_forward(step)
+        (model(**batch).logits.square().sum() * scale).backward()
+        method.before_optimizer_step()
+        scores.append(method.run.state.scores.clone())
+    torch.testing.assert_close(scores[1], scores[0] * (1 + config.score_memory), rtol=1e-4, atol=1e-7)
+    assert scores[0].any() and torch.equal(scores[2], scores[1])

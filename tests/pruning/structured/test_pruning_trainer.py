@@ -16,7 +16,9 @@ from lmcompress.model import outputs_of
 from lmcompress.pruning.structured import method as method_module
 from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.groups import unit_norms
+from lmcompress.pruning.structured.masks import survivors
 from lmcompress.pruning.structured.method import StructuredPruning
+from lmcompress.pruning.structured.scoring import score
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.schedules import Gradual, HardThresholding, Iterative, OneShot
 from lmcompress.trainers import CompressionTrainer, PruningTrainer
@@ -172,14 +174,14 @@ def test_schedules_advance_by_optimizer_steps_and_noise_by_micro_batches(tmp_pat
         changes=dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4),
     )
     seen: list[tuple[int, int, Tensor]] = []
-    original = trainer.pruning._noise
+    original = trainer.pruning.strategy.noise
 
     def noise():
         drawn = original()
-        seen.append((trainer.pruning._step, trainer.pruning._micro, drawn))
+        seen.append((trainer.pruning.run.step, trainer.pruning.run.micro, drawn))
         return drawn
 
-    trainer.pruning._noise = noise
+    trainer.pruning.strategy.noise = noise
     trainer.train()
     # the phase ends after 0.7 of 4 steps
     assert [(step, micro) for step, micro, _ in seen] == [(s, m) for s in range(3) for m in range(4)]
@@ -203,7 +205,7 @@ def test_what_is_gone_stays_at_zero_under_momentum_and_weight_decay(tmp_path, co
     trainer = trainer_of(tmp_path, config, changes=dict(learning_rate=0.01))
     trainer.train()
     state = trainer.pruning.modules()["state"]
-    mask = trainer.pruning._mask()
+    mask = trainer.pruning.run.mask()
     parts = [part for part in ("heads", "neurons") if part in config.parts]
     norms = unit_norms(trainer.student, parts)
     gone = 0
@@ -384,14 +386,14 @@ def test_a_projection_of_a_nearest_match_begins_as_the_identity(tmp_path):
 @pytest.mark.parametrize("name", ["hard_concrete", "movement", "iterative-running"])
 def test_gate_arithmetic_is_float32_under_bf16(tmp_path, name):
     trainer = trainer_of(tmp_path, SCHEDULES[name], changes=dict(bf16=True))
-    original = trainer.pruning.gates.set
+    original = trainer.pruning.run.gates.set
     dtypes = set()
 
     def watch(values):
         dtypes.update(tensor.dtype for _, _, tensor in values.items())
         original(values)
 
-    trainer.pruning.gates.set = watch
+    trainer.pruning.run.gates.set = watch
     trainer.train()
     assert dtypes == {torch.float32}
     trainer.finish()
@@ -494,8 +496,8 @@ def test_running_scores_are_those_of_the_gradients_at_a_standstill(tmp_path, cri
     trainer.train()
     running = trainer.pruning.modules()["state"].scores
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    scores = method_module.score(make("bert", seed=1), criterion, parts, [batch])
-    expected = trainer.pruning._layout.join(scores)
+    scores = score(make("bert", seed=1), criterion, parts, [batch])
+    expected = trainer.pruning.run.layout.join(scores)
     ratio = running / expected
     torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.median())), rtol=1e-3, atol=0)
 
@@ -557,10 +559,10 @@ def test_what_a_collator_draws_for_calibration_does_not_depend_on_when(tmp_path)
     found = []
     for seed in (1, 2):
         trainer = trainer_of(tmp_path, PruningConfig(target=HALF), data_collator=noisy)
-        trainer.pruning._given = None
+        trainer.pruning.run.calibration_data = None
         torch.manual_seed(seed)
         before = torch.random.get_rng_state()
-        found.append(trainer.pruning._calibration()[0]["input_ids"])
+        found.append(trainer.pruning.run.calibration()[0]["input_ids"])
         assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(*found)
 
@@ -570,12 +572,14 @@ def test_what_a_collator_draws_for_calibration_does_not_depend_on_when(tmp_path)
 def test_the_blocks_that_are_open_are_those_of_the_whole_mask(tmp_path, name, drawn):
     parts = ("heads", "neurons", "attention", "ffn", "layers")
     method = trainer_of(tmp_path, SCHEDULES[name].model_copy(update={"parts": parts})).pruning
-    method._events = method_module.plan(method.config, STEPS)
-    method._first, method._step, method._learning = 0, STEPS, True
+    run, strategy = method.run, method.strategy
+    run.first, run.step, run.last = 0, STEPS, STEPS
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        method._state.learned.copy_(torch.randn(method._layout.size, generator=generator) + drawn)
-    assert method._survivors(method._open_blocks()) == method._survivors(method._closed())
+        run.state.learned.copy_(torch.randn(run.layout.size, generator=generator) + drawn)
+    assert strategy.learning
+    of_blocks, of_all = (survivors(mask, run.sizes.structure) for mask in (strategy.open_blocks(), strategy.mask()))
+    assert of_blocks == of_all
 
 
 def test_gates_are_set_once_for_a_whole_evaluation(tmp_path, monkeypatch):
@@ -583,9 +587,8 @@ def test_gates_are_set_once_for_a_whole_evaluation(tmp_path, monkeypatch):
         tmp_path, SCHEDULES["movement"], eval_dataset=ragged_rows(), changes={"per_device_eval_batch_size": 4}
     )
     method = trainer.pruning
-    method._events = method_module.plan(method.config, STEPS)
-    method._first, method._learning = 0, True
+    method.run.first, method.run.last = 0, STEPS
     calls = []
-    monkeypatch.setattr(method.gates, "set", lambda values: calls.append(values))
+    monkeypatch.setattr(method.run.gates, "set", lambda values: calls.append(values))
     trainer.evaluate()
     assert len(calls) == 1

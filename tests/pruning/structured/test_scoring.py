@@ -436,7 +436,7 @@ def test_unknown_names_are_refused():
 
 
 def test_a_criterion_that_does_not_fit_a_part_is_refused():
-    with pytest.raises(LmcompressError, match="apoz must be asked about neurons, got heads; criteria for heads are l1"):
+    with pytest.raises(LmcompressError, match="apoz scores neurons, got heads; criteria for heads are l1"):
         score(make("bert"), "apoz", ["heads"], [])
 
 

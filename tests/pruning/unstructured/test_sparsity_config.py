@@ -16,14 +16,14 @@ from lmcompress.pruning.unstructured import (
 )
 
 REFUSED = {
-    "nothing": ({}, "must say how much is to go, got none"),
+    "nothing": ({}, "must say how much is to be pruned, got none"),
     "all": ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
     "less": ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
     "nan": ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\), got nan"),
     "both": ({"sparsity": 0.5, "quality": 1.0}, "either sparsity or quality"),
     "rule-all": ({"rules": [{"modules": "a", "sparsity": 1}]}, r"sparsity must be in \[0, 1\)"),
     "rule-both": ({"rules": [{"modules": "a", "sparsity": 0.5, "quality": 1}]}, "got both for 'a'"),
-    "criterion": ({"sparsity": 0.5, "criterion": "magnitud"}, "unknown criterion 'magnitud'; known are fisher"),
+    "criterion": ({"sparsity": 0.5, "criterion": "magnitud"}, "'magnitud'; did you mean 'magnitude'.*module:attribute"),
     "n-of-m": ({"sparsity": 0.5, "pattern": NOfM()}, "the pattern 2:4 says how many weights stay"),
     "quality-criterion": ({"quality": 1.0, "criterion": "obd"}, "quality is a threshold of single magnitudes"),
     "quality-blocks": ({"quality": 1.0, "pattern": Blocks()}, "quality is a threshold of single magnitudes"),
@@ -31,11 +31,11 @@ REFUSED = {
     "quality-negative": ({"quality": -1.0}, "quality must be > 0 but with the schedule surgery, got -1.0"),
     "surgery-criterion": ({"sparsity": 0.5, "schedule": Surgery(), "criterion": "obd"}, "surgery goes by magnitude"),
     "surgery-pattern": ({"pattern": NOfM(), "schedule": Surgery()}, "surgery looks at single weights"),
-    "surgery-frozen": ({"sparsity": 0.5, "schedule": Surgery(), "train_removed": False}, "nothing could come back"),
+    "surgery-frozen": ({"sparsity": 0.5, "schedule": Surgery(), "train_removed": False}, "could be reactivated"),
     "iht-movement": (
         {"sparsity": 0.5, "schedule": HardThresholding(), "criterion": "movement"}, "movement is a sum over all steps",
     ),
-    "iht": ({"sparsity": 0.5, "schedule": HardThresholding(), "train_removed": True}, "restarts what comes back"),
+    "iht": ({"sparsity": 0.5, "schedule": HardThresholding(), "train_removed": True}, "restarts what is reactivated"),
     "tracked": ({"sparsity": 0.5, "criterion": "taylor", "train_removed": True}, "train_removed goes with magnitude"),
     "rows": ({"pattern": NOfM(), "scope": "row"}, "scope row needs single weights"),
     "compensation": ({"sparsity": 0.5, "compensation": True, "schedule": Gradual()}, "or iterative, got gradual"),

@@ -1,0 +1,88 @@
+"""Structured pruning without training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from lmcompress.errors import LmcompressError
+from lmcompress.model import CompressedModel
+from lmcompress.pruning.structured.calibration import Batch, on_device
+from lmcompress.pruning.structured.config import PruningConfig
+from lmcompress.pruning.structured.costs import CostModel, ModelSizes
+from lmcompress.pruning.structured.finishing import Finish
+from lmcompress.pruning.structured.gates import Gates
+from lmcompress.pruning.structured.goals import choose, feasible, goal_of, partial_target
+from lmcompress.pruning.structured.report import PruningReport
+from lmcompress.pruning.structured.scoring import calibrated
+from lmcompress.pruning.structured.surgery import refuse_quantized
+from lmcompress.pruning.structured.units import Units
+from lmcompress.schedules import Iterative
+
+
+def prune(
+    model: PreTrainedModel | CompressedModel,
+    config: PruningConfig,
+    batches: Iterable[Batch] | None = None,
+    *,
+    cost: CostModel | None = None,
+    progress: bool = False,
+    before_cut: Callable[[PreTrainedModel], object] | None = None,
+) -> PruningReport:
+    """Score, choose, perhaps repair, and cut, without training: the schedules one_shot and iterative.
+
+    With ``iterative``, each round is scored with what is pruned already masked. The model is changed at the end only:
+    whatever is refused leaves it as it was, but for a repair.
+
+    Args:
+        model: cut in place.
+        config: what is pruned, and how; shares of training in its schedule do not matter here.
+        batches: calibration data, labels included where the criterion needs them; none for criteria of weights alone.
+        cost: a latency table, for a latency target.
+        progress: show a bar while scoring.
+        before_cut: called with the masked model before it is cut, for instance to keep its outputs for the round-trip
+            check of :meth:`~lmcompress.model.CompressedModel.save_pretrained`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        LmcompressError: If the schedule needs training, no shape meets the target, the model is quantized by another
+            library, the criterion is one of your own without a name, or as
+            :func:`~lmcompress.pruning.structured.scoring.score`.
+        EquivalenceError: If the cut model gives other outputs than the masked one.
+    """
+    inner = model.model if isinstance(model, CompressedModel) else model
+    if config.trains:
+        raise LmcompressError(
+            f"the schedule {config.schedule.kind} needs training: use PruningTrainer, or choose one_shot or iterative"
+        )
+    refuse_quantized(inner)
+    started = time.perf_counter()
+    data = [on_device(batch, inner.device) for batch in batches or ()]
+    sizes, end = ModelSizes.of(inner), Finish(inner, config)
+    goal = goal_of(config.target, sizes, cost)
+    feasible(config, sizes, cost)
+    mask: Units | None = None
+    rounds = config.schedule.rounds if isinstance(config.schedule, Iterative) else 1
+    with Gates(inner, config.parts) as gates:
+        for number in range(1, rounds + 1):
+            target = partial_target(config.target, number / rounds, sizes, goal)
+            if target is None:
+                continue
+            scores = calibrated(inner, config, data, progress=progress)
+            new = choose(config, scores, sizes, target, cost=cost, gone=mask)
+            if number == rounds:
+                # of the dense model: what earlier rounds pruned is compensated too
+                gates.set(new.map(lambda tensor: torch.ones(len(tensor))))
+                end.repair(new, data)
+            mask = new
+            gates.set(mask)
+        assert mask is not None
+        if before_cut is not None:
+            before_cut(inner)
+        values = mask.map(lambda tensor: tensor.float())
+        return end.cut(gates, values, mask, data, goal, time.perf_counter() - started)

@@ -48,7 +48,7 @@ def correlation_distance(
 # its name in messages, the function, and (by default) heads with one softmax
 correlation = LogitLoss("correlation", correlation_distance)
 
-TRAINING = '{max_steps: 150, learning_rate: 3.0e-3, warmup_steps: 20, save_strategy: "no"}'
+TRAINING = '{max_steps: 150, learning_rate: 1.5e-3, warmup_steps: 40, save_strategy: "no"}'
 RECIPE = f"""\
 name: custom-loss
 model: {{family: bert, hidden_size: 64, layers: 2, num_heads: 4, positions: 32,
@@ -79,7 +79,7 @@ def by_object(folder: Path, loss: LogitLoss | str, steps: int) -> float:
     data, tokenizer = load_task("embedded/clinc150"), AutoTokenizer.from_pretrained(folder)
     rows, collate = tokenize(data, tokenizer, max_length=24), collator(data.task, tokenizer)
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, learning_rate=3e-3, warmup_steps=20, weight_decay=0.01, seed=0,
+        output_dir=str(folder), max_steps=steps, learning_rate=1.5e-3, warmup_steps=40, weight_decay=0.01, seed=0,
         per_device_train_batch_size=32, save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False,
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The examples with parts of one's own run offline, and both ways come to the same."""
+"""The examples run offline; those with parts of one's own come to the same in both ways."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from lmcompress.data import load_task, train_tokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -32,6 +36,50 @@ def test_an_example_runs_offline_and_its_two_ways_agree(name, rows, tmp_path):
     assert abs(float(in_recipe) - float(as_object)) <= 0.02
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("custom_*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
 def test_an_example_is_a_page(file):
     assert len(file.read_text("utf-8").splitlines()) <= 120
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A BERT and a GPT-2 that know nothing, with tokenizers."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    texts = load_task("embedded/clinc150").train["text"][:2000]
+    words = train_tokenizer(texts, kind="wordpiece", vocab_size=600)
+    shape = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+    config = BertConfig(**shape, vocab_size=len(words), max_position_embeddings=64)
+    pieces = train_tokenizer(texts, kind="bytelevel_bpe", vocab_size=400)
+    ids = dict(bos_token_id=pieces.eos_token_id, eos_token_id=pieces.eos_token_id)
+    causal = GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=len(pieces), **ids)
+    for name, model, tokenizer in [
+        ("bert", BertForMaskedLM(config), words),
+        ("gpt2", GPT2LMHeadModel(causal), pieces),
+    ]:
+        tokenizer.model_max_length = 64
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (
+            "run_glue",
+            "--model_name_or_path bert --task_name embedded/clinc150 --max_length 32 --limit 200 --sparsity 0.5",
+        ),
+        ("run_clm", "--model_name_or_path gpt2 --block_size 32 --limit 10"),
+    ],
+)
+def test_an_example_on_hf_argument_parser_compresses_and_reloads(name, options, pretrained, tmp_path):
+    options += f" --layers 2 --bits 8 --max_steps 8 --report_to none --output_dir {tmp_path / 'run'}"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *options.split()]
+    done = subprocess.run(command, cwd=pretrained, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("student, reloaded" if name == "run_glue" else "student_perplexity") in done.stdout
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text("utf-8"))["quantization_config"]
+    assert len(saved["structure"]["blocks"]) == 2 and saved["encoding"]["weights"]
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "model") is not None

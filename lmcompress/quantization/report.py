@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
+from lmcompress.method import TextReport
 from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers import Quantized
 from lmcompress.quantization.planning import Planned
@@ -89,7 +88,7 @@ def matrix_row(
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
+class QuantizationReport(TextReport):
     """What was quantized to what, at which price.
 
     Attributes:
@@ -158,13 +157,6 @@ class QuantizationReport:
                 f"{worst.error:.1e} {worst.path}" if len(rows) > 1 else "",
             )
         return table
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        written: io.StringIO = console.file  # type: ignore[assignment]
-        return written.getvalue()
 
 
 def _alike(matrices: Iterable[QuantizedMatrix]) -> list[list[QuantizedMatrix]]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
 from lmcompress.checkpoint.encoding import Packable, matrices, pack_model, tied_head
+from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.nn.quantized_attention import quantize_attention
 from lmcompress.numerics import PerRow, PerTensor, quantizer_for

@@ -10,15 +10,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import (
+from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
+from lmcompress.checkpoint.schema import (
     CompactLayer,
-    CompressionConfig,
     FactorizedEmbeddings,
     GroupedLayers,
     LowRankLayers,
     SeparableLayers,
     SharedBlocks,
-    recorded_compression,
 )
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError

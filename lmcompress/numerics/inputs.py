@@ -74,7 +74,7 @@ def quantize_input(
         LmcompressError: If a static range comes without its scale or zero point, or a dynamic one with them.
 
     Example:
-        >>> from lmcompress.checkpoint.config import ActivationEncoding
+        >>> from lmcompress.checkpoint.schema import ActivationEncoding
         >>> static = ActivationEncoding(bits=4, symmetric=False, range="static")
         >>> quantize_input(torch.tensor([0.6, 9.0]), static, torch.tensor([0.5]), torch.tensor([3])).values
         tensor([0.5000, 6.0000])
@@ -124,7 +124,7 @@ def static_range(low: float, high: float, encoding: InputEncoding) -> tuple[Tens
         LmcompressError: If the range is empty, reversed or not finite.
 
     Example:
-        >>> from lmcompress.checkpoint.config import ActivationEncoding
+        >>> from lmcompress.checkpoint.schema import ActivationEncoding
         >>> static_range(-1.0, 2.0, ActivationEncoding(bits=4, symmetric=False, range="static"))
         (tensor([0.2000]), tensor([5], dtype=torch.uint8))
     """

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmcompress.checkpoint.config import ActivationEncoding
 from lmcompress.checkpoint.encoding import Packable
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.nn.packed import InputRange
 from lmcompress.numerics.grids import Granularity, Grid, PerRow

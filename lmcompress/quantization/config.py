@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, P
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.numerics.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
 from lmcompress.numerics.quantizers import Quantized, WeightQuantizer, check_percentile, quantizer_for, quantizer_name
 

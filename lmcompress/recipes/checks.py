@@ -173,12 +173,3 @@ def _check_best_metric(arguments: TrainingArguments, task: Task) -> None:
         measured += task.metrics
     if chosen.removeprefix("eval_") not in measured:
         raise LmcompressError(f"metric_for_best_model {chosen!r} is not measured{nearest(chosen, measured)}")
-
-
-__all__ = [
-    "check_lengths",
-    "check_run",
-    "check_training",
-    "check_writable",
-    "positions_of",
-]

@@ -15,12 +15,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
-from lmcompress.checkpoint.config import Provenance, recorded_compression
+from lmcompress.checkpoint.config import recorded_compression
+from lmcompress.checkpoint.saving import outputs_of
+from lmcompress.checkpoint.schema import Provenance
 from lmcompress.data import TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import compute_metrics, predictions_from_logits
 from lmcompress.method import Method
-from lmcompress.model import CompressedModel, library_version, outputs_of
+from lmcompress.model import CompressedModel, library_version
 from lmcompress.recipes.building import auto_class, base_model, is_stage
 from lmcompress.recipes.files import write_json
 from lmcompress.recipes.folder import CHECKPOINTS, checkpoint_to_resume, described

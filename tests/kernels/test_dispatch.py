@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.kernels import blockwise, matrix
 from lmcompress.kernels import dispatch as kernels

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.kernels import dispatch as kernels
 from lmcompress.kernels import tinygemm

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import BlockShape, Structure
-from lmcompress.checkpoint.structure import hidden_axes, structure_of
+from lmcompress.checkpoint.cutting import hidden_axes
+from lmcompress.checkpoint.schema import BlockShape, Structure
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Anatomy, anatomy_of
 from lmcompress.pruning.structured.units import Part, Units, unit_shapes

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import BlockShape, CompressionConfig, recorded_compression
+from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
+from lmcompress.checkpoint.cutting import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
 from lmcompress.checkpoint.layers import refuse_compact
+from lmcompress.checkpoint.schema import BlockShape
 from lmcompress.checkpoint.structure import (
-    drop_heads,
-    drop_neurons,
-    keep_heads,
-    keep_hidden,
-    keep_layers,
-    keep_neurons,
     recorded_structure,
     same_shapes,
     set_stock_shapes,

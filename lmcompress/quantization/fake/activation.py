@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import Role

@@ -12,8 +12,9 @@ from lmcompress.checkpoint.encoding import Packable, matrices, pack_model, tied_
 from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.nn.quantized_attention import quantize_attention
-from lmcompress.numerics import PerRow, PerTensor, quantizer_for
+from lmcompress.numerics.grids import PerRow, PerTensor
 from lmcompress.numerics.inputs import static_range
+from lmcompress.numerics.quantizers.registry import quantizer_for
 
 INPUTS = {
     "none": None,

@@ -25,7 +25,7 @@ from lmcompress.nn.quantized_attention import AttentionQuantizers, quantize_atte
 from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
 from lmcompress.numerics.inputs import InputEncoding, check_input_range
 from lmcompress.numerics.packing import Container, container_for
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 
 class Packable(NamedTuple):

@@ -25,15 +25,12 @@ from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, is_con
 from lmcompress.families.mixing import mix_locally, mixing_of
 from lmcompress.families.narrow import READ_STREAM, WRITE_STREAM
 from lmcompress.families.tied_blocks import empty_shared, fill_shared, shared_sources
-from lmcompress.nn import (
-    Compact,
-    FactorizedEmbedding,
-    FactorizedHead,
-    GroupedLinear,
-    LowRankLinear,
-    SeparableMixing,
-)
+from lmcompress.nn.base import Compact
+from lmcompress.nn.embedding import FactorizedEmbedding, FactorizedHead
+from lmcompress.nn.grouped import GroupedLinear
+from lmcompress.nn.low_rank import LowRankLinear
 from lmcompress.nn.packed import Packed
+from lmcompress.nn.separable import SeparableMixing
 
 PARTS = (*READ_STREAM, *WRITE_STREAM)
 """What the family calls the matrices of a block."""

@@ -11,11 +11,11 @@ from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.numerics._straight_through import Rule, fake_quantize, straight_through
 from lmcompress.numerics.activations import check_range, dynamic
 from lmcompress.numerics.grids import PER_TENSOR, Grid, PerToken, signed_grid, symmetric_grid, unsigned_grid
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 
 class InputEncoding(Protocol):
-    """What is told of an activation; :class:`lmcompress.checkpoint.config.ActivationEncoding` is one."""
+    """What is told of an activation; :class:`lmcompress.checkpoint.schema.ActivationEncoding` is one."""
 
     @property
     def bits(self) -> Literal[4, 8]:

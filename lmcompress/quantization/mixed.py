@@ -19,7 +19,7 @@ from lmcompress.families import weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.packing import stored_bytes
-from lmcompress.numerics.quantizers import quantizer_for
+from lmcompress.numerics.quantizers.registry import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
 from lmcompress.quantization.planning import Planned, plan

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lmcompress.method import TextReport
 from lmcompress.numerics.packing import stored_bytes
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 from lmcompress.quantization.planning import Planned
 
 
@@ -21,7 +21,7 @@ class QuantizedMatrix:
     Attributes:
         path: of its module, relative to the base model.
         part: what the family calls it; empty for others.
-        quantizer: key of :data:`~lmcompress.numerics.QUANTIZERS`.
+        quantizer: key of :data:`~lmcompress.numerics.quantizers.registry.QUANTIZERS`.
         bits: of a weight, or ``ternary``.
         granularity: ``tensor``, ``row``, or the size of a group.
         method: how it was rounded: ``rtn``, ``gptq``, or ``awq`` where its inputs were scaled.

@@ -23,7 +23,7 @@ from lmcompress.checkpoint.config import FORMAT_VERSION  # noqa: E402
 from lmcompress.checkpoint.schema import Provenance  # noqa: E402
 from lmcompress.entropy_coding import Coder  # noqa: E402
 from lmcompress.kernels.dispatch import using  # noqa: E402
-from lmcompress.numerics import PerGroup, PerRow  # noqa: E402
+from lmcompress.numerics.grids import PerGroup, PerRow  # noqa: E402
 
 MODELS = {
     "bert": ("bert", "classification", cut_unevenly),

@@ -29,7 +29,7 @@ from lmcompress.checkpoint.layers import layers_of
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.evaluation import size_on_disk
 from lmcompress.families import anatomy_of
-from lmcompress.nn import FactorizedHead
+from lmcompress.nn.embedding import FactorizedHead
 from lmcompress.pruning.structured.surgery import refuse_quantized
 from lmcompress.quantization import QuantizationConfig
 from lmcompress.quantization.planning import plan

@@ -9,7 +9,7 @@ from lmcompress.cli import options
 from lmcompress.entropy_coding import CODERS
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import METRICS
-from lmcompress.numerics.quantizers import QUANTIZERS
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.pruning.structured.config import DEFAULT_CRITERION, PruningConfig
 from lmcompress.pruning.structured.registry import CRITERIA
 from lmcompress.quantization.ptq import Method

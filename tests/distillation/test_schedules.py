@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.distillation.losses import kl_divergence
+from lmcompress.distillation.losses.distributions import kl_divergence
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, constant_temperature, cwsm, flsw
 from lmcompress.errors import LmcompressError
 

@@ -9,15 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lmcompress import CheckpointError, LmcompressError
-from lmcompress.nn import (
-    FactorizedEmbedding,
-    FactorizedHead,
-    GroupedLinear,
-    LowRankLinear,
-    SeparableMixing,
-    channel_shuffle,
-)
-from lmcompress.nn.separable import separable_macs
+from lmcompress.nn.embedding import FactorizedEmbedding, FactorizedHead
+from lmcompress.nn.grouped import GroupedLinear, channel_shuffle
+from lmcompress.nn.low_rank import LowRankLinear
+from lmcompress.nn.separable import SeparableMixing, separable_macs
 
 
 def shuffled(groups=4, into=8, out=12, **options):

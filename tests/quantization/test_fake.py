@@ -16,7 +16,8 @@ from lmcompress.numerics.activations import initial_step, learned
 from lmcompress.numerics.inputs import static_range
 from lmcompress.numerics.observers import MinMax
 from lmcompress.numerics.packing import dequantize
-from lmcompress.numerics.quantizers import QUANTIZERS, dynamic_scaling
+from lmcompress.numerics.quantizers.learned import dynamic_scaling
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.quantization import ActivationScheme, FakeQuantized, QuantizationConfig, Rule, WeightScheme, plan
 

@@ -1,6 +1,6 @@
 """What a shape costs: parameters, floating-point operations, energy, or time measured on this machine.
 
-Every cost model answers for a :class:`~lmcompress.checkpoint.config.Structure` alone, so that thousands of shapes can
+Every cost model answers for a :class:`~lmcompress.checkpoint.schema.Structure` alone, so that thousands of shapes can
 be asked about without a model: what they need of the model is read once, as :class:`ModelSizes`.
 """
 

@@ -17,7 +17,8 @@ from lmcompress.families import anatomy_of, is_conv1d
 from lmcompress.families.weights import modules_by_path
 from lmcompress.nn.quantized_attention import ROLES, Role, attach, release_attention
 from lmcompress.numerics.grids import Bits
-from lmcompress.numerics.quantizers import Quantized, quantizer_for
+from lmcompress.numerics.quantizers.base import Quantized
+from lmcompress.numerics.quantizers.registry import quantizer_for
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation, calibrating
 from lmcompress.quantization.fake.weight import Faked, FakeWeight, fake_quantize_module, release_module

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import CalibrationData
 from lmcompress.activations.hooks import Taps
 from lmcompress.families import Block, anatomy_of, weight_view
-from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.registry import Criterion
 from lmcompress.pruning.structured.units import Part, Units, assembled
 

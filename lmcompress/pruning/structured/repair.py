@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import CalibrationData
 from lmcompress.activations.hooks import Taps
 from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.units import Part, Units, check_units, unit_shapes
 from lmcompress.pruning.unstructured.scoring import Batch

@@ -12,8 +12,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch
+from lmcompress.activations.hooks import valid_tokens
 from lmcompress.activations.running import evaluating, with_progress
-from lmcompress.activations.walking import Batch, calibration_batches, valid_tokens
+from lmcompress.activations.walking import calibration_batches
 from lmcompress.errors import LmcompressError
 from lmcompress.families import weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path

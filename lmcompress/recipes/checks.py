@@ -119,10 +119,7 @@ def check_training(training: Training, task: Task) -> None:
     with warnings.catch_warnings():
         # whoever trains with these arguments is told then
         warnings.simplefilter("ignore")
-        try:
-            arguments = TrainingArguments("unused", **{"report_to": "none"} | training.arguments())
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            raise LmcompressError(first_line(error)) from error
+        arguments = training.trainer_arguments("unused")
         _check_reports(arguments)
         _check_precision(arguments)
         _check_optimizer(arguments)

@@ -281,32 +281,6 @@ def test_fewer_bits_begin_anew_and_keep_the_parameters():
         fake.set_bits(1)
 
 
-@pytest.mark.parametrize("scheme", [STATIC, LEARNED, LEARNED.model_copy(update={"symmetric": False})])
-def test_fewer_bits_of_activations_keep_the_range(scheme):
-    model = make("bert", "classification")
-    fake = faked(model, [inputs(model)], activations=scheme)
-    before = {name: activation.final() for name, activation in fake.activations.items()}
-    fake.set_activation_bits(4)
-    for name, activation in fake.activations.items():
-        encoding, (scale, zero_point) = activation.final()
-        old, (old_scale, old_zero) = before[name]
-        assert encoding.bits == 4
-        ratio = (127 / 7) if encoding.symmetric else (255 / 15)
-        torch.testing.assert_close(scale, old_scale * ratio)
-        if zero_point is not None:
-            assert abs(float(zero_point) * float(scale) - float(old_zero) * float(old_scale)) <= 0.51 * float(scale)
-    assert torch.isfinite(outputs(model)).all()
-    with pytest.raises(LmcompressError, match="bits of activations must be 8 or 4"):
-        fake.set_activation_bits(2)
-
-
-def test_a_range_of_least_error_belongs_to_its_bits():
-    model = make("bert")
-    fake = faked(model, [inputs(model)], activations=ActivationScheme(range="static", calibration="mse"))
-    with pytest.raises(LmcompressError, match="plan anew with these bits"):
-        fake.set_activation_bits(4)
-
-
 def test_curvature_moves_the_scales_of_laq_and_of_nothing_else():
     model = make("gpt2", "language")
     scheme = WeightScheme(quantizer="laq", bits=2)

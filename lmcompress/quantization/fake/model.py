@@ -176,18 +176,6 @@ class FakeQuantized:
         for fake in fakes:
             fake.set_bits(bits, self._stored(fake.path))
 
-    def set_activation_bits(self, bits: Literal[8, 4]) -> None:
-        """Go on with other bits of activations, over the same ranges.
-
-        Args:
-            bits: 8 or 4.
-
-        Raises:
-            LmcompressError: If bits are neither 8 nor 4, or ranges were chosen for their bits.
-        """
-        for activation in self.activations.values():
-            activation.set_bits(bits)
-
     def set_curvature(self, curvature: Mapping[str, Tensor | None]) -> None:
         """Weigh the errors of ``laq``, such as by the square root of Adam's second moments.
 

@@ -43,7 +43,7 @@ from lmcompress.checkpoint.encoding import unpacked
 from lmcompress.distillation import DistillationConfig, LiveTeacher, Match, StoredTeacher
 from lmcompress.evaluation import size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.numerics import QUANTIZERS
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.quantization import ActivationScheme, QuantizationConfig, WeightScheme
 from lmcompress.quantization.ptq import Method, quantize
 from lmcompress.quantization.report import QuantizationReport

@@ -46,7 +46,7 @@ from lmcompress.distillation.config import Contrast, DistillationConfig
 from lmcompress.distillation.presets import quantgpt
 from lmcompress.evaluation import parameter_count, perplexity, size_on_disk
 from lmcompress.model import CompressedModel
-from lmcompress.numerics import QUANTIZERS
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.quantization import FakeQuantized, QuantizationConfig, WeightScheme, plan
 from lmcompress.quantization.ptq import Method, quantize
 from lmcompress.quantization.report import QuantizationReport

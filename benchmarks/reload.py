@@ -20,9 +20,9 @@ from common import asked, write
 from transformers.utils import logging
 
 from lmcompress import CompressedModel, anatomy_of
-from lmcompress.checkpoint.structure import keep_heads, keep_layers, keep_neurons
+from lmcompress.checkpoint.cutting import keep_heads, keep_layers, keep_neurons
+from lmcompress.checkpoint.saving import outputs_of, random_batches
 from lmcompress.evaluation import size_on_disk
-from lmcompress.model import outputs_of, random_batches
 
 BERT_LIKE = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lmcompress.distillation import DistillationConfig, Match
-from lmcompress.distillation.losses import kl_divergence
+from lmcompress.distillation.losses.distributions import kl_divergence
 from lmcompress.students.layers import by_layers
 from lmcompress.trainers import DistillationTrainer
 

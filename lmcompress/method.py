@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import TrainerCallback
@@ -175,6 +177,15 @@ class SteppedMethod(Method):
     def metrics(self) -> dict[str, float]:
         """Numbers for the log, beside the loss."""
         return {}
+
+
+class TextReport:
+    """What a method did, with a table for the terminal (``__rich__``), whose plain text is ``str(report)``."""
+
+    def __str__(self) -> str:
+        written = io.StringIO()
+        Console(file=written, width=160, color_system=None).print(self)
+        return written.getvalue()
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]

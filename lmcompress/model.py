@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.checkpoint.card import model_card
-from lmcompress.checkpoint.config import CompressionConfig, Provenance, Storage, Structure, recorded_compression
+from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
 from lmcompress.checkpoint.encoding import encoding_of, weight_count
 from lmcompress.checkpoint.layers import layers_of
 from lmcompress.checkpoint.saving import (
@@ -27,6 +27,7 @@ from lmcompress.checkpoint.saving import (
     random_batches,
     replaced_folder,
 )
+from lmcompress.checkpoint.schema import Provenance, Storage, Structure
 from lmcompress.checkpoint.self_loader import write_self_loader
 from lmcompress.checkpoint.streams import store_as_streams
 from lmcompress.checkpoint.structure import (
@@ -323,17 +324,3 @@ def _class_of(config: Any) -> Any:
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     return AutoModel
-
-
-__all__ = [
-    "REPORT_FILE",
-    "Batch",
-    "CompressedModel",
-    "Equivalence",
-    "SaveFormat",
-    "library_version",
-    "outputs_of",
-    "push_folder",
-    "random_batches",
-    "replaced_folder",
-]

@@ -165,6 +165,3 @@ def imported(name: str, kind: str) -> Any:
 
 def _public(module: Any) -> list[str]:
     return [name for name in vars(module) if not name.startswith("_")]
-
-
-__all__ = ["SEPARATOR", "PartField", "Registry", "imported"]

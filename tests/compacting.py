@@ -6,7 +6,7 @@ import torch
 from families import inputs
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.structure import keep_heads
+from lmcompress.checkpoint.cutting import keep_heads
 from lmcompress.families import anatomy_of
 from lmcompress.students import factorize, factorize_embeddings, group, separate, share_layers
 

@@ -22,7 +22,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from lmcompress.checkpoint.structure import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
+from lmcompress.checkpoint.cutting import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
 from lmcompress.families import anatomy_of
 
 LAYERS, HEADS, HEAD_SIZE, FFN, VOCAB, LABELS = 3, 4, 4, 24, 64, 3

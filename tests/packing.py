@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
 from lmcompress.checkpoint.encoding import Packable, matrices, pack_model, tied_head
+from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.nn.quantized_attention import quantize_attention
-from lmcompress.numerics import PerRow, PerTensor, quantizer_for
+from lmcompress.numerics.grids import PerRow, PerTensor
 from lmcompress.numerics.inputs import static_range
+from lmcompress.numerics.quantizers.registry import quantizer_for
 
 INPUTS = {
     "none": None,

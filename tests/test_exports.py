@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import lmcompress
-from lmcompress.checkpoint.structure import keep_heads
+from lmcompress.checkpoint.cutting import keep_heads
 
 MODULES = sorted(
     module.name

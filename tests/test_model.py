@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from lmcompress import CompressedModel, CompressionConfig, EquivalenceError, LmcompressError, UnknownFamilyError
-from lmcompress.checkpoint.config import Provenance
-from lmcompress.checkpoint.structure import keep_heads, keep_layers, keep_neurons, structure_of
+from lmcompress.checkpoint.cutting import keep_heads, keep_layers, keep_neurons
+from lmcompress.checkpoint.saving import outputs_of, push_folder, random_batches, replaced_folder
+from lmcompress.checkpoint.schema import Provenance
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import anatomy_of
-from lmcompress.model import outputs_of, push_folder, random_batches, replaced_folder
 
 
 def everything_in(folder):

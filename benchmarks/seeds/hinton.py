@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
 
-from lmcompress.distillation.losses import kl_divergence
+from lmcompress.distillation.losses.distributions import kl_divergence
 from lmcompress.method import Method, Step, Term
 
 WIDTHS = {"teacher": (1200, 1200), "student": (800, 800)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import LmcompressError
-from lmcompress.numerics.quantizers import check_finite
+from lmcompress.numerics.quantizers.base import check_finite
 
 
 def output_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:

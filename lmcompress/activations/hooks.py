@@ -32,12 +32,16 @@ def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
         batch: with ``attention_mask``, or else all tokens are valid.
 
     Raises:
-        LmcompressError: there is neither a mask nor ``input_ids``.
+        LmcompressError: If there is neither a mask nor ``input_ids`` or ``inputs_embeds``.
     """
-    tokens = batch.get("attention_mask", batch.get("input_ids"))
-    if tokens is None:
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"].bool()
+    elif "input_ids" in batch:
+        mask = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    elif "inputs_embeds" in batch:
+        mask = torch.ones_like(batch["inputs_embeds"][..., 0], dtype=torch.bool)
+    else:
         raise LmcompressError(f"a batch must have input_ids or attention_mask, got {', '.join(batch) or 'nothing'}")
-    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
     return mask.reshape(-1, mask.shape[-1])
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import PreTrainedModel
+from torch import nn
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ _SHOWN: list[bool] = []
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode that it was in.
 
     ``no_grad`` rather than ``inference_mode``: what a module caches in its forward must be usable in training again.

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch, CalibrationData
+from lmcompress.activations.hooks import valid_tokens
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
-
-Batch = Mapping[str, Any]
 
 
 class _Arrived(Exception):
@@ -36,38 +35,14 @@ def calibration_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> lis
         LmcompressError: If there is no batch, none has a token that is not padding, or one has no input.
     """
     names = set(inspect.signature(model.forward).parameters) - {"labels", "use_cache"}
-    kept, given = [], 0
-    for batch in batches:
-        given += 1
-        tensors = {k: v.to(model.device) for k, v in batch.items() if k in names and isinstance(v, Tensor)}
-        if not {"input_ids", "inputs_embeds"} & tensors.keys():
-            raise LmcompressError(f"a batch must have input_ids or inputs_embeds, got {', '.join(batch) or 'nothing'}")
-        mask = tensors.get("attention_mask")
-        if mask is not None:
-            real = mask.bool().any(dim=-1)
-            tensors = {k: v[real] if v.dim() and len(v) == len(real) else v for k, v in tensors.items()}
-        if next(iter(tensors.values())).numel():
-            kept.append(tensors)
-    if not given:
-        raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
-    if not kept:
-        raise LmcompressError(
-            f"calibration data must have tokens, got {given} batches of padding alone; is attention_mask 1 for real "
-            "tokens?"
-        )
-    return kept
+    return list(CalibrationData(model, (_inputs(batch, names) for batch in batches)))
 
 
-def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """``(rows, length)`` bool, true for what is no padding.
-
-    Args:
-        batch: of :func:`calibration_batches`.
-    """
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    given = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
-    return torch.ones(given.shape, dtype=torch.bool, device=given.device)
+def _inputs(batch: Batch, names: set[str]) -> Batch:
+    inputs = {name: value for name, value in batch.items() if name in names}
+    if not {"input_ids", "inputs_embeds"} & inputs.keys():
+        raise LmcompressError(f"a batch must have input_ids or inputs_embeds, got {', '.join(batch) or 'nothing'}")
+    return inputs
 
 
 def without_padding(x: Tensor, mask: Tensor) -> Tensor:

@@ -9,26 +9,13 @@ from pydantic import ValidationError
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmcompress.checkpoint.schema import (
-    MAX_BLOCKS,
-    MAX_HEADS,
-    MAX_WIDTH,
-    ActivationEncoding,
-    AttentionEncoding,
-    BlockShape,
     CompactLayer,
     Encoding,
-    FactorizedEmbeddings,
-    GridEncoding,
-    GroupedLayers,
     Layers,
-    LowRankLayers,
     Provenance,
-    SeparableLayers,
-    SharedBlocks,
     Storage,
     Strict,
     Structure,
-    WeightEncoding,
 )
 from lmcompress.errors import CheckpointError
 
@@ -38,31 +25,6 @@ compact layers, streams in place of tensors."""
 
 QUANT_METHOD = "lmcompress"
 """The name of the format in Transformers' tables."""
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MAX_BLOCKS",
-    "MAX_HEADS",
-    "MAX_WIDTH",
-    "QUANT_METHOD",
-    "ActivationEncoding",
-    "AttentionEncoding",
-    "BlockShape",
-    "CompactLayer",
-    "CompressionConfig",
-    "Encoding",
-    "FactorizedEmbeddings",
-    "GridEncoding",
-    "GroupedLayers",
-    "LowRankLayers",
-    "Provenance",
-    "SeparableLayers",
-    "SharedBlocks",
-    "Storage",
-    "Structure",
-    "WeightEncoding",
-    "recorded_compression",
-]
 
 
 class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]

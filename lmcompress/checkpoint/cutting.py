@@ -12,7 +12,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, anatomy_of, narrow_stream, new_projection, stream_axes, weight_view
 from lmcompress.families.narrow import accompany, companion_of
 from lmcompress.families.tied_blocks import shared_sources
-from lmcompress.nn import Compact
+from lmcompress.nn.base import Compact
 
 
 def keep_heads(block: Block, heads: Sequence[int]) -> None:

@@ -13,16 +13,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lmcompress.checkpoint.config import (
-    ActivationEncoding,
-    AttentionEncoding,
-    CompressionConfig,
-    Encoding,
-    GridEncoding,
-    WeightEncoding,
-    recorded_compression,
-)
+from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
 from lmcompress.checkpoint.layers import layers_of
+from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding, Encoding, GridEncoding, WeightEncoding
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError, nearest
 from lmcompress.families import anatomy_of, is_conv1d, weight_view
@@ -32,7 +25,7 @@ from lmcompress.nn.quantized_attention import AttentionQuantizers, quantize_atte
 from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
 from lmcompress.numerics.inputs import InputEncoding, check_input_range
 from lmcompress.numerics.packing import Container, container_for
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 
 class Packable(NamedTuple):

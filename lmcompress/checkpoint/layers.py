@@ -10,15 +10,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import (
+from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
+from lmcompress.checkpoint.schema import (
     CompactLayer,
-    CompressionConfig,
     FactorizedEmbeddings,
     GroupedLayers,
     LowRankLayers,
     SeparableLayers,
     SharedBlocks,
-    recorded_compression,
 )
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError
@@ -26,15 +25,12 @@ from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, is_con
 from lmcompress.families.mixing import mix_locally, mixing_of
 from lmcompress.families.narrow import READ_STREAM, WRITE_STREAM
 from lmcompress.families.tied_blocks import empty_shared, fill_shared, shared_sources
-from lmcompress.nn import (
-    Compact,
-    FactorizedEmbedding,
-    FactorizedHead,
-    GroupedLinear,
-    LowRankLinear,
-    SeparableMixing,
-)
+from lmcompress.nn.base import Compact
+from lmcompress.nn.embedding import FactorizedEmbedding, FactorizedHead
+from lmcompress.nn.grouped import GroupedLinear
+from lmcompress.nn.low_rank import LowRankLinear
 from lmcompress.nn.packed import Packed
+from lmcompress.nn.separable import SeparableMixing
 
 PARTS = (*READ_STREAM, *WRITE_STREAM)
 """What the family calls the matrices of a block."""

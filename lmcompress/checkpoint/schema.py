@@ -200,7 +200,7 @@ class Encoding(Strict):
 
 
 class LowRankLayers(Strict):
-    """Matrices that are products of two: :class:`~lmcompress.nn.LowRankLinear`.
+    """Matrices that are products of two: :class:`~lmcompress.nn.low_rank.LowRankLinear`.
 
     Attributes:
         kind: what they are.
@@ -214,7 +214,7 @@ class LowRankLayers(Strict):
 
 
 class FactorizedEmbeddings(Strict):
-    """Embedding tables that are a narrow table and a matrix: :class:`~lmcompress.nn.FactorizedEmbedding`.
+    """Embedding tables that are a narrow table and a matrix: :class:`~lmcompress.nn.embedding.FactorizedEmbedding`.
 
     Attributes:
         kind: what they are.
@@ -228,7 +228,7 @@ class FactorizedEmbeddings(Strict):
 
 
 class GroupedLayers(Strict):
-    """Matrices of diagonal blocks: :class:`~lmcompress.nn.GroupedLinear`.
+    """Matrices of diagonal blocks: :class:`~lmcompress.nn.grouped.GroupedLinear`.
 
     Attributes:
         kind: what they are.
@@ -246,7 +246,7 @@ class GroupedLayers(Strict):
 
 
 class SeparableLayers(Strict):
-    """Blocks that mix neighbours and do not attend: :class:`~lmcompress.nn.SeparableMixing`.
+    """Blocks that mix neighbours and do not attend: :class:`~lmcompress.nn.separable.SeparableMixing`.
 
     Attributes:
         kind: what they are.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import Storage
+from lmcompress.checkpoint.schema import Storage
 from lmcompress.entropy_coding import Coder, decode, stream_shape, stream_tensor
 from lmcompress.errors import CheckpointError, LmcompressError
 

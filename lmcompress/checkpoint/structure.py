@@ -4,40 +4,11 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lmcompress.checkpoint.config import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure, recorded_compression
-from lmcompress.checkpoint.cutting import (
-    drop_heads,
-    drop_neurons,
-    hidden_axes,
-    keep_heads,
-    keep_hidden,
-    keep_layers,
-    keep_neurons,
-)
+from lmcompress.checkpoint.config import recorded_compression
+from lmcompress.checkpoint.schema import MAX_BLOCKS, MAX_HEADS, MAX_WIDTH, BlockShape, Structure
 from lmcompress.errors import CheckpointError
 from lmcompress.families import FAMILIES, Family, anatomy_of, config_value, family_of
 from lmcompress.families.shaping import shape_model
-
-__all__ = [
-    "HEAD_ATTRIBUTES",
-    "PATHS",
-    "drop_heads",
-    "drop_neurons",
-    "hidden_axes",
-    "keep_heads",
-    "keep_hidden",
-    "keep_layers",
-    "keep_neurons",
-    "recorded_structure",
-    "same_shapes",
-    "set_stock_shapes",
-    "shape_skeleton",
-    "stated_structure",
-    "stock_structure",
-    "structure_of",
-    "unless_stock",
-    "why_not_vanilla",
-]
 
 
 def structure_of(model: PreTrainedModel) -> Structure:

@@ -35,7 +35,7 @@ from lmcompress.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lmcompress.recipes.schema import StagePruning
+    from lmcompress.recipes.parts.pruning import StagePruning
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned model.")]
 Sparsity = Annotated[
@@ -145,7 +145,7 @@ def prune(
     """
     from lmcompress.cli.making import compress
     from lmcompress.cli.values import evaluation_spec, messages_name_options, shape_of, task_spec, validated
-    from lmcompress.recipes.schema import VocabularySpec
+    from lmcompress.recipes.parts.vocabulary import VocabularySpec
     from lmcompress.recipes.single import prune_recipe
 
     amounts = {
@@ -182,7 +182,7 @@ def _pruning(
 ) -> StagePruning | None:
     from lmcompress.cli.values import pruning_values, validated
     from lmcompress.pruning.structured.targets import Target
-    from lmcompress.recipes.schema import LatencySpec, StagePruning
+    from lmcompress.recipes.parts.pruning import LatencySpec, StagePruning
 
     given = {name: value for name, value in amounts.items() if value is not None}
     if not given:

@@ -25,6 +25,6 @@ def push(
     """
     if repository.count("/") != 1:
         raise LmcompressError(f"the repository must be user/name, got {repository!r}")
-    from lmcompress.model import push_folder
+    from lmcompress.checkpoint.saving import push_folder
 
     typer.echo(push_folder(folder, repository, private=private or None))

@@ -108,7 +108,7 @@ def quantize(
     """
     from lmcompress.cli.making import compress
     from lmcompress.cli.values import evaluation_spec, messages_name_options, number_or_word, task_spec, validated
-    from lmcompress.recipes.schema import StageQuantization
+    from lmcompress.recipes.parts.quantization import StageQuantization
     from lmcompress.recipes.single import quantize_recipe
 
     def scheme(width: str, granularity: str) -> dict[str, Any] | None:

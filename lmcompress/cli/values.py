@@ -12,7 +12,7 @@ from lmcompress.errors import LmcompressError, arguments_called, nearest
 
 if TYPE_CHECKING:
     from lmcompress.pruning.structured.targets import Shape
-    from lmcompress.recipes.schema import EvaluationSpec, TaskSpec
+    from lmcompress.recipes.specs import EvaluationSpec, TaskSpec
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -100,7 +100,7 @@ def task_spec(
     max_length: int | None = None,
 ) -> TaskSpec:
     """The task that the options of a verb describe."""
-    from lmcompress.recipes.schema import TaskSpec
+    from lmcompress.recipes.specs import TaskSpec
 
     values = {
         "name": task,
@@ -115,7 +115,7 @@ def task_spec(
 
 def evaluation_spec(split: str, metric: Sequence[str] | None, batch: Sequence[int] | None = None) -> EvaluationSpec:
     """What is measured, as the options of a verb say it."""
-    from lmcompress.recipes.schema import EvaluationSpec
+    from lmcompress.recipes.specs import EvaluationSpec
 
     values = {
         "splits": (split,),

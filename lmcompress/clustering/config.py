@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmcompress.clustering.kmeans import MAX_CLUSTERS, Initial
+from lmcompress.families.weights import Matrices
 
 Count = Annotated[int, Field(ge=1, le=MAX_CLUSTERS, strict=True)]
 
@@ -18,14 +19,7 @@ class _Part(BaseModel):
 class SharingRule(_Part):
     """What some matrices get in place of the default; of two rules that name a matrix the later one counts."""
 
-    modules: Annotated[
-        str,
-        Field(
-            min_length=1,
-            description="Names of parts (query, key, value, qkv, attention_out, ffn_in, ffn_out, embeddings, head) or "
-            "paths such as h.0.mlp.c_fc or pooler.dense; * and ? stand for any.",
-        ),
-    ]
+    modules: Matrices
     clusters: Annotated[Count | None, Field(description="How many values; null: these matrices stay as they are.")]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from lmcompress.method import TextReport
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SharedMatrix:
 
 
 @dataclass(frozen=True)
-class SharingReport:
+class SharingReport(TextReport):
     """Which matrices share how many values.
 
     Attributes:
@@ -79,10 +79,3 @@ class SharingReport:
                 row.path, f"{row.weights:,}", f"{share:.1%}", str(row.clusters), str(row.index_bits), f"{row.error:.1e}"
             )
         return table
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        written: io.StringIO = console.file  # type: ignore[assignment]
-        return written.getvalue()

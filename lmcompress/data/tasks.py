@@ -126,11 +126,6 @@ class Task:
         return PROBLEM_TYPES.get(self.kind)
 
     @property
-    def is_pair(self) -> bool:
-        """Whether two texts go in together."""
-        return len(self.text_columns) == 2
-
-    @property
     def id2label(self) -> dict[int, str]:
         """Number of a class to its name, as a Transformers config wants it; empty where there are no classes."""
         return dict(enumerate(self.label_names or ()))

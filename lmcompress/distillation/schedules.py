@@ -98,28 +98,6 @@ WEIGHT_SCHEDULES: Registry[WeightSchedule] = Registry(
 """The weight schedules by name, for configurations and recipes."""
 
 
-def constant_temperature(student_logits: Tensor, base: float) -> Tensor:
-    """The same temperature for every row.
-
-    Args:
-        student_logits: ``(..., C)``; only its shape and device are used.
-        base: the temperature, > 0.
-
-    Returns:
-        ``(...)`` float32, all ``base``.
-
-    Raises:
-        LmcompressError: ``base`` is not > 0.
-
-    Example:
-        >>> constant_temperature(torch.zeros(2, 3), 4.0)
-        tensor([4., 4.])
-    """
-    if not base > 0:
-        raise LmcompressError(f"the base temperature must be > 0, got {base}")
-    return torch.full(student_logits.shape[:-1], float(base), dtype=torch.float32, device=student_logits.device)
-
-
 def flsw(
     student_logits: Tensor,
     teacher_logits: Tensor,

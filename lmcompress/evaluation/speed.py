@@ -48,11 +48,6 @@ class LatencyRow:
     upper_ms: float
     speedup_vs_first: float
 
-    @property
-    def spread_ms(self) -> float:
-        """The range between the quartiles."""
-        return self.upper_ms - self.lower_ms
-
 
 def compare_latency(
     models: Mapping[str, PreTrainedModel],

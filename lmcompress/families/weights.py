@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,6 +27,16 @@ Rule = TypeVar("Rule", bound=_Names)
 PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
 EMBEDDINGS, HEAD, PROJECTION = "embeddings", "head", "embedding_projection"
 """Parts of a block, and those outside of the blocks, as rules name them."""
+
+Matrices = Annotated[
+    str,
+    Field(
+        min_length=1,
+        description="Names of parts (query, key, value, qkv, attention_out, ffn_in, ffn_out, embeddings, head) or "
+        "paths such as h.0.mlp.c_fc or pooler.dense; * and ? stand for any.",
+    ),
+]
+"""Field of a rule that says which matrices it is for."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lmcompress.errors import LmcompressError
 from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.numerics.grids import PerGroup
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 
 @dataclass(frozen=True)

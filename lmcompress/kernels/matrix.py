@@ -10,7 +10,7 @@ from torch import Tensor
 from lmcompress.numerics.grids import Granularity, Grid, PerRow, PerTensor
 from lmcompress.numerics.inputs import InputEncoding, quantize_input
 from lmcompress.numerics.packing import Container, dequantize, packed_shape, unpack
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.numerics.grids import Granularity, Grid
 from lmcompress.numerics.inputs import InputEncoding, check_input_range
 from lmcompress.numerics.packing import Container, check_scales, pack, packed_bytes, packed_shape, unpack
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 InputRange = tuple[Tensor, Tensor | None]
 """Scale and zero point of a static range, one number each."""

@@ -32,7 +32,7 @@ _QUANTIZERS, _BEFORE, _GUARD = "attention_quantizers", "_attention_before", "_at
 
 
 class AttentionEncodings(Protocol):
-    """What is told of the activations within attention; :class:`lmcompress.checkpoint.config.AttentionEncoding` is
+    """What is told of the activations within attention; :class:`lmcompress.checkpoint.schema.AttentionEncoding` is
     one."""
 
     @property

@@ -9,29 +9,6 @@ from lmcompress.errors import LmcompressError
 from lmcompress.nn.base import Compact
 
 
-def separable_macs(positions: int, in_channels: int, out_channels: int) -> int:
-    """Multiply-accumulates of a depthwise-separable convolution for one place of its output.
-
-    A full convolution has ``positions · in · out``; the share of it is ``1/out + 1/positions``.
-
-    Args:
-        positions: that a kernel covers: its width along a sequence, its square on an image.
-        in_channels: M.
-        out_channels: N.
-
-    Returns:
-        ``positions · M + M · N``.
-
-    Reference:
-        Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.1, eq. 5.
-
-    Example:
-        >>> separable_macs(9, 64, 128) / (9 * 64 * 128) == 1 / 128 + 1 / 9
-        True
-    """
-    return positions * in_channels + in_channels * out_channels
-
-
 class SeparableMixing(Compact):
     r"""Mixes neighbours in the place of attention: what attention does if it looks at fixed distances.
 

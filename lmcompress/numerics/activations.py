@@ -38,7 +38,8 @@ from lmcompress.numerics.grids import (
     symmetric_grid,
     unsigned_grid,
 )
-from lmcompress.numerics.quantizers import Quantized, affine
+from lmcompress.numerics.quantizers.base import Quantized
+from lmcompress.numerics.quantizers.uniform import affine
 
 ActivationBits = Literal[4, 8]
 """Widths of activations."""
@@ -59,7 +60,7 @@ def dynamic(
 
     .. math:: x_q = s \cdot \mathrm{round}(x / s), \quad s = \frac{\max|x|}{2^{b-1} - 1}
 
-    or, not symmetric, with whole zero points as in :func:`~lmcompress.numerics.quantizers.asymmetric`, over the
+    or, not symmetric, with whole zero points as in :func:`~lmcompress.numerics.quantizers.uniform.asymmetric`, over the
     least and greatest value. The range is data: the gradient goes straight through to what is not clipped. An input of
     zeros only gives zeros.
 
@@ -148,9 +149,9 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
     .. math:: x_q = s \cdot (\mathrm{clip}(\mathrm{round}(x / s) + z, 0, 2^b - 1) - z), \quad
         z = \mathrm{round}(-\beta / s)
 
-    The gradient of s is as for weights (:func:`~lmcompress.numerics.quantizers.lsq`), that of β is 1 for numbers
-    beyond the range and 0 within; both times :math:`1 / \sqrt{N Q_P}` with N the numbers of one example's vector (last
-    axis), so that neither batch nor length changes it.
+    The gradient of s is as for weights (:func:`~lmcompress.numerics.quantizers.learned.lsq`), that of β is 1 for
+    numbers beyond the range and 0 within; both times :math:`1 / \sqrt{N Q_P}` with N the numbers of one example's
+    vector (last axis), so that neither batch nor length changes it.
 
     Args:
         x: any shape, floating.

@@ -11,11 +11,11 @@ from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.numerics._straight_through import Rule, fake_quantize, straight_through
 from lmcompress.numerics.activations import check_range, dynamic
 from lmcompress.numerics.grids import PER_TENSOR, Grid, PerToken, signed_grid, symmetric_grid, unsigned_grid
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 
 class InputEncoding(Protocol):
-    """What is told of an activation; :class:`lmcompress.checkpoint.config.ActivationEncoding` is one."""
+    """What is told of an activation; :class:`lmcompress.checkpoint.schema.ActivationEncoding` is one."""
 
     @property
     def bits(self) -> Literal[4, 8]:
@@ -74,7 +74,7 @@ def quantize_input(
         LmcompressError: If a static range comes without its scale or zero point, or a dynamic one with them.
 
     Example:
-        >>> from lmcompress.checkpoint.config import ActivationEncoding
+        >>> from lmcompress.checkpoint.schema import ActivationEncoding
         >>> static = ActivationEncoding(bits=4, symmetric=False, range="static")
         >>> quantize_input(torch.tensor([0.6, 9.0]), static, torch.tensor([0.5]), torch.tensor([3])).values
         tensor([0.5000, 6.0000])
@@ -124,7 +124,7 @@ def static_range(low: float, high: float, encoding: InputEncoding) -> tuple[Tens
         LmcompressError: If the range is empty, reversed or not finite.
 
     Example:
-        >>> from lmcompress.checkpoint.config import ActivationEncoding
+        >>> from lmcompress.checkpoint.schema import ActivationEncoding
         >>> static_range(-1.0, 2.0, ActivationEncoding(bits=4, symmetric=False, range="static"))
         (tensor([0.2000]), tensor([5], dtype=torch.uint8))
     """

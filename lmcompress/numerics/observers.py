@@ -14,7 +14,7 @@ from torch import Tensor
 from lmcompress.errors import LmcompressError
 from lmcompress.numerics.activations import BITS, ActivationBits, check_range, refuse_unless, static
 from lmcompress.numerics.grids import check_bits
-from lmcompress.numerics.quantizers import check_percentile, search_shares
+from lmcompress.numerics.quantizers.ranges import check_percentile, search_shares
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmcompress.checkpoint.config import ActivationEncoding
 from lmcompress.checkpoint.encoding import Packable
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.nn.packed import InputRange
 from lmcompress.numerics.grids import Granularity, Grid, PerRow
 from lmcompress.numerics.packing import dequantize
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 from lmcompress.quantization.packing import AttentionRanges
 from lmcompress.quantization.planning import Planned
 

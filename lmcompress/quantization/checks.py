@@ -9,7 +9,7 @@ import torch
 
 from lmcompress.errors import LmcompressError
 from lmcompress.numerics.grids import PerGroup
-from lmcompress.numerics.quantizers import quantizer_for
+from lmcompress.numerics.quantizers.registry import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, WeightScheme, width
 from lmcompress.quantization.planning import Plan
 

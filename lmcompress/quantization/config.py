@@ -8,9 +8,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, P
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.numerics.grids import PER_TENSOR, Bits, Granularity, PerGroup, PerRow
-from lmcompress.numerics.quantizers import Quantized, WeightQuantizer, check_percentile, quantizer_for, quantizer_name
+from lmcompress.numerics.quantizers.base import Quantized, WeightQuantizer
+from lmcompress.numerics.quantizers.ranges import check_percentile
+from lmcompress.numerics.quantizers.registry import quantizer_for, quantizer_name
 
 Default = Literal["default"]
 Percentile = Annotated[float, AfterValidator(check_percentile)]
@@ -42,7 +44,7 @@ class WeightScheme(_Part):
     quantizer: Annotated[
         str | SkipJsonSchema[InstanceOf[WeightQuantizer]],
         PlainSerializer(quantizer_name),
-        Field(description="A key of lmcompress.numerics.QUANTIZERS, or module:attribute of a WeightQuantizer."),
+        Field(description="A built-in quantizer such as lsq, or module:attribute of a WeightQuantizer."),
     ] = "dynamic_scaling"
     bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8
     granularity: Annotated[

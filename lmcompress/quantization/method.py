@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.encoding import Packable, matrices
+from lmcompress.checkpoint.saving import outputs_of, random_batches
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import weight_bytes
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.families.narrow import accompany, companion_of
 from lmcompress.families.weights import modules_by_path
 from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
-from lmcompress.model import outputs_of, random_batches
 from lmcompress.numerics.errors import relative_error
 from lmcompress.numerics.grids import Bits
 from lmcompress.quantization.carried import CarriedCodes, FrozenCodes

@@ -12,14 +12,16 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch
+from lmcompress.activations.hooks import valid_tokens
 from lmcompress.activations.running import evaluating, with_progress
-from lmcompress.activations.walking import Batch, calibration_batches, valid_tokens
+from lmcompress.activations.walking import calibration_batches
 from lmcompress.errors import LmcompressError
 from lmcompress.families import weight_view
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.packing import stored_bytes
-from lmcompress.numerics.quantizers import quantizer_for
+from lmcompress.numerics.quantizers.registry import quantizer_for
 from lmcompress.quantization.config import QuantizationConfig, Rule
 from lmcompress.quantization.fake import FakeQuantized, FakeWeight
 from lmcompress.quantization.planning import Planned, plan

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
+from lmcompress.method import TextReport
 from lmcompress.numerics.packing import stored_bytes
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 from lmcompress.quantization.planning import Planned
 
 
@@ -22,7 +21,7 @@ class QuantizedMatrix:
     Attributes:
         path: of its module, relative to the base model.
         part: what the family calls it; empty for others.
-        quantizer: key of :data:`~lmcompress.numerics.QUANTIZERS`.
+        quantizer: key of :data:`~lmcompress.numerics.quantizers.registry.QUANTIZERS`.
         bits: of a weight, or ``ternary``.
         granularity: ``tensor``, ``row``, or the size of a group.
         method: how it was rounded: ``rtn``, ``gptq``, or ``awq`` where its inputs were scaled.
@@ -89,7 +88,7 @@ def matrix_row(
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
+class QuantizationReport(TextReport):
     """What was quantized to what, at which price.
 
     Attributes:
@@ -158,13 +157,6 @@ class QuantizationReport:
                 f"{worst.error:.1e} {worst.path}" if len(rows) > 1 else "",
             )
         return table
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        written: io.StringIO = console.file  # type: ignore[assignment]
-        return written.getvalue()
 
 
 def _alike(matrices: Iterable[QuantizedMatrix]) -> list[list[QuantizedMatrix]]:

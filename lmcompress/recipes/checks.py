@@ -119,10 +119,7 @@ def check_training(training: Training, task: Task) -> None:
     with warnings.catch_warnings():
         # whoever trains with these arguments is told then
         warnings.simplefilter("ignore")
-        try:
-            arguments = TrainingArguments("unused", **{"report_to": "none"} | training.arguments())
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            raise LmcompressError(first_line(error)) from error
+        arguments = training.trainer_arguments("unused")
         _check_reports(arguments)
         _check_precision(arguments)
         _check_optimizer(arguments)
@@ -173,12 +170,3 @@ def _check_best_metric(arguments: TrainingArguments, task: Task) -> None:
         measured += task.metrics
     if chosen.removeprefix("eval_") not in measured:
         raise LmcompressError(f"metric_for_best_model {chosen!r} is not measured{nearest(chosen, measured)}")
-
-
-__all__ = [
-    "check_lengths",
-    "check_run",
-    "check_training",
-    "check_writable",
-    "positions_of",
-]

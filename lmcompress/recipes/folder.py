@@ -69,6 +69,15 @@ def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwri
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
+    """Make the folder of a run, and write its recipe into it.
+
+    Args:
+        folder: of the run.
+        recipe: validated.
+
+    Raises:
+        LmcompressError: If it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
@@ -104,6 +113,11 @@ def checkpoint_to_resume(folder: Path, stage: Stage, digest: str, *, resume: boo
 
 
 def finished_hash(target: Path) -> str | None:
+    """Hash of all that a finished stage depended on; None where its model is not there.
+
+    Args:
+        target: folder of the stage's model.
+    """
     return _hash_in(target) if (target / "config.json").is_file() else None
 
 

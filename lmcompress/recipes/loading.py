@@ -107,6 +107,3 @@ def dump_recipe(recipe: Recipe) -> str:
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-
-
-__all__ = ["builtin_recipes", "dump_recipe", "load_recipe", "parse_recipe", "recipe_schema"]

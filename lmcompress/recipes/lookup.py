@@ -65,6 +65,3 @@ def first_line(error: Exception) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300]
-
-
-__all__ = ["check_model_folder", "first_line", "found"]

@@ -37,7 +37,8 @@ from lmcompress.recipes.evidence import chance_level, evidence_of, module_bytes,
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.materials import Materials, text_of
 from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics
-from lmcompress.recipes.parts import PARTS, StagePart
+from lmcompress.recipes.parts import PARTS
+from lmcompress.recipes.parts.base import StagePart
 from lmcompress.reporting import card_rows
 from lmcompress.reporting.evidence import encode
 from lmcompress.reporting.models import collect, pick
@@ -246,6 +247,3 @@ def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> lis
 def _load() -> float | None:
     """Processes that wanted a core in the last minute; None where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-__all__ = ["STAGE_FILE", "Entry", "measure", "notes_of", "quality", "update_cards"]

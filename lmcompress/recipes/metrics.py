@@ -67,6 +67,3 @@ def with_metrics(data: TaskData, metrics: Sequence[str] | None) -> TaskData:
                 f"{data.task.kind} task{nearest(name, fitting)}"
             )
     return replace(data, task=replace(data.task, metrics=tuple(dict.fromkeys(metrics))))
-
-
-__all__ = ["LOWER_IS_BETTER", "PERPLEXITIES", "fitting_metrics", "measured_metrics", "with_metrics"]

@@ -28,7 +28,8 @@ from lmcompress.recipes.measuring import quality
 from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics, with_metrics
 from lmcompress.recipes.parts.pruning import calibration_batches
 from lmcompress.recipes.progress import quiet_libraries
-from lmcompress.recipes.schema import EvaluationSpec, Recipe, Stage, TaskSpec
+from lmcompress.recipes.schema import Recipe, Stage
+from lmcompress.recipes.specs import EvaluationSpec, TaskSpec
 
 
 def measure_sensitivity(
@@ -208,6 +209,3 @@ def _notes_of_whole(notes: Sequence[str]) -> list[str]:
     """Without what was said of the training rows, which are the same."""
     told = [note for note in notes if not note.startswith("train ")]
     return [note.replace("validation is", "what is evaluated is") for note in told]
-
-
-__all__ = ["check_trained_for", "evaluate_once", "load_compressed", "load_model", "measure_sensitivity"]

@@ -110,6 +110,3 @@ def _measured(planned: Plan, folder: Path, models: Mapping[str, Path]) -> dict[s
         entries.append(entry)
     notes = [*planned.notes, *(note for entry in entries for note in notes_of(entry))]
     return measure(entries, planned.reference, notes)
-
-
-__all__ = ["RunResult", "run"]

@@ -10,13 +10,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.recipes.parts import PARTS, StagePart
-from lmcompress.recipes.parts.distillation import LayerLoss, StageDistillation
-from lmcompress.recipes.parts.pruning import LatencySpec, StagePruning
-from lmcompress.recipes.parts.quantization import StageQuantization
-from lmcompress.recipes.parts.student import StudentSpec
-from lmcompress.recipes.parts.teachers import StoreSpec
-from lmcompress.recipes.parts.vocabulary import VocabularySpec
+from lmcompress.recipes.parts import PARTS
+from lmcompress.recipes.parts.base import StagePart
 from lmcompress.recipes.specs import (
     BASE_MODEL,
     Augmentation,
@@ -24,7 +19,6 @@ from lmcompress.recipes.specs import (
     FromScratch,
     SchemaPart,
     TaskSpec,
-    TokenizerSpec,
 )
 from lmcompress.recipes.training import Training
 
@@ -237,27 +231,3 @@ def with_controls(recipe: Recipe) -> list[tuple[Stage, Stage | None]]:
 
 
 _rebuild()
-
-__all__ = [
-    "BASE_MODEL",
-    "CONTROL_SUFFIX",
-    "Augmentation",
-    "EvaluationSpec",
-    "FromScratch",
-    "LatencySpec",
-    "LayerLoss",
-    "Recipe",
-    "Stage",
-    "StageDistillation",
-    "StagePruning",
-    "StageQuantization",
-    "StoreSpec",
-    "StudentSpec",
-    "TaskSpec",
-    "TokenizerSpec",
-    "Training",
-    "VocabularySpec",
-    "register_part",
-    "unregister_part",
-    "with_controls",
-]

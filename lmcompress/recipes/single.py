@@ -20,20 +20,16 @@ from lmcompress.pruning.structured.targets import Target
 from lmcompress.recipes.checks import check_writable
 from lmcompress.recipes.measuring import STAGE_FILE, Entry, measure, notes_of, update_cards
 from lmcompress.recipes.one_model import check_trained_for
+from lmcompress.recipes.parts.distillation import StageDistillation
+from lmcompress.recipes.parts.pruning import StagePruning
+from lmcompress.recipes.parts.quantization import StageQuantization
+from lmcompress.recipes.parts.vocabulary import VocabularySpec
 from lmcompress.recipes.planning import Plan, plan
 from lmcompress.recipes.progress import quiet_libraries
-from lmcompress.recipes.schema import (
-    EvaluationSpec,
-    Recipe,
-    Stage,
-    StageDistillation,
-    StagePruning,
-    StageQuantization,
-    TaskSpec,
-    Training,
-    VocabularySpec,
-)
+from lmcompress.recipes.schema import Recipe, Stage
+from lmcompress.recipes.specs import EvaluationSpec, TaskSpec
 from lmcompress.recipes.stage_run import StageRun
+from lmcompress.recipes.training import Training
 
 DENSE, PRUNED, QUANTIZED = "dense", "pruned", "quantized"
 
@@ -273,13 +269,3 @@ def _refuse_what_is_there(folder: Path, overwrite: bool) -> None:
         raise LmcompressError(f"{folder} holds something that is no model of lmcompress; name another --output")
     if not overwrite:
         raise LmcompressError(f"{folder} holds a model already; name another --output, or pass --overwrite")
-
-
-__all__ = [
-    "compress_once",
-    "frontier_recipe",
-    "plan_once",
-    "prune_recipe",
-    "quantize_recipe",
-    "target_name",
-]

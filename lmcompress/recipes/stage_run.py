@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCallback, set_seed
 
-from lmcompress.checkpoint.config import Provenance, recorded_compression
+from lmcompress.checkpoint.config import recorded_compression
+from lmcompress.checkpoint.saving import outputs_of
+from lmcompress.checkpoint.schema import Provenance
 from lmcompress.data import TaskKind
-from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import compute_metrics, predictions_from_logits
 from lmcompress.method import Method
-from lmcompress.model import CompressedModel, library_version, outputs_of
+from lmcompress.model import CompressedModel, library_version
 from lmcompress.recipes.building import auto_class, base_model, is_stage
 from lmcompress.recipes.files import write_json
 from lmcompress.recipes.folder import CHECKPOINTS, checkpoint_to_resume, described
@@ -188,7 +189,13 @@ class StageRun:
         work.train, work.collate = self.data.train, work.materials.collator(work.teacher_tokenizer)
 
     def _trainer(self, work: Running, methods: Sequence[Method]) -> tuple[CompressionTrainer, StageBar]:
-        task, args = work.materials.task, self._arguments()
+        task = work.materials.task
+        args = self.stage.training.trainer_arguments(
+            str(self.checkpoints),
+            seed=self.planned.recipe.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+        )
         evaluates = args.eval_strategy != "no"
         classifies = task.kind not in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION)
         bar = StageBar(self.console, self.stage.name)
@@ -205,18 +212,6 @@ class StageRun:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer, bar
-
-    def _arguments(self) -> TrainingArguments:
-        chosen = self.stage.training.arguments()
-        defaults = {
-            "report_to": "none",
-            "seed": self.planned.recipe.seed,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-        try:
-            return TrainingArguments(output_dir=str(self.checkpoints), disable_tqdm=True, **defaults | chosen)
-        except (ValueError, TypeError) as error:
-            raise LmcompressError(f"stage {self.stage.name!r}, training: {error}") from error
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         task = self.entry.materials.task

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, create_model, model_validator
 from transformers import TrainingArguments
 
+from lmcompress.errors import LmcompressError
+from lmcompress.recipes.lookup import first_line
 from lmcompress.recipes.specs import SchemaPart
 
 _OWNED_BY_THE_RUN = {
@@ -90,6 +92,21 @@ class Training(_TransformersFields):
             for name in type(self).model_fields
             if name in self.model_fields_set or name in Training.__annotations__
         }
+
+    def trainer_arguments(self, output: str, **defaults: Any) -> TrainingArguments:
+        """The arguments of the trainer.
+
+        Args:
+            output: folder of its checkpoints.
+            **defaults: for what was not set here.
+
+        Raises:
+            LmcompressError: If Transformers refuses them.
+        """
+        try:
+            return TrainingArguments(output, **{"report_to": "none"} | defaults | self.arguments())
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise LmcompressError(first_line(error)) from error
 
     @model_validator(mode="before")
     @classmethod

@@ -159,7 +159,7 @@ def shape_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Heads and neurons of each block, of models beside one another.
 
     Args:
-        rows: of a report: ``name`` and ``blocks``, as a :class:`~lmcompress.checkpoint.config.BlockShape` is written.
+        rows: of a report: ``name`` and ``blocks``, as a :class:`~lmcompress.checkpoint.schema.BlockShape` is written.
     """
     table = Table(caption="heads + neurons of each block; –: the block is gone")
     table.add_column("block", justify="right")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from lmcompress.activations.walking import calibration_batches, valid_tokens, without_padding
+from lmcompress.activations.hooks import valid_tokens
+from lmcompress.activations.walking import calibration_batches, without_padding
 from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.checkpoint.layers import PARTS, check_replaceable
 from lmcompress.errors import LmcompressError, nearest

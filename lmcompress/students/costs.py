@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.layers import PARTS
 from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, out_features
 from lmcompress.families.mixing import mixing_of
-from lmcompress.nn import Compact
+from lmcompress.nn.base import Compact
 
 
 def model_flops(model: PreTrainedModel, *, batch_size: int = 1, length: int = 128) -> int:

@@ -11,7 +11,8 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, anatomy_of, is_conv1d, weight_view
 from lmcompress.families.mixing import mixing_of
 from lmcompress.families.tied_blocks import shared_sources
-from lmcompress.nn import GroupedLinear, LowRankLinear
+from lmcompress.nn.grouped import GroupedLinear
+from lmcompress.nn.low_rank import LowRankLinear
 from lmcompress.students.report import Before, CompactReport
 
 

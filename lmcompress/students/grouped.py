@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.layers import grouped_place, put, record_layers
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import weight_view
-from lmcompress.nn import GroupedLinear, channel_shuffle
-from lmcompress.nn.grouped import check_groups
+from lmcompress.nn.grouped import GroupedLinear, channel_shuffle, check_groups
 from lmcompress.students._choosing import Batch, Projection, check_ready, projections, second_moments
 from lmcompress.students.report import Before, CompactReport
 

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.config import CompressionConfig
+from lmcompress.checkpoint.cutting import keep_layers
 from lmcompress.checkpoint.layers import layers_of
-from lmcompress.checkpoint.structure import keep_layers, structure_of
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of
 

@@ -297,6 +297,3 @@ def _spread(sizes: Mapping[str, tuple[int, int]], factors: Mapping[str, Factors]
             ranks[path] += 1
             used += cost
     return ranks
-
-
-__all__ = ["Factors", "check_goal", "factorize", "factorize_embeddings"]

@@ -12,8 +12,7 @@ from lmcompress.checkpoint.layers import mixing_place, record_layers
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.families.mixing import mix_locally
-from lmcompress.nn import SeparableMixing
-from lmcompress.nn.separable import check_kernel
+from lmcompress.nn.separable import SeparableMixing, check_kernel
 from lmcompress.students._choosing import Batch, block_numbers, check_ready, run
 from lmcompress.students.report import Before, CompactReport
 

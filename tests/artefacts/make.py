@@ -19,10 +19,11 @@ from families import cut_to_nothing, cut_unevenly, make, sparse  # noqa: E402
 from packing import INPUTS, packed, packed_with_attention  # noqa: E402
 
 from lmcompress import CompressedModel  # noqa: E402
-from lmcompress.checkpoint.config import FORMAT_VERSION, Provenance  # noqa: E402
+from lmcompress.checkpoint.config import FORMAT_VERSION  # noqa: E402
+from lmcompress.checkpoint.schema import Provenance  # noqa: E402
 from lmcompress.entropy_coding import Coder  # noqa: E402
 from lmcompress.kernels.dispatch import using  # noqa: E402
-from lmcompress.numerics import PerGroup, PerRow  # noqa: E402
+from lmcompress.numerics.grids import PerGroup, PerRow  # noqa: E402
 
 MODELS = {
     "bert": ("bert", "classification", cut_unevenly),

@@ -10,8 +10,8 @@ import transformers
 
 from lmcompress import CompressedModel
 from lmcompress.checkpoint.config import FORMAT_VERSION
+from lmcompress.checkpoint.saving import random_batches
 from lmcompress.kernels.dispatch import using
-from lmcompress.model import random_batches
 
 HERE = Path(__file__).parents[1] / "artefacts"
 ARTEFACTS = sorted(path.parent for path in HERE.glob("v*/*/expected.json"))

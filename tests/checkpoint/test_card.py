@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 
 from lmcompress import CompressedModel
 from lmcompress.checkpoint.card import model_card
-from lmcompress.checkpoint.config import Provenance
+from lmcompress.checkpoint.schema import Provenance
 
 
 def _report(base_model="", **more):

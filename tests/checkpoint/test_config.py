@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import CheckpointError, CompressionConfig
-from lmcompress.checkpoint.config import (
-    FORMAT_VERSION,
+from lmcompress.checkpoint.config import FORMAT_VERSION
+from lmcompress.checkpoint.schema import (
     MAX_BLOCKS,
     MAX_HEADS,
     MAX_WIDTH,

@@ -38,7 +38,7 @@ from lmcompress.checkpoint.encoding import (
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.nn.packed import Packed, PackedConv1D, PackedEmbedding, PackedLinear, TiedHead
-from lmcompress.numerics import PerGroup, PerRow, PerTensor
+from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
 from lmcompress.pruning.structured.surgery import refuse_quantized
 
 QUANTIZERS = [("minmax", 8), ("elastic", 4), ("minmax", 3), ("elastic", 2), ("twn", "ternary"), ("binary", 1),

@@ -24,11 +24,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from lmcompress import CheckpointError, CompressedModel, CompressionConfig, LmcompressError
 from lmcompress.checkpoint.config import FORMAT_VERSION, recorded_compression
+from lmcompress.checkpoint.cutting import keep_heads, keep_hidden, keep_layers, keep_neurons
 from lmcompress.checkpoint.layers import layers_of
-from lmcompress.checkpoint.structure import keep_heads, keep_hidden, keep_layers, keep_neurons, structure_of
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.evaluation import size_on_disk
 from lmcompress.families import anatomy_of
-from lmcompress.nn import FactorizedHead
+from lmcompress.nn.embedding import FactorizedHead
 from lmcompress.pruning.structured.surgery import refuse_quantized
 from lmcompress.quantization import QuantizationConfig
 from lmcompress.quantization.planning import plan

@@ -6,14 +6,9 @@ from families import FAMILIES, FFN, HEAD_SIZE, HEADS, HIDDEN, LAYERS, inputs, ma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.checkpoint.config import MAX_BLOCKS, BlockShape, Structure
+from lmcompress.checkpoint.cutting import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
+from lmcompress.checkpoint.schema import MAX_BLOCKS, BlockShape, Structure
 from lmcompress.checkpoint.structure import (
-    drop_heads,
-    drop_neurons,
-    keep_heads,
-    keep_hidden,
-    keep_layers,
-    keep_neurons,
     set_stock_shapes,
     shape_skeleton,
     stock_structure,

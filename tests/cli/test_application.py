@@ -106,7 +106,7 @@ def test_a_fault_of_ours_is_one_message_too(error, monkeypatch, capsys):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("lmcompress.model.push_folder", fail)
+    monkeypatch.setattr("lmcompress.checkpoint.saving.push_folder", fail)
     arguments = ["push", "folder", "me/it"]
     assert cli.run_app(arguments) == 1
     shown = capsys.readouterr().err
@@ -120,7 +120,11 @@ def test_a_fault_of_ours_is_one_message_too(error, monkeypatch, capsys):
     ("arguments", "patched", "message"),
     [
         (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command goes on from the last checkpoint"),
-        (["push", "folder", "me/it"], "lmcompress.model.push_folder", "stopped; the same command begins again"),
+        (
+            ["push", "folder", "me/it"],
+            "lmcompress.checkpoint.saving.push_folder",
+            "stopped; the same command begins again",
+        ),
     ],
 )
 def test_ctrl_c_says_what_the_same_command_does(arguments, patched, message, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import json
 from packing import packed
 
 from lmcompress import cli
-from lmcompress.checkpoint.structure import drop_heads, keep_heads
+from lmcompress.checkpoint.cutting import drop_heads, keep_heads
 from lmcompress.families import anatomy_of
 from lmcompress.model import CompressedModel
 

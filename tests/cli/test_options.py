@@ -9,9 +9,9 @@ from lmcompress.cli import options
 from lmcompress.entropy_coding import CODERS
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import METRICS
-from lmcompress.numerics.quantizers import QUANTIZERS
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.pruning.structured.config import DEFAULT_CRITERION, PruningConfig
-from lmcompress.pruning.structured.scoring import CRITERIA
+from lmcompress.pruning.structured.registry import CRITERIA
 from lmcompress.quantization.ptq import Method
 from lmcompress.recipes.metrics import PERPLEXITIES
 from lmcompress.recipes.schema import Stage

@@ -33,7 +33,6 @@ def test_a_causal_task_has_no_labels():
 def test_names_and_numbers_of_classes_are_each_others_inverse():
     task = GLUE_TASKS["mnli"]
     assert {index: name for name, index in task.label2id.items()} == task.id2label
-    assert task.is_pair and not GLUE_TASKS["sst2"].is_pair
 
 
 @pytest.mark.parametrize(

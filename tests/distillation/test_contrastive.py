@@ -27,14 +27,9 @@ from lmcompress.distillation import (
     quantgpt,
     ternarybert,
 )
-from lmcompress.distillation.contrastive import (
-    MemoryBank,
-    homogeneity,
-    sampled,
-    sequence_contrast,
-    token_contrast,
-)
-from lmcompress.distillation.losses import token_scaling
+from lmcompress.distillation.contrastive.losses import homogeneity, sampled, sequence_contrast, token_contrast
+from lmcompress.distillation.contrastive.term import MemoryBank
+from lmcompress.distillation.losses.outputs import token_scaling
 from lmcompress.method import Step, Term
 from lmcompress.trainers import DistillationTrainer
 from lmcompress.trainers.multitask import _renamed

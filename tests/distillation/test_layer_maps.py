@@ -18,7 +18,7 @@ from lmcompress.distillation.layer_maps import (
     skip,
     uniform,
 )
-from lmcompress.distillation.matches import hidden_mse
+from lmcompress.distillation.matches.features import hidden_mse
 from lmcompress.distillation.projections import Projection
 from lmcompress.errors import LmcompressError
 

@@ -5,18 +5,9 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.special import expit, rel_entr, softmax
 
-from lmcompress.distillation.losses import (
-    LOGIT_LOSSES,
-    binary_kl,
-    js_divergence,
-    kl_divergence,
-    logit_mse,
-    loss_for,
-    probability_shift,
-    regression_mse,
-    reverse_kl,
-    soft_cross_entropy,
-)
+from lmcompress.distillation.losses import LOGIT_LOSSES, loss_for
+from lmcompress.distillation.losses.distributions import js_divergence, kl_divergence, reverse_kl, soft_cross_entropy
+from lmcompress.distillation.losses.outputs import binary_kl, logit_mse, probability_shift, regression_mse
 from lmcompress.errors import LmcompressError
 
 FUNCTIONS = [loss.function for loss in LOGIT_LOSSES.values()]

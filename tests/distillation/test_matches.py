@@ -4,21 +4,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
-from lmcompress.distillation.matches import (
-    MATCHES,
-    MatchLoss,
+from lmcompress.distillation.matches import MATCHES, MatchLoss, match_for
+from lmcompress.distillation.matches.features import (
     attention_ce,
     attention_ce_mean,
-    attention_kl,
     attention_mse,
     attention_mse_mean,
-    attention_transfer,
-    gram,
     hidden_cosine,
     hidden_mse,
-    match_for,
-    nst,
     pkd,
+)
+from lmcompress.distillation.matches.relations import (
+    attention_kl,
+    attention_transfer,
+    gram,
+    nst,
     relation_kl,
     value_relation_kl,
 )

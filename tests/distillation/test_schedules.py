@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.distillation.losses import kl_divergence
-from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, constant_temperature, cwsm, flsw
+from lmcompress.distillation.losses.distributions import kl_divergence
+from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, cwsm, flsw
 from lmcompress.errors import LmcompressError
 
 each_weight = pytest.mark.parametrize("schedule", WEIGHT_SCHEDULES.values(), ids=WEIGHT_SCHEDULES)
@@ -135,12 +135,3 @@ def test_flsw_refuses_a_gamma_that_is_not_positive_and_two_vocabularies():
         flsw(torch.zeros(2, 3), torch.zeros(2, 3), 4.0, gamma=0.0)
     with pytest.raises(LmcompressError, match="different vocabularies"):
         flsw(torch.zeros(2, 3), torch.zeros(2, 4), 4.0)
-
-
-def test_constant_temperature_refuses_a_base_that_is_not_positive():
-    with pytest.raises(LmcompressError, match="base temperature must be > 0, got 0"):
-        constant_temperature(torch.zeros(2, 3), 0.0)
-
-
-def test_constant_temperature_is_the_base_for_every_row():
-    torch.testing.assert_close(constant_temperature(torch.zeros(2, 3, 5), 4.0), torch.full((2, 3), 4.0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmcompress.distillation.losses import kl_divergence, reverse_kl
+from lmcompress.distillation.losses.distributions import kl_divergence, reverse_kl
 from lmcompress.distillation.vocabulary import VocabularyLoss, vocabulary_loss
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lmcompress import CompressedModel
-from lmcompress.checkpoint.config import Encoding, GridEncoding, WeightEncoding
 from lmcompress.checkpoint.encoding import encode_skeleton, pack_model
+from lmcompress.checkpoint.schema import Encoding, GridEncoding, WeightEncoding
 from lmcompress.errors import CheckpointError
 from lmcompress.evaluation import parameter_count, size_on_disk, tensor_table, weight_bytes
 

@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.kernels import blockwise, matrix
 from lmcompress.kernels import dispatch as kernels
 from lmcompress.kernels.dispatch import using
 from lmcompress.kernels.matmul import Matmul
 from lmcompress.kernels.matrix import Inputs, Matrix
-from lmcompress.numerics import PerGroup, PerRow, PerTensor, pack, quantizer_for
+from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
 from lmcompress.numerics.inputs import static_range
-from lmcompress.numerics.packing import container_for
+from lmcompress.numerics.packing import container_for, pack
+from lmcompress.numerics.quantizers.registry import quantizer_for
 
 WORKING = [name for name, said in kernels.ladder().items() if said.startswith("works")]
 GROUPS = PerGroup(8)

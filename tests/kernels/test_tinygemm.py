@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.kernels import dispatch as kernels
 from lmcompress.kernels import tinygemm
@@ -19,8 +19,9 @@ from lmcompress.kernels.matmul import Matmul
 from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.kernels.tinygemm import Tinygemm, nibbles
 from lmcompress.nn.packed import Layout, PackedLinear
-from lmcompress.numerics import Grid, PerGroup, PerRow, PerTensor, pack, quantizer_for
-from lmcompress.numerics.packing import container_for
+from lmcompress.numerics.grids import Grid, PerGroup, PerRow, PerTensor
+from lmcompress.numerics.packing import container_for, pack
+from lmcompress.numerics.quantizers.registry import quantizer_for
 
 WEIGHTS = [
     ("minmax", 8), ("minmax", 4), ("minmax", 3), ("minmax", "ternary"), ("lsq", 4), ("elastic", 2), ("binary", 1),

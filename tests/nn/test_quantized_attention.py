@@ -6,7 +6,7 @@ import torch
 from families import inputs, make, outputs
 from torch import nn
 
-from lmcompress.checkpoint.config import ActivationEncoding, AttentionEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.nn.quantized_attention import (

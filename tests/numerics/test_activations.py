@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.numerics import PerTensor, PerToken, dequantize
 from lmcompress.numerics.activations import (
     check_range,
     dynamic,
@@ -18,7 +17,9 @@ from lmcompress.numerics.activations import (
     learned,
     static,
 )
+from lmcompress.numerics.grids import PerTensor, PerToken
 from lmcompress.numerics.observers import Histogram, MinMax
+from lmcompress.numerics.packing import dequantize
 
 BITS = [4, 8]
 GRANULARITIES = [PerTensor(), PerToken()]

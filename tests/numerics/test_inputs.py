@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import CheckpointError, LmcompressError
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.numerics import activations
 from lmcompress.numerics.grids import PerToken
 from lmcompress.numerics.inputs import check_input_range, input_grid, quantize_input, static_range

@@ -7,7 +7,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.numerics import dequantize, pack, packed_bytes, packed_shape, unpack
 from lmcompress.numerics.grids import (
     BINARY_GRID,
     STRETCHED_GRID,
@@ -19,7 +18,16 @@ from lmcompress.numerics.grids import (
     symmetric_grid,
     unsigned_grid,
 )
-from lmcompress.numerics.packing import CONTAINERS, check_scales, container_for
+from lmcompress.numerics.packing import (
+    CONTAINERS,
+    check_scales,
+    container_for,
+    dequantize,
+    pack,
+    packed_bytes,
+    packed_shape,
+    unpack,
+)
 
 TERNARY = symmetric_grid("ternary")
 GRIDS = [

@@ -10,30 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.numerics import QUANTIZERS, PerGroup, PerRow, PerTensor, dequantize, pack, quantizer_for, unpack
-from lmcompress.numerics.grids import STRETCHED_GRID, mean_abs, unsigned_grid
-from lmcompress.numerics.quantizers import (
-    affine,
-    asymmetric,
-    binary,
+from lmcompress.numerics.grids import STRETCHED_GRID, PerGroup, PerRow, PerTensor, mean_abs, unsigned_grid
+from lmcompress.numerics.packing import dequantize, pack, unpack
+from lmcompress.numerics.quantizers.closed_form import binary, laq, tbt, twn
+from lmcompress.numerics.quantizers.learned import (
     dynamic_scaling,
     elastic,
     initial_clip,
     initial_elastic,
     initial_gamma,
     initial_step,
-    laq,
     lsq,
-    mse_clip,
-    mse_limits,
-    nearest_codes,
     pact,
-    percentile_clip,
-    percentile_limits,
-    symmetric,
-    tbt,
-    twn,
 )
+from lmcompress.numerics.quantizers.ranges import mse_clip, mse_limits, percentile_clip, percentile_limits
+from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for
+from lmcompress.numerics.quantizers.uniform import affine, asymmetric, nearest_codes, symmetric
 
 ALL = [(name, bits) for name, quantizer in QUANTIZERS.items() for bits in quantizer.bits]
 GRANULARITIES = [PerTensor(), PerRow(), PerGroup(4)]

@@ -10,7 +10,7 @@ from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, in_features, weight_view
 from lmcompress.numerics.grids import PER_TENSOR, PerGroup, PerRow
-from lmcompress.numerics.quantizers import asymmetric, symmetric
+from lmcompress.numerics.quantizers.uniform import asymmetric, symmetric
 from lmcompress.quantization.ptq.awq import awq_scales, multiply_columns, scalings, why_unscaled
 
 

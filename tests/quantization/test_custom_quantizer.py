@@ -9,14 +9,16 @@ from families import inputs, make, outputs
 from training import tiny_arguments
 
 from lmcompress import CompressedModel, LmcompressError
-from lmcompress.numerics import QUANTIZERS, WeightQuantizer, quantizer_for
-from lmcompress.numerics.quantizers import initial_clip, pact, quantizer_name, symmetric
+from lmcompress.numerics.quantizers.base import WeightQuantizer
+from lmcompress.numerics.quantizers.learned import initial_clip, pact
+from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for, quantizer_name
+from lmcompress.numerics.quantizers.uniform import symmetric
 from lmcompress.quantization import QuantizationConfig, WeightScheme, quantize
 from lmcompress.trainers import QuantizationTrainer
 
 SOURCE = """
-from lmcompress.numerics import WeightQuantizer
-from lmcompress.numerics.quantizers import initial_clip, pact
+from lmcompress.numerics.quantizers.base import WeightQuantizer
+from lmcompress.numerics.quantizers.learned import initial_clip, pact
 
 halved = WeightQuantizer(pact, lambda weight, **how: initial_clip(weight, **how) / 2, learned=True, bits=(4, 8))
 something_else = 3
@@ -117,7 +119,7 @@ def test_only_rows_that_are_looked_up_are_quantized_where_the_quantizer_says_so(
     ("name", "message"),
     [
         ("my_quantizers:halvde", "weight quantizer 'my_quantizers:halvde': my_quantizers has no 'halvde'.*'halved'"),
-        ("my_quantizers:something_else", "must be a lmcompress.numerics.WeightQuantizer, got int"),
+        ("my_quantizers:something_else", "must be a lmcompress.numerics.quantizers.base.WeightQuantizer, got int"),
         ("no_such_module:x", "cannot import 'no_such_module'"),
         ("halved", "unknown weight quantizer 'halved'.*one of your own is named module:attribute"),
     ],

@@ -16,7 +16,8 @@ from lmcompress.numerics.activations import initial_step, learned
 from lmcompress.numerics.inputs import static_range
 from lmcompress.numerics.observers import MinMax
 from lmcompress.numerics.packing import dequantize
-from lmcompress.numerics.quantizers import QUANTIZERS, dynamic_scaling
+from lmcompress.numerics.quantizers.learned import dynamic_scaling
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.quantization import ActivationScheme, FakeQuantized, QuantizationConfig, Rule, WeightScheme, plan
 
@@ -278,32 +279,6 @@ def test_fewer_bits_begin_anew_and_keep_the_parameters():
         fake.set_bits(4, "ffn_inn")
     with pytest.raises(LmcompressError, match="'lsq' has bits"):
         fake.set_bits(1)
-
-
-@pytest.mark.parametrize("scheme", [STATIC, LEARNED, LEARNED.model_copy(update={"symmetric": False})])
-def test_fewer_bits_of_activations_keep_the_range(scheme):
-    model = make("bert", "classification")
-    fake = faked(model, [inputs(model)], activations=scheme)
-    before = {name: activation.final() for name, activation in fake.activations.items()}
-    fake.set_activation_bits(4)
-    for name, activation in fake.activations.items():
-        encoding, (scale, zero_point) = activation.final()
-        old, (old_scale, old_zero) = before[name]
-        assert encoding.bits == 4
-        ratio = (127 / 7) if encoding.symmetric else (255 / 15)
-        torch.testing.assert_close(scale, old_scale * ratio)
-        if zero_point is not None:
-            assert abs(float(zero_point) * float(scale) - float(old_zero) * float(old_scale)) <= 0.51 * float(scale)
-    assert torch.isfinite(outputs(model)).all()
-    with pytest.raises(LmcompressError, match="bits of activations must be 8 or 4"):
-        fake.set_activation_bits(2)
-
-
-def test_a_range_of_least_error_belongs_to_its_bits():
-    model = make("bert")
-    fake = faked(model, [inputs(model)], activations=ActivationScheme(range="static", calibration="mse"))
-    with pytest.raises(LmcompressError, match="plan anew with these bits"):
-        fake.set_activation_bits(4)
 
 
 def test_curvature_moves_the_scales_of_laq_and_of_nothing_else():

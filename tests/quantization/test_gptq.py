@@ -9,8 +9,11 @@ from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
 from lmcompress.numerics.grids import PER_TENSOR, PerGroup, PerRow
 from lmcompress.numerics.packing import dequantize, pack, unpack
-from lmcompress.numerics.quantizers import asymmetric, laq, lsq, mse_clip, nearest_codes, symmetric, tbt
-from lmcompress.numerics.quantizers import initial_step as first_step
+from lmcompress.numerics.quantizers.closed_form import laq, tbt
+from lmcompress.numerics.quantizers.learned import initial_step as first_step
+from lmcompress.numerics.quantizers.learned import lsq
+from lmcompress.numerics.quantizers.ranges import mse_clip
+from lmcompress.numerics.quantizers.uniform import asymmetric, nearest_codes, symmetric
 from lmcompress.quantization.ptq.gptq import gptq
 
 GRANULARITIES = [PER_TENSOR, PerRow(), PerGroup(4)]

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from lmcompress import LmcompressError, anatomy_of
+from lmcompress.checkpoint.cutting import drop_heads, keep_heads, keep_hidden, keep_neurons
 from lmcompress.checkpoint.encoding import unpacked
-from lmcompress.checkpoint.structure import drop_heads, keep_heads, keep_hidden, keep_neurons
 from lmcompress.families import weight_view
 from lmcompress.families.narrow import accompany, companion_of
 from lmcompress.quantization import ActivationScheme, Quantization, QuantizationConfig, Rule, WeightScheme

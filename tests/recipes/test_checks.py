@@ -12,7 +12,7 @@ from lmcompress.data import Task
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.checks import check_training, check_writable, positions_of
 from lmcompress.recipes.lookup import check_model_folder, found
-from lmcompress.recipes.schema import Training
+from lmcompress.recipes.training import Training
 
 TASK = Task("tone", "classification", ("text",), "label", ("bad", "good"))
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lmcompress.checkpoint.encoding import weight_count
 from lmcompress.checkpoint.layers import layers_of
+from lmcompress.checkpoint.saving import outputs_of, random_batches
 from lmcompress.errors import LmcompressError
-from lmcompress.model import outputs_of, random_batches
 from lmcompress.recipes import load_recipe, parse_recipe, plan, run
 from lmcompress.recipes.building import skeleton
 from lmcompress.reporting import print_plan

@@ -9,13 +9,13 @@ from rich.console import Console
 from tiny_recipe import RECIPE, head
 
 from lmcompress.distillation import LogitLoss
-from lmcompress.distillation.losses import kl_divergence
+from lmcompress.distillation.losses.distributions import kl_divergence
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes import dump_recipe, parse_recipe, recipe_schema, run
 from lmcompress.recipes.schema import Stage
 
 CODE = """\
-from lmcompress.distillation.losses import kl_divergence
+from lmcompress.distillation.losses.distributions import kl_divergence
 from lmcompress.distillation import LogitLoss
 from lmcompress.pruning import Criterion
 

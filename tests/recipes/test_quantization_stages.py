@@ -11,13 +11,13 @@ from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
 from lmcompress.checkpoint.encoding import encoding_of
+from lmcompress.checkpoint.saving import outputs_of, random_batches
 from lmcompress.cli import run_app
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import stream_table
-from lmcompress.model import outputs_of, random_batches
 from lmcompress.quantization import QuantizationConfig
 from lmcompress.recipes import builtin_recipes, load_recipe, parse_recipe, plan, run
-from lmcompress.recipes.schema import StageQuantization
+from lmcompress.recipes.parts.quantization import StageQuantization
 from lmcompress.trainers import CompressionTrainer
 
 TRAINING = "{max_steps: 3, save_strategy: steps, save_steps: 1, per_device_train_batch_size: 8, learning_rate: 1e-3}"

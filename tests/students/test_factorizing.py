@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize
 
 from lmcompress import LmcompressError
 from lmcompress.checkpoint.config import recorded_compression
-from lmcompress.checkpoint.structure import drop_heads, drop_neurons
+from lmcompress.checkpoint.cutting import drop_heads, drop_neurons
 from lmcompress.evaluation import parameter_count
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.nn import LowRankLinear
+from lmcompress.nn.low_rank import LowRankLinear
 from lmcompress.students import factorize, factorize_embeddings
 from lmcompress.students.low_rank import Factors
 

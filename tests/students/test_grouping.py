@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import LmcompressError
-from lmcompress.checkpoint.structure import keep_neurons
+from lmcompress.checkpoint.cutting import keep_neurons
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.nn import GroupedLinear
+from lmcompress.nn.grouped import GroupedLinear
 from lmcompress.students import factorize, fold_shuffles, group, share_layers
 from lmcompress.students.grouped import assign_channels, fit_groups
 

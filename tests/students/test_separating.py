@@ -7,7 +7,7 @@ from compacting import batches
 from families import make, outputs
 
 from lmcompress import LmcompressError
-from lmcompress.checkpoint.structure import drop_heads, keep_heads
+from lmcompress.checkpoint.cutting import drop_heads, keep_heads
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.families.mixing import mixing_of
 from lmcompress.students import factorize, separate

@@ -8,7 +8,7 @@ from compacting import grouped
 from families import make, outputs
 
 from lmcompress import LmcompressError
-from lmcompress.checkpoint.structure import keep_heads
+from lmcompress.checkpoint.cutting import keep_heads
 from lmcompress.families import anatomy_of
 from lmcompress.students import factorize, share_layers
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from lmcompress import CompressedModel
-from lmcompress.checkpoint.structure import keep_heads, keep_neurons, structure_of
+from lmcompress.checkpoint.cutting import keep_heads, keep_neurons
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
 from lmcompress.students.layers import CHOICES, by_layers, choose_layers

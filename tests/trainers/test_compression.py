@@ -256,7 +256,7 @@ def test_checkpoints_of_a_cut_student_reload(tmp_path, make_model):
     from transformers import AutoModelForSequenceClassification
 
     from lmcompress import anatomy_of
-    from lmcompress.checkpoint.structure import keep_heads, keep_neurons
+    from lmcompress.checkpoint.cutting import keep_heads, keep_neurons
 
     student, teacher = student_and_teacher("classification")
     keep_heads(anatomy_of(student).blocks[0], [1, 3])

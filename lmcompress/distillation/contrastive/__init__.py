@@ -3,25 +3,3 @@
 Low-bit weights make the tokens of a sequence alike; being nearest to one's own teacher pulls them apart again. The
 losses are pure functions, one value per token or sequence; :class:`MemoryBank` is the only thing that has a state.
 """
-
-from lmcompress.distillation.contrastive.losses import (
-    homogeneity,
-    info_nce,
-    other_tokens,
-    sampled,
-    sequence_contrast,
-    token_contrast,
-)
-from lmcompress.distillation.contrastive.term import ContrastTerm, Homogeneity, MemoryBank
-
-__all__ = [
-    "ContrastTerm",
-    "Homogeneity",
-    "MemoryBank",
-    "homogeneity",
-    "info_nce",
-    "other_tokens",
-    "sampled",
-    "sequence_contrast",
-    "token_contrast",
-]

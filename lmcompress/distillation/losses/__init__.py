@@ -13,9 +13,7 @@ from lmcompress.distillation.losses.distributions import js_divergence, kl_diver
 from lmcompress.distillation.losses.outputs import (
     binary_kl,
     logit_mse,
-    probability_shift,
     regression_mse,
-    token_scaling,
 )
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.registry import Registry
@@ -123,19 +121,3 @@ def loss_for(problem_type: str, loss: str | LogitLoss = "auto") -> LogitLoss:
             f"Use {' or '.join(fitting)}, or leave the loss out to get {usual}"
         )
     return found
-
-
-__all__ = [
-    "LOGIT_LOSSES",
-    "LogitLoss",
-    "binary_kl",
-    "js_divergence",
-    "kl_divergence",
-    "logit_mse",
-    "loss_for",
-    "probability_shift",
-    "regression_mse",
-    "reverse_kl",
-    "soft_cross_entropy",
-    "token_scaling",
-]

@@ -203,23 +203,3 @@ def match_for(match: str | MatchLoss, on: str | None = None) -> MatchLoss:
         'pairs'
     """
     return MATCHES.resolve(match).on(on)
-
-
-__all__ = [
-    "MATCHES",
-    "MatchLoss",
-    "attention_ce",
-    "attention_ce_mean",
-    "attention_kl",
-    "attention_mse",
-    "attention_mse_mean",
-    "attention_transfer",
-    "gram",
-    "hidden_cosine",
-    "hidden_mse",
-    "match_for",
-    "nst",
-    "pkd",
-    "relation_kl",
-    "value_relation_kl",
-]

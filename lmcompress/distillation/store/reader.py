@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lmcompress.activations.capture import Feature, Features, resolve
+from lmcompress.checkpoint.saving import replaced_folder
 from lmcompress.distillation.store import format as layout
 from lmcompress.distillation.store.writer import Extract, StoreWriter
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.model import replaced_folder
 
 
 @dataclass(frozen=True)

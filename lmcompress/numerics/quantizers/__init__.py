@@ -40,34 +40,3 @@ for each row of the embedding; PACT, LSQ, LAQ, TWN the tensor; TBT, ParetoQ, bin
 **NaN and infinite weights** pass into the values unseen, since to look costs a pass over every weight in every step and
 a wait for the GPU; they are an error where a state is made and where codes are asked for.
 """
-
-from lmcompress.numerics.quantizers.base import InitialState, Quantized, Quantizer, WeightQuantizer, check_finite
-from lmcompress.numerics.quantizers.closed_form import binary, laq, tbt, twn
-from lmcompress.numerics.quantizers.learned import (
-    dynamic_scaling,
-    elastic,
-    initial_clip,
-    initial_elastic,
-    initial_gamma,
-    initial_step,
-    lsq,
-    pact,
-)
-from lmcompress.numerics.quantizers.ranges import (
-    check_percentile,
-    mse_clip,
-    mse_limits,
-    percentile_clip,
-    percentile_limits,
-    search_shares,
-)
-from lmcompress.numerics.quantizers.registry import QUANTIZERS, quantizer_for, quantizer_name
-from lmcompress.numerics.quantizers.uniform import affine, asymmetric, nearest_codes, symmetric
-
-__all__ = [
-    "QUANTIZERS", "InitialState", "Quantized", "Quantizer", "WeightQuantizer", "affine", "asymmetric", "binary",
-    "check_finite", "check_percentile", "dynamic_scaling", "elastic", "initial_clip", "initial_elastic",
-    "initial_gamma", "initial_step", "laq", "lsq", "mse_clip", "mse_limits", "nearest_codes", "pact",
-    "percentile_clip", "percentile_limits", "quantizer_for", "quantizer_name", "search_shares", "symmetric", "tbt",
-    "twn",
-]  # fmt: skip

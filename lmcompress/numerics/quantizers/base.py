@@ -79,7 +79,8 @@ class WeightQuantizer:
         takes_curvature: whether ``function`` takes ``curvature``, by which squared errors are weighted.
 
     Example:
-        >>> from lmcompress.numerics.quantizers import initial_clip, symmetric
+        >>> from lmcompress.numerics.quantizers.learned import initial_clip
+        >>> from lmcompress.numerics.quantizers.uniform import symmetric
         >>> half = WeightQuantizer(symmetric, lambda w, **how: initial_clip(w, **how) / 2, bits=(4, 8))
         >>> half.initial(torch.tensor([[1.0, -3.0]]), bits=4)
         tensor([[1.5000]])

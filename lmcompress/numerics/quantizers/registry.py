@@ -32,7 +32,7 @@ QUANTIZERS: Registry[WeightQuantizer] = Registry(
         "asymmetric_mse": WeightQuantizer(uniform.asymmetric, ranges.mse_limits),
     },
     lambda part: isinstance(part, WeightQuantizer),
-    "a lmcompress.numerics.WeightQuantizer",
+    "a lmcompress.numerics.quantizers.base.WeightQuantizer",
 )
 """The built-in weight quantizers by name; ``resolve`` also finds one of your own by ``module:attribute``."""
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import CalibrationData
+from lmcompress.activations.capture import masked_softmax
 from lmcompress.activations.hooks import Taps
 from lmcompress.families import Block, anatomy_of, weight_view
-from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.registry import Criterion
 from lmcompress.pruning.structured.units import Part, Units, assembled
 
@@ -123,11 +124,8 @@ def _tap_attention(taps: Taps, criterion: Criterion, means: _Means) -> None:
     def finish(index: int, block: Block, key: Tensor) -> None:
         query, key = (t.unflatten(-1, (-1, block.head_size)).transpose(1, 2).float() for t in (queries.pop(index), key))
         scores = query @ key.transpose(-1, -2) * block.scaling
-        allowed = taps.mask[:, None, None, :].expand(scores.shape)
-        if causal:
-            allowed = allowed.tril()
         # a query of padding may see nothing at all; it is not counted
-        probabilities = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
+        probabilities = masked_softmax(scores, taps.mask, causal=causal)
         summed = criterion.function(probabilities, taps.mask, causal=causal)
         means.add(("heads", index), summed[:, :-1].sum(dim=0), float(summed[:, -1].sum()))
 

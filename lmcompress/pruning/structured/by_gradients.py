@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import CalibrationData, rows_of
 from lmcompress.activations.hooks import model_inputs
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.pruning.structured.calibration import CalibrationData, rows_of
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.objectives import Labels, Objective, label_objective, own_objectives
 from lmcompress.pruning.structured.registry import Criterion

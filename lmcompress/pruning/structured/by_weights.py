@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.structure import hidden_axes
+from lmcompress.checkpoint.cutting import hidden_axes
 from lmcompress.families import Block, anatomy_of
 from lmcompress.pruning.structured.groups import unit_views
 from lmcompress.pruning.structured.registry import Criterion

@@ -1,6 +1,6 @@
 """What a shape costs: parameters, floating-point operations, energy, or time measured on this machine.
 
-Every cost model answers for a :class:`~lmcompress.checkpoint.config.Structure` alone, so that thousands of shapes can
+Every cost model answers for a :class:`~lmcompress.checkpoint.schema.Structure` alone, so that thousands of shapes can
 be asked about without a model: what they need of the model is read once, as :class:`ModelSizes`.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import BlockShape, Structure
-from lmcompress.checkpoint.structure import hidden_axes, structure_of
+from lmcompress.checkpoint.cutting import hidden_axes
+from lmcompress.checkpoint.schema import BlockShape, Structure
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Anatomy, anatomy_of
 from lmcompress.pruning.structured.units import Part, Units, unit_shapes

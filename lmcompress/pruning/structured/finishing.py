@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import Structure
+from lmcompress.activations.calibration import Batch
+from lmcompress.checkpoint.saving import outputs_of, random_batches
+from lmcompress.checkpoint.schema import Structure
 from lmcompress.checkpoint.structure import recorded_structure
 from lmcompress.errors import EquivalenceError, LmcompressError
-from lmcompress.model import outputs_of, random_batches
 from lmcompress.pruning.saved import saved
-from lmcompress.pruning.structured.calibration import Batch
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.goals import Goal

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.structure import hidden_axes, structure_of
+from lmcompress.checkpoint.cutting import hidden_axes
+from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, anatomy_of, is_conv1d
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, full, unit_shapes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel, ModelSizes, ParameterCost, secant_costs

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import Structure
+from lmcompress.checkpoint.schema import Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation.speed import compare_latency, machine

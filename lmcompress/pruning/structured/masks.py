@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lmcompress.checkpoint.config import Structure
+from lmcompress.checkpoint.schema import Structure
 from lmcompress.pruning.structured.units import Part, Units
 
 _SUB_LAYERS: tuple[tuple[Part, Part], ...] = (("attention", "heads"), ("ffn", "neurons"))

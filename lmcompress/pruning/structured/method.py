@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.method import Step, StepCallback, SteppedMethod, Term, undisturbed
-from lmcompress.pruning.structured.calibration import Batch
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel
 from lmcompress.pruning.structured.finishing import Finish

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch, on_device
 from lmcompress.errors import LmcompressError
 from lmcompress.model import CompressedModel
-from lmcompress.pruning.structured.calibration import Batch, on_device
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel, ModelSizes
 from lmcompress.pruning.structured.finishing import Finish

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import CalibrationData
 from lmcompress.activations.hooks import Taps
 from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
-from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.units import Part, Units, check_units, unit_shapes
 from lmcompress.pruning.unstructured.scoring import Batch
@@ -80,15 +80,11 @@ def least_squares(
     squares = [0.0] * len(layers)
 
     def take(number: int, x: Tensor) -> None:
-        rows = layers[number].with_ones(_exact(taps.tokens(x)))
+        rows = layers[number].with_ones(x)
         moment = rows.T @ rows
         moments[number] = moments[number] + moment if len(moments[number]) else moment
 
-    with Taps(model) as taps, evaluating(model):
-        for number, layer in enumerate(layers):
-            taps.on_input(layer.module, partial(take, number))
-        for batch in CalibrationData(model, batches):
-            taps.run(batch)
+    _look(model, layers, take, batches)
     done = []
     for number, layer in enumerate(layers):
         moment, weight = moments[number], layer.extended_weight()
@@ -182,7 +178,7 @@ def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch
     counts, before, squares = [0] * len(layers), [0.0] * len(layers), [0.0] * len(layers)
 
     def take(number: int, x: Tensor) -> None:
-        layer, rows = layers[number], _exact(taps.tokens(x))
+        layer, rows = layers[number], x
         weight = layer.extended_weight()[: layer.width]
         gone = ~layer.kept.to(rows.device)
         lost = rows[:, gone] @ weight[gone]
@@ -191,11 +187,7 @@ def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch
         before[number] += float(lost.square().sum())
         squares[number] += float((rows @ weight).square().sum())
 
-    with Taps(model) as taps, evaluating(model):
-        for number, layer in enumerate(layers):
-            taps.on_input(layer.module, partial(take, number))
-        for batch in CalibrationData(model, batches):
-            taps.run(batch)
+    _look(model, layers, take, batches)
     done = []
     for number, layer in enumerate(layers):
         mean = sums[number] / counts[number]
@@ -203,6 +195,24 @@ def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch
         layer.change(torch.zeros(0, len(mean)), mean)
         done.append(layer.report(before[number], after, squares[number]))
     return done
+
+
+def _look(
+    model: PreTrainedModel,
+    layers: Sequence[_SubLayer],
+    take: Callable[[int, Tensor], None],
+    batches: Iterable[Batch],
+) -> None:
+    """Hand over what each sub-layer reads, by its number: ``(tokens, in)`` float64, without padding."""
+
+    def seen(number: int, x: Tensor) -> None:
+        take(number, _exact(taps.tokens(x)))
+
+    with Taps(model) as taps, evaluating(model):
+        for number, layer in enumerate(layers):
+            taps.on_input(layer.module, partial(seen, number))
+        for batch in CalibrationData(model, batches):
+            taps.run(batch)
 
 
 class _SubLayer:

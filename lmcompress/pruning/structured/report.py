@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lmcompress.checkpoint.config import Structure
+from lmcompress.checkpoint.schema import Structure
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch, on_device
 from lmcompress.errors import LmcompressError
 from lmcompress.method import calibration_rows
-from lmcompress.pruning.structured.calibration import Batch, on_device
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel, ModelSizes
 from lmcompress.pruning.structured.gates import Gates

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch, CalibrationData
 from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
@@ -17,7 +18,6 @@ from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.by_activations import from_activations
 from lmcompress.pruning.structured.by_gradients import from_gradients
 from lmcompress.pruning.structured.by_weights import from_weights
-from lmcompress.pruning.structured.calibration import Batch, CalibrationData
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.objectives import Labels
 from lmcompress.pruning.structured.registry import CRITERIA, Criterion, criteria_for

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import CalibrationData
 from lmcompress.activations.hooks import model_inputs
 from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
-from lmcompress.pruning.structured.calibration import CalibrationData
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.objectives import label_objective
 from lmcompress.pruning.structured.units import Part, Units, full

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.checkpoint.structure import why_not_vanilla
 from lmcompress.families import config_value, family_of
 

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import BlockShape, CompressionConfig, recorded_compression
+from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
+from lmcompress.checkpoint.cutting import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
+from lmcompress.checkpoint.encoding import weight_count
 from lmcompress.checkpoint.layers import refuse_compact
+from lmcompress.checkpoint.schema import BlockShape
 from lmcompress.checkpoint.structure import (
-    drop_heads,
-    drop_neurons,
-    keep_heads,
-    keep_hidden,
-    keep_layers,
-    keep_neurons,
     recorded_structure,
     same_shapes,
     set_stock_shapes,
@@ -166,8 +163,8 @@ def census(model: PreTrainedModel) -> dict[str, Any]:
         "attention": sum(block.heads > 0 for block in structure.blocks),
         "ffn": sum(block.ffn > 0 for block in structure.blocks),
         "hidden": anatomy.hidden_size,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "block_parameters": sum(parameter.numel() for parameter in anatomy.block_list.parameters()),
+        "parameters": weight_count(model),
+        "block_parameters": weight_count(anatomy.block_list),
         "blocks": [block.model_dump(exclude_none=True) for block in structure.blocks],
     }
 

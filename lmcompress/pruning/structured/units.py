@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lmcompress.errors import LmcompressError
+from lmcompress.families.weights import Matrices
 from lmcompress.pruning.unstructured.criteria import CRITERIA, Criterion, Scope
 from lmcompress.pruning.unstructured.patterns import NOfM, Pattern, Unstructured
 from lmcompress.registry import PartField
@@ -84,14 +85,7 @@ def _share(value: float | None) -> float | None:
 class SparsityRule(_Part):
     """What some matrices get in place of the default; of two rules that name a matrix the later one counts."""
 
-    modules: Annotated[
-        str,
-        Field(
-            min_length=1,
-            description="Names of parts (query, key, value, qkv, attention_out, ffn_in, ffn_out, embeddings, head) or "
-            "paths such as h.0.mlp.c_fc or pooler.dense; * and ? stand for any.",
-        ),
-    ]
+    modules: Matrices
     sparsity: Annotated[
         float | None,
         Field(description="Share of the weights that is pruned, ranked by themselves; without quality, null: none is."),

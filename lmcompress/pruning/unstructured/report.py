@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from lmcompress.method import TextReport
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SparseMatrix:
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(TextReport):
     """Which matrices have how many zeros.
 
     Attributes:
@@ -80,10 +80,3 @@ class SparsityReport:
         for row in self.matrices:
             table.add_row(row.path, f"{row.weights:,}", f"{row.weights - row.zeros:,}", f"{row.sparsity:.1%}")
         return table
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        written: io.StringIO = console.file  # type: ignore[assignment]
-        return written.getvalue()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcompress.activations.gradients import class_gradients, example_gradients
+from lmcompress.activations.running import evaluating
 from lmcompress.activations.walking import without_padding
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.unstructured.criteria import CRITERIA, Criterion
@@ -114,7 +115,6 @@ class _Squares:
             self.total += x.float().square().sum(dim=0)
 
 
-@torch.no_grad()
 def look(model: nn.Module, takes: Mapping[nn.Module, Take], batches: Iterable[Batch]) -> None:
     """Run a model in evaluation mode, and hand over what modules read.
 
@@ -128,27 +128,23 @@ def look(model: nn.Module, takes: Mapping[nn.Module, Take], batches: Iterable[Ba
         LmcompressError: If there are no batches.
     """
     device = next(model.parameters()).device
-    training = [module for module in model.modules() if module.training]
-    mask: list[Tensor | None] = [None]
+    mask: Tensor | None = None
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        takes[module](vectors(module, args[0].detach(), mask[0]))
+        takes[module](vectors(module, args[0].detach(), mask))
 
     handles = [module.register_forward_pre_hook(hook) for module in takes]
-    model.eval()
     seen = 0
     try:
-        for batch in batches:
-            tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-            given = tensors.get("attention_mask")
-            mask[0] = None if given is None else given.bool()
-            model(**tensors)
-            seen += 1
+        with evaluating(model):
+            for batch in batches:
+                tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+                mask = tensors["attention_mask"].bool() if "attention_mask" in tensors else None
+                model(**tensors)
+                seen += 1
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     if not seen:
         raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
 

@@ -137,7 +137,6 @@ def prune_vocabulary(
     order = list(new_ids)
     pruned = rebuilt(tokenizer, vocabulary, new_ids, merges.used)
     compared = compare(backend, plain_backend(pruned), texts, new_ids, vocabulary.unknown)
-    bytes_saved = shrink(model, tables, order, new_ids)
     names = [vocabulary.names[old] for old in order]
     kept = {reason: tuple(name for name in names if reasons[name] == reason) for reason in REASONS}
     report = VocabularyReport(
@@ -145,7 +144,7 @@ def prune_vocabulary(
         rows_after=len(order),
         merges_before=len(merges.ranks),
         merges_after=len(merges.used),
-        bytes_saved=bytes_saved,
+        bytes_saved=shrink(model, tables, order, new_ids),
         coverage=sum(count for number, count in counts.items() if number in new_ids) / counts.total(),
         tokens_before=counts.total(),
         tokens_after=compared.tokens,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lmcompress.checkpoint.config import ActivationEncoding
+from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import Role
@@ -150,40 +150,6 @@ class FakeActivation(nn.Module):
             raise LmcompressError(f"{self.name}: {error}") from error
         self._ready = True
 
-    def set_bits(self, bits: Literal[8, 4]) -> None:
-        """Go on with other bits, over the same range.
-
-        Args:
-            bits: 8 or 4.
-
-        Raises:
-            LmcompressError: If bits are neither 8 nor 4, or the range was chosen for its bits.
-        """
-        if bits not in (4, 8) or isinstance(bits, (bool, float)):
-            raise LmcompressError(f"bits of activations must be 8 or 4, got {bits!r}")
-        if bits == self.scheme.bits:
-            return
-        if self.scheme.calibration == "mse":
-            raise LmcompressError(
-                f"{self.name} has a range of the least error at {self.scheme.bits} bits, which is none at {bits}: plan "
-                "anew with these bits and calibrate"
-            )
-        old = self.final() if self._calibrated() else None
-        self.scheme = self.scheme.model_copy(update={"bits": bits})
-        self._encoding = self.scheme.encoding()
-        if old is None or old[1] is None:
-            return
-        steps = (
-            (2 ** old[0].bits - 1) / (2**bits - 1) if not self.scheme.symmetric else _half(old[0].bits) / _half(bits)
-        )
-        with torch.no_grad():
-            for tensor in (self.step, self.scale) if self.scheme.range == "learned" else (self.scale,):
-                if tensor is not None:
-                    tensor.mul_(steps)
-            if self.scheme.range == "static" and old[1][1] is not None and self.zero_point is not None:
-                self.zero_point.copy_((old[1][1].float() / steps).round())
-        self.forget()
-
     def final(self) -> tuple[ActivationEncoding, InputRange | None]:
         """How the activation is described in a checkpoint, and its range unless that is dynamic.
 
@@ -303,10 +269,6 @@ class AttentionFakes:
 
     def __call__(self, role: Role, x: Tensor) -> Tensor:
         return cast(Tensor, self.roles[role](x)) if role in self.roles else x
-
-
-def _half(bits: int) -> int:
-    return int(2 ** (bits - 1) - 1)
 
 
 def _cloned(tensor: Tensor | None) -> Tensor | None:

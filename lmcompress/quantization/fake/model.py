@@ -17,7 +17,8 @@ from lmcompress.families import anatomy_of, is_conv1d
 from lmcompress.families.weights import modules_by_path
 from lmcompress.nn.quantized_attention import ROLES, Role, attach, release_attention
 from lmcompress.numerics.grids import Bits
-from lmcompress.numerics.quantizers import Quantized, quantizer_for
+from lmcompress.numerics.quantizers.base import Quantized
+from lmcompress.numerics.quantizers.registry import quantizer_for
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.fake.activation import AttentionFakes, FakeActivation, calibrating
 from lmcompress.quantization.fake.weight import Faked, FakeWeight, fake_quantize_module, release_module
@@ -174,18 +175,6 @@ class FakeQuantized:
             quantizer_for(fake.scheme.quantizer, bits)
         for fake in fakes:
             fake.set_bits(bits, self._stored(fake.path))
-
-    def set_activation_bits(self, bits: Literal[8, 4]) -> None:
-        """Go on with other bits of activations, over the same ranges.
-
-        Args:
-            bits: 8 or 4.
-
-        Raises:
-            LmcompressError: If bits are neither 8 nor 4, or ranges were chosen for their bits.
-        """
-        for activation in self.activations.values():
-            activation.set_bits(bits)
 
     def set_curvature(self, curvature: Mapping[str, Tensor | None]) -> None:
         """Weigh the errors of ``laq``, such as by the square root of Adam's second moments.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lmcompress.errors import LmcompressError
 from lmcompress.families.narrow import Derived, derive
 from lmcompress.numerics.grids import Bits
-from lmcompress.numerics.quantizers import Quantized, check_finite, quantizer_for
+from lmcompress.numerics.quantizers.base import Quantized, check_finite
+from lmcompress.numerics.quantizers.registry import quantizer_for
 from lmcompress.quantization.planning import Planned
 
 _FAKE = "_fake_weight"

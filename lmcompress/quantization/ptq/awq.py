@@ -51,7 +51,7 @@ def awq_scales(
         Compression and Acceleration*, MLSys 2024, https://arxiv.org/abs/2306.00978, section 3.2, equations 4 and 5.
 
     Example:
-        >>> from lmcompress.numerics.quantizers import symmetric
+        >>> from lmcompress.numerics.quantizers.uniform import symmetric
         >>> weight, x = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.1, 10.0]])
         >>> s = awq_scales([weight], x.abs()[0], x.T @ x, [lambda w: symmetric(w, bits=3)])
         >>> (symmetric(weight * s, bits=3).values / s * x).sum() - (weight * x).sum() < 0.01

@@ -12,7 +12,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.families.weights import EMBEDDINGS
 from lmcompress.nn.packed import Packed
-from lmcompress.numerics.quantizers import QUANTIZERS
+from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.planning import Plan
 from lmcompress.quantization.ptq.awq import scalings

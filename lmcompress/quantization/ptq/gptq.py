@@ -10,7 +10,7 @@ from torch import Tensor
 from lmcompress.activations.hessian import check_hessian, exact, inverse_factor, output_error
 from lmcompress.numerics.grids import Granularity, PerGroup
 from lmcompress.numerics.packing import dequantize
-from lmcompress.numerics.quantizers import Quantized
+from lmcompress.numerics.quantizers.base import Quantized
 
 Rounding = Callable[[Tensor], Quantized]
 """``weight (out, in) -> Quantized``: a quantizer with its bits, granularity and state fixed."""
@@ -66,7 +66,7 @@ def gptq(
         of https://github.com/IST-DASLab/gptq.
 
     Example:
-        >>> from lmcompress.numerics.quantizers import symmetric
+        >>> from lmcompress.numerics.quantizers.uniform import symmetric
         >>> both = torch.ones(2, 2)  # two inputs that are always the same
         >>> gptq(torch.tensor([[1.0, 0.4, 0.4]]), torch.ones(3, 3), lambda w: symmetric(w, bits=2)).values.sum()
         tensor(2.)

@@ -9,8 +9,9 @@ from typing import get_args
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.calibration import Batch
 from lmcompress.activations.running import evaluating
-from lmcompress.activations.walking import Batch, calibration_batches
+from lmcompress.activations.walking import calibration_batches
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.evaluation import weight_bytes
 from lmcompress.model import CompressedModel

@@ -25,5 +25,3 @@ PARTS: list[StagePart[Any]] = [
     DistillationPart(),
 ]
 """All methods, in the order in which they change a model."""
-
-__all__ = ["PARTS", "StagePart"]

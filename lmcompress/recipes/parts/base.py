@@ -230,6 +230,3 @@ def needs_training(stage: Stage, method: Any) -> None:
             f"the schedule {method.schedule.kind} needs training, got max_steps: 0; choose one_shot or iterative, or "
             "train some steps"
         )
-
-
-__all__ = ["Planning", "Running", "StagePart", "Work", "needs_training", "seeded"]

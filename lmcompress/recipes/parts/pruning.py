@@ -12,12 +12,12 @@ import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import Structure
+from lmcompress.checkpoint.saving import outputs_of
+from lmcompress.checkpoint.schema import Structure
 from lmcompress.checkpoint.structure import recorded_structure, shape_skeleton
 from lmcompress.data import TaskKind
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
-from lmcompress.model import outputs_of
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
 from lmcompress.pruning.structured.goals import feasible

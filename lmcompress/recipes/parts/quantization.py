@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from lmcompress.checkpoint.encoding import weight_count
 from lmcompress.families import weight_view
 from lmcompress.families.weights import modules_by_path
 from lmcompress.numerics.packing import container_for, packed_bytes
@@ -152,7 +153,7 @@ class QuantizationPart(StagePart[StageQuantization]):
 
 def _bytes(model: PreTrainedModel, planned: Plan) -> int:
     modules = modules_by_path(model)
-    total = 4 * sum(parameter.numel() for parameter in model.parameters())
+    total = 4 * weight_count(model)
     for one in planned.matrices:
         shape = tuple(weight_view(modules[one.path]).shape)
         found = one.weights.model_copy(update={"granularity": "tensor"}).rounded(torch.tensor([[1.0, -1.0]]))

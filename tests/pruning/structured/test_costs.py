@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of

@@ -8,7 +8,7 @@ from families import FFN, HEAD_SIZE, HEADS, HIDDEN, LAYERS, inputs, make, output
 from torch import nn
 from transformers import BertForMultipleChoice
 
-from lmcompress.checkpoint.structure import drop_heads, drop_neurons
+from lmcompress.checkpoint.cutting import drop_heads, drop_neurons
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.pruning import PARTS, Gates, Units, full

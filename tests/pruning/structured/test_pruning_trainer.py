@@ -11,8 +11,8 @@ from training import tiny_arguments
 from transformers import TrainingArguments
 
 from lmcompress import CheckpointError, CompressedModel, LmcompressError, anatomy_of
+from lmcompress.checkpoint.saving import outputs_of
 from lmcompress.distillation import DistillationConfig, Match
-from lmcompress.model import outputs_of
 from lmcompress.pruning.structured import method as method_module
 from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.groups import unit_norms

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.checkpoint.structure import why_not_vanilla
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.costs import EnergyCost, FlopCost, ModelSizes, ParameterCost

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from lmcompress import CompressedModel
-from lmcompress.checkpoint.structure import hidden_axes, keep_heads, stock_structure, structure_of
+from lmcompress.checkpoint.cutting import hidden_axes, keep_heads
+from lmcompress.checkpoint.structure import stock_structure, structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.pruning import PARTS, Gates, Units, census, coverage, cut, fold, full, masked_structure

@@ -6,7 +6,7 @@ from families import FFN, HEADS, HIDDEN, LAYERS, make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcompress.checkpoint.config import BlockShape, Structure
+from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning import PARTS, Units, full, masked_structure

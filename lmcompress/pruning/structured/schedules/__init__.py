@@ -17,5 +17,3 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "group_lasso": GroupLassoStrategy,
 }
 """The strategies by the ``kind`` of their schedule."""
-
-__all__ = ["STRATEGIES", "Strategy"]

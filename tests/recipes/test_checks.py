@@ -10,7 +10,8 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 from lmcompress.data import Task
 from lmcompress.errors import LmcompressError
-from lmcompress.recipes.checks import check_model_folder, check_training, check_writable, found, positions_of
+from lmcompress.recipes.checks import check_training, check_writable, positions_of
+from lmcompress.recipes.lookup import check_model_folder, found
 from lmcompress.recipes.schema import Training
 
 TASK = Task("tone", "classification", ("text",), "label", ("bad", "good"))

@@ -26,8 +26,12 @@ class UnknownFamilyError(LmcompressError):
     """A model family that :mod:`lmcompress.families` does not describe."""
 
 
+MOST_NAMES = 50
+"""The greatest number of names that a message lists."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A clause for an error message: the valid name nearest to ``name``, and all of them.
+    """A clause for an error message: the valid name nearest to ``name``, and all of them, or the first of very many.
 
     Args:
         name: what came.
@@ -43,7 +47,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} Valid are: {', '.join(names)}"
+    more = f" … and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{hint} Valid are: {', '.join(names[:MOST_NAMES])}{more}"
 
 
 @contextmanager

@@ -141,9 +141,13 @@ def imported(name: str, kind: str) -> Any:
         kind: of the part, for messages.
 
     Raises:
-        LmcompressError: If the module cannot be imported or has no such attribute.
+        LmcompressError: If it is not so written, the module cannot be imported or has no such attribute.
     """
     module_name, _, attribute = name.partition(SEPARATOR)
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise LmcompressError(
+            f"{kind} {name!r} must be written module{SEPARATOR}attribute, as my_package.my_module{SEPARATOR}my_part"
+        )
     # a console script has its own folder on the path, not the one that it is called from
     folder = os.getcwd()
     sys.path.append(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version as version_of
 from typing import Annotated
@@ -79,9 +80,17 @@ def run_app(arguments: list[str]) -> int:
             raise
         _print_error(str(error))
         return 2
+    except BrokenPipeError:
+        # whoever read the output has enough of it; what is left to write at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.strerror is not None and not isinstance(error, ConnectionError):
+            where = "" if error.filename is None else f"cannot use {error.filename}: "
+            _print_error(f"{where}{error.strerror.lower()}")
+            return 2
         first = next(iter(str(error).splitlines()), "") or "no message"
         _print_error(
             f"{type(error).__name__}: {first}\nthis is a fault of lmcompress or its libraries; run again with --debug "

@@ -19,7 +19,12 @@ def benchmark(
         typer.Option("--against", help="Folder or name of a second model, which the first is compared with."),
     ] = None,
     batch: LatencyBatches = None,
-    length: Annotated[int, typer.Option("--length", help="Length of the inputs in tokens.")] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length", help="Length of the inputs in tokens. Default: 128, or what the models have positions for."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Number of timed calls of each model.")] = 20,
     threads: Annotated[
         int | None, typer.Option("--threads", help="Number of torch's threads. Default: torch's own.")
@@ -45,24 +50,29 @@ def benchmark(
     import torch
 
     from lmcompress.cli.console import output_console
+    from lmcompress.cli.values import messages_name_options
     from lmcompress.evaluation import compare_latency, parameter_count, size_on_disk
     from lmcompress.evaluation import verdict as verdicts
+    from lmcompress.recipes.checks import positions_of
     from lmcompress.recipes.one_model import load_model
     from lmcompress.recipes.progress import quiet_libraries
     from lmcompress.reporting import latency_table
 
     names = [name for name in (against, model) if name is not None]
-    if len(set(names)) < len(names):
+    if len({Path(name).resolve() for name in names}) < len(names):
         raise LmcompressError(f"{model} cannot be compared with itself; name another model with --against")
-    with quiet_libraries():
+    with quiet_libraries(), messages_name_options():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         models = {name: load_model(name).to(device) for name in names}
+        if generate and (other := next((name for name, m in models.items() if not m.can_generate()), None)):
+            kind = type(models[other]).__name__
+            raise LmcompressError(f"{other} is a {kind}, which generates no text: leave out --generate")
         # the model with the fewest positions bounds the length
-        limit = min(int(getattr(m.config, "max_position_embeddings", length)) for m in models.values())
+        limit = min(positions_of(loaded.config) for loaded in models.values())
         measured = compare_latency(
             models,
             batch_sizes=batch or [1, 32],
-            sequence_length=min(length, limit - (GENERATED_TOKENS if generate else 0)),
+            sequence_length=min(128, limit - (GENERATED_TOKENS if generate else 0)) if length is None else length,
             repeats=repeats,
             threads=threads,
             mode="generate" if generate else "forward",

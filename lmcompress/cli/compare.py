@@ -30,7 +30,9 @@ def compare(
         raise LmcompressError(f"there is nothing to compare {runs[0]} with: name at least two runs")
     for folder in runs:
         if not folder.is_dir():
-            raise LmcompressError(f"no such folder: {folder}")
+            raise LmcompressError(
+                f"{folder} is a file; a run is a folder" if folder.exists() else f"no such folder: {folder}"
+            )
     if name and len(name) != len(runs):
         raise LmcompressError(f"--name must be given once for each of the {len(runs)} runs, got {len(name)}")
     from lmcompress.recipes.progress import quiet_libraries

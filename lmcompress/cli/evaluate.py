@@ -62,8 +62,9 @@ def evaluate(
 
     with messages_name_options():
         spec = task_spec(task, data, text_column, label_column, limit, max_length)
-        evaluation = evaluation_spec(split or "validation", metric)
-        evaluation = evaluation.model_copy(update={"batch_size": batch_size, "stride": stride})
+        evaluation = evaluation_spec(
+            "validation" if split is None else split, metric, batch_size=batch_size, stride=stride
+        )
         found = evaluate_once(model, spec, evaluation, split=split)
     if as_json:
         shown = {name: found[name] for name in ("split", "metrics", "notes")}

@@ -36,11 +36,14 @@ def run_recipe(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite:
 
 def compress(recipe: Recipe, output: Path, *, report: Path | None, dry_run: bool, overwrite: bool) -> None:
     """Compress one trained model without training by a recipe of one stage, or only check and plan it."""
+    from lmcompress.recipes.checks import check_writable
     from lmcompress.recipes.progress import quiet_libraries
     from lmcompress.recipes.single import compress_once, plan_once
     from lmcompress.reporting import print_plan, results_table, shape_table, write_report
 
     console = output_console()
+    if report is not None:
+        check_writable(report)
     if dry_run:
         with quiet_libraries():
             print_plan(plan_once(recipe, output, overwrite=overwrite, measure_times=False), console)

@@ -158,6 +158,7 @@ def prune(
     }
     method = {"criterion": criterion, "labels": labels, "calibration_rows": rows, "ranking": ranking}
     with messages_name_options():
+        evaluation = evaluation_spec(split, metric, batch)
         recipe = prune_recipe(
             model,
             task_spec(task, data, text_column, label_column, limit, max_length),
@@ -165,7 +166,7 @@ def prune(
             vocabulary=None if vocabulary is None else validated(VocabularySpec, {"min_count": vocabulary}),
             save=save,
             storage=storage,
-            evaluation=evaluation_spec(split, metric, batch),
+            evaluation=evaluation,
             seed=seed,
         )
         compress(recipe, output, report=report, dry_run=dry_run, overwrite=overwrite)
@@ -191,6 +192,7 @@ def _pruning(
     latency = None
     if target.kind.startswith("latency"):
         # not in the model's folder, which is replaced as a whole
-        latency = LatencySpec(batch_size=(batch or [32])[-1], table=str(output.parent / "latency.json"))
+        sizes = {"batch_size": (batch or [32])[-1], "table": str(output.parent / "latency.json")}
+        latency = validated(LatencySpec, sizes)
     values = pruning_values(parts, iterations, repair) | dict(method)
     return validated(StagePruning, values | {"target": target, "latency": latency})

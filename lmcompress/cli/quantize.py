@@ -27,6 +27,7 @@ from lmcompress.cli.options import (
     TextColumns,
     TrainedModel,
 )
+from lmcompress.errors import LmcompressError
 
 Output = Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder of the quantized model.")]
 Bits = Annotated[str, typer.Option("--bits", help="Bit-width of the weights: 8, 4, 3, 2 or ternary.")]
@@ -106,6 +107,8 @@ def quantize(
 
       lmcompress quantize my-model --task reviews.csv --bits 4 --method gptq --activations none -o small
     """
+    if static and activations == "none":
+        raise LmcompressError("--static is of the activations, which --activations none leaves as they are: drop one")
     from lmcompress.cli.making import compress
     from lmcompress.cli.values import evaluation_spec, messages_name_options, number_or_word, task_spec, validated
     from lmcompress.recipes.parts.quantization import StageQuantization

@@ -66,9 +66,12 @@ def sensitivity(
     from lmcompress.cli.values import evaluation_spec, messages_name_options, parts_of, task_spec, validated
     from lmcompress.pruning.structured.config import PruningConfig
     from lmcompress.pruning.structured.targets import Target
+    from lmcompress.recipes.checks import check_writable
     from lmcompress.recipes.one_model import measure_sensitivity
     from lmcompress.reporting import sensitivity_table
 
+    if output is not None:
+        check_writable(output)
     # any target will do: nothing is removed
     values = {"target": Target(sparsity=0.5), "parts": parts_of(parts), "criterion": criterion, "labels": labels}
     console = output_console()

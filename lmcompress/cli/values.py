@@ -28,6 +28,13 @@ OPTIONS = {
     "evaluation.metrics": "--metric",
     "save": "--format",
     "storage": "--storage",
+    "batch_sizes": "--batch",
+    "sequence_length": "--length",
+    "repeats": "--repeats",
+    "threads": "--threads",
+    "stride": "--stride",
+    "steps": "--steps",
+    "shares": "--share",
 }
 """How messages call what a verb was given."""
 
@@ -55,17 +62,21 @@ _OPTION_OF = {
 
 @contextmanager
 def messages_name_options() -> Iterator[None]:
-    """Within the block, messages name the options of the command line."""
+    """Within the block, messages name the options of the command line, and what pydantic refuses is such a message."""
     with arguments_called(OPTIONS):
-        yield
+        try:
+            yield
+        except ValidationError as error:
+            raise LmcompressError(_refusal(error)) from error
 
 
-def validated(kind: type[T], values: dict[str, Any]) -> T:
+def validated(kind: type[T], values: dict[str, Any], option: str | None = None) -> T:
     """A pydantic model of values from the command line.
 
     Args:
         kind: the model.
         values: by the names of its fields.
+        option: that they all come from; None: one for each field.
 
     Raises:
         LmcompressError: If a value is not valid; the message names the option.
@@ -73,14 +84,23 @@ def validated(kind: type[T], values: dict[str, Any]) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown{nearest(str(first['loc'][-1]), kind.model_fields)}"
-        elif first["type"] != "value_error" and not isinstance(first["input"], dict | BaseModel):
-            message = f"{message}, got {first['input']!r}"
-        where = f"{_option(first['loc'])}: " if first["loc"] else ""
-        raise LmcompressError(f"{where}{message[:1].lower()}{message[1:]}") from error
+        raise LmcompressError(_refusal(error, kind, option)) from error
+
+
+def _refusal(error: ValidationError, kind: type[BaseModel] | None = None, option: str | None = None) -> str:
+    first, *others = error.errors(include_url=False)
+    message = first["msg"].removeprefix("Value error, ")
+    # the other branches of a union
+    also = [other["msg"] for other in others if other["loc"][1:-1] and other["loc"][:-1] == first["loc"][:-1]]
+    message = " or ".join([message, *(text.removeprefix("Input should be ") for text in also)])
+    if first["type"] == "extra_forbidden" and kind is not None:
+        message = f"unknown{nearest(str(first['loc'][-1]), kind.model_fields)}"
+    elif first["type"] != "value_error" and not isinstance(first["input"], dict | BaseModel):
+        message = f"{message}, got {first['input']!r}"
+    message = f"{message[:1].lower()}{message[1:]}"
+    if option is not None:
+        return ": ".join([option, *map(str, first["loc"]), message])
+    return f"{_option(first['loc'])}: {message}" if first["loc"] else message
 
 
 def _option(location: Sequence[str | int]) -> str:
@@ -113,7 +133,9 @@ def task_spec(
     return validated(TaskSpec, {name: value for name, value in values.items() if value is not None})
 
 
-def evaluation_spec(split: str, metric: Sequence[str] | None, batch: Sequence[int] | None = None) -> EvaluationSpec:
+def evaluation_spec(
+    split: str, metric: Sequence[str] | None, batch: Sequence[int] | None = None, **others: Any
+) -> EvaluationSpec:
     """What is measured, as the options of a verb say it."""
     from lmcompress.recipes.specs import EvaluationSpec
 
@@ -122,7 +144,7 @@ def evaluation_spec(split: str, metric: Sequence[str] | None, batch: Sequence[in
         "metrics": tuple(metric) if metric else None,
         "latency_batches": tuple(batch or (1, 32)),
     }
-    return validated(EvaluationSpec, values)
+    return validated(EvaluationSpec, values | others)
 
 
 def parts_of(text: str) -> tuple[str, ...]:
@@ -140,13 +162,15 @@ def shape_of(text: str) -> Shape:
         counts = value.split("/")
         if not equals or not all(count.isdecimal() for count in counts):
             raise LmcompressError(f"--shape must look like layers=6,heads=8,ffn=1024 or heads=8/4/0, got {piece!r}")
+        if name in sizes:
+            raise LmcompressError(f"--shape: {name} is given twice")
         sizes[name] = int(value) if len(counts) == 1 else tuple(map(int, counts))
-    return validated(Shape, sizes)
+    return validated(Shape, sizes, "--shape")
 
 
 def number_or_word(text: str) -> int | str:
     """``"4"`` as 4; any other word as it is."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def pruning_values(parts: str, iterations: int, repair: str) -> dict[str, Any]:
@@ -154,7 +178,7 @@ def pruning_values(parts: str, iterations: int, repair: str) -> dict[str, Any]:
     names = parts_of(parts)
     return {
         "parts": names,
-        "schedule": {"kind": "iterative", "rounds": iterations} if iterations > 1 else {"kind": "one_shot"},
+        "schedule": {"kind": "one_shot"} if iterations == 1 else {"kind": "iterative", "rounds": iterations},
         # only these two have something behind them that can be fitted again
         "repair": repair if {"heads", "neurons"} & set(names) else "none",
     }

@@ -64,4 +64,6 @@ class SharingConfig(_Part):
         ),
     ] = None
     iterations: Annotated[int, Field(ge=1, description="Steps of k-means, at most.")] = 300
-    seed: Annotated[int, Field(ge=0, description="Of random starts and of the choice of calibration rows.")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=1 << 32, description="Of random starts and of the choice of calibration rows.")
+    ] = 0

@@ -44,7 +44,7 @@ def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None
         one or two names.
 
     Raises:
-        LmcompressError: a given column is missing, or none of the usual ones is there.
+        LmcompressError: a given column is missing or given twice, or none of the usual ones is there.
 
     Example:
         >>> find_text_columns(["idx", "premise", "hypothesis", "label"], None)
@@ -53,6 +53,8 @@ def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None
     if text_columns is not None:
         for column in text_columns:
             check_column(column, columns)
+        if len(set(text_columns)) < len(text_columns):
+            raise LmcompressError(f"{argument('text_columns')} must be two different columns, got {column!r} twice")
         return tuple(text_columns)
     for usual in TEXT_COLUMNS:
         if set(usual) <= set(columns):
@@ -77,8 +79,8 @@ def find_label_column(
         a name, or None.
 
     Raises:
-        LmcompressError: a given column is missing, or none of the usual ones is there and the table holds more than
-            one text.
+        LmcompressError: a given column is missing or one of the texts, or none of the usual ones is there and the table
+            holds more than one text.
 
     Example:
         >>> find_label_column(["text", "label"], ["text"], None, None)
@@ -94,6 +96,11 @@ def find_label_column(
         return None
     if label_column is not None:
         check_column(label_column, columns)
+        if label_column in text_columns:
+            others = nearest(label_column, set(columns) - set(text_columns))
+            raise LmcompressError(
+                f"{argument('label_column')} must not be a column of texts, got {label_column!r}{others}"
+            )
         return label_column
     for usual in LABEL_COLUMNS:
         if usual in columns and usual not in text_columns:

@@ -172,7 +172,7 @@ def read_files(paths: Sequence[Path]) -> Dataset:
         return _read_table(kind, paths)
     except (ValueError, OSError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise LmcompressError(f"could not read {paths[0]}: {type(cause).__name__}: {cause}") from error
+        raise LmcompressError(f"could not read {paths[0]}: {type(cause).__name__}: {str(cause).strip()}") from error
 
 
 def is_data_file(path: Path) -> bool:
@@ -204,7 +204,14 @@ def _read_table(kind: str, paths: Sequence[Path]) -> Dataset:
         header, first = next(lines), next(lines, None)
     if first is None and len(paths) == 1:
         return Dataset.from_dict({column: [] for column in header})
-    return Dataset.from_csv(names, features=string_features(header), keep_default_na=False, na_filter=False, **options)
+    return Dataset.from_csv(
+        names,
+        features=string_features(header),
+        keep_default_na=False,
+        na_filter=False,
+        encoding=_encoding(paths[0]),
+        **options,
+    )
 
 
 def _text(path: Path) -> str:
@@ -215,8 +222,13 @@ def _text(path: Path) -> str:
 def _open(path: Path) -> IO[str]:
     open_text = _COMPRESSION.get(path.suffix, open)
     # newline="" keeps line ends as they are: translation would change token counts
-    opened: IO[str] = open_text(path, "rt", encoding="utf-8", newline="")
+    opened: IO[str] = open_text(path, "rt", encoding=_encoding(path), newline="")
     return opened
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8; of a table without the mark that spreadsheets begin with, which the first column would be called by."""
+    return "utf-8" if _format(path) == ".txt" else "utf-8-sig"
 
 
 def _format(path: Path) -> str | None:

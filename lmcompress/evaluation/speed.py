@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.errors import LmcompressError, nearest
+from lmcompress.errors import LmcompressError, argument, nearest
 
 Mode = Literal["forward", "generate"]
 MODES: tuple[Mode, ...] = ("forward", "generate")
@@ -158,17 +158,20 @@ def _check(
     if mode not in MODES:
         raise LmcompressError(f"unknown mode {mode!r}{nearest(mode, MODES)}")
     if repeats < 3:
-        raise LmcompressError(f"repeats must be >= 3, got {repeats}: fewer have no spread, and so no verdict")
-    if warmup < 0 or sequence_length < 1 or new_tokens < 1 or min(batch_sizes) < 1:
         raise LmcompressError(
-            "batch_sizes, sequence_length and new_tokens must be >= 1 and warmup >= 0, got "
-            f"{list(batch_sizes)}, {sequence_length}, {new_tokens} and {warmup}"
+            f"{argument('repeats')} must be >= 3, got {repeats}: fewer have no spread, and so no verdict"
         )
+    least = {"sequence_length": (sequence_length, 1), "new_tokens": (new_tokens, 1), "warmup": (warmup, 0)}
+    for name, (given, minimum) in (least | {"batch_sizes": (min(batch_sizes), 1)}).items():
+        if given < minimum:
+            raise LmcompressError(f"{argument(name)} must be >= {minimum}, got {given}")
     needed = sequence_length + (new_tokens if mode == "generate" else 0)
     for name, model in models.items():
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and needed > positions:
-            raise LmcompressError(f"{name!r} has {positions} positions, {needed} are needed; shorten sequence_length")
+            raise LmcompressError(
+                f"{name!r} has {positions} positions, {needed} are needed; shorten {argument('sequence_length')}"
+            )
         if mode == "generate" and not model.can_generate():
             raise LmcompressError(f"{name!r} is a {type(model).__name__}, which cannot generate; use mode='forward'")
 
@@ -198,7 +201,12 @@ def _placed(models: Mapping[str, PreTrainedModel], device: str | torch.device | 
 
 @contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
+    before, cores = torch.get_num_threads(), os.cpu_count() or 1
+    # of very many, the threads of OpenMP take the process down
+    if threads is not None and not 1 <= threads <= cores:
+        raise LmcompressError(
+            f"{argument('threads')} must be in [1, {cores}], the cores of this machine, got {threads}"
+        )
     torch.set_num_threads(threads or before)
     try:
         yield

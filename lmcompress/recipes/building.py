@@ -43,6 +43,19 @@ def auto_class(task: Task) -> Any:
     )
 
 
+def has_head_for(config: PretrainedConfig, task: Task) -> bool:
+    """Whether a checkpoint holds a head for a kind of task; True where its config does not say.
+
+    Args:
+        config: of the checkpoint.
+        task: any.
+    """
+    wanted = auto_class(task).__name__.removeprefix("AutoModel")
+    names = (wanted, "LMHead") if task.kind is TaskKind.CAUSAL_LM else (wanted,)
+    known = config.architectures
+    return not known or any(name in architecture for architecture in known for name in names)
+
+
 def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
     """The recipe's own model with the head that the task needs.
 
@@ -84,14 +97,12 @@ def teacher_skeleton(path: str, task: Task) -> PreTrainedModel:
         LmcompressError: there is no such model, or it has no head for the task.
     """
     config = _config_of(path, {})
-    cls = auto_class(task)
-    wanted = cls.__name__.removeprefix("AutoModel")
-    if config.architectures and not any(wanted in name or "LMHead" in name for name in config.architectures):
+    if not has_head_for(config, task):
         raise LmcompressError(
-            f"the teacher {path} is a {', '.join(config.architectures)}, without a trained head for {task.kind}: "
+            f"the teacher {path} is a {', '.join(config.architectures or ())}, without a trained head for {task.kind}: "
             "train it in an earlier stage, and name that stage as the teacher"
         )
-    model = skeleton(config, cls)
+    model = skeleton(config, auto_class(task))
     model.config.name_or_path = path
     return model
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import pyarrow.compute as pc
 import torch
 from transformers import AutoConfig, PretrainedConfig, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
@@ -13,8 +14,11 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lmcompress.data import Task, TaskKind
+from lmcompress.data.columns import arrow_column
 from lmcompress.errors import LmcompressError, argument, nearest
-from lmcompress.recipes.lookup import first_line, found
+from lmcompress.recipes.building import has_head_for
+from lmcompress.recipes.lookup import check_weights, first_line, found
+from lmcompress.recipes.materials import Materials
 from lmcompress.recipes.schema import Recipe
 from lmcompress.recipes.specs import FromScratch
 from lmcompress.recipes.training import Training
@@ -53,7 +57,11 @@ def check_writable(folder: Path) -> None:
     Raises:
         LmcompressError: If it, or what it would be in, is a file or not writable.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        # a name that is too long
+        raise LmcompressError(f"cannot write to {folder}: {error.strerror or error}") from error
     if not there.is_dir():
         raise LmcompressError(f"cannot write to {folder}: {there} is a file, and the output is a folder")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -61,14 +69,14 @@ def check_writable(folder: Path) -> None:
 
 
 def check_lengths(recipe: Recipe) -> None:
-    """Refuse lengths that a model of the recipe has no positions for.
+    """Refuse models of the recipe whose files are damaged, and lengths that one has no positions for.
 
     Args:
         recipe: validated.
 
     Raises:
-        LmcompressError: If ``task.max_length`` or ``evaluation.sequence_length`` is greater than the positions of the
-            recipe's model or of a teacher from outside.
+        LmcompressError: If the recipe's model or a teacher from outside has no weights, or fewer positions than
+            ``task.max_length`` or ``evaluation.sequence_length``.
     """
     stages = {stage.name for stage in recipe.stages}
     named = [recipe.model] if isinstance(recipe.model, str) else []
@@ -77,6 +85,7 @@ def check_lengths(recipe: Recipe) -> None:
     for name in dict.fromkeys(named):
         with found(name, "model"):
             positions[name] = positions_of(AutoConfig.from_pretrained(name))
+        check_weights(name)
     lengths = {"max_length": recipe.task.max_length, "evaluation.sequence_length": recipe.evaluation.sequence_length}
     for name, most in positions.items():
         for what, length in lengths.items():
@@ -84,6 +93,60 @@ def check_lengths(recipe: Recipe) -> None:
                 raise LmcompressError(
                     f"{argument(what)} must be at most {most}, the number of positions of {name}, got {length}"
                 )
+
+
+def check_vocabulary(materials: Materials, config: PretrainedConfig, name: str) -> None:
+    """Refuse rows with tokens that a model has no embeddings of: its tokenizer is another model's.
+
+    Args:
+        materials: rows and tokenizer.
+        config: of the model.
+        name: of the model, for the message.
+
+    Raises:
+        LmcompressError: If a token of a row is beyond ``config.vocab_size``.
+    """
+    entries = int(config.vocab_size)
+    if len(materials.tokenizer) <= entries:
+        return
+    splits = (split for split in materials.rows().splits().values() if split.num_rows)
+    greatest = max(pc.max(pc.list_flatten(arrow_column(split, "input_ids"))).as_py() for split in splits)
+    if greatest >= entries:
+        raise LmcompressError(
+            f"{name} has embeddings of {entries} tokens, its tokenizer has {len(materials.tokenizer)}, and the rows "
+            f"hold token {greatest}: the tokenizer is another model's"
+        )
+
+
+def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
+    """Refuse a model whose head is for other labels than the task's, or that has none.
+
+    Args:
+        config: of the model.
+        task: that it is to be measured on.
+        name: of the model, for the message.
+
+    Raises:
+        LmcompressError: it was not trained for this task.
+    """
+    if not has_head_for(config, task):
+        guessed = f" (a column of texts alone makes {task.name} that)" if task.kind is TaskKind.CAUSAL_LM else ""
+        raise LmcompressError(
+            f"{name} is a {', '.join(config.architectures or ())}, without a trained head for {task.kind}{guessed}: "
+            "fine-tune it first"
+        )
+    if task.kind is TaskKind.CAUSAL_LM:
+        return
+    if config.num_labels != task.num_labels:
+        raise LmcompressError(
+            f"{name} has {config.num_labels} labels, {task.name} has {task.num_labels}: "
+            "it was not trained for this task"
+        )
+    names = [str(config.id2label.get(i, i)) for i in range(task.num_labels)]
+    if task.label_names and names != list(task.label_names) and names != [f"LABEL_{i}" for i in range(task.num_labels)]:
+        raise LmcompressError(
+            f"{name} calls its labels {names[:5]}, {task.name} {list(task.label_names)[:5]}: numbers would not agree"
+        )
 
 
 def positions_of(config: PretrainedConfig) -> int:

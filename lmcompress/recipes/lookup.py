@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from lmcompress.errors import LmcompressError
 
 _UNREACHABLE = ("couldn't connect", "offline", "cached files", "local_files_only", "can't load tokenizer")
@@ -20,15 +22,15 @@ def found(name: str | Path, what: str) -> Iterator[None]:
         what: is loaded from it: ``"model"`` or ``"tokenizer"``.
 
     Raises:
-        LmcompressError: If there is no such folder, no model in it, or none of that name in the local cache or on the
-            Hub.
+        LmcompressError: If there is no such folder, no model in it, none of that name in the local cache or on the Hub,
+            or its files are damaged.
     """
     check_model_folder(name)
     try:
         yield
     except LmcompressError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         if not Path(name).exists() and any(words in str(error).lower() for words in _UNREACHABLE):
             raise LmcompressError(
                 f"no such folder: {name}; and no model of that name in the local cache (the Hub is out of reach)"
@@ -43,9 +45,12 @@ def check_model_folder(name: str | Path) -> None:
         name: folder, or name on the Hub.
 
     Raises:
-        LmcompressError: If it looks like a path and is none of a folder, or is a folder without ``config.json``.
+        LmcompressError: If it is empty, looks like a path and is none of a folder, or is a folder without
+            ``config.json``.
     """
     text, folder = str(name), Path(name)
+    if not text.strip():
+        raise LmcompressError(f"a model must be named: a folder, or a name on the Hub, got {text!r}")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             models = sorted(str(path.parent) for path in folder.glob("*/config.json"))
@@ -55,6 +60,31 @@ def check_model_folder(name: str | Path) -> None:
         raise LmcompressError(f"{name} is a file; a model is a folder, or a name on the Hub")
     elif text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise LmcompressError(f"no such folder: {name}")
+
+
+def check_weights(name: str | Path) -> None:
+    """Refuse a folder whose weights are not there or are damaged; of safetensors only the headers are read.
+
+    Args:
+        name: folder, or name on the Hub, which passes.
+
+    Raises:
+        LmcompressError: If there are no weights, or a file of them is cut off or of another format.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise LmcompressError(f"{name} holds a config.json, but no weights (no model.safetensors)")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise LmcompressError(
+                f"{file} is damaged ({first_line(error)}): copy it again, or save the model anew"
+            ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -181,11 +181,14 @@ def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
         task: words that come one by one need a space before them.
 
     Raises:
-        LmcompressError: there is none.
+        LmcompressError: there is none, or one of special tokens alone.
     """
     words = {"add_prefix_space": True} if task.kind is TaskKind.TOKEN_CLASSIFICATION else {}
     with found(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, **words)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # what Transformers makes where no file of one is there: every word is unknown to it
+        raise LmcompressError(f"{path} holds no tokenizer; save that of the model there (tokenizer.save_pretrained)")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

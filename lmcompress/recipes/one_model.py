@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, Value
 from rich.console import Console
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from lmcompress.data import Task, TaskData, TaskKind
+from lmcompress.data import TaskData, TaskKind
 from lmcompress.data.columns import find_label_column, find_text_columns, is_list
 from lmcompress.data.sources import read_files
 from lmcompress.errors import LmcompressError, argument
@@ -21,7 +21,7 @@ from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.scoring import score
 from lmcompress.pruning.structured.sensitivity import sensitivity
 from lmcompress.recipes.building import auto_class
-from lmcompress.recipes.checks import check_lengths, positions_of
+from lmcompress.recipes.checks import check_lengths, check_trained_for, check_vocabulary, positions_of
 from lmcompress.recipes.lookup import found
 from lmcompress.recipes.materials import Materials, check_split, load_tokenizer, read_task
 from lmcompress.recipes.measuring import quality
@@ -106,7 +106,9 @@ def evaluate_once(
                 f"{file} is one file, which is evaluated whole: leave out {argument('evaluation.splits')}"
             )
         data = read_task(task, _whole(file, task, model) if whole else None)
-        chosen = "validation" if whole else split or "validation"
+        if evaluation.stride is not None and data.task.kind is not TaskKind.CAUSAL_LM:
+            raise LmcompressError(f"{argument('stride')} is of perplexity; {data.task.name} is a {data.task.kind} task")
+        chosen = "validation" if whole or split is None else split
         evaluation = evaluation.model_copy(update={"splits": (chosen,)})
         materials, loaded = _ready(model, data, task, evaluation)
         metrics = quality(materials, loaded, chosen)
@@ -144,36 +146,6 @@ def load_model(name: str, auto_class: Any = None) -> PreTrainedModel:
     return load_compressed(name, auto_class).model.eval()
 
 
-def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
-    """Refuse a model whose head is for other labels than the task's, or that has none.
-
-    Args:
-        config: of the model.
-        task: that it is to be measured on.
-        name: of the model, for the message.
-
-    Raises:
-        LmcompressError: it was not trained for this task.
-    """
-    wanted = auto_class(task).__name__.removeprefix("AutoModel")
-    if config.architectures and not any(wanted in known or "LMHead" in known for known in config.architectures):
-        raise LmcompressError(
-            f"{name} is a {', '.join(config.architectures)}, without a trained head for {task.kind}: fine-tune it first"
-        )
-    if task.kind is TaskKind.CAUSAL_LM:
-        return
-    if config.num_labels != task.num_labels:
-        raise LmcompressError(
-            f"{name} has {config.num_labels} labels, {task.name} has {task.num_labels}: "
-            "it was not trained for this task"
-        )
-    names = [str(config.id2label.get(i, i)) for i in range(task.num_labels)]
-    if task.label_names and names != list(task.label_names) and names != [f"LABEL_{i}" for i in range(task.num_labels)]:
-        raise LmcompressError(
-            f"{name} calls its labels {names[:5]}, {task.name} {list(task.label_names)[:5]}: numbers would not agree"
-        )
-
-
 def _ready(model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpec) -> tuple[Materials, PreTrainedModel]:
     """Rows and a trained model, each checked against the other, where quality can be measured."""
     data = with_metrics(data, evaluation.metrics)
@@ -187,7 +159,12 @@ def _ready(model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpe
     # the runner's way from rows to batches, for one model
     recipe = Recipe(name="one", model=model, task=task, stages=(Stage(name="none"),), evaluation=evaluation)
     check_lengths(recipe)
-    return Materials(recipe, data, tokenizer), loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    materials = Materials(recipe, data, tokenizer)
+    check_vocabulary(materials, loaded.config, model)
+    if loaded.config.pad_token_id is None:
+        # else a GPT-2 reads one row at a time only
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    return materials, loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _whole(file: Path, task: TaskSpec, model: str) -> dict[str, Dataset]:

@@ -52,7 +52,7 @@ def _stage_index(stages: Any, key: str, text: str) -> int:
         return names.index(key)
     if key.isdecimal() and int(key) < len(names):
         return int(key)
-    raise LmcompressError(f"text {text!r}: no stage {key!r}{nearest(key, names)}")
+    raise LmcompressError(f"override {text!r}: no stage {key!r}{nearest(key, names)}")
 
 
 def _set(document: Any, path: Path_, value: Any, lines: dict[Path_, int], text: str) -> None:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lmcompress.checkpoint.layers import layers_of
 from lmcompress.data.augmentation import whole_words
-from lmcompress.errors import LmcompressError
+from lmcompress.errors import LmcompressError, argument
 from lmcompress.evaluation import parameter_count
 from lmcompress.model import CompressedModel
 from lmcompress.recipes.building import base_model, is_stage
-from lmcompress.recipes.checks import check_run
+from lmcompress.recipes.checks import check_run, check_trained_for, check_vocabulary
 from lmcompress.recipes.materials import Materials, gather
 from lmcompress.recipes.parts.base import Planning
 from lmcompress.recipes.schema import Recipe, Stage, with_controls
@@ -108,6 +108,8 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
     materials = gather(recipe)
     check_run(recipe, place, materials.task)
     materials.rows()
+    if isinstance(recipe.model, str):
+        check_vocabulary(materials, AutoConfig.from_pretrained(recipe.model), recipe.model)
     planner = _Planner(recipe, materials, place, measure)
     plans = [planner.stage(stage, control_of) for stage, control_of in with_controls(recipe)]
     reference = next((t for p in plans for t in p.teachers), plans[0].stage.name)
@@ -158,6 +160,10 @@ class _Planner:
     def _begun(self, stage: Stage) -> Planning:
         """The stage with the model that it trains, made from its start."""
         after = is_stage(stage.start)
+        path = self.recipe.model
+        if not (after or stage.trains) and isinstance(path, str):
+            # its head stays as it is, and another one would be made at random
+            check_trained_for(AutoConfig.from_pretrained(path), self.materials.task, path)
         if stage.start in self.coded:
             raise LmcompressError(
                 f"it starts from {stage.start!r}, whose weights are codes and can be neither trained nor cut: start "
@@ -235,9 +241,11 @@ class _Planner:
 def _check_format(work: Planning) -> None:
     save = work.stage.save
     if save != "native" and layers_of(work.model):
-        raise LmcompressError(f"save: {save} is not possible with compact layers; save it as native")
+        raise LmcompressError(f"{argument('save', save)} is not possible with compact layers; save it as native")
     if save == "vanilla" and work.obstacle:
-        raise LmcompressError(f"save: vanilla is not possible: {work.obstacle}; save it as native or self_loading")
+        raise LmcompressError(
+            f"{argument('save', save)} is not possible: {work.obstacle}; save it as native or self_loading"
+        )
 
 
 def shape_in_words(model: CompressedModel) -> str:

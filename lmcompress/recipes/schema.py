@@ -139,7 +139,9 @@ class Recipe(SchemaPart):
         tuple[Stage, ...], Field(min_length=1, max_length=64, description="In the order in which they run.")
     ]
     evaluation: Annotated[EvaluationSpec, Field(description="What is measured at the end.")] = EvaluationSpec()
-    seed: Annotated[int, Field(ge=0, description="Of weights, order of rows and dropout, in every stage.")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=1 << 32, description="Of weights, order of rows and dropout, in every stage.")
+    ] = 0
     output: Annotated[str | None, Field(description="Folder of the run; default: runs/<name>.")] = None
 
     @field_validator("name")

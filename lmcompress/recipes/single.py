@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
-from transformers import AutoConfig
 
 from lmcompress.errors import LmcompressError, argument
 from lmcompress.evaluation import showing_progress
@@ -19,7 +18,6 @@ from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.recipes.checks import check_writable
 from lmcompress.recipes.measuring import STAGE_FILE, Entry, measure, notes_of, update_cards
-from lmcompress.recipes.one_model import check_trained_for
 from lmcompress.recipes.parts.distillation import StageDistillation
 from lmcompress.recipes.parts.pruning import StagePruning
 from lmcompress.recipes.parts.quantization import StageQuantization
@@ -112,7 +110,7 @@ def quantize_recipe(
 
 
 def plan_once(recipe: Recipe, output: Path, *, overwrite: bool = False, measure_times: bool = True) -> Plan:
-    """Check a recipe of :func:`prune_recipe` or :func:`quantize_recipe`, and that its model is trained for its task.
+    """Check a recipe of :func:`prune_recipe` or :func:`quantize_recipe`, and that nothing is in its way.
 
     Args:
         recipe: of one stage.
@@ -121,19 +119,16 @@ def plan_once(recipe: Recipe, output: Path, *, overwrite: bool = False, measure_
         measure_times: measure a latency table that is not there.
 
     Raises:
-        LmcompressError: If :func:`~lmcompress.recipes.planning.plan` refuses it, the model has another head, or there
-            is something at ``output`` already.
+        LmcompressError: If :func:`~lmcompress.recipes.planning.plan` refuses it, or there is something at ``output``
+            already.
     """
     _refuse_what_is_there(output, overwrite)
     check_writable(output)
-    assert isinstance(recipe.model, str)
     try:
-        planned = plan(recipe, output.parent, measure=measure_times)
+        return plan(recipe, output.parent, measure=measure_times)
     except LmcompressError as error:
         # a recipe that was made on the spot has a stage that nobody named
         raise type(error)(str(error).removeprefix(f"stage {recipe.stages[0].name!r}: ")) from error
-    check_trained_for(AutoConfig.from_pretrained(recipe.model), planned.materials.task, recipe.model)
-    return planned
 
 
 def compress_once(
@@ -202,8 +197,10 @@ def frontier_recipe(
         The recipe; :func:`~lmcompress.recipes.runner.run` carries it out and draws the frontier.
 
     Raises:
-        LmcompressError: no targets, or the same one twice.
+        LmcompressError: no targets, the same one twice, or fewer than 0 steps.
     """
+    if steps < 0:
+        raise LmcompressError(f"{argument('steps')} must be >= 0, got {steps}")
     names = [target_name(target) for target in targets]
     if not names or len(set(names)) < len(names):
         raise LmcompressError(f"targets must be at least one, and none twice, got {', '.join(names) or 'none'}")

@@ -133,7 +133,8 @@ class EvaluationSpec(SchemaPart):
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Rows of a batch when quality is measured.")] = 64
     latency_batches: Annotated[
-        tuple[int, ...], Field(description="Batch sizes that latency is measured at; empty: it is not measured.")
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(description="Batch sizes that latency is measured at; empty: it is not measured."),
     ] = (1, 32)
     sequence_length: Annotated[
         int | None,

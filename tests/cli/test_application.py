@@ -100,7 +100,7 @@ def test_debug_shows_the_traceback_wherever_it_stands():
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA out of memory\nat somewhere"), OSError(28, "no space"), KeyError("x")]
+    "error", [RuntimeError("CUDA out of memory\nat somewhere"), ConnectionError(104, "reset"), KeyError("x")]
 )
 def test_a_fault_of_ours_is_one_message_too(error, monkeypatch, capsys):
     def fail(*_, **__):
@@ -114,6 +114,35 @@ def test_a_fault_of_ours_is_one_message_too(error, monkeypatch, capsys):
     assert "run again with --debug for the traceback" in shown and "Traceback" not in shown
     with pytest.raises(type(error)):
         cli.run_app(["--debug", *arguments])
+
+
+def _pushes(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lmcompress.model.push_folder", fail)
+    return cli.run_app(["push", "folder", "me/it"])
+
+
+def test_what_the_system_refuses_is_no_fault_of_ours(monkeypatch, capsys):
+    assert _pushes(OSError(28, "No space left on device"), monkeypatch) == 2
+    assert "error: no space left on device\n" in capsys.readouterr().err
+    assert _pushes(PermissionError(13, "Permission denied", "out/model"), monkeypatch) == 2
+    assert "error: cannot use out/model: permission denied\n" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_refused(capsys):
+    assert cli.run_app(["run", 300 * "x"]) == 2
+    assert "file name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["recipes", "schema"], ["recipes", "list"], ["run", "--help"]])
+def test_whoever_has_read_enough_hears_nothing(arguments):
+    program = [sys.executable, "-m", "lmcompress", *arguments]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 @pytest.mark.parametrize(

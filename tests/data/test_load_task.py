@@ -381,6 +381,8 @@ A, B = {"text": "a", "label": 0}, {"text": "b", "label": 1}
         ("m", {"data": two(A, B), "kind": "clasification"}, "unknown kind of task 'clasification'"),
         ("m", {"data": two(A, B), "text_columns": ["txt"]}, "no column 'txt'; did you mean 'text'\\? Valid are: label"),
         ("m", {"data": two(A, B), "label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
+        ("m", {"data": two(A, B), "text_columns": ["text", "text"]}, "must be two different columns, got 'text' twice"),
+        ("m", {"data": two(A, B), "label_column": "text"}, "not be a column of texts, got 'text'. Valid are: label"),
         ("m", {"data": two(A, B), "kind": "causal_lm", "label_column": "label"}, "a causal_lm task has no label col"),
         ("m", {"data": two({"q": "a", "label": 0})}, "no text column found among: q, label; name one or two"),
         ("m", {"data": two({"text": "a", "mood": 0})}, "no label column found among: text, mood; name it with"),
@@ -459,6 +461,14 @@ def test_folders_that_can_not_be_read_are_refused(tmp_path, files, options, mess
         (tmp_path / name).write_text(text)
     with pytest.raises(LmcompressError, match=message):
         load_task(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_the_mark_that_spreadsheets_begin_a_table_with_is_no_part_of_a_name(tmp_path, suffix, separator):
+    rows = [f"{'ab'[i % 2]} text{separator}{i % 2}" for i in range(20)]
+    file = tmp_path / f"exported.{suffix}"
+    file.write_text("\n".join([f"text{separator}label", *rows]), "utf-8-sig")
+    assert load_task(file).train.column_names == ["text", "label"]
 
 
 def test_files_that_can_not_be_read_are_refused(tmp_path):

@@ -151,7 +151,7 @@ class PruningConfig(_Part):
             "removed units gave on the mean (bias)."
         ),
     ] = "none"
-    seed: Annotated[int, Field(ge=0, description="Of calibration rows, drawn labels and gate noise.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32, description="Of calibration rows, drawn labels and gate noise.")] = 0
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruningConfig:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lmcompress.activations.calibration import CalibrationData
 from lmcompress.activations.hooks import model_inputs
 from lmcompress.activations.running import evaluating, with_progress
-from lmcompress.errors import LmcompressError
+from lmcompress.errors import LmcompressError, argument
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.objectives import label_objective
 from lmcompress.pruning.structured.units import Part, Units, full
@@ -79,7 +79,7 @@ def sensitivity(
         https://arxiv.org/abs/1608.08710, section 3.2.
     """
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise LmcompressError(f"shares must be in (0, 1] and at least one, got {list(shares)}")
+        raise LmcompressError(f"{argument('shares')} must be in (0, 1] and at least one, got {list(shares)}")
     parts: list[Part] = [part for part in scores.parts() if part in ("heads", "neurons")]
     if not parts:
         raise LmcompressError(

@@ -161,7 +161,9 @@ class SparsityConfig(_Part):
         int, Field(ge=1, description="Rows of the training data for scores that need data, where no batches are given.")
     ] = 256
     calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
-    seed: Annotated[int, Field(ge=0, description="Of calibration rows, random scores, and when surgery looks.")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=1 << 32, description="Of calibration rows, random scores, and when surgery looks.")
+    ] = 0
 
     @field_validator("sparsity")
     @classmethod

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lmcompress.activations.hooks import Hooked
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import Block, anatomy_of
 
@@ -70,7 +70,7 @@ def shape_of(model: PreTrainedModel, feature: Feature) -> tuple[int, ...]:
     return (block.num_heads, 0, 0) if kind in _SCORES else (block.num_heads, 0, block.head_size)
 
 
-class Capture:
+class Capture(Hooked):
     """Hooks on a model that keep what was asked for of its next forward pass.
 
     Args:
@@ -80,12 +80,12 @@ class Capture:
     """
 
     def __init__(self, model: PreTrainedModel, features: Iterable[Feature] = (), *, last_hidden: bool = False) -> None:
+        super().__init__()
         self.model = model
         self.features = sorted(set(features))
         self.causal = anatomy_of(model).family.causal
         self.active = True
         self._kept: dict[tuple[str, int], Tensor] = {}
-        self._handles: list[RemovableHandle] = []
         anatomy = anatomy_of(model)
         blocks = anatomy.blocks
         self._scalings = {layer: blocks[layer - 1].scaling for kind, layer in self.features if kind in _SCORES}
@@ -123,18 +123,6 @@ class Capture:
     def take_last_hidden(self) -> Tensor:
         """The output of the model without its head, ``(batch, length, width)``; call it before :meth:`take`."""
         return self._get(self._kept, "last", 0)
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def __enter__(self) -> Capture:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
     def _keep(self, kind: str, layer: int, select: Callable[[Tensor], Tensor] | None = None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lmcompress.activations.running import evaluation_mode
 from lmcompress.errors import LmcompressError
 
 MAX_CLASSES = 64
@@ -103,16 +104,13 @@ def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterato
         model: of any kind.
         weights: of it.
     """
-    training = [module for module in model.modules() if module.training]
     trained = [weight.requires_grad for weight in weights]
-    model.eval()
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         for weight, flag in zip(weights, trained, strict=True):
             weight.requires_grad_(flag)
 

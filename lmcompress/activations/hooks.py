@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lmcompress.errors import LmcompressError
+
+H = TypeVar("H", bound="Hooked")
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,7 +47,26 @@ def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return mask.reshape(-1, mask.shape[-1])
 
 
-class Taps:
+class Hooked:
+    """Has hooks on a model until :meth:`remove` is called, or a ``with`` block ends."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Take the hooks away. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self: H) -> H:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+class Taps(Hooked):
     """Hooks that hand what flows through a model to functions, padding taken out.
 
     Args:
@@ -53,7 +74,7 @@ class Taps:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._handles: list[RemovableHandle] = []
+        super().__init__()
         self.mask = torch.ones(0, 0, dtype=torch.bool)
         self.model = model
 
@@ -101,11 +122,3 @@ class Taps:
         self.mask = valid_tokens(batch)
         with torch.no_grad():
             self.model(**model_inputs(self.model, batch))
-
-    def __enter__(self) -> Taps:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()

@@ -28,12 +28,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     ``no_grad`` rather than ``inference_mode``: what a module caches in its forward must be usable in training again.
     """
+    with evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in the mode that it was in."""
     # module by module: model.train() would also wake modules that their owner holds in evaluation mode
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmcompress.distillation.losses.distributions import check_shapes
 from lmcompress.errors import LmcompressError
 from lmcompress.registry import Registry
 
@@ -142,11 +143,7 @@ def flsw(
     _check_options(base, beta, minimum, maximum)
     if not gamma > 0:
         raise LmcompressError(f"gamma must be > 0, got {gamma}")
-    if student_logits.shape != teacher_logits.shape:
-        raise LmcompressError(
-            f"student and teacher logits must have one shape, got {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}; a different last axis means different vocabularies or numbers of labels"
-        )
+    check_shapes(student_logits, teacher_logits)
     cosine = F.cosine_similarity(student_logits.detach().float(), teacher_logits.detach().float(), dim=-1)
     # rounding puts the cosine of equal vectors a little above 1, and a fractional power of that is NaN
     weights = (1 - cosine).clamp(min=0).pow(gamma)

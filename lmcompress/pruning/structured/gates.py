@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lmcompress.activations.hooks import Hooked
 from lmcompress.checkpoint.cutting import hidden_axes
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
@@ -18,7 +17,7 @@ from lmcompress.families import Block, anatomy_of, is_conv1d
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, full, unit_shapes
 
 
-class Gates:
+class Gates(Hooked):
     """Multiplies the units of a model by values; nothing of the attention kernel is touched.
 
     What a value multiplies, and what 0 means, is what :class:`~lmcompress.pruning.structured.units.Units` says of a
@@ -58,6 +57,7 @@ class Gates:
     def __init__(self, model: PreTrainedModel, parts: Collection[Part]) -> None:
         if not parts:
             raise LmcompressError(f"gates must be of at least one part, got none; name some of {', '.join(PARTS)}")
+        super().__init__()
         self._model = model
         ones = full(model, parts, 1.0, torch.float32).map(lambda ones: ones.to(model.device))
         self._shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
@@ -67,7 +67,6 @@ class Gates:
         self._active: set[Part] = set()
         self._some_hidden_gone = False
         self._reads: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
         # which sub-layer's last projection a module is
         self._sub_layers: dict[nn.Module, tuple[Part, int]] = {}
         for index, block in enumerate(anatomy_of(model).blocks):
@@ -162,20 +161,6 @@ class Gates:
         # also where scores are set up without gradients; exactly 1, whatever the value
         with torch.enable_grad():
             self.read_with(1 + (values.hidden - held))
-
-    def remove(self) -> None:
-        """Take all hooks away; the model is as it was. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def __enter__(self) -> Gates:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def _attach_block(self, index: int, block: Block) -> None:
         def before(module: nn.Module, part: Part, repeats: int) -> None:

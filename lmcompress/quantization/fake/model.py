@@ -7,9 +7,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lmcompress.activations.hooks import Hooked
 from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.encoding import Packable
 from lmcompress.errors import LmcompressError, nearest
@@ -26,7 +26,7 @@ from lmcompress.quantization.packing import AttentionRanges, FixedActivation, pa
 from lmcompress.quantization.planning import Plan, Planned, reads_alike, stored_weight
 
 
-class FakeQuantized:
+class FakeQuantized(Hooked):
     """A model that computes with quantized numbers, as a plan says; its parameters keep their values and their names.
 
     Args:
@@ -51,9 +51,9 @@ class FakeQuantized:
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
+        super().__init__()
         self.model, self.plan = model, plan
         self._modules = modules_by_path(model)
-        self._handles: list[RemovableHandle] = []
         self._check()
         # all that can be refused is refused before the model is changed
         self.weights = {planned.path: self._fake_weight(planned) for planned in plan.matrices}
@@ -215,9 +215,7 @@ class FakeQuantized:
 
     def remove(self) -> None:
         """Take quantization away: the model is as it was, with the weights that it has now. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().remove()
         release_attention(self.model)
         for module in self.model.modules():
             release_module(module)
@@ -238,12 +236,6 @@ class FakeQuantized:
         except BaseException:
             self._put()
             raise
-
-    def __enter__(self) -> FakeQuantized:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
     def _check(self) -> None:
         if any(isinstance(module, Faked) for module in self.model.modules()):

@@ -1,4 +1,4 @@
-"""Modules that compute with fewer numbers than a full matrix: factors, groups, local mixing. No model is known here."""
+"""Modules with fewer parameters than a full matrix: factors, groups, local mixing. Independent of model families."""
 
 from lmcompress.nn.base import Compact
 from lmcompress.nn.embedding import FactorizedEmbedding, FactorizedHead

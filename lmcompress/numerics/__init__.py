@@ -1,4 +1,4 @@
-"""Numbers on a few levels: quantizers of weights and activations, and the bytes that hold their codes."""
+"""Quantized numbers: quantizers of weights and activations, and the packing of their codes into bytes."""
 
 from lmcompress.numerics.grids import Bits, Granularity, Grid, PerGroup, PerRow, PerTensor, PerToken
 from lmcompress.numerics.packing import dequantize, pack, packed_bytes, packed_shape, unpack

@@ -17,7 +17,7 @@ from lmcompress.pruning.structured.units import Part, Units, assembled
 
 
 class _Means:
-    """Sums in float64 by key, and how much they are of."""
+    """Sums in float64 by key, and their counts."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[Part, int], Tensor] = {}
@@ -35,7 +35,7 @@ class _Means:
 def from_activations(
     model: PreTrainedModel, criterion: Criterion, parts: Sequence[Part], data: CalibrationData
 ) -> Units:
-    """Scores by a criterion that needs activations, attention, or what goes through blocks.
+    """Scores by a criterion that needs activations, attention, or inputs and outputs of blocks.
 
     Args:
         model: of a known family, in evaluation mode.
@@ -98,7 +98,7 @@ def _tap_activations(taps: Taps, part: Part, feed: Feed) -> None:
         elif part == "heads" and block.num_heads:
             taps.on_input(block.get("attention_out"), partial(vectors, index, block.head_size))
         elif part == "hidden":
-            # what the matrices of a block read, which in every family is normalised
+            # the inputs of a block's matrices, which are normalised in every family
             reader = block.get("qkv" if block.family.qkv else "query")
             for module in (reader, block.get("ffn_in")):
                 taps.on_input(module, partial(feed, ("hidden", 0)))
@@ -126,7 +126,7 @@ def _tap_attention(taps: Taps, criterion: Criterion, means: _Means) -> None:
         allowed = taps.mask[:, None, None, :].expand(scores.shape)
         if causal:
             allowed = allowed.tril()
-        # a query of padding may see nothing at all; it is not counted
+        # a query at padding may see no keys at all; it is not counted
         probabilities = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
         summed = criterion.function(probabilities, taps.mask, causal=causal)
         means.add(("heads", index), summed[:, :-1].sum(dim=0), float(summed[:, -1].sum()))

@@ -302,7 +302,7 @@ def test_fewer_bits_of_activations_keep_the_range(scheme):
 def test_a_range_of_least_error_belongs_to_its_bits():
     model = make("bert")
     fake = faked(model, [inputs(model)], activations=ActivationScheme(range="static", calibration="mse"))
-    with pytest.raises(LmcompressError, match="plan anew with these bits"):
+    with pytest.raises(LmcompressError, match="plan again with these bits"):
         fake.set_activation_bits(4)
 
 

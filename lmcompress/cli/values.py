@@ -1,4 +1,4 @@
-"""From the words of a command line to validated values, whose errors name the option."""
+"""Command-line strings as validated values, whose errors name the option."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ OPTIONS = {
     "save": "--format",
     "storage": "--storage",
 }
-"""How messages call what a verb was given."""
+"""Names of a verb's inputs in messages."""
 
 RECIPE_KEYS = {name: f"task.{name}" for name in ("text_columns", "label_column", "data", "limit", "kind", "splits")} | {
     name: name for name in ("evaluation.splits", "evaluation.metrics", "save", "storage")
 }
-"""How messages call what a recipe says."""
+"""Names of a recipe's entries in messages."""
 
 _OPTION_OF = {
     "text_columns": "--text-column",
@@ -114,7 +114,7 @@ def task_spec(
 
 
 def evaluation_spec(split: str, metric: Sequence[str] | None, batch: Sequence[int] | None = None) -> EvaluationSpec:
-    """What is measured, as the options of a verb say it."""
+    """The measurements that the options of a verb select."""
     from lmcompress.recipes.schema import EvaluationSpec
 
     values = {
@@ -145,7 +145,7 @@ def shape_of(text: str) -> Shape:
 
 
 def number_or_word(text: str) -> int | str:
-    """``"4"`` as 4; any other word as it is."""
+    """``"4"`` as 4; any other string unchanged."""
     return int(text) if text.isdigit() else text
 
 
@@ -155,6 +155,6 @@ def pruning_values(parts: str, iterations: int, repair: str) -> dict[str, Any]:
     return {
         "parts": names,
         "schedule": {"kind": "iterative", "rounds": iterations} if iterations > 1 else {"kind": "one_shot"},
-        # only these two have something behind them that can be fitted again
+        # only these two have a matrix after them that can be re-fitted
         "repair": repair if {"heads", "neurons"} & set(names) else "none",
     }

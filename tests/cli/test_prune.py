@@ -119,7 +119,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path,
     options = ["--sparsity", "0.3", "--rows", "36", "--batch", "1", "-o", str(tmp_path / "x")]
     assert cli.run_app(["prune", model, "--task", file, *options]) == 0
     shown = capsys.readouterr().out
-    assert "checking rows, model and what is asked for" in shown and "pruning to" in shown
+    assert "checking rows, model and options" in shown and "pruning to" in shown
     assert "  score: 1 of 2" in shown and "measuring quality, size and latency" in shown
 
 

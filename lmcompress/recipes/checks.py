@@ -1,4 +1,4 @@
-"""What would stop a run later, found before it begins: folders, lengths, and what Transformers refuses in training."""
+"""Checks that fail before a run begins rather than later: folders, lengths, and Transformers' training arguments."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ROBERTA_LIKE = ("roberta",)
 
 
 def check_run(recipe: Recipe, folder: Path, task: Task) -> None:
-    """Refuse what would stop a run after it has begun.
+    """Refuse anything that would stop a run after it has begun.
 
     Args:
-        recipe: validated.
-        folder: of the run.
+        recipe: validated recipe.
+        folder: folder of the run.
         task: as its rows describe it.
 
     Raises:
-        LmcompressError: If the folder cannot be written, a length is beyond a model's positions, or a stage's training
-            asks for what is not installed or what this machine cannot do.
+        LmcompressError: If the folder cannot be written, a length exceeds a model's positions, or a stage's training
+            requires a library that is not installed or a feature that this machine lacks.
     """
     check_writable(folder)
     check_lengths(recipe)
@@ -45,13 +45,13 @@ def check_run(recipe: Recipe, folder: Path, task: Task) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to.
+    """Refuse a folder that cannot be created or written to.
 
     Args:
         folder: need not exist.
 
     Raises:
-        LmcompressError: If it, or what it would be in, is a file or not writable.
+        LmcompressError: If it, or a parent, is a file or not writable.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -61,14 +61,14 @@ def check_writable(folder: Path) -> None:
 
 
 def check_lengths(recipe: Recipe) -> None:
-    """Refuse lengths that a model of the recipe has no positions for.
+    """Refuse lengths that exceed the positions of a model of the recipe.
 
     Args:
-        recipe: validated.
+        recipe: validated recipe.
 
     Raises:
         LmcompressError: If ``task.max_length`` or ``evaluation.sequence_length`` is greater than the positions of the
-            recipe's model or of a teacher from outside.
+            recipe's model or of an external teacher.
     """
     stages = {stage.name for stage in recipe.stages}
     named = [recipe.model] if isinstance(recipe.model, str) else []
@@ -87,10 +87,10 @@ def check_lengths(recipe: Recipe) -> None:
 
 
 def positions_of(config: PretrainedConfig) -> int:
-    """The greatest number of tokens that a model takes.
+    """The maximum number of tokens of a model.
 
     Args:
-        config: of the model.
+        config: config of the model.
     """
     most = getattr(config, "max_position_embeddings", None)
     if most is None:
@@ -100,15 +100,15 @@ def positions_of(config: PretrainedConfig) -> int:
 
 
 def check_training(training: Training, task: Task) -> None:
-    """Refuse a stage's training that Transformers would refuse while it runs.
+    """Refuse a stage's training arguments that Transformers would refuse while it runs.
 
     Args:
-        training: of the stage.
-        task: for the names of its metrics.
+        training: training arguments of the stage.
+        task: determines the names of its metrics.
 
     Raises:
         LmcompressError: If a field has no such value, or names a library that is not installed, a precision that this
-            machine has not, or a metric that is not measured.
+            machine lacks, or a metric that is not measured.
     """
     for field, names in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
         given = getattr(training, field, None)
@@ -117,7 +117,7 @@ def check_training(training: Training, task: Task) -> None:
                 f"{field} has no value {given!r}{nearest(str(given), [name.value for name in names])}"
             )
     with warnings.catch_warnings():
-        # whoever trains with these arguments is told then
+        # warnings are shown when the stage is trained
         warnings.simplefilter("ignore")
         try:
             arguments = TrainingArguments("unused", **{"report_to": "none"} | training.arguments())
@@ -145,7 +145,7 @@ def _check_reports(arguments: TrainingArguments) -> None:
 def _check_precision(arguments: TrainingArguments) -> None:
     kind = arguments.device.type
     if kind == "cpu" and (arguments.fp16 or arguments.fp16_full_eval):
-        raise LmcompressError("fp16 needs a GPU, which this machine has not; leave it out, or choose bf16")
+        raise LmcompressError("fp16 needs a GPU, which this machine lacks; leave it out, or choose bf16")
     if kind == "cuda" and (arguments.bf16 or arguments.bf16_full_eval) and not torch.cuda.is_bf16_supported():
         raise LmcompressError("bf16 is not possible on this GPU; leave it out, or choose fp16")
 
@@ -158,7 +158,7 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
             f"optim: {OptimizerNames(arguments.optim).value} is not installed ({first_line(error)})"
         ) from error
     except ValueError as error:
-        # some want the model, which is there only when the stage is trained
+        # some need the model, which exists only when the stage is trained
         if "model" not in str(error):
             raise LmcompressError(f"optim: {first_line(error)}") from error
 

@@ -8,7 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
     file
-    for pattern in ("lmcompress/**/*.py", "docs/**/*.md", "README.md", "recipes/**/*.yaml", "recipes/**/*.md")
+    for pattern in (
+        "lmcompress/**/*.py",
+        "lmcompress/**/*.j2",
+        "docs/**/*.md",
+        "README.md",
+        "recipes/**/*.yaml",
+        "recipes/**/*.md",
+    )
     for file in ROOT.glob(pattern)
     # generated from committed results, which name their numbers as they were measured
     if ROOT / "docs" / "benchmarks" not in file.parents

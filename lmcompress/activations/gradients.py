@@ -100,7 +100,7 @@ def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterato
     """Evaluation mode with gradients for these weights; modes and flags are restored afterwards.
 
     Args:
-        model: of any kind.
+        model: any model.
         weights: parameters of it.
     """
     training = [module for module in model.modules() if module.training]

@@ -23,12 +23,12 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Equivalence:
-    """What the round-trip check of a saved model measured.
+    """The measurements of the round-trip check of a saved model.
 
     Attributes:
         max_error: max abs difference of outputs before and after.
         relative_error: that over the max abs output before.
-        batches: how many batches were compared.
+        batches: number of batches compared.
         inputs: ``"given"`` where the caller gave batches, ``"random"`` where token ids were drawn.
     """
 

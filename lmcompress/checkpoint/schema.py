@@ -69,7 +69,7 @@ class Structure(Strict):
 
 
 class ActivationEncoding(Strict):
-    """How an activation is quantized before it enters a matmul.
+    """The quantization of an activation before a matmul.
 
     Attributes:
         bits: 8 or 4.
@@ -164,8 +164,8 @@ class AttentionEncoding(Strict):
     """The quantization of the inputs of both matmuls of attention, in every block; ``None`` leaves one unquantized.
 
     Attributes:
-        queries, keys: of the matmul before the softmax.
-        values, probabilities: of the matmul after it.
+        queries, keys: inputs of the matmul before the softmax.
+        values, probabilities: inputs of the matmul after it.
     """
 
     queries: ActivationEncoding | None = None
@@ -314,7 +314,7 @@ class Layers(Strict):
 
 
 class Storage(Strict):
-    """Which tensors of a checkpoint are entropy-coded streams; the others are stored as usual.
+    """The tensors of a checkpoint that are entropy-coded streams; the others are stored as usual.
 
     Attributes:
         coder: coder of the streams, see :data:`lmcompress.entropy_coding.CODERS`; a stream records how it is decoded.

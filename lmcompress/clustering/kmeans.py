@@ -66,8 +66,8 @@ def sum_by_cluster(gradient: Tensor, indices: Tensor, *, clusters: int, zero: bo
     .. math:: \partial L / \partial C_k = \sum_{ij} \partial L / \partial W_{ij} \, [I_{ij} = k]
 
     Args:
-        gradient: of the weights, any shape.
-        indices: of the same shape, as in :class:`Clusters`.
+        gradient: gradient of the weights, any shape.
+        indices: same shape, as in :class:`Clusters`.
         clusters: number of centroids.
         zero: whether index 0 stands for a zero, which has no gradient.
 

@@ -45,7 +45,7 @@ class Teacher(Protocol):
         """A feature with its layer counted from the start.
 
         Args:
-            kind: such as ``"hidden"``.
+            kind: kind of feature, such as ``"hidden"``.
             layer: negative counts from the end.
 
         Returns:

@@ -17,7 +17,7 @@ from lmcompress.entropy_coding.stream import as_bytes, decode, file_streams
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """How a tensor is stored, and its theoretical minimum size.
+    """The storage of a tensor, and its theoretical minimum size.
 
     Attributes:
         shape: shape of the tensor.
@@ -44,7 +44,7 @@ class StreamInfo:
 
 
 def describe(stream: bytes | memoryview | Tensor, name: str = "of a stream") -> StreamInfo:
-    """How a tensor is stored, and its theoretical minimum size.
+    """The storage of a tensor, and its theoretical minimum size.
 
     Args:
         stream: a stream, as for :func:`decode`.

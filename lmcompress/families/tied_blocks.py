@@ -47,7 +47,7 @@ def share_parameters(blocks: Sequence[nn.Module], sources: Sequence[int]) -> Non
     """Give blocks the parameters of earlier ones; each keeps its own buffers.
 
     Args:
-        blocks: of the same shapes; modified in place.
+        blocks: blocks of the same shapes; modified in place.
         sources: for each block the number of the block whose parameters it gets.
     """
     for index, source in enumerate(sources):

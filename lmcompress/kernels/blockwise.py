@@ -23,7 +23,7 @@ class BlockwiseMatmul:
     Attributes:
         matrix: the weights.
         bias: ``(out,)`` or None.
-        inputs: how the input is quantized.
+        inputs: quantization of the input.
         integers: whether to multiply int8 codes, otherwise floats.
     """
 

@@ -46,7 +46,7 @@ class Int8Matmul:
         sums: ``(out,)`` int32, sums of codes minus zero points.
         scales: ``(out,)`` float32.
         bias: ``(out,)`` or None.
-        inputs: how the input is quantized.
+        inputs: quantization of the input.
         scaled: whether ``multiply`` applies the scales.
     """
 

@@ -98,7 +98,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """How the input of a matmul is quantized.
+    """The quantization of a matmul's input.
 
     Attributes:
         encoding: quantization of the input.

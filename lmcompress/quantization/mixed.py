@@ -69,7 +69,7 @@ def bits_sensitivity(
     Activations are not quantized. The model is restored.
 
     Args:
-        model: of a known family, dense.
+        model: a model of a known family, dense.
         config: determines matrices, quantizer and granularity; its bits are ignored.
         batches: for the default measure: the divergence KL(dense ‖ quantized) of the outputs' classes or tokens, mean
             over tokens that are not padding; for a model without logits, or with only one, the squared error over the

@@ -80,7 +80,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
     task head, projection of embeddings) stay dense unless a rule matches them.
 
     Args:
-        model: of a known family, stock or cut.
+        model: a model of a known family, stock or cut.
         config: the configuration.
 
     Returns:

@@ -12,7 +12,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file; concurrent readers see the old one.
 
     Args:
-        path: of the file.
+        path: path of the file.
         text: its contents.
     """
     temporary = path.with_name(f".{path.name}.tmp")
@@ -24,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
     """The same for JSON.
 
     Args:
-        path: of the file.
+        path: path of the file.
         value: JSON types; others are written as text.
     """
     write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")

@@ -64,7 +64,7 @@ def other_notes(report: Report) -> list[str]:
     """Notes of a report that are no caution.
 
     Args:
-        report: of a run.
+        report: report of a run.
     """
     return [note for note in report["notes"] if not _is_subset(note) and not _is_truncated(note)]
 

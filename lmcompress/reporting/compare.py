@@ -31,9 +31,9 @@ def compare_runs(
     since latencies of different times cannot be compared.
 
     Args:
-        folders: of at least two runs, with ``results.json`` each.
+        folders: folders of at least two runs, with ``results.json`` each.
         output: path of the page; missing parent folders are created.
-        names: of the runs, in the same order; default: the names of their folders.
+        names: names of the runs, in the same order; default: the names of their folders.
         time_again: whether to measure latency again; otherwise the runs' own times are shown, with a note.
 
     Returns:

@@ -82,7 +82,7 @@ def lead(report: Report, models: Sequence[Model], picked: Model) -> Markup:
     )
     if at_chance(report, reference):
         assert level is not None
-        why = " Shares of it kept by other models are meaningless, so no ratios are shown."
+        why = " Shares of it in other models are meaningless, so no ratios are shown."
         return told + f" A constant prediction scores {metric.text(level)}." + why
     control, worth = _worth(report, models, picked)
     if control is None or worth is None:

@@ -148,7 +148,7 @@ def description(model: Model) -> str:
 
 
 def what_is_pruned(pruning: Mapping[str, Any]) -> str:
-    """What pruning's removed share refers to.
+    """The reference of pruning's removed share.
 
     Args:
         pruning: entry of a row.

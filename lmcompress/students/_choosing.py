@@ -42,7 +42,7 @@ def check_ready(model: PreTrainedModel) -> None:
     """Refuse a model that cannot be made compact as a whole, before any long work.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Raises:
         LmcompressError: If it is packed or quantized by another library, parametrized, or its blocks share parameters.
@@ -77,7 +77,7 @@ def projections(
     """Matrices of the blocks that can be replaced.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         parts: the family's names of them, or patterns: ``*`` and ``?`` are wildcards; default: all that it has.
         blocks: numbers of blocks, counted from 0; default: all.
 

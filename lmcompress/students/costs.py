@@ -19,7 +19,7 @@ def model_flops(model: PreTrainedModel, *, batch_size: int = 1, length: int = 12
     below a percent of them, look-ups are free, and heads are excluded in both.
 
     Args:
-        model: of a known family, on any device, ``meta`` too.
+        model: a model of a known family, on any device, ``meta`` too.
         batch_size: rows.
         length: tokens of a row; attention grows with its square, local mixing does not.
 

@@ -89,7 +89,7 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
     """A copy of the teacher with some of its blocks; embeddings and head are copied as well.
 
     Args:
-        teacher: of a family that :mod:`lmcompress.families` describes; not modified. Its hooks are not copied.
+        teacher: a model of a family that :mod:`lmcompress.families` describes; not modified. Its hooks are not copied.
         layers: number of blocks, or their numbers (from 0, in the desired order).
         choose: rule, if ``layers`` is a number: see :func:`choose_layers`.
 

@@ -71,7 +71,7 @@ class Before:
         """Measure a model.
 
         Args:
-            model: of a known family.
+            model: a model of a known family.
         """
         return cls(weight_count(model), model_flops(model))
 

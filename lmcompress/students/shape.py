@@ -50,7 +50,7 @@ def by_shape(
         lacks are random, as everything is with ``initialise="random"``.
 
     Args:
-        teacher: of a family that :mod:`lmcompress.families` describes; not modified. ``num_labels`` is kept.
+        teacher: a model of a family that :mod:`lmcompress.families` describes; not modified. ``num_labels`` is kept.
         layers: number of blocks, or numbers of the teacher's; default: all.
         hidden_size: width of the residual stream; default: the teacher's. If ELECTRA's embeddings are as wide as
             its hidden states they follow.
@@ -101,7 +101,7 @@ def by_width(
     Parameters and matmul FLOPs of the blocks shrink by about its square.
 
     Args:
-        teacher: of a family that :mod:`lmcompress.families` describes; not modified.
+        teacher: a model of a family that :mod:`lmcompress.families` describes; not modified.
         multiplier: in (0, 1]; heads are rounded, at least one stays, and the width follows them.
         layers: as for :func:`by_shape`.
         choose: as for :func:`by_shape`.

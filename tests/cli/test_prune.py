@@ -50,7 +50,7 @@ def test_prune_measures_before_and_after_and_says_how_to_load_it(trained, tmp_pa
     assert cli.run_app(arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "of dense" in shown and "pruned" in shown and "heads + neurons of each block" in shown
-    assert "asked for; needs lmcompress" in shown and "masked, cut, saved" in shown
+    assert "requested; needs lmcompress" in shown and "masked, cut, saved" in shown
     assert "AutoModelForSequenceClassification.from_pretrained" in shown
     assert (tmp_path / "report" / "plots" / "quality_and_size.svg").is_file()
     saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())

@@ -200,7 +200,7 @@ def test_a_run_reports_heads_widths_coverage_and_the_error_of_the_cut(pruned):
     assert rows["one-shot"]["vocabulary"]["texts_changed"] == 0
     assert rows["one-shot"]["pruning"]["repaired"] and rows["one-shot"]["training"]["steps"] == 0
     assert rows["after"]["parameters"] == rows["one-shot"]["parameters"]
-    assert any(note.startswith("one-shot: ") and "asked for" in note for note in report["notes"])
+    assert any(note.startswith("one-shot: ") and "requested" in note for note in report["notes"])
     text = (pruned.folder / "report.md").read_text()
     assert "## What was pruned" in text and "vocabulary of" in text
     page = (pruned.folder / "report.html").read_text().replace("\u00a0", " ")

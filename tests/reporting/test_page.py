@@ -76,7 +76,7 @@ def test_a_full_report_has_every_section():
         "What pruning has left in",
         "Where the bytes are",
         "Bits of each matrix in",
-        "Is what was saved what was measured?",
+        "Does the saved model match the measured one?",
         "Use it, do it again",
     ):
         assert heading in page.text

@@ -109,7 +109,7 @@ class FeatureInfo(_Strict):
     """A feature that is stored.
 
     Attributes:
-        kind: such as ``"hidden"``.
+        kind: kind of feature, such as ``"hidden"``.
         layer: counted from the start.
         shape: shape for one row, 0 where a size is the row's length.
     """
@@ -130,7 +130,7 @@ class StoreMeta(_Strict):
         rows: number of distinct rows stored.
         logits: whether there is one vector of logits per row or per token.
         vocab_size: number of classes or tokens in a vector of logits.
-        top_k: how many of them are stored, or None for all.
+        top_k: number stored, or None for all.
         dtype: dtype of the numbers on disk.
         features: features stored in addition to logits.
         index: the index file.

@@ -120,7 +120,7 @@ def check_state(state: Tensor, weight: Tensor, granularity: Granularity, name: s
     Args:
         state: state of the quantizer.
         weight: the weight it belongs to.
-        granularity: which weights share one number of it.
+        granularity: which weights share one entry.
         name: name of the state in the error.
 
     Raises:

@@ -38,7 +38,7 @@ def from_activations(
     """Scores by a criterion that needs activations, attention, or inputs and outputs of blocks.
 
     Args:
-        model: of a known family, in evaluation mode.
+        model: a model of a known family, in evaluation mode.
         criterion: called with activations of valid tokens.
         parts: units to score.
         data: calibration data.

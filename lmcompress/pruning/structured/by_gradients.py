@@ -44,7 +44,7 @@ def from_gradients(
     """Scores by a criterion that needs gradients of gates, or inner products of weights and gradients.
 
     Args:
-        model: of a known family, in evaluation mode.
+        model: a model of a known family, in evaluation mode.
         criterion: called with the gradients of each example's own loss.
         parts: units to score.
         data: calibration data.

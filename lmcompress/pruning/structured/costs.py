@@ -64,7 +64,7 @@ class ModelSizes:
         """Read from a model.
 
         Args:
-            model: of a known family, on any device, ``meta`` too.
+            model: a model of a known family, on any device, ``meta`` too.
         """
         anatomy, structure, hidden = anatomy_of(model), structure_of(model), anatomy_of(model).hidden_size
         qkv_bias, ffn_bias = _has_bias(anatomy, "heads"), _has_bias(anatomy, "neurons")

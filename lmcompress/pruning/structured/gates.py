@@ -38,7 +38,7 @@ class Gates:
     on modules: remove them before the model is cut.
 
     Args:
-        model: of a known family; hooks are put on its modules.
+        model: a model of a known family; hooks are put on its modules.
         parts: parts whose units get values.
 
     Raises:
@@ -247,7 +247,7 @@ def gated_hidden(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose outputs hidden gates multiply, each once.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
         Norms, and projections that write, of the stream's width; embeddings where no norm follows them.
@@ -269,7 +269,7 @@ def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
     """The modules with a matrix that reads the residual stream, each once.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
         Projections of blocks and of the task's head whose inputs are of the stream's width.

@@ -79,7 +79,7 @@ def unit_norms(model: PreTrainedModel, parts: Collection[GroupPart], sides: Coll
     """l2 norms of the coupled weights of every head and neuron.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         parts: heads, neurons, or both.
         sides: weights that feed units, that read them, or both.
 
@@ -103,7 +103,7 @@ def zero_units(model: PreTrainedModel, parts: Collection[GroupPart] = ("heads", 
     feed it, are 0, biases included (activations of these families are 0 at 0).
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         parts: heads, neurons, or both.
 
     Returns:

@@ -56,7 +56,7 @@ class PruningReport:
     def __rich__(self) -> Table:
         """A table for the terminal: one row for each part and one for each block."""
         table = Table(
-            title=f"pruned: {self.removed:.1%} of {self.unit} ({self.asked:.1%} asked for)",
+            title=f"pruned: {self.removed:.1%} of {self.unit} ({self.asked:.1%} requested)",
             caption=f"masked against cut: {self.masked_error:.1e} · "
             + ("loads with stock transformers" if self.stock.get("loads") else "needs lmcompress to load"),
         )

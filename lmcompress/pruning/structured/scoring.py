@@ -44,7 +44,7 @@ def score(
     unchanged.
 
     Args:
-        model: of a known family, on any device.
+        model: a model of a known family, on any device.
         criterion: a name in :data:`~lmcompress.pruning.structured.registry.CRITERIA`, ``module:attribute`` of a custom
             one, or a :class:`~lmcompress.pruning.structured.registry.Criterion`.
         parts: units to score.
@@ -90,7 +90,7 @@ def calibrated(
     """Scores as configured.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         config: criterion, parts, labels and seed.
         batches: calibration data.
         progress: as for :func:`score`.

@@ -61,7 +61,7 @@ def sensitivity(
     Nothing is cut: the units with the lowest scores are gated, and the gates are removed afterwards.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         scores: scores of ``heads``, ``neurons`` or both; other parts are ignored.
         evaluate: called with the model once for each row; :func:`mean_loss` creates one from batches.
         shares: shares of a block's units, each in (0, 1].

@@ -84,7 +84,7 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     """Refuse a model that cannot be cut, before any long work on it.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Raises:
         LmcompressError: If it is quantized by another library, packed, or has compact layers.
@@ -151,7 +151,7 @@ def census(model: PreTrainedModel) -> dict[str, Any]:
     """Counts of a model's units and parameters, for comparison by :func:`coverage`.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
         JSON types: ``layers``, ``heads``, ``neurons`` (of all blocks), ``attention`` and ``ffn`` (blocks that have

@@ -165,7 +165,7 @@ def full(
     """Units of a model's current shapes, all with one value.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         parts: parts to include; the others are None.
         value: value of every unit.
         dtype: dtype of the tensors.

@@ -170,7 +170,7 @@ class FakeWeight(nn.Module):
         """Use codes found in another way, such as without training.
 
         Args:
-            quantized: of the matrix as ``(out, in)``; ``None``: quantize again.
+            quantized: the matrix, as ``(out, in)``; ``None``: quantize again.
         """
         self._frozen = quantized
         self.forget()

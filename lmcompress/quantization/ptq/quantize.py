@@ -49,7 +49,7 @@ def quantize(
     could compensate an error.
 
     Args:
-        model: of a known family, stock or cut; packed in place. Any error leaves it unchanged.
+        model: a model of a known family, stock or cut; packed in place. Any error leaves it unchanged.
         config: the configuration. Learned quantizers and ranges need training and are refused.
         batches: calibration data, some hundred sequences: model inputs, labels are ignored. With
             ``rtn`` they are needed only for static ranges; with them the report has errors of outputs.

@@ -32,7 +32,7 @@ class Shape(SchemaPart):
 
 
 class StudentSpec(SchemaPart):
-    """How the student is made from the model that the stage starts from; exactly one of its first four fields."""
+    """The construction of the student from the stage's start model; exactly one of its first four fields."""
 
     layers: Annotated[
         int | tuple[int, ...] | None,

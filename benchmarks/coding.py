@@ -5,7 +5,7 @@ embeddings ternary by TWN's rule, W2-E2-A8, as in TernaryBERT, whose paper count
 Each is packed, saved as it is and as streams, and loaded again.
 
 * Bits: of the file over all its numbers, and of packed matrices over their weights; beside the zero-order entropy.
-* Speed: one thread decodes all streams of the packed matrices; bytes of float32 that their codes stand for, a second.
+* Speed: one thread decodes all streams of the packed matrices; bytes of decoded float32 per second.
 * Memory: the greatest sum of tensors while loading, over that of the loaded model.
 * Others, on the bytes of the same tensors: zstd level 19, rANS of constriction on unpacked codes, ZipNN where it is
   installed.
@@ -59,7 +59,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def others(modules: list[Packed], dense_bytes: int, repeats: int) -> list[dict[str, Any]]:
-    """What other coders make of the same codes: bytes, and float32 that they stand for, a second."""
+    """Other coders on the same codes: bytes, and decoded float32 per second."""
     rows = []
     blobs = [module.weight.numpy().tobytes() for module in modules]
 
@@ -149,7 +149,7 @@ def measure(name: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     ours = {row["scheme"]: row for row in rows if row["coder"] == "lmcompress"}
     ternary = ours["ternary"]
     size, bits = ternary["file_bytes"]["auto"] / 1e6, ternary["bits_per_weight"]

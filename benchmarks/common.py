@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The commit that is measured; marked where the tree differs from it."""
+    """The measured commit; marked if the tree differs from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -32,12 +32,12 @@ def commit() -> str:
 
 
 def asked(name: str, target: str, measured: float | str, met: bool) -> dict[str, Any]:
-    """One number that was asked for, and what came."""
+    """A requested number, and the measured one."""
     return {"name": name, "target": target, "measured": measured, "met": met}
 
 
 def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a run gave: read from its folder, if it was done before, and otherwise done and written."""
+    """The result of a run: read from its folder if it is finished, otherwise run and written."""
     file = folder / "row.json"
     if file.exists():
         return dict(json.loads(file.read_text()))
@@ -69,7 +69,7 @@ def glue_parser(description: str | None, tasks: Iterable[str], default: Iterable
 def train_and_report(
     name: str, parser: Any, run: Callable[[Any, Path], None], report: Callable[[Any, Path], None]
 ) -> None:
-    """Train what is missing and write the results, as the options say; runs go to the folder ``name`` of ``--work``."""
+    """Train missing runs and write the results, as in the options; runs go to the folder ``name`` of ``--work``."""
     options = parser.parse_args()
     if options.quick:
         # neither its teachers nor its models are to be mistaken for real ones later
@@ -88,7 +88,7 @@ def _script() -> Path:
 
 
 def _public(argument: str) -> str:
-    """An argument without the place where it lies on somebody's machine."""
+    """An argument without machine-specific paths."""
     return Path(argument).name if argument.startswith(("/", "~")) else argument
 
 

@@ -1,13 +1,14 @@
 """How small is the file of a fine-tuned BERT that is pruned, shares its weights and is coded? (Han, Mao & Dally 2016.)
 
-The models are the MiniLM teachers of ``benchmarks/teachers.py``. Three stages, trained on the answers of the dense
+The models are the MiniLM teachers of ``benchmarks/teachers.py``. Three stages, trained on the outputs of the dense
 model (logits, and hidden states of three layers, from the disk store of ``benchmarks/distillation.py``), no labels:
 
-* ``pruned``: the smallest magnitudes of each matrix of the blocks go along a cubic ramp; the second half of the steps
-  is recovery. Word embeddings stay: half of them pruned and 16 values for the rest are as many bytes as 6 values for
+* ``pruned``: the smallest magnitudes of each matrix of the blocks are pruned along a cubic ramp; the second half of the
+steps
+  is recovery. Token embeddings stay: half of them pruned and 16 values for the rest are as many bytes as 6 values for
   all, which lose less;
-* ``shared``: k-means of what is left of each matrix and of the word embeddings, and the values are trained;
-* ``coded``: the checkpoint is written as entropy-coded streams through the equivalence gate.
+* ``shared``: k-means of the remaining weights of each matrix and of the token embeddings, and the values are trained;
+* ``coded``: the checkpoint is written as entropy-coded streams with a round-trip check.
 
 Scores of ``coded`` are of the model that was loaded from the file by plain ``AutoModelForSequenceClassification``; the
 last epoch counts, not the best. Beside the file stands the same checkpoint, uncoded, through ``zstd -19``.
@@ -15,7 +16,7 @@ last epoch counts, not the best. Beside the file stands the same checkpoint, unc
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers --tasks mrpc sst2
     python benchmarks/deep_compression_bert.py --data ../shared/data --work runs
 
-Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+Finished runs are kept in ``--work`` and not repeated; ``--report`` only writes the results of existing runs.
 """
 
 from __future__ import annotations
@@ -60,27 +61,27 @@ ASKED_RATIO, ASKED_POINTS, ASKED_SHANNON = 12.0, 1.0, 1.01
 
 
 class Bench(pruning.Bench):
-    """One task: its rows, its teacher's answers, and the stages."""
+    """One task: its rows, its teacher's outputs, and the stages."""
 
     def dense(self, folder: Path, seed: int) -> dict[str, Any]:
         """The teacher."""
         return {"steps": 0, **self.quality(self.loaded(self.folder)), "bytes": size_on_disk(self.folder).weights_bytes}
 
     def pruned(self, folder: Path, seed: int) -> dict[str, Any]:
-        """Most weights become zero."""
+        """Most weights are pruned."""
         trainer = self.trainer(SparsityTrainer, self.folder, folder, SPARSITY, "pruned", seed)
         taken = self.trained(trainer, folder, "plain")
         return taken | {"sparsity": trainer.report.sparsity}
 
     def shared(self, folder: Path, seed: int) -> dict[str, Any]:
-        """The others share few values."""
+        """The remaining weights are clustered."""
         start = folder.parent / "pruned" / "model"
         trainer = self.trainer(SharingTrainer, start, folder, SHARING, "shared", seed)
         taken = self.trained(trainer, folder, "plain")
         return taken | {"matrices": [row.path for row in trainer.report.matrices]}
 
     def coded(self, folder: Path, seed: int) -> dict[str, Any]:
-        """The same weights in fewer bytes, loaded again."""
+        """The same weights in fewer bytes, reloaded."""
         plain = folder.parent / "shared" / "model"
         started = time.time()
         model = self.loaded(plain)
@@ -132,7 +133,7 @@ class Bench(pruning.Bench):
         return taken | self.quality(trainer.student) | self.saved_as(trainer.student, folder, storage)
 
     def saved_as(self, model: Any, folder: Path, storage: Any) -> dict[str, Any]:
-        """Write a model through the gate."""
+        """Write a model with a round-trip check."""
         batches = [self.collate([self.rows.validation[i] for i in range(16)])]
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         measured = CompressedModel(model.cpu()).save_pretrained(
@@ -143,7 +144,7 @@ class Bench(pruning.Bench):
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Everything that was asked for and is not there yet; the first seeds of all before the second of any."""
+    """All requested runs that do not exist yet; the first seeds of all before the second of any."""
     benches: dict[str, Bench] = {}
     for seed in range(1 if options.quick else options.seeds):
         for task in options.tasks:
@@ -184,7 +185,7 @@ def summarise(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
     by_name: Mapping[tuple[str, str], dict[str, Any]] = {(row["task"], row["stage"]): row for row in rows}
     for task in BUDGET:
@@ -209,7 +210,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Results of all runs that are there."""
+    """Results of all existing runs."""
     done = [json.loads(file.read_text()) for file in sorted(work.glob("*/*/*/row.json"))]
     rows = summarise([row for row in done if row["task"] in options.tasks])
     wanted = verdicts(rows)

@@ -2,17 +2,17 @@
 
 Teachers: the MiniLM BERT (6 layers, 384 wide) fine-tuned by ``benchmarks/teachers.py``. Students: three layers, word
 embeddings taken over and frozen. With a teacher, they learn twice, as in TinyBERT: first, once for all tasks, from the
-pretrained MiniLM on the bare sentences of the tasks and of MNLI, QQP and SNLI (hidden states only, no labels, no
-validation rows); then for each task from the fine-tuned teacher (logits, hidden states, and the labels), whose answers
+pretrained MiniLM on the unlabelled sentences of the tasks and of MNLI, QQP and SNLI (hidden states only, no labels, no
+validation rows); then for each task from the fine-tuned teacher (logits, hidden states, and the labels), whose outputs
 come from a disk store that is written once for all epochs and seeds. RTE's teacher comes from QNLI's, and so does its
 student. Without a teacher (control), they are the first
-three layers of the fine-tuned model, trained on the labels for as many steps. ``direct`` is between the two: as the
-control, but taught by the fine-tuned teacher. The last epoch counts, not the best.
+three layers of the fine-tuned model, trained on the labels for the same number of steps. ``direct`` is between the two:
+as the control, but taught by the fine-tuned teacher. The last epoch counts, not the best.
 
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers
     python benchmarks/distillation.py --data ../shared/data --work runs
 
-Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+Finished runs are kept in ``--work`` and not repeated; ``--report`` only writes the results of existing runs.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def load_rows(options: argparse.Namespace, task: str) -> tuple[Any, Any, Any]:
 
 
 def teacher_store(options: argparse.Namespace, task: str, rows: Any, collate: Any) -> TeacherStore:
-    """The teacher's logits and hidden states for all training rows, asked for once."""
+    """The teacher's logits and hidden states for all training rows, computed once."""
     teacher = AutoModelForSequenceClassification.from_pretrained(options.work / "teachers" / task)
     folder = options.work / "distillation" / task / "store"
     if not folder.exists():
@@ -228,7 +228,7 @@ def teacher_store(options: argparse.Namespace, task: str, rows: Any, collate: An
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Everything that was asked for and is not there yet."""
+    """All requested runs that do not exist yet."""
     for task in options.tasks:
         run_task(options, work, task)
 
@@ -246,7 +246,7 @@ def run_task(options: argparse.Namespace, work: Path, task: str) -> None:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Results of all runs that are there."""
+    """Results of all existing runs."""
     rows: list[dict[str, Any]] = []
     for task in options.tasks:
         file = options.work / "teachers" / task / "teacher.json"

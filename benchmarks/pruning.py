@@ -1,20 +1,20 @@
-"""What is left of a fine-tuned BERT when half, three quarters or nine tenths of its encoder are cut?
+"""How much quality does a fine-tuned BERT keep when half, three quarters or nine tenths of its encoder are pruned?
 
 The models are the MiniLM teachers of ``benchmarks/teachers.py``; each is pruned and recovers under itself as teacher,
-whose answers come from the disk store of ``benchmarks/distillation.py``. Two questions:
+whose outputs come from the disk store of ``benchmarks/distillation.py``. Two questions:
 
 * ``criteria``: which criterion? One-shot, then a short recovery, everything equal but the scores; MRPC, RTE and an
   eighth of SST-2 (whose 872 validation rows tell more than RTE's 277 at a teacher of 60 %). Seeds are of the
   calibration rows, what is drawn, and the order of training rows.
 * ``schedules``: when? One-shot against little by little, the same criterion, the same steps, a longer recovery.
 
-Sparsity is the share of the encoder's parameters that is gone, embeddings not counted. The last epoch counts, not the
+Sparsity is the pruned share of the encoder's parameters, without embeddings. The last epoch counts, not the
 best.
 
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers
     python benchmarks/pruning.py --data ../shared/data --work runs
 
-Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+Finished runs are kept in ``--work`` and not repeated; ``--report`` only writes the results of existing runs.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def scores_of(model: Any, name: str, batches: list[Any], seed: int) -> Units:
 
 
 class Bench:
-    """One task: its rows, its teacher's answers, and what is done with both."""
+    """One task: its rows, its teacher's outputs, and the runs on both."""
 
     def __init__(self, options: argparse.Namespace, task: str) -> None:
         self.options, self.task = options, task
@@ -118,7 +118,7 @@ class Bench:
 
     @cached_property
     def store(self) -> TeacherStore:
-        """The teacher's answers to all training rows."""
+        """The teacher's outputs for all training rows."""
         return teacher_store(self.options, self.task, self.rows, self.collate)
 
     def model(self) -> Any:
@@ -135,7 +135,7 @@ class Bench:
         return {"score": 100 * glue_score(found)} | {name: 100 * value for name, value in found.items()}
 
     def saved(self, model: Any, folder: Path) -> dict[str, Any]:
-        """Save through the gate; sizes and the greatest difference after reloading."""
+        """Save with a round-trip check; sizes and max abs difference after reloading."""
         batches = [self.collate([self.rows.validation[i] for i in range(16)])]
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         measured = CompressedModel(model).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
@@ -195,7 +195,7 @@ class Bench:
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Everything that was asked for and is not there yet; the first seeds of all before the second of any."""
+    """All requested runs that do not exist yet; the first seeds of all before the second of any."""
     benches: dict[str, Bench] = {}
     budgets = {"criteria": CRITERIA_BUDGET, "schedules": SCHEDULE_BUDGET}
     names = {
@@ -244,7 +244,7 @@ def summarise(runs: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[
 
 
 def verdicts(rows: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
 
     def mean_of(kind: str, name: str, sparsity: float, tasks: list[str]) -> float | None:
@@ -296,7 +296,7 @@ def verdicts(rows: list[dict[str, Any]], dense: dict[str, float]) -> list[dict[s
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Results of all runs that are there."""
+    """Results of all existing runs."""
     runs = [json.loads(f.read_text()) for f in sorted(work.glob("*/*/*/row.json"))]
     runs = [r for r in runs if r["task"] in options.tasks]
     dense = {

@@ -6,14 +6,15 @@ its blocks; embeddings and head, which are tied, are not pruned. For each sparsi
 * ``one-shot``: cut by Fisher scores of some training blocks, nothing trained;
 * ``one-shot, repaired``: the same, output projections re-fitted by least squares on those blocks;
 * ``pruned``: cut gradually by Fisher scores that training itself collects, under the dense model as teacher;
-* ``scratch``: the shape that ``pruned`` ended with, from random weights, for as many steps, on the same blocks in the
+* ``scratch``: the shape that ``pruned`` ended with, from random weights, for the same number of steps, on the same
+blocks in the
   same order, with the same teacher and the same loss.
 
 Perplexity is of the test text in blocks of 128 tokens, the length that the dense model was trained on.
 
     python benchmarks/pruning_lm.py --data ../shared/data --model ../shared/models/gpt2-wikitext2
 
-Runs that are done are kept in ``--work`` and not repeated.
+Finished runs are kept in ``--work`` and not repeated.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Bench:
         return {"token_perplexity": found.token_perplexity, "word_perplexity": found.word_perplexity}
 
     def saved(self, model: Any, folder: Path) -> dict[str, Any]:
-        """Save through the gate; sizes, shape, and the greatest difference after reloading."""
+        """Save with a round-trip check; sizes, shape, and max abs difference after reloading."""
         batches = [{"input_ids": torch.tensor(self.blocks[:4]["input_ids"])}]
         measured = CompressedModel(model).save_pretrained(folder / "model", tokenizer=self.tokenizer, batches=batches)
         return {
@@ -96,7 +97,7 @@ class Bench:
         }
 
     def trained(self, model: Any, folder: Path, seed: int, pruning: PruningConfig | None) -> dict[str, Any]:
-        """Train a model under the dense one; perhaps prune it meanwhile."""
+        """Train a model with the dense one as teacher, optionally pruning it."""
         steps = 20 if self.options.quick else STEPS
         args = TrainingArguments(
             str(folder / "checkpoints"), learning_rate=LEARNING_RATE, per_device_train_batch_size=BATCH,
@@ -141,7 +142,7 @@ def from_scratch(config: Any, shape: list[list[int]]) -> Any:
 
 
 def runs(bench: Bench, work: Path) -> list[dict[str, Any]]:
-    """Everything that is not there yet, and what is."""
+    """Missing runs are made, existing ones are read."""
     rows = []
     for seed in range(1 if bench.options.quick else bench.options.seeds):
         for sparsity in SPARSITIES[1:2] if bench.options.quick else SPARSITIES:
@@ -154,7 +155,7 @@ def runs(bench: Bench, work: Path) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
     for sparsity in SPARSITIES:
         mean = {}

@@ -2,7 +2,7 @@
 
 The models are the MiniLM BERTs fine-tuned by ``benchmarks/teachers.py``. Every row is cut at once to a share of the
 encoder's parameters and then trained for the same steps by the same plain ``Trainer`` on the labels alone, on the same
-rows in the same order; word embeddings stay frozen. The same calibration rows give both libraries their gradients.
+rows in the same order; token embeddings stay frozen. The same calibration rows give both libraries their gradients.
 
 * MRPC, half cut: all criteria, several seeds. Its 408 rows of validation move by a point or two from chance alone, the
   same for all seeds of a method. So the better ones are cut on QNLI too (5,463 rows), by half and by three quarters.
@@ -21,7 +21,7 @@ A last row says what both do to a GPT-2, whose matrices are ``Conv1D``.
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers --tasks mrpc qnli
     python benchmarks/pruning_peers.py --data ../shared/data --work runs
 
-Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+Finished runs are kept in ``--work`` and not repeated; ``--report`` only writes the results of existing runs.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Setting:
 
     Attributes:
         task: of GLUE.
-        sparsity: share of the encoder's parameters that goes.
+        sparsity: share of the encoder's parameters to prune.
         epochs: of the recovery.
         rows: of training to recover on, the first after shuffling; None for all.
         seeds: at most.
@@ -321,7 +321,7 @@ def encoder_parameters(model: Any) -> int:
 
 @torch.inference_mode()
 def encoder_flops(model: Any) -> int:
-    """Operations of the blocks on one row of 128 tokens, as torch counts them: matrix products and attention."""
+    """Operations of the blocks on one row of 128 tokens, as torch counts them: matmuls and attention."""
     ids = torch.zeros(1, LENGTH, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         EncoderOnly(model)(ids)
@@ -336,7 +336,7 @@ def shape_of(model: Any) -> dict[str, Any]:
 
 
 def saved_by_lmcompress(model: Any, batches: list[Any]) -> dict[str, Any]:
-    """Save through the gate, and the greatest difference of the model that is loaded again."""
+    """Save with a round-trip check; max abs difference of the reloaded model's outputs."""
     with tempfile.TemporaryDirectory() as folder:
         measured = CompressedModel(model).save_pretrained(Path(folder) / "model", batches=batches)
         return {"reload_error": measured.max_error, "bytes": size_on_disk(Path(folder) / "model").weights_bytes}
@@ -449,7 +449,7 @@ def summarise(setting: Setting, work: Path, timed: list[dict[str, Any]]) -> list
 
 
 def verdicts(setting: Setting, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
     where = f"{setting.task} {setting.sparsity:.0%}"
     equal = [row for row in rows if row["extra"] is None]
@@ -480,7 +480,7 @@ def verdicts(setting: Setting, rows: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def verdicts_gpt2(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Shares of a GPT-2 that are gone, against what was asked for."""
+    """Pruned shares of a GPT-2 against the requested ones."""
     wanted = []
     for row in rows:
         name = f"share of a GPT-2's blocks removed by {row['library']}"
@@ -492,7 +492,7 @@ def verdicts_gpt2(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Everything that was asked for and is not there yet; the first seeds of all before the second of any."""
+    """All requested runs that do not exist yet; the first seeds of all before the second of any."""
     quick = options.quick
     for setting in SETTINGS[:1] if quick else SETTINGS:
         if setting.task not in options.tasks:
@@ -510,7 +510,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Results of all runs that are there, of both libraries, and the times of their encoders."""
+    """Results of all existing runs of both libraries, and the latencies of their encoders."""
     if not list(work.glob("*/row.json")):
         raise SystemExit(f"there are no runs in {work} yet: leave out --report")
     lines, wanted = [], []

@@ -4,7 +4,7 @@ Random weights, and scores that are drawn: times do not depend on either, shapes
 
 * Speed-up: the encoders of MiniLM's and BERT-base's shape, dense and cut, in one process, call by call in turn,
   medians. ``even``: all blocks alike; ``uneven``: heads and neurons go where their scores are least, down to none in a
-  block. The FLOP ratio counts the matrix products of the blocks. ``nothing`` is an encoder without any head or neuron:
+  block. The FLOP ratio counts the matmuls of the blocks. ``nothing`` is an encoder without any head or neuron:
   what is left (residual connections, norms, Python) is what no pruning of heads and neurons can speed up, and the
   ceiling is the speed-up if everything else ran in proportion to its operations. A profile says where the time went.
 * Compiled: MiniLM dense and cut in equal blocks, all by ``torch.compile`` with frozen weights, beside the same without.
@@ -58,7 +58,7 @@ REPEATS = {("MiniLM", 32): 15, ("MiniLM", 1): 60, ("BERT-base", 32): 5, ("BERT-b
 LATENCY_SHARES = (0.5, 0.33)
 # parts of an encoder's time: names of the operations that begin like this
 OPERATIONS = {
-    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
+    "matmuls": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "activation": ("aten::gelu",),
     "norms and residuals": ("aten::native_layer_norm", "aten::layer_norm", "aten::add"),
@@ -96,7 +96,7 @@ class EncoderOnly(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
@@ -331,7 +331,7 @@ def step_overhead(repeats: int) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came: of all shapes the least."""
+    """Requested against measured numbers: the minimum over all shapes."""
     wanted = []
     pruned = [row for row in rows if row["question"] == "speed-up" and row["kind"] in ("even", "uneven")]
     for batch, least in ASKED.items():

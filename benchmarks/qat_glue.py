@@ -1,14 +1,14 @@
-"""What is left of a fine-tuned BERT whose weights and embeddings have 8, 4 and 2 bits, and its activations 8?
+"""How much quality does a fine-tuned BERT keep with 8-, 4- and 2-bit weights and embeddings and 8-bit activations?
 
 The models are the MiniLM teachers of ``benchmarks/teachers.py``. Each is quantized
 
 * ``without training``: rounded to nearest (``rtn``) and with GPTQ, on some training rows;
-* ``trained``: on its own answers before it was quantized, logits and hidden states of three layers. No labels. By
+* ``trained``: on the outputs of the unquantized model, logits and hidden states of three layers. No labels. By
   default one quantizer for each number of bits: by row the range that weights have at 8, and LSQ at 4; at 2 the ternary
   rule of TBT, a scale for 64 neighbours (``tbt-g64``). Others by ``--methods``. Learned scales move as in
   ``benchmarks/qat_lm.py``. As RTE's teacher comes from QNLI's, so does its student from QNLI's student.
 
-Word embeddings have the bits of the weights, but for ``tbt`` and ``tbt-g64``, whose have 4: some thousand sentences do
+Token embeddings have the bits of the weights, but for ``tbt`` and ``tbt-g64``, whose have 4: some thousand sentences do
 not teach the words that they lack, and ternary ones of MRPC cost 2.7 points more (``tbt-e2``).
 
 Activations are quantized as in the papers, with one range for each tensor of a batch, within attention too. Scores are
@@ -17,7 +17,7 @@ of the model that was packed, saved and loaded again; the last epoch counts, not
     python benchmarks/teachers.py --data ../shared/data --work runs/teachers
     python benchmarks/qat_glue.py --data ../shared/data --work runs
 
-Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+Finished runs are kept in ``--work`` and not repeated; ``--report`` only writes the results of existing runs.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Trained(NamedTuple):
 
     Attributes:
         quantizer: of weights.
-        granularity: which weights of a matrix share a scale; a number: so many neighbours of a row.
+        granularity: which weights of a matrix share a scale; a number: groups of n neighbours of a row.
         clip: where activations are cut.
-        embeddings: bits of word embeddings; None: those of the weights.
+        embeddings: bits of token embeddings; None: those of the weights.
     """
 
     quantizer: str
@@ -92,7 +92,7 @@ CHOSEN = {8: ("minmax",), 4: ("lsq",), 2: ("tbt-g64",)}
 
 
 def scheme(way: Trained, bits: int) -> QuantizationConfig:
-    """Weights at so many bits, embeddings by word, activations at 8."""
+    """Weights at the given bits, embeddings per token, activations at 8."""
     weights = WeightScheme(quantizer=way.quantizer, bits=bits, granularity=way.granularity)
     embeddings = weights.model_copy(update={"granularity": "row"})
     if way.embeddings is not None:
@@ -108,14 +108,14 @@ def distillation() -> DistillationConfig:
 
 
 class Bench(pruning.Bench):
-    """One task: its rows, its teacher's answers, and what is done with both."""
+    """One task: its rows, its teacher's outputs, and the runs on both."""
 
     def model(self) -> Any:
         """The dense model, all of it to be trained."""
         return AutoModelForSequenceClassification.from_pretrained(self.folder)
 
     def finished(self, model: Any, report: QuantizationReport, folder: Path) -> dict[str, Any]:
-        """Save a packed model through the gate, load it again, and measure that one."""
+        """Save a packed model with a round-trip check, reload it, and measure the reloaded one."""
         batches = [self.collate([self.rows.validation[i] for i in range(16)])]
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         measured = CompressedModel(model).save_pretrained(folder / "model", tokenizer=tokenizer, batches=batches)
@@ -131,7 +131,7 @@ class Bench(pruning.Bench):
     def start(self, folder: Path) -> Any:
         """What a student begins as: its teacher; where that came from another task's, that task's student.
 
-        The latter has weights of so many bits already, which some thousand rows would not bring back.
+        The latter already has weights of these bits, which a few thousand rows could not restore.
         """
         if self.task not in START:
             return self.model()
@@ -172,7 +172,7 @@ class Bench(pruning.Bench):
 
 
 def methods(options: argparse.Namespace, bits: int) -> list[str]:
-    """What is done at so many bits."""
+    """The runs at a number of bits."""
     wanted = options.methods or [*ROUNDED, *CHOSEN[bits]]
     return [name for name in wanted if name in ROUNDED or bits in QUANTIZERS[TRAINED[name].quantizer].bits]
 
@@ -189,7 +189,7 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Everything that was asked for and is not there yet."""
+    """All requested runs that do not exist yet."""
     benches: dict[str, Bench] = {}
     for task, bits, name, seed in runs(options):
         if task not in benches:
@@ -230,7 +230,7 @@ def summarise(done: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> l
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
     tasks = [row["task"] for row in rows if row["kind"] == "teacher"]
     teacher = statistics.mean(row["score"] for row in rows if row["kind"] == "teacher")
@@ -250,7 +250,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Results of all runs that are there."""
+    """Results of all existing runs."""
     done = [json.loads(file.read_text()) for file in sorted(work.glob("*/*/row.json"))]
     done = [r for r in done if r["task"] in options.tasks and r["bits"] in options.bits]
     if not done:

@@ -1,10 +1,10 @@
 """A GPT-2 at 8, 4 and 2 bits: which quantizer keeps most of it, and what does contrast give?
 
 The teacher is the 4-layer GPT-2 of ``--model`` (trained on WikiText-2), and each student begins as a copy of it. W-E-A
-8-8-8, 4-4-8 and 2-2-8: weights of the blocks and word embeddings (and with these the tied head) at so many bits,
-activations at 8, within attention too. Embeddings have a scale for each word; matrices have what each method's paper
-gives them. All learn the teacher's next-token distributions, without labels, for as many steps, from the same blocks in
-the same order. Parts:
+8-8-8, 4-4-8 and 2-2-8: weights of the blocks and token embeddings (and with these the tied head) at n bits,
+activations at 8, within attention too. Embeddings have a scale for each token; matrices have what each method's paper
+gives them. All learn the teacher's next-token distributions, without labels, for the same number of steps, from the
+same blocks in the same order. Parts:
 
 * ``grid``: QuantGPT, the same without its contrast, and the others without contrast, as in its paper. ``twn`` and
   ``tbt`` are ternary and so at 2 bits alone; ``elastic`` has no 8 bits, and at 4 it is ``lsq`` by row;
@@ -22,7 +22,7 @@ was packed, saved and loaded again.
 
     python benchmarks/qat_lm.py --data ../shared/data --model ../shared/models/gpt2-wikitext2 --work runs
 
-Runs that are done are kept in ``--work`` and not repeated; ``--report`` only writes the results of what is there.
+Finished runs are kept in ``--work`` and not repeated; ``--report`` only writes the results of existing runs.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ ABLATION: dict[str, Contrast] = {
 
 
 def scheme(quantizer: str, bits: int, granularity: Literal["tensor", "row"]) -> QuantizationConfig:
-    """W-E-A of so many, as many, and 8 bits."""
+    """W-E-A of n, n and 8 bits."""
     weights = WeightScheme(quantizer=quantizer, bits=bits, granularity=granularity)
     return QuantizationConfig(weights=weights, embeddings=weights.model_copy(update={"granularity": "row"}))
 
@@ -146,7 +146,7 @@ class Bench:
         return self.quality(dense) | sizes
 
     def finished(self, model: Any, report: QuantizationReport, folder: Path) -> dict[str, Any]:
-        """Save a packed model through the gate, load it again, and measure that one."""
+        """Save a packed model with a round-trip check, reload it, and measure the reloaded one."""
         batches = [{"input_ids": torch.tensor(self.blocks[:4]["input_ids"])}]
         measured = CompressedModel(model).save_pretrained(folder / "model", tokenizer=self.tokenizer, batches=batches)
         return {
@@ -222,7 +222,7 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Everything that was asked for and is not there yet."""
+    """All requested runs that do not exist yet."""
     bench = Bench(options)
     once(work / "teacher", {"part": "teacher"}, bench.teacher)
     for part, bits, name, seed in runs(options):
@@ -265,7 +265,7 @@ def summarise(done: list[dict[str, Any]], teacher: dict[str, Any]) -> list[dict[
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
     for bits, most in PAPER.items():
         found = {row["method"]: row for row in rows if row["part"] == "grid" and row["bits"] == bits}
@@ -289,7 +289,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Results of all runs that are there."""
+    """Results of all existing runs."""
     files = sorted(work.glob("*/*/row.json"))
     if not files:
         raise SystemExit(f"there are no runs in {work} yet: leave out --report")

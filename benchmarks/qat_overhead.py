@@ -137,7 +137,7 @@ def overhead(kind: str, repeats: int, quick: bool, warmup: int = 2) -> list[dict
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked, against what came."""
+    """Requested against measured numbers."""
     wanted = []
     for row in rows:
         if row["way"] in ASKED:

@@ -1,7 +1,7 @@
 """Fine-tune the MiniLM BERT (6 layers, 384 wide) on GLUE tasks: the teachers that other benchmarks share.
 
 Trained by ``transformers.Trainer``, without any method of lmcompress, so that a teacher cannot profit from what is
-being measured; only the order of the rows is ours. Word embeddings are frozen: half of an optimizer step on short
+being measured; only the order of the rows is ours. Token embeddings are frozen: half of an optimizer step on short
 sentences would go into them. The last epoch is kept, not the best: choosing by the development set would flatter the
 teacher.
 

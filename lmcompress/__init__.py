@@ -1,8 +1,8 @@
 """lmcompress: compresses transformer language models by distillation, pruning and quantization, in Hugging Face terms.
 
-Importing this package tells Transformers how to load what it writes: afterwards, ``AutoModel*.from_pretrained``
-rebuilds compressed checkpoints like any others. The import itself costs next to nothing: torch and Transformers are
-imported when something needs them, so that ``lmcompress --help`` is instant.
+Importing this package registers its checkpoint format with Transformers: afterwards, ``AutoModel*.from_pretrained``
+rebuilds compressed checkpoints like any other. The import itself is cheap: torch and Transformers are
+imported on first use, so that ``lmcompress --help`` is instant.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _QUANTIZERS = "transformers.quantizers.auto"
 
 
 class _OnFirstUse:
-    """What Transformers' tables of quantizers hold for "lmcompress": imports the loader when a checkpoint needs it."""
+    """The entry for "lmcompress" in Transformers' tables of quantizers: imports the loader on first use."""
 
     def from_dict(self, *args: Any, **kwargs: Any) -> Any:
         """A :class:`~lmcompress.checkpoint.config.CompressionConfig`: the entry in the table of configs.
 
         Args:
-            *args: of ``CompressionConfig.from_dict``.
+            *args: passed to ``CompressionConfig.from_dict``.
             **kwargs: likewise.
         """
         return self._loader().CompressionConfig.from_dict(*args, **kwargs)
@@ -66,17 +66,17 @@ class _OnFirstUse:
 
 
 class _RegisterWithTransformers(MetaPathFinder):
-    """Enters the loader into Transformers' tables as soon as Transformers has made them."""
+    """Registers the loader in Transformers' tables as soon as Transformers has created them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of the module with the tables, with the entry added after it is executed; None for all others.
+        """The spec of the module with the tables, with the entry added after execution; None for every other module.
 
         Args:
-            fullname: of the module that is imported.
-            path: of its package.
-            target: not used.
+            fullname: name of the imported module.
+            path: path of its package.
+            target: unused.
         """
         spec = PathFinder.find_spec(fullname, path) if fullname == _QUANTIZERS else None
         if spec is None or spec.loader is None:
@@ -92,7 +92,7 @@ class _RegisterWithTransformers(MetaPathFinder):
 
 
 def _register(quantizers: ModuleType) -> None:
-    # what a self-loading checkpoint registered earlier checks less than this, and gives way
+    # a self-loading checkpoint registered earlier checks less than this, so it is replaced
     quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING["lmcompress"] = _OnFirstUse()
     quantizers.AUTO_QUANTIZER_MAPPING["lmcompress"] = _OnFirstUse()
 

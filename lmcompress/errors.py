@@ -1,4 +1,4 @@
-"""The errors that lmcompress raises for its users, and help with misspelt names."""
+"""The errors that lmcompress raises for its users, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _SPELLING: ContextVar[Mapping[str, str] | None] = ContextVar("_SPELLING", defaul
 
 
 class LmcompressError(ValueError):
-    """Something that came in was not what was expected; the message says what, and what to do."""
+    """An input is not as expected; the message names the input, the expectation and the remedy."""
 
 
 class CheckpointError(LmcompressError):
-    """A checkpoint is damaged, hostile, or of another make than its config says."""
+    """A checkpoint is damaged, malicious, or does not match its config."""
 
 
 class EquivalenceError(LmcompressError):
-    """A model that was saved and reloaded does not answer as the one that was trained; nothing was written."""
+    """The outputs of a saved and reloaded model differ from those of the model in memory; nothing was written."""
 
 
 class UnknownFamilyError(LmcompressError):
@@ -34,8 +34,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """A clause for an error message: the valid name nearest to ``name``, and all of them, or the first of very many.
 
     Args:
-        name: what came.
-        valid: what would have been right.
+        name: the invalid name.
+        valid: the valid names.
 
     Returns:
         ``"; did you mean 'x'? Valid are: a, b, x"``.
@@ -53,10 +53,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def arguments_called(spelling: Mapping[str, str]) -> Iterator[None]:
-    """Within the block, messages name arguments as they are written where the user is; the outermost block wins.
+    """Within the block, messages spell arguments as the user writes them; the outermost block wins.
 
     Args:
-        spelling: name of an argument in Python to what the user wrote: ``{"text_columns": "--text-column"}``.
+        spelling: name of an argument in Python to the user's spelling: ``{"text_columns": "--text-column"}``.
     """
     token = _SPELLING.set(_SPELLING.get() or spelling)
     try:
@@ -66,11 +66,11 @@ def arguments_called(spelling: Mapping[str, str]) -> Iterator[None]:
 
 
 def argument(name: str, value: str | None = None) -> str:
-    """An argument as the reader of a message can write it: as in Python, or as :func:`arguments_called` says.
+    """An argument as the reader of a message can write it: as in Python, or as set by :func:`arguments_called`.
 
     Args:
-        name: of the argument in Python.
-        value: to give it, as Python writes it, or empty for any; None: the name alone.
+        name: name of the argument in Python.
+        value: its value, as written in Python, or empty for any; None: the name only.
 
     Example:
         >>> argument("kind"), argument("kind", "'causal_lm'")

@@ -1,4 +1,4 @@
-"""What a compression method is to the trainer, and what a loss term is."""
+"""The interface between a compression method and the trainer, and the terms of a loss."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ UNITS: tuple[Unit, ...] = ("examples", "labels", "tokens", "pairs")
 
 @dataclass(frozen=True)
 class Term:
-    """One part of the loss: a sum over the micro-batch, and the unit that it is a mean of.
+    """One term of the loss: a sum over the micro-batch, and the unit of its mean.
 
     Attributes:
         total: 0-d float32, with gradient; the sum, not the mean.
         unit: the trainer divides by the number of these in the whole optimizer step, over all micro-batches and
             processes.
-        weight: what the mean is multiplied by in the loss; the value that is logged is without it.
+        weight: factor of the mean in the loss; the logged value is without it.
         parts: sums, without gradient, to log instead of ``total`` where several losses share one gradient.
-        measured: a number to look at and no loss: needs no gradient, has weight 0 and is logged without ``loss_``.
+        measured: whether it is only logged: needs no gradient, has weight 0 and is logged without ``loss_``.
     """
 
     total: Tensor
@@ -42,16 +42,16 @@ class Term:
 
 @dataclass
 class Step:
-    """What a method sees of one forward pass.
+    """The state of one forward pass, as methods see it.
 
     Attributes:
-        model: the student as the training loop has it (perhaps wrapped or compiled).
+        model: the student as the training loop holds it (possibly wrapped or compiled).
         inputs: the batch on the model's device, labels included.
-        student_inputs: what the student is called with: no labels, no ``teacher_*`` columns.
+        student_inputs: inputs of the student: no labels, no ``teacher_*`` columns.
         progress: share of the training done, in [0, 1].
-        outputs: the student's outputs, once somebody has run it.
-        shared: for methods that look at the same thing, such as one forward pass of a teacher.
-        retain_graph: whether gradients are taken more than once, so that nothing may be freed after the first time.
+        outputs: the student's outputs, once it has run.
+        shared: results shared by methods, such as one forward pass of a teacher.
+        retain_graph: whether gradients are computed more than once, so that nothing may be freed after the first time.
     """
 
     model: nn.Module
@@ -66,12 +66,12 @@ class Step:
 class Method:
     """A compression method, as the trainer sees it; by default it adds nothing to a step.
 
-    Methods do not know one another. They may look at what others declare below.
+    Methods are independent of each other. They may read what others declare below.
 
     Attributes:
-        name: for messages, and the key of the method's state in training checkpoints.
+        name: name in messages, and key of the method's state in training checkpoints.
         changes_shapes: whether :meth:`finish` cuts the model.
-        changes_values: whether it says what values single weights may have.
+        changes_values: whether it determines the values of single weights.
     """
 
     name: str
@@ -85,11 +85,11 @@ class Method:
 
     @property
     def max_norm(self) -> float | None:
-        """Gradient norm to which the parameters of :meth:`parameter_groups` are clipped; None: as the model."""
+        """Max gradient norm of the parameters in :meth:`parameter_groups`; None: the model's."""
         return None
 
     def prepare(self, trainer: Any) -> None:
-        """Called once, before the optimizer is made: check the model and the data, put hooks, move teachers.
+        """Called once, before the optimizer is created: check the model and the data, add hooks, move teachers.
 
         Args:
             trainer: the :class:`~lmcompress.trainers.CompressionTrainer`; its ``student`` is the model, not wrapped.
@@ -109,12 +109,12 @@ class Method:
             step: with the student's ``outputs``.
 
         Returns:
-            The terms, their names unlike those of other methods.
+            The terms, with names unique among methods.
         """
         return {}
 
     def label_weight(self, progress: float) -> float:
-        """What the loss on the labels is multiplied by, at least 0.
+        """Factor of the loss on the labels, at least 0.
 
         Args:
             progress: share of the training done, in [0, 1].
@@ -122,60 +122,60 @@ class Method:
         return 1.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters that are not the model's, as optimizer groups (``params``, optionally ``lr``)."""
+        """Parameters outside the model, as optimizer groups (``params``, optionally ``lr``)."""
         return []
 
     def modules(self) -> dict[str, nn.Module]:
-        """Modules whose state belongs into training checkpoints, by name; never part of a final checkpoint."""
+        """Modules whose state is part of training checkpoints, by name; never part of a final checkpoint."""
         return {}
 
     def set_active(self, active: bool) -> None:
-        """Called with False around evaluation, so that hooks keep nothing.
+        """Called with False around evaluation, so that hooks record nothing.
 
         Args:
             active: whether the next forward passes train.
         """
 
     def freeze(self) -> None:
-        """Called on all methods before any is finished: what it does is decided from then on."""
+        """Called on all methods before any is finished: decisions of the method are final from then on."""
 
     def finish(self) -> None:
-        """Called after training: materialize what was decided and take hooks away."""
+        """Called after training: materialize the decisions and remove hooks."""
 
 
 class SteppedMethod(Method):
-    """A method that also acts before and after optimizer steps, of which :class:`StepCallback` tells it."""
+    """A method that also acts before and after optimizer steps, called by :class:`StepCallback`."""
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
-        """When training begins or goes on, with a checkpoint's state in place.
+        """Called when training begins or resumes, with a checkpoint's state loaded.
 
         Args:
             max_steps: optimizer steps of the run.
-            optimizer: that trains the model.
+            optimizer: the model's optimizer.
         """
 
     def advance(self, step: int) -> None:
-        """Before the forward passes of an optimizer step.
+        """Called before the forward passes of an optimizer step.
 
         Args:
             step: optimizer steps done.
         """
 
     def before_optimizer_step(self) -> None:
-        """When gradients are there and clipped."""
+        """Called when gradients are computed and clipped."""
 
     def after_optimizer_step(self) -> None:
-        """When weights have moved."""
+        """Called when weights are updated."""
 
     def end(self, max_steps: int) -> None:
-        """When training ends, whether or not it went to its end.
+        """Called when training ends, complete or not.
 
         Args:
             max_steps: optimizer steps of the run.
         """
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the log, beside the loss."""
+        """Values for the log, in addition to the loss."""
         return {}
 
 
@@ -189,17 +189,17 @@ class TextReport:
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells a :class:`SteppedMethod` of optimizer steps.
+    """Notifies a :class:`SteppedMethod` of optimizer steps.
 
     Args:
-        method: to be told.
+        method: the method to notify.
     """
 
     def __init__(self, method: SteppedMethod) -> None:
         self.method = method
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training begins or goes on."""
+        """Training begins or resumes."""
         self.method.begin(state.max_steps, kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -211,7 +211,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.method.before_optimizer_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Weights have moved."""
+        """Weights are updated."""
         self.method.after_optimizer_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -219,25 +219,25 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.method.end(state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The method's numbers join the log."""
+        """Adds the method's values to the log."""
         if logs is not None and "loss" in logs and state.log_history:
             values = self.method.metrics()
             logs.update(values)
-            # what was appended is a copy
+            # the entry was appended as a copy
             state.log_history[-1].update(values)
 
 
 def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> list[Mapping[str, Tensor]]:
-    """Batches out of a trainer's training data, the same on every process and in a run that resumes.
+    """Batches from a trainer's training data, the same on every process and in a resumed run.
 
     Args:
         trainer: the :class:`~lmcompress.trainers.CompressionTrainer`.
-        rows: how many, chosen at random; fewer where there are fewer.
+        rows: number of random rows; fewer if there are fewer.
         batch_size: rows of one batch.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Returns:
-        The batches as the collator makes them, without what is a teacher's.
+        The collator's batches, without a teacher's columns.
 
     Raises:
         LmcompressError: If there is no training set, or it cannot be indexed.
@@ -254,7 +254,7 @@ def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> lis
     known = set(trainer._signature_columns or ())
     collate = trainer.data_collator or default_collate
     batches: list[Mapping[str, Tensor]] = []
-    # a collator may draw, such as the tokens that it masks: a run that resumes must get the same
+    # a collator may be random, such as in its masking: a resumed run must get the same
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, len(chosen), batch_size):
@@ -267,10 +267,10 @@ def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> lis
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Leave mode and random numbers of a training run as they are; gradients are None afterwards.
+    """Preserve mode and random state of a training run; gradients are None afterwards.
 
     Args:
-        model: that is trained.
+        model: the model in training.
 
     Yields:
         Nothing.
@@ -288,7 +288,7 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, where accelerate has wrapped it.
+    """The underlying optimizer, if accelerate has wrapped it.
 
     Args:
         optimizer: wrapped or not.

@@ -1,4 +1,4 @@
-"""CompressedModel: a wrapper around a ``PreTrainedModel`` that knows what was done to it and saves it so it reloads."""
+"""CompressedModel: a wrapper around a ``PreTrainedModel`` that records its compression and saves it reloadable."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ REPORT_FILE = "lmcompress.json"
 
 
 class CompressedModel:
-    """A model together with what has been done to it.
+    """A model with a record of its compression.
 
-    Calls and attributes pass through to the inner model. It is no ``nn.Module``: train ``compressed.model``,
+    Calls and attributes pass through to the inner model. It is not an ``nn.Module``: train ``compressed.model``,
     which is an ordinary ``PreTrainedModel``, so that tensors keep their names in every checkpoint.
 
     Args:
-        model: of a family that :mod:`lmcompress.families` knows.
-        provenance: where the model comes from; default: what it says itself.
+        model: a model of a family that :mod:`lmcompress.families` describes.
+        provenance: origin of the model; default: as recorded in its config.
 
     Raises:
         UnknownFamilyError: If the family is not known.
@@ -70,17 +70,17 @@ class CompressedModel:
         self.model = model
         recorded = recorded_compression(model.config)
         known = recorded.provenance if recorded else Provenance()
-        # one that was cut in memory has shapes in its config, and no history yet
+        # a model cut in memory has shapes in its config, and no history yet
         itself = known if known != Provenance() else Provenance(base_model=_public_name(model))
         self.provenance = provenance or itself
 
     @classmethod
     def wrap(cls, model: PreTrainedModel | CompressedModel, provenance: Provenance | None = None) -> CompressedModel:
-        """The model as a :class:`CompressedModel`; one that is wrapped already comes back as it is.
+        """The model as a :class:`CompressedModel`; one that is wrapped already is returned unchanged.
 
         Args:
             model: a model, wrapped or not.
-            provenance: where the model comes from; default: what it says itself.
+            provenance: origin of the model; default: as recorded in its config.
         """
         return model if isinstance(model, CompressedModel) else cls(model, provenance)
 
@@ -90,15 +90,16 @@ class CompressedModel:
 
         Args:
             path: folder, or name on the Hub.
-            auto_class: such as ``AutoModelForSequenceClassification``; default: the class that wrote the checkpoint.
-            **kwargs: for ``from_pretrained``.
+            auto_class: class such as ``AutoModelForSequenceClassification``; default: the class that wrote the
+                checkpoint.
+            **kwargs: passed to ``from_pretrained``.
 
         Raises:
             CheckpointError: If the checkpoint is damaged, or its config contradicts itself.
         """
         where = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
         config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in where})
-        stock_structure(config)  # absurd sizes are refused before a skeleton is built
+        stock_structure(config)  # implausible sizes are refused before a skeleton is built
         recorded_compression(config)
         loader = auto_class if auto_class is not None else _class_of(config)
         model = loader.from_pretrained(path, **kwargs)
@@ -111,12 +112,12 @@ class CompressedModel:
 
     @property
     def structure(self) -> Structure:
-        """The shapes of the model now."""
+        """The current shapes of the model."""
         return recorded_structure(self.model)
 
     @property
     def compression(self) -> CompressionConfig:
-        """What has been done to the model, as it would be written into ``config.json``."""
+        """The compression of the model, as it would be written into ``config.json``."""
         return CompressionConfig(
             structure=unless_stock(self.structure, self.model.config),
             provenance=self.provenance,
@@ -127,12 +128,12 @@ class CompressedModel:
 
     @property
     def storage(self) -> Coder | None:
-        """The coder of the checkpoint that the model was loaded from, or None where its tensors were no streams."""
+        """The coder of the checkpoint that the model was loaded from, or None if it had no streams."""
         recorded = recorded_compression(self.model.config)
         return recorded.storage.coder if recorded is not None and recorded.storage is not None else None
 
     def why_not_vanilla(self) -> str | None:
-        """Why this model cannot be saved with a stock config, or None where it can; ask before training."""
+        """Why this model cannot be saved with a stock config, or None if it can; check before training."""
         if encoding_of(self.model) is not None:
             return (
                 "a stock checkpoint has no codes in place of weights and quantizes no activations. A dense one of the "
@@ -143,7 +144,7 @@ class CompressedModel:
         return why_not_vanilla(self.structure, self.model.config)
 
     def report(self) -> dict[str, Any]:
-        """Shapes, parameters, and how the model can be saved, as JSON types."""
+        """Shapes, parameters, and the formats the model can be saved in, as JSON types."""
         structure = self.structure
         obstacle = self.why_not_vanilla()
         return {
@@ -172,34 +173,35 @@ class CompressedModel:
         report: Mapping[str, Any] | None = None,
         write_more: Callable[[Path], None] | None = None,
     ) -> Equivalence:
-        """Write a checkpoint, once a round-trip check has shown that it answers as the model in memory does.
+        """Write a checkpoint, once a round-trip check has shown that its outputs match those of the model in memory.
 
-        Everything is written beside ``folder``, reloaded, compared on ``batches``, and renamed to ``folder`` only
-        then: whatever fails, what was at ``folder`` before is still there, whole.
+        Everything is written to a temporary folder, reloaded, compared on ``batches``, and only then renamed to
+        ``folder``: whatever fails, the previous contents of ``folder`` are intact.
 
         Args:
-            folder: where the checkpoint goes.
+            folder: destination of the checkpoint.
             format: ``native`` needs ``import lmcompress`` to load; ``vanilla`` is a stock checkpoint, for architectures
                 expressible in a stock config; ``self_loading`` carries a loader for those who pass
                 ``trust_remote_code=True``.
-            tokenizer: saved beside the model.
-            batches: inputs to compare on, real ones at best; default: two batches of random token ids.
-            reference: outputs of the model as it was trained, before anything was cut, for the same ``batches``
+            tokenizer: saved alongside the model.
+            batches: inputs to compare on, preferably real ones; default: two batches of random token ids.
+            reference: outputs of the model as trained, before anything was cut, for the same ``batches``
                 (see :func:`outputs_of`); default: those of the model now.
-            tolerance: max abs difference of outputs that is allowed, relative to the max abs output.
-            storage: a coder of :data:`lmcompress.entropy_coding.CODERS` makes tensors entropy-coded streams, which
-                changes no bit of any weight: pruned, shared and packed ones become smaller files; ``plain`` makes none;
-                the default does what was done to the checkpoint that the model came from.
-            report: goes into ``lmcompress.json`` and the model card.
+            tolerance: max abs difference of outputs allowed, relative to the max abs output.
+            storage: a coder of :data:`lmcompress.entropy_coding.CODERS` stores tensors as entropy-coded streams, which
+                changes no bit of any weight: pruned, clustered and packed ones become smaller files; ``plain`` uses
+                    none;
+                the default keeps the storage of the checkpoint that the model came from.
+            report: contents of ``lmcompress.json`` and the model card.
             write_more: called with the temporary folder, to add files.
 
         Returns:
-            What was measured.
+            The measured differences.
 
         Raises:
-            EquivalenceError: If the reloaded model answers differently; nothing was written.
-            LmcompressError: If ``vanilla`` was asked for what it cannot express, ``self_loading`` for packed weights or
-                compact layers, either with streams, or the disk is full; nothing was written.
+            EquivalenceError: If the reloaded model's outputs differ; nothing was written.
+            LmcompressError: If ``vanilla`` is requested for a model it cannot express, ``self_loading`` for packed
+                weights or compact layers, either with streams, or the disk is full; nothing was written.
         """
         coder = self._coder_for(format, storage)
         inputs = "random" if batches is None else "given"
@@ -229,12 +231,12 @@ class CompressedModel:
 
         Args:
             repo_id: ``"user/name"``.
-            private: whether a repository made now is private.
-            token: of the Hub; default: the one logged in with.
-            **save: for :meth:`save_pretrained`.
+            private: whether a newly created repository is private.
+            token: access token of the Hub; default: that of the login.
+            **save: passed to :meth:`save_pretrained`.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
@@ -242,7 +244,7 @@ class CompressedModel:
             return push_folder(folder, repo_id, private=private, token=token)
 
     def _coder_for(self, format: SaveFormat, storage: Coder | Literal["plain", "as loaded"]) -> Coder | None:
-        """The coder of the streams to write, once format and storage are known to suit the model."""
+        """The coder of the streams to write, after checking format and storage against the model."""
         if storage not in (*CODERS, "plain", "as loaded"):
             raise LmcompressError(f"storage must be {', '.join(CODERS)}, plain or 'as loaded', got {storage!r}")
         if format not in get_args(SaveFormat):
@@ -258,7 +260,7 @@ class CompressedModel:
             raise LmcompressError(
                 f"this model has no vanilla form: {obstacle}. Save it as native or self_loading instead"
             )
-        lacks = "has no kernels for packed weights" if encoding_of(self.model) else "knows no compact layers"
+        lacks = "has no kernels for packed weights" if encoding_of(self.model) else "does not support compact layers"
         if format == "self_loading" and (encoding_of(self.model) or layers_of(self.model)):
             raise LmcompressError(
                 "this model has no self_loading form: the loader that travels with a checkpoint rebuilds shapes and "
@@ -268,10 +270,10 @@ class CompressedModel:
 
     @contextmanager
     def _config_for(self, format: SaveFormat, coder: Coder | None) -> Iterator[None]:
-        """Let the inner model's config say what the format asks for, while it is written."""
+        """Temporarily set the inner model's config to what the format requires."""
         config = self.model.config
         kept = {name: getattr(config, name) for name in ("quantization_config", "auto_map") if hasattr(config, name)}
-        # first: a hidden size that the stock config now says is no longer the structure's
+        # first: a hidden size that the stock config now expresses is no longer part of the structure
         set_stock_shapes(config, self.structure)
         if format == "vanilla":
             if hasattr(config, "quantization_config"):
@@ -295,7 +297,7 @@ class CompressedModel:
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # only reached for what is not here; "model" itself is missing while unpickling or copying
+        # only reached for attributes not defined here; "model" itself is missing while unpickling or copying
         if name == "model" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.model, name)
@@ -308,12 +310,12 @@ class CompressedModel:
 
 
 def library_version() -> str:
-    """The version of lmcompress that is installed."""
+    """The installed version of lmcompress."""
     return version("lmcompress")
 
 
 def _public_name(model: PreTrainedModel) -> str:
-    """Name of a model on the Hub; of a folder its last part only, for a checkpoint may be published."""
+    """Name of a model on the Hub; for a folder only its last part, since a checkpoint may be published."""
     name = str(model.config.name_or_path or "")
     return (Path(name).name if Path(name).exists() else name)[:1024]
 

@@ -1,4 +1,4 @@
-"""Parts that are taken by name (criteria, losses, matches, quantizers, ramps), and parts from a user's own code."""
+"""Parts referenced by name (criteria, losses, matches, quantizers, ramps), and custom parts from a user's code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.errors import LmcompressError, nearest
 P = TypeVar("P")
 
 SEPARATOR = ":"
-"""What stands between module and attribute in the name of a custom part: ``my_package.my_module:my_criterion``."""
+"""Separator between module and attribute in the name of a custom part: ``my_package.my_module:my_criterion``."""
 
 
 class Registry(Mapping[str, P], Generic[P]):
@@ -26,10 +26,10 @@ class Registry(Mapping[str, P], Generic[P]):
     recipe that says ``my_package.my_module:my_criterion`` says where to look it up.
 
     Args:
-        kind: what the parts are, for messages: ``"criterion"``.
-        parts: the built-in ones.
+        kind: kind of the parts in messages: ``"criterion"``.
+        parts: the built-in parts.
         is_part: whether an object is a part of this kind.
-        wanted: what ``is_part`` accepts, in words, for messages: ``"a lmcompress.pruning.Criterion"``.
+        wanted: description of what ``is_part`` accepts, for messages: ``"a lmcompress.pruning.Criterion"``.
 
     Example:
         >>> ramps = Registry("ramp", {"linear": float}, callable, "a function of the progress")
@@ -55,14 +55,14 @@ class Registry(Mapping[str, P], Generic[P]):
         return len(self._parts)
 
     def resolve(self, part: str | P) -> P:
-        """The part that a name or an object stands for.
+        """The part of this name, or the given one.
 
         Args:
-            part: a built-in name, ``module:attribute`` of a custom part, or a part, which is returned as it is.
+            part: a built-in name, ``module:attribute`` of a custom part, or a part, which is returned unchanged.
 
         Raises:
             LmcompressError: If no built-in part has the name, the module cannot be imported, it has no such attribute,
-                or what is there is no part of this kind.
+                or the object is not a part of this kind.
         """
         if not isinstance(part, str):
             return self._checked(part, repr(part))
@@ -72,17 +72,17 @@ class Registry(Mapping[str, P], Generic[P]):
             return self._checked(imported(part, self.kind), part)
         raise LmcompressError(
             f"unknown {self.kind} {part!r}{nearest(part, self._parts)}; "
-            f"one of your own is named module{SEPARATOR}attribute"
+            f"a custom one is named module{SEPARATOR}attribute"
         )
 
     def name_of(self, part: str | P) -> str:
         """The name by which :meth:`resolve` finds a part again.
 
         Args:
-            part: a name, which is returned as it is, or a part.
+            part: a name, which is returned unchanged, or a part.
 
         Raises:
-            LmcompressError: If a custom part cannot be found by its module and name, such as one made in a function.
+            LmcompressError: If a custom part cannot be found by its module and name, such as one created in a function.
         """
         if isinstance(part, str):
             return part
@@ -90,7 +90,7 @@ class Registry(Mapping[str, P], Generic[P]):
             if known is part:
                 return name
         for name, module in list(sys.modules.items()):
-            # a module's own namespace, so that no lazy module is made to import anything
+            # a module's own namespace, so that no lazy module imports anything
             for attribute, value in list(getattr(module, "__dict__", {}).items()):
                 if value is part and not name.startswith("lmcompress."):
                     return f"{name}{SEPARATOR}{attribute}"
@@ -105,13 +105,13 @@ class Registry(Mapping[str, P], Generic[P]):
 
 
 class PartField:
-    """Makes a field of a pydantic model take a part of a registry: ``Annotated[str | Match, PartField(MATCHES)]``.
+    """Lets a field of a pydantic model accept a part of a registry: ``Annotated[str | Match, PartField(MATCHES)]``.
 
-    The value stays as it was given, a name or an object, but for being looked up; saved, it is its name.
+    The value stays as given, a name or an object, and is only checked; it is saved by its name.
 
     Args:
-        registry: of the parts.
-        *words: further values that are no parts, such as ``"auto"``.
+        registry: registry of the parts.
+        *words: further accepted values, such as ``"auto"``.
     """
 
     def __init__(self, registry: Registry[Any], *words: str) -> None:
@@ -134,11 +134,11 @@ class PartField:
 
 
 def imported(name: str, kind: str) -> Any:
-    """What ``module:attribute`` names. The module is looked for where Python looks, then in the current folder.
+    """The object that ``module:attribute`` names. The module is searched on Python's path, then in the current folder.
 
     Args:
         name: with one ``:``.
-        kind: of the part, for messages.
+        kind: kind of the part in messages.
 
     Raises:
         LmcompressError: If it is not so written, the module cannot be imported or has no such attribute.

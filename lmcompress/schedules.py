@@ -1,4 +1,4 @@
-"""When to prune how much: from the share of training done to the share of the way to the target."""
+"""Pruning schedules: from the share of training done to the share of the way to the target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Ramp = Callable[[float], float]
 
 
 def linear(progress: float) -> float:
-    """Straight from 0 to the target; CoFi's warm-up of the target sparsity.
+    """Linear from 0 to the target; CoFi's warm-up of the target sparsity.
 
     Args:
         progress: share of the phase done, in [0, 1].
@@ -25,7 +25,7 @@ def linear(progress: float) -> float:
         The same number.
 
     Raises:
-        LmcompressError: If ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` is outside [0, 1].
     """
     if not 0 <= progress <= 1:
         raise LmcompressError(f"progress must be in [0, 1], got {progress}")
@@ -44,7 +44,7 @@ def cubic(progress: float) -> float:
         Share of the way to the target, in [0, 1].
 
     Raises:
-        LmcompressError: If ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` is outside [0, 1].
 
     Reference:
         Zhu & Gupta, *To prune, or not to prune*, 2017, https://arxiv.org/abs/1710.01878, equation 1; Sanh, Wolf & Rush,
@@ -58,20 +58,20 @@ def cubic(progress: float) -> float:
 
 
 RAMPS: Registry[Ramp] = Registry("ramp", {"linear": linear, "cubic": cubic}, callable, "a function of the progress")
-"""The ramps by name; one of your own is a function, or its name ``module:attribute``."""
+"""The ramps by name; a custom one is a function, or its name ``module:attribute``."""
 
 
 def ramp_of(ramp: str | Ramp) -> Ramp:
-    """A ramp whose values are checked as it is used.
+    """A ramp whose values are checked on use.
 
     Args:
         ramp: a name in :data:`RAMPS`, a function, or ``module:attribute`` of one.
 
     Returns:
-        The function; it raises a :class:`~lmcompress.errors.LmcompressError` where its value lies outside [0, 1].
+        The function; it raises a :class:`~lmcompress.errors.LmcompressError` if its value is outside [0, 1].
 
     Raises:
-        LmcompressError: If there is no such ramp.
+        LmcompressError: If the ramp does not exist.
     """
     function = RAMPS.resolve(ramp)
 
@@ -109,7 +109,7 @@ def rounds(begin: int, end: int, count: int) -> list[int]:
 
     Args:
         begin: step of the first round.
-        end: step of the last round; where there is one round only, it is at ``begin``.
+        end: step of the last round; a single round is at ``begin``.
         count: number of rounds, at least 1.
 
     Returns:
@@ -127,7 +127,7 @@ def rounds(begin: int, end: int, count: int) -> list[int]:
     if end < begin or (count > 1 and end - begin < count - 1):
         raise LmcompressError(
             f"{count} rounds need at least {count - 1} optimizer steps between begin and end, got {end - begin}: "
-            "train longer, ask for fewer rounds, or let the phase take a larger share of training"
+            "train longer, use fewer rounds, or let the phase take a larger share of training"
         )
     if count == 1:
         return [begin]
@@ -135,16 +135,16 @@ def rounds(begin: int, end: int, count: int) -> list[int]:
 
 
 def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float) -> Literal["dense", "sparse"]:
-    """Half of a prune/reactivate cycle that a step lies in.
+    """The half of a prune/reactivate cycle that a step is in.
 
-    The phase from ``begin`` to ``end`` is cut into ``cycles`` equal cycles; each begins pruned (the support alone is
+    The phase from ``begin`` to ``end`` is split into ``cycles`` equal cycles; each begins pruned (only the support is
     trained) and ends with everything reactivated. Before ``begin`` all is dense, from ``end`` on all is pruned.
 
     Args:
         step: optimizer steps done.
         begin: step of the first pruning.
         end: step of the last pruning.
-        cycles: how many, at least 1.
+        cycles: number of cycles, at least 1.
         dense_share: share of each cycle that is dense, in (0, 1).
 
     Returns:
@@ -166,13 +166,13 @@ def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float
     if end - begin < 2 * cycles:
         raise LmcompressError(
             f"{cycles} cycles need at least {2 * cycles} optimizer steps between begin and end, got {end - begin}: "
-            "train longer or ask for fewer cycles"
+            "train longer or use fewer cycles"
         )
     if step < begin:
         return "dense"
     if step >= end:
         return "sparse"
-    # whole steps: a cycle's dense half must not vanish for rounding
+    # whole steps: a cycle's dense half must not vanish by rounding
     number = (step - begin) * cycles // (end - begin)
     first = begin + -(-number * (end - begin) // cycles)
     last = begin + -(-(number + 1) * (end - begin) // cycles)
@@ -182,7 +182,7 @@ def cycle_phase(step: int, begin: int, end: int, cycles: int, dense_share: float
 
 @dataclass(frozen=True)
 class Event:
-    """What happens before an optimizer step.
+    """An event before an optimizer step.
 
     Attributes:
         step: optimizer steps done by then.
@@ -198,12 +198,12 @@ class Event:
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # whether a model must be trained meanwhile
+    # whether the model must be trained in between
     trains: ClassVar[bool] = True
 
 
 class Phase(_Part):
-    """When pruning begins and ends, as shares of the optimizer steps; what comes after is recovery."""
+    """The begin and end of pruning, as shares of the optimizer steps; the rest is recovery."""
 
     begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before anything is pruned.")] = 0.0
     end: Annotated[
@@ -221,7 +221,7 @@ class Phase(_Part):
 
         Args:
             max_steps: optimizer steps of the run.
-            what: whose phase it is, for the message.
+            what: the phase's name in the message.
 
         Raises:
             LmcompressError: If no step lies between them.
@@ -236,7 +236,7 @@ class Phase(_Part):
 
 
 class OneShot(_Part):
-    """Everything at once, then recovery."""
+    """All pruning at once, then recovery."""
 
     kind: Literal["one_shot"] = "one_shot"
     begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before it.")] = 0.0
@@ -244,27 +244,27 @@ class OneShot(_Part):
     trains: ClassVar[bool] = False
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.
 
         Returns:
-            One event, which is final.
+            One event, the final one.
         """
         return [Event(round(self.begin * max_steps), 1.0, final=True)]
 
 
 class Iterative(Phase):
-    """Several rounds, each scored anew, with recovery between them (TextPruner, Molchanov)."""
+    """Several rounds, each with new scores, with recovery between them (TextPruner, Molchanov)."""
 
     kind: Literal["iterative"] = "iterative"
-    rounds: Annotated[int, Field(ge=1, description="Number of prunings, in equal pieces.")] = 8
+    rounds: Annotated[int, Field(ge=1, description="Number of prunings, in equal steps.")] = 8
 
     trains: ClassVar[bool] = False
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.
@@ -280,13 +280,13 @@ class Iterative(Phase):
 
 
 class Gradual(Phase):
-    """Little by little along a ramp (Zhu & Gupta)."""
+    """Gradual pruning along a ramp (Zhu & Gupta)."""
 
     kind: Literal["gradual"] = "gradual"
     ramp: Annotated[
         str | Ramp,
         PartField(RAMPS),
-        Field(description="cubic: fast at first, slow at the end, as Zhu & Gupta; linear; or module:attribute."),
+        Field(description="cubic: fast at first, slow at the end, as in Zhu & Gupta; linear; or module:attribute."),
     ] = "cubic"
     every: Annotated[
         int,
@@ -298,7 +298,7 @@ class Gradual(Phase):
     ] = 20
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.
@@ -307,7 +307,7 @@ class Gradual(Phase):
             An event every :attr:`every` steps and a final one at the end.
 
         Raises:
-            LmcompressError: If a ramp of the user's own gives a share outside [0, 1].
+            LmcompressError: If a custom ramp returns a share outside [0, 1].
         """
         begin, end = round(self.begin * max_steps), round(self.end * max_steps)
         ramp = ramp_of(self.ramp)
@@ -317,7 +317,7 @@ class Gradual(Phase):
 
 
 class HardThresholding(Phase):
-    """Cycles: prune what is smallest and train the rest, then reactivate all and train all (IHT)."""
+    """Cycles: prune the smallest and train the rest, then reactivate all and train all (IHT)."""
 
     kind: Literal["iht"] = "iht"
     begin: Annotated[float, Field(ge=0, lt=1, description="Share of training before the first cycle.")] = 0.1
@@ -326,13 +326,13 @@ class HardThresholding(Phase):
     dense_share: Annotated[float, Field(gt=0, lt=1, description="Share of each cycle in which all is trained.")] = 0.5
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.
 
         Returns:
-            Prunings and reactivations by turns; the last is final.
+            Alternating prunings and reactivations; the last is final.
 
         Raises:
             LmcompressError: If a cycle would have fewer than two steps.

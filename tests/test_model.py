@@ -200,7 +200,7 @@ def test_the_round_trip_check_compares_with_what_was_trained(tmp_path):
 def test_the_round_trip_check_refuses_answers_of_another_shape(tmp_path):
     model = make("bert")
     reference = [torch.zeros(1, LABELS) for _ in range(2)]
-    with pytest.raises(EquivalenceError, match="answers in shapes"):
+    with pytest.raises(EquivalenceError, match="returns shapes"):
         CompressedModel(model).save_pretrained(tmp_path / "n", reference=reference)
 
 
@@ -244,7 +244,7 @@ def test_answers_that_are_no_numbers_are_refused(tmp_path, bad, where):
     else:
         batches[-1]["input_ids"][0, 0] = rare
         model.get_input_embeddings().weight.data[rare] = bad
-    with pytest.raises(EquivalenceError, match="If the model answers NaN, training diverged"):
+    with pytest.raises(EquivalenceError, match="If the model returns NaN, training diverged"):
         CompressedModel(model).save_pretrained(tmp_path / "m", batches=batches)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,1 +1,1 @@
-"""What calibration data tell about a model: inputs of its modules block by block, second moments, gradients."""
+"""Statistics of a model on calibration data: inputs of its modules block by block, second moments, gradients."""

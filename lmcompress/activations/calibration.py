@@ -1,4 +1,4 @@
-"""Calibration batches as criteria and repairs read them."""
+"""Calibration batches in the form that criteria and repairs read."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lmcompress.activations.running import with_progress
 from lmcompress.errors import LmcompressError
 
 Batch = Mapping[str, Any]
-"""Tensors by name, as a collator makes them: ``input_ids``, ``attention_mask``, perhaps ``labels``."""
+"""Tensors by name, from a collator: ``input_ids``, ``attention_mask``, optionally ``labels``."""
 
 
 def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch on a device, without the rows that are padding all through.
+    """The tensors of a batch on a device, without rows that are padding throughout.
 
     Args:
-        batch: ``input_ids`` or another input, perhaps ``attention_mask`` and ``labels``; what is not a tensor is left.
-        device: where they go.
+        batch: ``input_ids`` or another input, optionally ``attention_mask`` and ``labels``; other types are dropped.
+        device: the device.
 
     Returns:
-        The batch, perhaps of no rows.
+        The batch, possibly without rows.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     mask = tensors.get("attention_mask")
@@ -39,24 +39,24 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     """The tensors of a batch on a device.
 
     Args:
-        batch: what is not a tensor is left out.
-        device: where they go.
+        batch: a batch; entries that are not tensors are dropped.
+        device: the device.
     """
     return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> int:
-    """Examples in a batch, by its first tensor that has rows."""
+    """Number of examples in a batch, from its first tensor that has rows."""
     return next((len(value) for value in batch.values() if value.dim()), 0)
 
 
 class CalibrationData:
-    """Calibration batches on a model's device, without rows of padding; refuses to have been empty.
+    """Calibration batches on a model's device, without rows of padding; refuses empty data.
 
     Args:
-        model: whose device it is.
-        batches: as they come.
-        progress: shows a bar, on a terminal, where their number is known.
+        model: determines the device.
+        batches: any iterable of batches.
+        progress: whether to show a bar, on a terminal, if their number is known.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Batch], progress: bool = False) -> None:
@@ -78,6 +78,6 @@ class CalibrationData:
             raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
         if not real:
             raise LmcompressError(
-                f"calibration data must have tokens, got {given} batches of padding alone; is attention_mask 1 for "
+                f"calibration data must have tokens, got {given} batches of padding only; is attention_mask 1 for "
                 "real tokens?"
             )

@@ -1,4 +1,4 @@
-"""Reading features out of a model while it runs, by hooks; ``output_attentions`` is never relied on."""
+"""Features captured from a running model by hooks, independent of ``output_attentions``."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ FEATURES = ("hidden", "scores", "probabilities", "queries", "keys", "values", "o
 # what is computed of queries and keys
 _SCORES = ("scores", "probabilities")
 Feature = tuple[str, int]
-"""A kind of feature and a layer: hidden states from 0 (embeddings), all others from 1 (first block).
+"""A kind of feature and a layer: hidden states count from 0 (embeddings), all others from 1 (first block).
 
-``output`` is what the head is given: the last layer's hidden states, after the last norm where there is one (GPT-2).
+``output`` is the input of the head: the last layer's hidden states, after the final norm if there is one (GPT-2).
 """
 
 Features = dict[Feature, Tensor]
 
 
 def resolve(model: PreTrainedModel, kind: str, layer: int) -> Feature:
-    """A feature with its layer counted from the beginning.
+    """A feature with its layer counted from the start.
 
     Args:
-        model: that is to have it.
+        model: the model that must have it.
         kind: one of :data:`FEATURES`.
-        layer: negative counts from the end.
+        layer: layer number; negative counts from the end.
 
     Returns:
         ``(kind, layer)``.
 
     Raises:
-        LmcompressError: If the kind is unknown, or the layer is not there.
+        LmcompressError: If the kind is unknown or the layer does not exist.
     """
     if kind not in FEATURES:
         raise LmcompressError(f"unknown feature {kind!r}{nearest(kind, FEATURES)}")
@@ -54,14 +54,14 @@ def resolve(model: PreTrainedModel, kind: str, layer: int) -> Feature:
 
 
 def shape_of(model: PreTrainedModel, feature: Feature) -> tuple[int, ...]:
-    """Sizes of a feature of one row.
+    """Shape of a feature for one example.
 
     Args:
-        model: whose feature it is; nothing is run.
+        model: the model; it is not run.
         feature: resolved (see :func:`resolve`).
 
     Returns:
-        The shape without the batch axis; 0 where a size is the row's length.
+        The shape without the batch axis; 0 where a size is the sequence length.
     """
     kind, layer = feature
     if kind in ("hidden", "output"):
@@ -76,7 +76,7 @@ class Capture(Hooked):
     Args:
         model: the model, not wrapped; hooks on it work inside DDP and ``torch.compile`` too.
         features: what to keep, resolved (see :func:`resolve`).
-        last_hidden: also keep the output of the model without its head.
+        last_hidden: whether to record the output of the model without its head as well.
     """
 
     def __init__(self, model: PreTrainedModel, features: Iterable[Feature] = (), *, last_hidden: bool = False) -> None:
@@ -105,17 +105,17 @@ class Capture(Hooked):
             self._handles.append(anatomy.base.register_forward_hook(self._keep("last", 0)))
 
     def take(self, attention_mask: Tensor | None = None) -> Features:
-        """What the last forward pass left, and forget it.
+        """The features recorded in the last forward pass; clears them.
 
         Args:
             attention_mask: ``(batch, length)`` of that pass, 1 = real token; needed for ``probabilities`` where
                 there is padding.
 
         Returns:
-            Tensors by feature, in the dtype in which the model computed them.
+            Tensors by feature, in the dtype the model computed them in.
 
         Raises:
-            LmcompressError: If the model did not run, or did not reach a layer.
+            LmcompressError: If the model did not run or did not reach a layer.
         """
         kept, self._kept = self._kept, {}
         return {feature: self._read(kept, feature, attention_mask) for feature in self.features}
@@ -180,12 +180,12 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, *, causal: bool) -> Tens
 
 
 def extract(model: PreTrainedModel, batch: Mapping[str, Any], features: Sequence[Feature]) -> tuple[Tensor, Features]:
-    """Logits and features of one batch, without gradient.
+    """Logits and features of one batch, without gradients.
 
     Args:
-        model: in whichever mode it is.
-        batch: what the model is called with.
-        features: resolved.
+        model: the model, in its current mode.
+        batch: inputs of the model.
+        features: resolved features.
 
     Returns:
         ``(logits, features)``.

@@ -1,4 +1,4 @@
-"""Gradients of single examples: what criteria need that must not depend on the size of a batch."""
+"""Per-example gradients, for criteria that must not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MAX_CLASSES = 64
 def example_gradients(
     model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]]
 ) -> Iterator[list[Tensor]]:
-    """The gradient of each example's own loss, one example after another, in evaluation mode.
+    """The gradient of each example's own loss, one example at a time, in evaluation mode.
 
     Args:
-        model: whose outputs have a ``loss`` where the batch has labels.
-        weights: of the model; whether they are trained does not matter.
-        batches: what the model is called with, labels included; taken apart into rows.
+        model: a model whose outputs have a ``loss`` when the batch has labels.
+        weights: parameters of the model, trainable or not.
+        batches: model inputs with labels; split into single rows.
 
     Yields:
         For each weight a tensor of its shape and dtype; zeros where the loss does not depend on it.
 
     Raises:
-        LmcompressError: If there are no examples, or the model gives no loss on them.
+        LmcompressError: If there are no examples, or the model returns no loss for them.
     """
     with differentiable(model, weights):
         for row in _rows(weights, batches):
@@ -37,7 +37,7 @@ def example_gradients(
                 loss = outputs["loss"] if "loss" in outputs else None
                 if loss is None:
                     raise LmcompressError(
-                        f"gradients must have a loss to be of, got a {type(model).__name__} that gives none on batches "
+                        f"gradients need a loss, got a {type(model).__name__} that returns none for batches "
                         f"with {', '.join(row)}; give batches with labels"
                     )
                 gradients = _gradients(loss, weights, keep=False)
@@ -47,33 +47,33 @@ def example_gradients(
 def class_gradients(
     model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor]]
 ) -> Iterator[tuple[float, list[Tensor]]]:
-    r"""What the exact diagonal of the Gauss-Newton matrix of a classifier's loss is summed from.
+    r"""Terms whose sum is the exact diagonal of the Gauss-Newton matrix of a classifier's loss.
 
-    The second derivative of cross entropy by the logits is :math:`\sum_c p_c (e_c - p)(e_c - p)^T`, and :math:`e_c - p`
-    the gradient of :math:`\log p_c`, so that for each example
+    The Hessian of cross entropy in the logits is :math:`\sum_c p_c (e_c - p)(e_c - p)^T`, and :math:`e_c - p`
+    is the gradient of :math:`\log p_c`, so that for each example
 
     .. math:: h_{kk} = \sum_c p_c \Big(\frac{\partial \log p_c}{\partial w_k}\Big)^2
 
     For networks that are piecewise linear in each matrix (ReLU, max pooling) this is the second derivative itself; with
     a smooth activation the term with its second derivative is missing, as in the Levenberg-Marquardt approximation that
-    LeCun et al. use. Of a squared error with one output it is twice the squared gradient of the output.
+    LeCun et al. use. For a squared error with one output it is twice the squared gradient of the output.
 
     Args:
-        model: whose outputs have ``logits``, ``(rows, classes)``.
-        weights: of the model.
-        batches: what the model is called with; labels are left out.
+        model: a model whose outputs have ``logits``, ``(rows, classes)``.
+        weights: parameters of the model.
+        batches: model inputs; labels are ignored.
 
     Yields:
-        For each example and class the class's factor and, for each weight, a gradient of its shape.
+        For each example and class, the factor of the class and the gradients, one per weight and of its shape.
 
     Raises:
-        LmcompressError: If there are no examples, logits have another shape, or there are more than
+        LmcompressError: If there are no examples, the logits have another shape, or there are more than
             :data:`MAX_CLASSES` classes.
 
     Reference:
         LeCun, Denker & Solla, *Optimal Brain Damage*, NIPS 1989, section 2.2; that the Gauss-Newton matrix of cross
-        entropy is the Fisher information, with labels drawn from the model's own answer: Martens, *New Insights and
-        Perspectives on the Natural Gradient Method*, 2014, https://arxiv.org/abs/1412.1193.
+        entropy is the Fisher information with labels sampled from the model's own distribution: Martens, *New Insights
+        and Perspectives on the Natural Gradient Method*, 2014, https://arxiv.org/abs/1412.1193.
     """
     unlabelled = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
     with differentiable(model, weights):
@@ -86,7 +86,7 @@ def class_gradients(
 def _by_class(logits: Tensor, weights: Sequence[nn.Parameter]) -> list[tuple[float, list[Tensor]]]:
     if logits.dim() != 2 or logits.shape[1] > MAX_CLASSES:
         raise LmcompressError(
-            f"exact second derivatives must be of a classifier with logits (rows, at most {MAX_CLASSES}), got "
+            f"exact second derivatives need a classifier with logits (rows, at most {MAX_CLASSES}), got "
             f"{tuple(logits.shape)}; use the criterion fisher"
         )
     if logits.shape[1] == 1:
@@ -98,11 +98,11 @@ def _by_class(logits: Tensor, weights: Sequence[nn.Parameter]) -> list[tuple[flo
 
 @contextmanager
 def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode with gradients to these weights; modes and flags are as before afterwards.
+    """Evaluation mode with gradients for these weights; modes and flags are restored afterwards.
 
     Args:
-        model: of any kind.
-        weights: of it.
+        model: any model.
+        weights: parameters of it.
     """
     trained = [weight.requires_grad for weight in weights]
     try:
@@ -123,7 +123,7 @@ def _rows(weights: Sequence[nn.Parameter], batches: Iterable[Mapping[str, Tensor
             seen += 1
             yield {k: v[index : index + 1] for k, v in tensors.items()}
     if not seen:
-        raise LmcompressError("gradients must be of some examples, got none; pass batches")
+        raise LmcompressError("gradients need at least one example, got none; pass batches")
 
 
 def _gradients(value: Tensor, weights: Sequence[nn.Parameter], *, keep: bool) -> list[Tensor]:

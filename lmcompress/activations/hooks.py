@@ -1,4 +1,4 @@
-"""Hooks that hand what flows through a model to functions, padding taken out."""
+"""Hooks that pass a model's activations to functions, without padding."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ H = TypeVar("H", bound="Hooked")
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model's ``forward`` names of a batch, labels not.
+    """The entries of a batch that the model's ``forward`` takes, without labels.
 
     Args:
-        model: that is to be called.
+        model: the model to call.
         batch: tensors by name.
     """
     names = set(inspect.signature(model.forward).parameters) - {"labels"}
@@ -28,10 +28,10 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[st
 
 
 def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """``(rows, length)`` bool, True for what is not padding; several rows per example one after another.
+    """``(rows, length)`` bool, True for tokens that are not padding; several rows per example one after another.
 
     Args:
-        batch: with ``attention_mask``, or else all tokens are valid.
+        batch: inputs; without ``attention_mask`` all tokens are valid.
 
     Raises:
         LmcompressError: If there is neither a mask nor ``input_ids`` or ``inputs_embeds``.
@@ -70,7 +70,7 @@ class Taps(Hooked):
     """Hooks that hand what flows through a model to functions, padding taken out.
 
     Args:
-        model: whose modules are listened to.
+        model: the model whose modules are observed.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -79,29 +79,29 @@ class Taps(Hooked):
         self.model = model
 
     def on_input(self, module: nn.Module, take: Callable[[Tensor], None]) -> None:
-        """Hand over what a module is called with.
+        """Pass on the input of a module.
 
         Args:
             module: called with one tensor ``(rows, length, width)``.
-            take: gets it.
+            take: receives it.
         """
         self._handles.append(module.register_forward_pre_hook(lambda _, args: take(args[0])))
 
     def on_output(self, module: nn.Module, take: Callable[[Tensor], None]) -> None:
-        """Hand over what a module answers.
+        """Pass on the output of a module.
 
         Args:
-            module: answers with one tensor.
-            take: gets it.
+            module: returns one tensor.
+            take: receives it.
         """
         self._handles.append(module.register_forward_hook(lambda _, args, output: take(output)))
 
     def on_block(self, module: nn.Module, take: Callable[[Tensor, Tensor], None]) -> None:
-        """Hand over what goes into a block and what comes out.
+        """Pass on the input and the output of a block.
 
         Args:
-            module: a block.
-            take: gets both.
+            module: the block.
+            take: receives both.
         """
 
         def hook(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -114,10 +114,10 @@ class Taps(Hooked):
         return tensor[self.mask]
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
-        """One forward pass, without gradient.
+        """One forward pass, without gradients.
 
         Args:
-            batch: on the model's device.
+            batch: inputs on the model's device.
         """
         self.mask = valid_tokens(batch)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What every evaluation does around a model's forward pass: evaluation mode, and a bar on what takes long."""
+"""The surroundings of every forward pass in evaluation: evaluation mode and progress bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
-"""How often progress is told where there is no terminal."""
+"""Seconds between lines of progress where there is no terminal."""
 
 _CONSOLE: ContextVar[Console | None] = ContextVar("_CONSOLE", default=None)
 _SHOWN: list[bool] = []
@@ -26,7 +26,7 @@ _SHOWN: list[bool] = []
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode that it was in.
 
-    ``no_grad`` rather than ``inference_mode``: what a module caches in its forward must be usable in training again.
+    ``no_grad`` rather than ``inference_mode``: what a module caches in its forward pass must be usable in training.
     """
     with evaluation_mode(model), torch.no_grad():
         yield
@@ -47,10 +47,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def showing_progress(console: Console | None) -> Iterator[None]:
-    """Within the block, whatever takes long says how far it is: by a bar on a terminal, else in lines.
+    """Within the block, long loops report progress: as a bar on a terminal, otherwise line by line.
 
     Args:
-        console: where; None: nowhere.
+        console: console for the progress; None disables it.
     """
     token = _CONSOLE.set(console)
     try:
@@ -60,12 +60,12 @@ def showing_progress(console: Console | None) -> Iterator[None]:
 
 
 def with_progress(items: Sequence[T], description: str, *, enabled: bool) -> Iterable[T]:
-    """The items, behind a bar where there is more than one.
+    """The items, with a progress bar if there is more than one.
 
     Args:
-        items: to go through once.
-        description: stands before the bar.
-        enabled: show it on standard error where that is a terminal; :func:`showing_progress` shows it in any case.
+        items: items to iterate over once.
+        description: label of the bar.
+        enabled: show the bar on standard error if that is a terminal; :func:`showing_progress` always shows it.
     """
     shown = _CONSOLE.get()
     console = shown or Console(stderr=True)
@@ -77,7 +77,7 @@ def with_progress(items: Sequence[T], description: str, *, enabled: bool) -> Ite
 
 
 def _outermost(items: Iterable[T]) -> Iterator[T]:
-    """What is iterated within these items shows nothing of its own."""
+    """Iteration within these items shows no bar of its own."""
     _SHOWN.append(True)
     try:
         yield from items

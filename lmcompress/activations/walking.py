@@ -1,4 +1,4 @@
-"""A model's blocks one after another, on calibration data, each on what those before it give."""
+"""A model's blocks run one after another on calibration data, each on the output of those before it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lmcompress.families import anatomy_of
 
 
 class _Arrived(Exception):
-    """What was looked for has been seen: the rest of the forward pass is not needed."""
+    """Stops the forward pass once everything needed has been recorded."""
 
 
 def calibration_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
-    """Batches as the model takes them, on its device, without labels and without rows of padding alone.
+    """Batches as the model takes them, on its device, without labels and without rows of padding only.
 
     Args:
-        model: that will be called with them.
-        batches: ``input_ids`` or ``inputs_embeds``, mostly with ``attention_mask``; gone through once.
+        model: the model they are for.
+        batches: ``input_ids`` or ``inputs_embeds``, usually with ``attention_mask``; iterated once.
 
     Returns:
-        The batches; those without any token are left out.
+        The batches; those without any token are dropped.
 
     Raises:
-        LmcompressError: If there is no batch, none has a token that is not padding, or one has no input.
+        LmcompressError: If there are no batches, none has a token that is not padding, or one has no input.
     """
     names = set(inspect.signature(model.forward).parameters) - {"labels", "use_cache"}
     return list(CalibrationData(model, (_inputs(batch, names) for batch in batches)))
@@ -46,10 +46,10 @@ def _inputs(batch: Batch, names: set[str]) -> Batch:
 
 
 def without_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Vectors of tokens that are no padding; of a tensor that is not ``(rows, length, width)``, all of them.
+    """Vectors of the tokens that are not padding; all vectors of a tensor that is not ``(rows, length, width)``.
 
     Args:
-        x: ``(rows, length, width)``, or such as a pooler reads ``(rows, width)``.
+        x: ``(rows, length, width)``, or for example ``(rows, width)``, the input of a pooler.
         mask: ``(rows, length)``.
 
     Returns:
@@ -60,7 +60,7 @@ def without_padding(x: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class _Call:
-    """How the model calls its blocks for one batch, and what the next block is to read."""
+    """How the model calls its blocks for one batch, and the input of the next block."""
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -73,11 +73,11 @@ Take = Callable[[Tensor, Tensor], None]
 
 
 class Walk:
-    """Runs a model's blocks by themselves, on calibration data.
+    """Runs a model's blocks one at a time on calibration data.
 
     Args:
         model: in evaluation mode, without gradients.
-        batches: of :func:`calibration_batches`.
+        batches: from :func:`calibration_batches`.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -87,7 +87,7 @@ class Walk:
         self._calls: list[_Call] = []
 
     def last_hidden(self) -> list[Tensor]:
-        """What the last block gives for each batch in a forward pass of the whole model: ``(tokens, width)``."""
+        """The last block's output for each batch in a forward pass of the whole model: ``(tokens, width)``."""
         found: list[Tensor] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -103,7 +103,7 @@ class Walk:
         return found
 
     def start(self) -> None:
-        """Go before the first block: what it reads is what the embeddings give now."""
+        """Return to the first block: its input is the current output of the embeddings."""
         self._calls = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,12 +123,12 @@ class Walk:
             handle.remove()
 
     def look(self, index: int, takes: Mapping[nn.Module, Take], masked: Callable[[Tensor], None] | None = None) -> None:
-        """Run one block over all data, and hand over what modules in it read, until all have.
+        """Run one block over all data and pass on the inputs of the given modules.
 
         Args:
-            index: of the block; the walk stays before it.
-            takes: by module.
-            masked: called with the mask of each batch beforehand.
+            index: number of the block; the walk stays in front of it.
+            takes: receivers by module.
+            masked: called with the mask of each batch first.
         """
         for call in self._calls:
             if masked is not None:
@@ -137,24 +137,24 @@ class Walk:
                 self._run(index, call)
 
     def step(self, index: int) -> None:
-        """Go past a block: what it gives now is what the next one reads.
+        """Advance past a block: its current output is the next block's input.
 
         Args:
-            index: of the block.
+            index: number of the block.
         """
         for call in self._calls:
             call.hidden = self._run(index, call)
 
     def hidden(self) -> list[Tensor]:
-        """What the next block would read, ``(tokens, width)`` for each batch."""
+        """The input of the next block, ``(tokens, width)`` for each batch."""
         return [without_padding(call.hidden, call.mask) for call in self._calls]
 
     def look_outside(self, takes: Mapping[nn.Module, Take], masked: Callable[[Tensor], None] | None = None) -> None:
-        """Run the whole model over all data, and hand over what modules read, until all have.
+        """Run the whole model over all data and pass on the inputs of the given modules.
 
         Args:
-            takes: by module, outside of the blocks or in them.
-            masked: called with the mask of each batch beforehand.
+            takes: receivers by module, inside or outside of the blocks.
+            masked: called with the mask of each batch first.
         """
         for batch in self.batches:
             mask = valid_tokens(batch)
@@ -191,7 +191,7 @@ def _listening(takes: Mapping[nn.Module, Take], mask: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _unchunked(block: nn.Module) -> Iterator[None]:
-    """BERT can run its feed-forward network piece by piece, of which masks know nothing; the answer is the same."""
+    """BERT can run its feed-forward network in chunks, which masks cannot follow; the result is the same."""
     chunked = cast(Any, block)
     size = getattr(chunked, "chunk_size_feed_forward", 0)
     if not size:

@@ -1,4 +1,4 @@
-"""The model card that goes with every checkpoint."""
+"""The model card of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def model_card(report: Mapping[str, Any]) -> str:
-    """A model card in Markdown, with the metadata block that the Hub reads.
+    """A model card in Markdown, with the Hub's metadata block.
 
     Args:
-        report: as written to ``lmcompress.json``: ``model`` and ``equivalence`` always; ``table`` (rows of
-            measurements), ``task``, ``recipe``, ``machine``, ``notes`` where there was a run.
+        report: contents of ``lmcompress.json``: ``model`` and ``equivalence`` always; ``table`` (rows of
+            measurements), ``task``, ``recipe``, ``machine``, ``notes`` after a run.
 
     Returns:
         The card's text.
     """
-    # imported here: a model is loaded and served without them
+    # imported here: loading and serving a model do not need them
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -29,7 +29,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     base = report["model"]["provenance"]["base_model"]
-    # a folder on somebody's machine is no model of the Hub
+    # a local folder is not a model on the Hub
     on_hub = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", base) and not Path(base).exists()
     data = ModelCardData(
         library_name="transformers", tags=["lmcompress", "model-compression"], base_model=base if on_hub else None

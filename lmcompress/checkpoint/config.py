@@ -1,4 +1,4 @@
-"""CompressionConfig: what has been done to a model, as ``config.json`` has it under ``quantization_config``."""
+"""CompressionConfig: the compression of a model, stored in ``config.json`` under ``quantization_config``."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ QUANT_METHOD = "lmcompress"
 
 
 class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What has been done to a model; lives in ``config.json`` under ``quantization_config``.
+    """The compression of a model; stored in ``config.json`` under ``quantization_config``.
 
     Args:
-        structure: shapes of the blocks, or None where the stock config says all.
-        provenance: where the model comes from.
-        format_version: version of this format; a later one than this library knows is refused.
-        encoding: how packed weights lie in the files, or None where all are dense.
-        layers: what has taken the place of matrices, attention and blocks, in the order in which it is built.
-        storage: which tensors of the files are streams, or None where none is.
-        **unknown: refused, with the names that are known.
+        structure: shapes of the blocks, or None if the stock config describes them.
+        provenance: origin of the model.
+        format_version: version of this format; versions later than this library's are refused.
+        encoding: layout of packed weights in the files, or None if all weights are dense.
+        layers: replacements of matrices, attention and blocks, in the order in which they are built.
+        storage: which tensors of the files are entropy-coded streams, or None.
+        **unknown: refused, naming the known keys.
 
     Raises:
-        CheckpointError: If a value has a wrong type or is out of range, a key is unknown, the version is of the
-            future, or did not have such shapes, encodings, layers or streams.
+        CheckpointError: If a value has the wrong type or is out of range, a key is unknown, the version is too new,
+            or too old for the shapes, encodings, layers or streams given.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             raise CheckpointError(
                 f"quantization_config has unknown keys: {', '.join(sorted(unknown))}. Known are: encoding, "
-                "format_version, layers, provenance, storage, structure. The config is damaged or was written by "
-                "something else than lmcompress."
+                "format_version, layers, provenance, storage, structure. The config is damaged or was not written by "
+                "lmcompress."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -88,17 +88,17 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ):
             if there and format_version < since:
                 raise CheckpointError(
-                    f"quantization_config says format version {format_version} and has {what}, which came with version "
+                    f"quantization_config has format version {format_version} and {what}, which needs version "
                     f"{since}: the config is damaged; load the checkpoint as it was written"
                 )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Build from what ``config.json`` says; Transformers calls this.
+        """Build from ``config.json``; called by Transformers.
 
         Args:
             config_dict: the dictionary under ``quantization_config``.
-            return_unused_kwargs: also return ``kwargs``, of which none is used.
+            return_unused_kwargs: also return ``kwargs``, none of which is used.
             **kwargs: ignored.
 
         Returns:
@@ -108,7 +108,7 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON types, without what is unset."""
+        """The config as JSON types, without unset values."""
         values: dict[str, Any] = {"quant_method": self.quant_method, "format_version": self.format_version}
         if self.structure is not None:
             values["structure"] = self.structure.model_dump(mode="json", exclude_none=True)
@@ -132,18 +132,18 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def recorded_compression(config: Any) -> CompressionConfig | None:
-    """What a model's config says lmcompress has done to it, or None.
+    """The compression that a model's config records, or None.
 
     Args:
-        config: of a model, loaded or about to be.
+        config: config of a model, loaded or not.
 
     Raises:
-        CheckpointError: If it says something that cannot be.
+        CheckpointError: If the entry is not valid.
     """
     value = getattr(config, "quantization_config", None)
     if value is None or isinstance(value, CompressionConfig):
         return value
-    # a dictionary before loading; a class of its own where a self-loading checkpoint came first
+    # a dictionary before loading; a different class if a self-loading checkpoint was registered first
     values = value if isinstance(value, dict) else value.to_dict()
     return CompressionConfig.from_dict(values) if values.get("quant_method") == QUANT_METHOD else None
 

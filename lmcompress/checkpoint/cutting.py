@@ -19,21 +19,21 @@ def keep_heads(block: Block, heads: Sequence[int]) -> None:
     """Cut a block's attention down to the given heads.
 
     Args:
-        block: changed in place.
-        heads: numbers of the heads that stay, counted from 0 as they are now; at least one, as a block that loses them
-            all is asked for by :func:`drop_heads`.
+        block: modified in place.
+        heads: indices of the heads to keep, from 0 in the current numbering; at least one:
+            :func:`drop_heads` removes all.
 
     Raises:
-        LmcompressError: If no head is left, one is named twice, or one is not there.
+        LmcompressError: If no head is kept, one is repeated, or one does not exist.
     """
     _cut_heads(block, _indices(heads, block.num_heads, "heads"))
 
 
 def drop_heads(block: Block) -> None:
-    """Take all heads out of a block; its attention then answers with the bias of its output projection.
+    """Remove all heads of a block; its attention then returns the bias of its output projection.
 
     Args:
-        block: changed in place.
+        block: modified in place.
     """
     _cut_heads(block, torch.empty(0, dtype=torch.long))
 
@@ -42,21 +42,21 @@ def keep_neurons(block: Block, neurons: Sequence[int]) -> None:
     """Cut a block's feed-forward network down to the given neurons.
 
     Args:
-        block: changed in place.
-        neurons: numbers of the neurons that stay, counted from 0; at least one, as a block that loses them all is
-            asked for by :func:`drop_neurons`.
+        block: modified in place.
+        neurons: indices of the neurons to keep, from 0; at least one: :func:`drop_neurons`
+            removes all.
 
     Raises:
-        LmcompressError: If none is left, one is named twice, or one is not there.
+        LmcompressError: If no neuron is kept, one is repeated, or one does not exist.
     """
     _cut_neurons(block, _indices(neurons, block.ffn_width, "neurons"))
 
 
 def drop_neurons(block: Block) -> None:
-    """Take all neurons out of a block; its feed-forward network then answers with the bias of its second matrix.
+    """Remove all neurons of a block; its feed-forward network then returns the bias of its second matrix.
 
     Args:
-        block: changed in place.
+        block: modified in place.
     """
     _cut_neurons(block, torch.empty(0, dtype=torch.long))
 
@@ -81,20 +81,20 @@ def _cut_neurons(block: Block, keep: torch.Tensor) -> None:
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Cut a model down to the given blocks, in the order given, and say so in its config.
+    """Cut a model down to the given blocks, in the given order, and update its config.
 
     Args:
-        model: changed in place.
-        layers: numbers of the blocks that stay, counted from 0; at least one.
+        model: modified in place.
+        layers: indices of the blocks to keep, from 0; at least one.
 
     Raises:
-        LmcompressError: If none is left, one is named twice, one is not there, or blocks share their parameters.
+        LmcompressError: If no block is kept, one is repeated, one does not exist, or blocks share their parameters.
     """
     anatomy = anatomy_of(model)
     if len(set(shared_sources(list(anatomy.block_list)))) < len(anatomy.block_list):
         raise LmcompressError(
-            "cannot take blocks out of a model whose blocks share their parameters: choose the blocks first, and let "
-            "those that are left share"
+            "cannot remove blocks from a model whose blocks share parameters: choose the blocks first, then share "
+            "the parameters of the remaining ones"
         )
     keep = _indices(layers, len(anatomy.block_list), "layers")
     parent, _, name = anatomy.family.blocks.rpartition(".")
@@ -106,48 +106,48 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
 
 
 def keep_hidden(model: PreTrainedModel, dimensions: Sequence[int]) -> None:
-    """Cut the residual stream down to the given dimensions, everywhere that the hidden size of the config reaches.
+    """Cut the residual stream down to the given dimensions, everywhere that the config's hidden size applies.
 
-    That is embeddings, norms, every matrix that reads or writes the stream, and what the task's head has of the same
-    width: a pooler, the transform of a masked language model. Tied tensors stay tied. The config is left alone: where
-    the heads of the stock skeleton still fill its hidden size, nothing else builds that skeleton
-    (:func:`set_stock_shapes` writes the new one where it can).
+    These are embeddings, norms, every matrix that reads or writes the stream, and those modules of the task's head that
+    have the same width: a pooler, the transform of a masked language model. Tied tensors stay tied. The config is
+    unchanged: as long as the heads of the stock skeleton fill its hidden size, nothing else builds that skeleton
+    (:func:`set_stock_shapes` writes the new one where possible).
 
     Args:
-        model: changed in place.
-        dimensions: numbers of the dimensions that stay, counted from 0; at least one.
+        model: modified in place.
+        dimensions: indices of the dimensions to keep, from 0; at least one.
 
     Raises:
-        LmcompressError: If none is left, one is named twice, one is not there, or the model has parameters that a
-            stock model of its class has not, of which nobody knows whether they follow the hidden size.
+        LmcompressError: If no dimension is kept, one is repeated, one does not exist, or the model has parameters that
+            a stock model of its class lacks, so that it is unknown whether they follow the hidden size.
     """
     keep = _indices(dimensions, anatomy_of(model).hidden_size, "hidden dimensions")
     narrow_stream(model, {name: axes for name, (_, axes) in hidden_axes(model).items()}, keep)
 
 
 def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, tuple[int, ...]]]:
-    """Which axes of which parameters are as wide as the residual stream.
+    """The axes of each parameter that are as wide as the residual stream.
 
     Args:
-        model: of a known family, with or without a head, of whatever shapes.
+        model: a model of a known family, with or without a head, of any shapes.
 
     Returns:
-        By name, tied parameters under each of their names: the parameter, and its axes as it is stored; none where the
-        parameter has nothing to do with the stream.
+        By name, tied parameters under each of their names: the parameter, and its axes as stored; none if the
+        parameter is unrelated to the stream.
 
     Raises:
-        LmcompressError: If the model has compact layers, or parameters that a stock model of its class has not.
+        LmcompressError: If the model has compact layers, or parameters that a stock model of its class lacks.
     """
     if any(isinstance(module, Compact) for module in model.modules()):
         raise LmcompressError(
-            "cannot tell what follows the hidden size in a model that has compact layers: prune the dense model first, "
-            "and make what is left compact"
+            "cannot determine what follows the hidden size in a model with compact layers: prune the dense model, "
+            "then make the result compact"
         )
     axes = stream_axes(model, vars(anatomy_of(model).family))
     for name, found in axes.items():
         if found is None:
             raise LmcompressError(
-                f"a stock {type(model).__name__} has no parameter {name}, so nobody knows whether it follows the "
+                f"a stock {type(model).__name__} has no parameter {name}, so it is unknown whether it follows the "
                 "hidden size. Prune hidden dimensions before adding modules, or prune other parts"
             )
     return {name: (parameter, axes[name] or ()) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -156,7 +156,7 @@ def hidden_axes(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, tuple[i
 def _indices(wanted: Sequence[int], available: int, what: str) -> torch.Tensor:
     if not wanted or len(set(wanted)) != len(wanted) or min(wanted) < 0 or max(wanted) >= available:
         raise LmcompressError(
-            f"{what} to keep must be at least one number in [0, {available - 1}], none twice; got {list(wanted)}"
+            f"{what} to keep must be at least one number in [0, {available - 1}], not repeated; got {list(wanted)}"
         )
     return torch.tensor(list(wanted))
 

@@ -1,4 +1,4 @@
-"""Packed models: putting codes in place of weights, giving a skeleton such places, and dense weights again."""
+"""Packed models: replacing weights by codes, preparing a skeleton for codes, and restoring dense weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lmcompress.numerics.quantizers.base import Quantized
 
 
 class Packable(NamedTuple):
-    """A quantized weight, and what happens to the input of its module.
+    """A quantized weight and the quantization of its module's input.
 
     Attributes:
-        quantized: of the weight as ``(out, in)``; of an embedding by token.
-        inputs: what happens to the input; of word embeddings, to that of the head which is tied to them.
-        input_range: scale and zero point, where the range of ``inputs`` is static.
-        container: how codes lie in bytes; the smallest that holds them, if None.
+        quantized: the weight as ``(out, in)``; embeddings by token.
+        inputs: quantization of the input; for token embeddings, of the input of the tied head.
+        input_range: scale and zero point, if the range of ``inputs`` is static.
+        container: storage of the codes in bytes; None is the smallest that holds them.
     """
 
     quantized: Quantized
@@ -45,13 +45,13 @@ class Packable(NamedTuple):
 
 
 def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What has a weight that can be packed, or is packed already, by path.
+    """The modules with a weight that can be packed or is packed, by path.
 
-    Paths are relative to the base model; modules of a task head have their own names. A head that is tied to the word
-    embeddings is not among them, and neither is a projection of which pruning has left nothing.
+    Paths are relative to the base model; modules of a task head have their own names. A head that is tied to the token
+    embeddings is not included, nor is a projection that pruning has emptied.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
     """
     head = tied_head(model)
     return {
@@ -62,7 +62,7 @@ def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def tied_head(model: PreTrainedModel) -> nn.Module | None:
-    """The head that shares the matrix of the word embeddings, or None.
+    """The head that shares the matrix of the token embeddings, or None.
 
     Args:
         model: on any device, ``meta`` too.
@@ -79,19 +79,19 @@ def pack_model(
     parts: Mapping[str, Packable] | Iterable[tuple[str, Packable]],
     attention: AttentionEncoding | None = None,
 ) -> None:
-    """Put codes in the place of weights, and say so in the model's config.
+    """Replace weights by codes and record it in the model's config.
 
-    A head that is tied to packed embeddings reads their codes from then on.
+    A head that is tied to packed embeddings reads their codes afterwards.
 
     Args:
-        model: changed in place, once everything has been checked; without parametrizations.
-        parts: what to pack, by path (:func:`matrices`); pairs of path and part are iterated once, so that no more
-            than one matrix need be held quantized.
-        attention: what happens within attention, to be said in the config.
+        model: modified in place, once everything has been checked; without parametrizations.
+        parts: what to pack, by path (:func:`matrices`); pairs of path and part are iterated once, so that only
+            one quantized matrix need be held at a time.
+        attention: quantization within attention, recorded in the config.
 
     Raises:
-        LmcompressError: If there is nothing to pack, no such module, a weight of another shape, weights are not finite,
-            or a static range comes without its scale.
+        LmcompressError: If there is nothing to pack, a module does not exist, a weight has another shape or is not
+            finite, or a static range has no scale.
     """
     known, head = matrices(model), tied_head(model)
     replaced: dict[str, Packed] = {}
@@ -102,7 +102,7 @@ def pack_model(
         if isinstance(old, nn.Embedding) and part.inputs is not None:
             if head is None or old is not model.get_input_embeddings():
                 raise LmcompressError(
-                    f"the input of {path} must stay as it is, it is made of ids and no head is tied to it; got "
+                    f"the input of {path} cannot be quantized, it consists of ids and no head is tied to it; got "
                     f"{part.inputs}"
                 )
         new = _place_for(old, _described(path, part), path)
@@ -117,17 +117,17 @@ def pack_model(
 
 
 def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
-    """Give a freshly built model the places for codes that an encoding names, and let its attention quantize.
+    """Give a newly built model the buffers for codes that an encoding names, and quantize its attention.
 
-    The places have no values yet.
+    The buffers have no values yet.
 
     Args:
-        model: in its final shapes; changed in place; usually on ``meta``.
-        encoding: as a checkpoint's config names it.
+        model: in its final shapes; modified in place; usually on ``meta``.
+        encoding: encoding in a checkpoint's config.
 
     Raises:
-        CheckpointError: If it names a module that the model does not have, though the checkpoint was written by a model
-            of this class or the module is of the backbone; or one that cannot be packed as it says.
+        CheckpointError: If it names a module that the model lacks, though the checkpoint was written by a model
+            of this class or the module is part of the backbone; or one that cannot be packed that way.
     """
     known = matrices(model)
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
@@ -151,20 +151,20 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
         blocks = [block for block in anatomy_of(model).blocks if block.num_heads]
         if not blocks:
             raise CheckpointError(
-                "quantization_config.encoding says what happens within attention, and no block has heads: the config "
+                "quantization_config.encoding quantizes attention, and no block has heads: the config "
                 "is damaged; load the checkpoint as it was written"
             )
         quantize_attention(model, [block.get("attention") for block in blocks], encoding.attention)
 
 
 def check_encoded(model: PreTrainedModel) -> None:
-    """Refuse codes, scales and ranges of activations that nothing here writes.
+    """Refuse codes, scales and ranges of activations that this library never writes.
 
     Args:
-        model: with its values; what is on ``meta`` is left out.
+        model: with its values; tensors on ``meta`` are skipped.
 
     Raises:
-        CheckpointError: If some are.
+        CheckpointError: If there are any.
     """
     for name, module in model.named_modules():
         if isinstance(module, Packed) and not module.weight.is_meta:
@@ -177,10 +177,10 @@ def check_encoded(model: PreTrainedModel) -> None:
 
 
 def encoded_names(model: PreTrainedModel) -> set[str]:
-    """Names of the tensors that an encoding brings into a model: codes, scales, zero points, ranges of activations.
+    """Names of the tensors that an encoding adds to a model: codes, scales, zero points, ranges of activations.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
     """
     return {
         f"{name}.{own}"
@@ -191,13 +191,13 @@ def encoded_names(model: PreTrainedModel) -> set[str]:
 
 
 def encoding_of(model: PreTrainedModel) -> Encoding | None:
-    """How a model is encoded now: of weights as its modules say, of attention as its config says.
+    """The current encoding of a model: of its weights by its modules, of its attention by its config.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
-        None where nothing is.
+        None if nothing is encoded.
     """
     recorded = recorded_compression(model.config)
     attention = recorded.encoding.attention if recorded is not None and recorded.encoding is not None else None
@@ -206,10 +206,10 @@ def encoding_of(model: PreTrainedModel) -> Encoding | None:
 
 
 def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
-    """Let a model's config say how it is encoded; its shapes and history stay.
+    """Record the encoding in a model's config; shapes and provenance stay.
 
     Args:
-        model: its config is changed in place.
+        model: its config is modified in place.
         encoding: None for a dense model.
     """
     old = recorded_compression(model.config)
@@ -218,7 +218,7 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
         storage=old and old.storage,
     )  # fmt: skip
     if new == CompressionConfig():
-        # nothing is left to say: a stock model again
+        # nothing left to record: a stock model again
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     else:
@@ -226,10 +226,10 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
 
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
-    """A dense model with the weights that the codes stand for; activations are no longer quantized.
+    """A dense model with the dequantized weights; activations are no longer quantized.
 
     Args:
-        model: packed or not; left as it is.
+        model: packed or not; unchanged.
 
     Returns:
         A copy whose packed weights are float32 parameters, the tied head tied again.
@@ -247,19 +247,19 @@ def unpacked(model: PreTrainedModel) -> PreTrainedModel:
         dense.register_parameter("bias", head.bias)
         name = _name_of(model, head)
         _replace(model, head, dense.train(head.training))
-        # those of the class again
+        # back to those of the class
         model.__dict__.pop("_tied_weights_keys", None)
         model.all_tied_weights_keys[f"{name}.weight"] = f"{_name_of(model, embedding)}.weight"
     record_encoding(model, None)
     if not hasattr(model.config, "quantization_config"):
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             model.__dict__.pop(name, None)
-    # past Transformers, which refuses to cast what was loaded by way of a quantization config
+    # bypasses Transformers, which refuses to cast what was loaded with a quantization config
     return nn.Module.float(model)
 
 
 def weight_count(model: nn.Module) -> int:
-    """Numbers that a model consists of: its parameters, and one for each code; what is tied counts once.
+    """Number of parameters of a model, each code counting as one; tied tensors count once.
 
     Args:
         model: packed or not, on any device.
@@ -292,11 +292,11 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Let a head that shared the weight of embeddings that are packed now read their codes."""
+    """Let a head that shared the weight of embeddings read their codes now that they are packed."""
     head, embedding = tied_head(model), model.get_input_embeddings()
     if head is None or isinstance(head, TiedHead) or not isinstance(embedding, PackedEmbedding):
         return
-    # Transformers would tie the weight again that is no longer there
+    # Transformers would tie the weight again, which no longer exists
     name = f"{_name_of(model, head)}.weight"
     model.all_tied_weights_keys.pop(name)
     model._tied_weights_keys = {target: source for target, source in model._tied_weights_keys.items() if target != name}
@@ -304,7 +304,7 @@ def _tie(model: PreTrainedModel) -> None:
 
 
 def _grouped(model: PreTrainedModel) -> tuple[WeightEncoding, ...]:
-    """What the packed modules of a model say of themselves, those of one kind together."""
+    """The encoding of a model's packed modules, grouped by kind."""
     groups: dict[WeightEncoding, list[str]] = {}
     for path, module in packed_modules(model):
         kind = _entry(module.layout, module.inputs, path).model_copy(update={"modules": ()})
@@ -374,7 +374,7 @@ def _place_for(old: nn.Module, entry: WeightEncoding, path: str) -> Packed:
 
 
 def _dense(packed: Packed) -> nn.Module:
-    """A dense module with the weights that a packed one stands for."""
+    """A dense module with the dequantized weight of a packed one."""
     weight = packed.dequantized()
     new: nn.Module
     if isinstance(packed, PackedEmbedding):

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: what their headers say."""
+"""The safetensors files of a checkpoint: their headers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lmcompress.errors import CheckpointError
 
 
 class Stored(NamedTuple):
-    """What a file says of a tensor.
+    """The header entry of a tensor.
 
     Attributes:
         shape: as stored.
-        dtype: as safetensors calls it: ``F32``, ``BF16``, ``I8``…
+        dtype: safetensors' name of the type: ``F32``, ``BF16``, ``I8``…
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
         Shape and type by name, in the order of the data.
 
     Raises:
-        CheckpointError: If it is no whole safetensors file.
+        CheckpointError: If the file is not a complete safetensors file.
     """
     try:
         with safe_open(str(file), framework="pt") as source:
@@ -40,5 +40,5 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
             return {name: Stored(tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is no whole safetensors file, it is damaged or cut off ({error}); fetch or copy it again"
+            f"{file} is not a complete safetensors file, it is damaged or cut off ({error}); fetch or copy it again"
         ) from error

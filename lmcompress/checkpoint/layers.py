@@ -1,4 +1,4 @@
-"""Compact layers in a model: reading off which there are, and giving a skeleton those that a config names."""
+"""Compact layers of a model: listing them, and giving a skeleton those that a config names."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from lmcompress.nn.packed import Packed
 from lmcompress.nn.separable import SeparableMixing
 
 PARTS = (*READ_STREAM, *WRITE_STREAM)
-"""What the family calls the matrices of a block."""
+"""The family's names of the matrices of a block."""
 
 
 def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
-    """The compact layers that a model has now, as its config is to name them.
+    """The current compact layers of a model, as its config is to list them.
 
     Args:
-        model: of a known family, on any device.
+        model: a model of a known family, on any device.
 
     Returns:
-        One entry for each kind and size; that of shared blocks is the last.
+        One entry for each kind and size; that of shared blocks is last.
 
     Raises:
-        LmcompressError: If two blocks have some parameters in common, and not all.
+        LmcompressError: If two blocks share some of their parameters but not all.
     """
     anatomy = anatomy_of(model)
     prefix = model.base_model_prefix + "."
@@ -68,7 +68,7 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
 
 
 def _kind_of(module: nn.Module) -> LowRankLayers | FactorizedEmbeddings | GroupedLayers | None:
-    """The entry of one compact module, whose place is still to be filled in."""
+    """The entry of one compact module, without its place."""
     place = ("x",)
     if isinstance(module, LowRankLinear):
         return LowRankLayers(kind="low_rank", rank=module.rank, modules=place)
@@ -81,10 +81,10 @@ def _kind_of(module: nn.Module) -> LowRankLayers | FactorizedEmbeddings | Groupe
 
 
 def record_layers(model: PreTrainedModel) -> None:
-    """Let a model's config say which compact layers it has; its shapes and history stay.
+    """Record a model's compact layers in its config; shapes and provenance stay.
 
     Args:
-        model: dense but for its compact layers; its config is changed in place.
+        model: dense except for its compact layers; its config is modified in place.
     """
     old = recorded_compression(model.config)
     model.config.quantization_config = CompressionConfig(
@@ -96,41 +96,41 @@ def compact_modules(model: nn.Module) -> dict[str, Compact]:
     """The compact modules of a model, by name.
 
     Args:
-        model: any.
+        model: any model.
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, Compact)}
 
 
 def refuse_compact(model: PreTrainedModel, what: str) -> None:
-    """Refuse a model that has compact layers or shared blocks, before anything long is done with it.
+    """Refuse a model with compact layers or shared blocks before any long work on it.
 
     Args:
-        model: of a known family.
-        what: would be done, such as ``"cut"``.
+        model: a model of a known family.
+        what: the operation, such as ``"cut"``.
 
     Raises:
-        LmcompressError: If it has some.
+        LmcompressError: If the model has any.
     """
     found = layers_of(model)
     if found:
         kinds = ", ".join(sorted({entry.kind for entry in found}))
         raise LmcompressError(
             f"cannot {what} a model that has compact layers, this one has: {kinds}. Do that with the dense model "
-            "first, and make what is left compact (lmcompress.students)"
+            "first, then make the result compact (lmcompress.students)"
         )
 
 
 def replace_skeleton(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> None:
-    """Give a freshly built model the compact layers that a config names; they have no values yet.
+    """Give a newly built model the compact layers that a config names, without values.
 
-    Blocks that share are left without parameters until :func:`finish_replaced`.
+    Blocks that share parameters have none until :func:`finish_replaced`.
 
     Args:
-        model: in its final shapes; changed in place; usually on ``meta``.
-        layers: as a checkpoint's config names them.
+        model: in its final shapes; modified in place; usually on ``meta``.
+        layers: compact layers in a checkpoint's config.
 
     Raises:
-        CheckpointError: If the config names what the model has not, or sizes that do not fit.
+        CheckpointError: If the config names something the model lacks, or sizes that do not fit.
     """
     try:
         for entry in layers:
@@ -145,14 +145,14 @@ def replace_skeleton(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> 
 
 
 def finish_replaced(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> None:
-    """Check what was loaded into compact layers, and let blocks share.
+    """Check the values loaded into compact layers, and let blocks share their parameters.
 
     Args:
-        model: with its values; what is on ``meta`` is left out.
+        model: with its values; tensors on ``meta`` are skipped.
         layers: as for :func:`replace_skeleton`.
 
     Raises:
-        CheckpointError: If an order is no permutation, a size is not the module's, or other blocks share.
+        CheckpointError: If an order is not a permutation, a size differs from the module's, or other blocks share.
     """
     for name, module in compact_modules(model).items():
         if not any(tensor.is_meta for tensor in module.buffers()):
@@ -163,24 +163,24 @@ def finish_replaced(model: PreTrainedModel, layers: Sequence[CompactLayer]) -> N
 
 
 def low_rank_place(old: nn.Module, rank: int) -> LowRankLinear:
-    """An empty low-rank layer of the widths of a dense one, like it in dtype, device, mode and bias.
+    """An empty low-rank layer with the widths, dtype, device, mode and bias of a dense one.
 
     Args:
         old: a ``Linear`` or ``Conv1D``.
-        rank: of the new one.
+        rank: rank of the new layer.
     """
     like = _likeness(old)
     return LowRankLinear(in_features(old), out_features(old), rank, old.bias is not None, **like).train(old.training)
 
 
 def grouped_place(old: nn.Module, groups: int, *, input_order: bool, output_order: bool) -> GroupedLinear:
-    """An empty grouped layer of the widths of a dense one, like it in dtype, device, mode and bias.
+    """An empty grouped layer with the widths, dtype, device, mode and bias of a dense one.
 
     Args:
         old: a ``Linear`` or ``Conv1D``.
-        groups: of the new one.
-        input_order: whether it has an order of its input.
-        output_order: whether it has an order of its output.
+        groups: number of groups of the new layer.
+        input_order: whether its input is permuted.
+        output_order: whether its output is permuted.
     """
     new = GroupedLinear(
         in_features(old),
@@ -195,12 +195,12 @@ def grouped_place(old: nn.Module, groups: int, *, input_order: bool, output_orde
 
 
 def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMixing:
-    """An empty local mixing for a block: the values are still to be given.
+    """An empty local mixing for a block, without values.
 
     Args:
-        model: of a known family.
-        index: of the block.
-        kernel: how many positions it looks at.
+        model: a model of a known family.
+        index: number of the block.
+        kernel: number of positions it covers.
 
     Raises:
         LmcompressError: If the block has no heads, or its values are compact already.
@@ -209,7 +209,7 @@ def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMi
     if mixing_of(block) is not None:
         raise LmcompressError(f"block {index} must attend to be replaced, it mixes neighbours already")
     if block.num_heads == 0:
-        raise LmcompressError(f"block {index} must have heads to be replaced, pruning has left it none")
+        raise LmcompressError(f"block {index} must have heads to be replaced, pruning has removed all")
     old = block.get("qkv" if family.qkv else "value")
     check_replaceable(old, f"the values of block {index}")
     channels = block.num_heads * block.head_size
@@ -219,23 +219,23 @@ def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMi
 
 
 def factorized_place(old: nn.Embedding, rank: int) -> FactorizedEmbedding:
-    """Empty factorised embeddings of the sizes of a table.
+    """Empty factorized embeddings of a table's size.
 
     Args:
         old: the table.
-        rank: of the new one.
+        rank: rank of the new embeddings.
     """
     new = FactorizedEmbedding(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **_likeness(old))
     return new.train(old.training)
 
 
 def put(model: PreTrainedModel, path: str, new: nn.Module) -> None:
-    """Put a module where another is; a head that is tied to embeddings which are replaced is tied to the new ones.
+    """Replace a module; a head tied to replaced embeddings is tied to the new ones.
 
     Args:
-        model: changed in place.
-        path: of the module, relative to the base model.
-        new: in its place.
+        model: modified in place.
+        path: path of the module, relative to the base model.
+        new: the replacement.
     """
     parent, _, name = path.rpartition(".")
     setattr(model.base_model.get_submodule(parent), name, new)
@@ -244,7 +244,7 @@ def put(model: PreTrainedModel, path: str, new: nn.Module) -> None:
         return
     tied = next(f"{n}.weight" for n, module in model.named_modules() if module is head)
     if tied in model.all_tied_weights_keys:
-        # Transformers would tie the weight again that is no longer there
+        # Transformers would tie the weight again, which no longer exists
         model.all_tied_weights_keys.pop(tied)
         model._tied_weights_keys = {t: source for t, source in model._tied_weights_keys.items() if t != tied}
         bias = head.bias if isinstance(head.bias, nn.Parameter) else None
@@ -253,14 +253,14 @@ def put(model: PreTrainedModel, path: str, new: nn.Module) -> None:
 
 
 def check_replaceable(module: nn.Module, path: str) -> None:
-    """Refuse a module that is no dense matrix.
+    """Refuse a module that is not a dense matrix.
 
     Args:
-        module: that would be replaced.
-        path: for the error.
+        module: module to be replaced.
+        path: its path, for the error.
 
     Raises:
-        LmcompressError: If it is packed, compact, pruned to nothing, parametrized, or something else.
+        LmcompressError: If it is packed, compact, emptied by pruning, parametrized, or of another kind.
     """
     reason = None
     if isinstance(module, Packed):
@@ -268,9 +268,9 @@ def check_replaceable(module: nn.Module, path: str) -> None:
     elif isinstance(module, Compact):
         reason = f"it is a {type(module).__name__} already"
     elif isinstance(module, ZeroWidthLinear):
-        reason = "pruning has left nothing of it"
+        reason = "pruning has emptied it"
     elif is_parametrized(module):
-        reason = "something else has parametrized it; take that away first"
+        reason = "something else has parametrized it; remove that first"
     elif not (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
         reason = f"it is a {type(module).__name__}"
     if reason:
@@ -286,7 +286,7 @@ def _build(model: PreTrainedModel, entry: CompactLayer) -> None:
         blocks = list(anatomy.block_list)
         for index, source in enumerate(entry.sources):
             if not alike(blocks[index], blocks[source]):
-                raise LmcompressError(f"block {index} cannot have the parameters of block {source}: other shapes")
+                raise LmcompressError(f"block {index} cannot share the parameters of block {source}: other shapes")
         empty_shared(blocks, entry.sources)
         return
     if isinstance(entry, SeparableLayers):
@@ -310,7 +310,7 @@ def _build(model: PreTrainedModel, entry: CompactLayer) -> None:
 
 
 def _dense_at(model: PreTrainedModel, path: str, *, embedding: bool) -> nn.Module:
-    """The module at a path that may be replaced: a block's projection, or the word embeddings."""
+    """The replaceable module at a path: a block's projection, or the token embeddings."""
     family = anatomy_of(model).family
     if embedding:
         known = path == family.word_embeddings

@@ -1,4 +1,4 @@
-"""The loader: an ``HfQuantizer`` called "lmcompress", by which ``AutoModel*.from_pretrained`` rebuilds what was cut.
+"""The loader: an ``HfQuantizer`` called "lmcompress", through which ``AutoModel*.from_pretrained`` rebuilds models.
 
 Transformers builds the stock skeleton on ``meta``, calls the first hook below, which gives the skeleton its shapes,
 and then fills it from the files. Only the hooks that are the same in every supported version are used: before and after
@@ -31,7 +31,7 @@ _STORED_AS = {torch.uint8: "U8", torch.float32: "F32"}
 
 
 class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Rebuilds the structure that a :class:`CompressionConfig` describes, and checks the files against it."""
+    """Rebuilds the structure that a :class:`CompressionConfig` describes and checks the files against it."""
 
     requires_calibration = False
     quantization_config: CompressionConfig
@@ -64,52 +64,52 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if config.storage is not None and config.storage.streams:
             decode_streams(model, self._streams)
-            # what is written from memory by others than lmcompress has no streams
+            # files written from memory by other libraries have no streams
             config.storage = config.storage.model_copy(update={"streams": {}})
-        # transformers 5.17 replaces a parameter by whatever shape the file has as soon as any quantizer is present
+        # transformers 5.17 replaces a parameter by one of the file's shape as soon as any quantizer is present
         for name, tensor in model.state_dict(keep_vars=True).items():
             shape, dtype = self._expected.get(name, (tuple(tensor.shape), tensor.dtype))
             if tuple(tensor.shape) != shape:
-                # other tensors were compared before loading: this one is of a head
+                # other tensors were compared before loading: this one belongs to a head
                 raise CheckpointError(
                     f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint, {shape} here: "
                     f"transformers {transformers.__version__} cannot replace the head of a compressed checkpoint by "
                     "one of another width. Use a newer one, or load with AutoModel, save that and load it for the task"
                 )
-            # and leaves its numbers in the type that the file has
+            # and leaves its values in the file's type
             if tensor.is_floating_point() and dtype.is_floating_point and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
-        # on the way through the stock loader the config is given back as it was read, source numbers included
+        # the stock loader returns the config as it was read, source numbers included
         model.config.quantization_config = config
         finish_replaced(model, config.layers)
         if config.encoding is not None:
             check_encoded(model)
-            # what is of a head that this model has not got is not of this model
+            # tensors of a head that this model lacks are ignored
             config.encoding = encoding_of(model)
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """Re-saving with ``save_pretrained`` works.
+        """True: a loaded model can be saved again with ``save_pretrained``.
 
         Args:
-            safe_serialization: asked by older versions; there is no other way here.
+            safe_serialization: passed by older versions; always true here.
         """
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """A pruned model is an ordinary model: any Trainer may train it."""
+        """True: a pruned model is an ordinary model that any Trainer may train."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The name under which ``Trainer`` asks whether it may train all weights."""
+        """True: ``Trainer`` may train all weights (its name for the question)."""
         return True
 
 
 def register() -> None:
-    """Tell Transformers of the method "lmcompress"; safe to call twice."""
-    # a second registration raises; and what a self-loading checkpoint registered earlier checks less than this
+    """Register the method "lmcompress" with Transformers; safe to call twice."""
+    # a second registration raises; a self-loading checkpoint registered earlier checks less than this
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
     register_quantization_config(QUANT_METHOD)(CompressionConfig)
@@ -117,7 +117,7 @@ def register() -> None:
 
 
 def _refuse_offloading(device_map: Any) -> None:
-    """Accelerate reads what is on disk when it is needed, and would read streams."""
+    """Refuses offloading to disk: Accelerate would read streams there as tensors."""
     if isinstance(device_map, dict) and "disk" in device_map.values():
         raise LmcompressError(
             "device_map must leave nothing on disk, the tensors of this checkpoint are streams that are decoded in "
@@ -126,18 +126,18 @@ def _refuse_offloading(device_map: Any) -> None:
 
 
 def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable[str]) -> None:
-    """Refuse files whose tensors are not those of the model, before anything is allocated for them.
+    """Refuse files whose tensors do not match the model, before anything is allocated for them.
 
-    Without this, a tensor that is missing would be filled with random values and a warning. What may be missing is a
-    head that the checkpoint never had: a base model's checkpoint loaded for a task.
+    Otherwise a missing tensor would be filled with random values and a warning. Only a head that the checkpoint never
+    had may be missing: a base model's checkpoint loaded for a task.
 
     Args:
         model: the skeleton in its final shapes.
         files: the safetensors files of the checkpoint; files of other kinds are left to Transformers.
-        encoded: names of the tensors that are codes, scales or streams, which nothing may cast.
+        encoded: names of the tensors that are codes, scales or streams, which must not be cast.
 
     Raises:
-        CheckpointError: If a file is damaged, a tensor is missing or has another shape, or a block has one too many.
+        CheckpointError: If a file is damaged, or a tensor is missing, has another shape, or is unexpected in a block.
     """
     paths = list(files)
     if any(path.suffix != ".safetensors" for path in paths):
@@ -146,14 +146,14 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable
     for path in paths:
         found |= safetensors_header(path)
     prefix = model.base_model_prefix + "."
-    # a block that is described without heads, whose file has some
+    # a block described without heads whose file has some
     blocks = anatomy_of(model).family.blocks + "."
     expected = {name.removeprefix(prefix) for name in model.state_dict()}
     found = {name.removeprefix(prefix): stored for name, stored in found.items()}
     for name in found:
         if name.startswith(blocks) and name not in expected:
             raise CheckpointError(
-                f"the checkpoint has a tensor {name}, by its config there is none: config.json and the weights do not "
+                f"the checkpoint has a tensor {name}, which its config excludes: config.json and the weights do not "
                 "belong together; fetch or copy both again"
             )
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
@@ -170,10 +170,10 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable
                     f"tensor {full_name} is missing from the checkpoint: it is cut off or was changed; "
                     "fetch or copy it again"
                 )
-        # a head of another width is the user's to replace (ignore_mismatched_sizes), but for one in codes
+        # a head of another width is the user's to replace (ignore_mismatched_sizes), unless it is encoded
         elif found[name].shape != tuple(tensor.shape) and name in must | encoded:
             raise CheckpointError(_shape_message(full_name, found[name].shape, tuple(tensor.shape)))
-        # a cast would make other codes, or scales, of the same shape
+        # a cast would change codes or scales without changing their shape
         elif name in encoded and found[name].dtype != (kind := _STORED_AS[tensor.dtype]):
             raise CheckpointError(
                 f"tensor {full_name} is stored as {found[name].dtype}, its config says {kind}: config.json and the "
@@ -182,11 +182,11 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable
 
 
 def _backbone_names(model: PreTrainedModel) -> list[str]:
-    """Names in the state dict of what every checkpoint of the family has: blocks and embeddings, not pooler or head."""
+    """Names in the state dict of what every checkpoint of the family has: blocks and embeddings, no pooler or head."""
     anatomy = anatomy_of(model)
     parts: list[nn.Module] = [anatomy.block_list]
     parts += [m for p in ("word_embeddings", "position_embeddings") if (m := anatomy.embedding(p)) is not None]
-    # kept, so that a tensor that is made for this question only does not lend its id to another
+    # kept alive so that no other tensor takes over its id
     wanted = [tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()]
     ids = {id(tensor) for tensor in wanted}
     return [name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ids]

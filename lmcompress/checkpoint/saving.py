@@ -1,4 +1,4 @@
-"""Writing a checkpoint safely: beside its place, reloaded, compared with the model in memory, and then put there."""
+"""Writing a checkpoint safely: to a temporary folder, reloaded, compared with the model in memory, then moved."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Equivalence:
-    """What the round-trip check of a saved model measured.
+    """The measurements of the round-trip check of a saved model.
 
     Attributes:
         max_error: max abs difference of outputs before and after.
         relative_error: that over the max abs output before.
-        batches: how many batches were compared.
+        batches: number of batches compared.
         inputs: ``"given"`` where the caller gave batches, ``"random"`` where token ids were drawn.
     """
 
@@ -48,35 +48,35 @@ def check_round_trip(
     inputs: str,
     format: str,
 ) -> Equivalence:
-    """Reload what was written, and refuse it where it answers otherwise than the model in memory.
+    """Reload a written checkpoint and refuse it if its outputs differ from those of the model in memory.
 
     Args:
-        model: that was written.
-        folder: where it was written.
-        batches: to compare on.
+        model: the model that was written.
+        folder: folder it was written to.
+        batches: batches to compare on.
         before: :func:`outputs_of` the model.
-        tolerance: max abs difference of outputs that is allowed, relative to the max abs output.
-        inputs: where the batches are from, for the result.
-        format: in which it was written, for messages.
+        tolerance: max abs difference of outputs allowed, relative to the max abs output.
+        inputs: origin of the batches, for the result.
+        format: format it was written in, for messages.
 
     Returns:
-        What was measured.
+        The measured differences.
 
     Raises:
-        EquivalenceError: If the reloaded model answers differently, or in NaN.
+        EquivalenceError: If the reloaded model's outputs differ or are NaN.
     """
     attention = model.config._attn_implementation
-    # that one the loader chooses by itself
+    # the loader chooses that one by itself
     attention = None if attention == ATTENTION else attention
     reloaded = type(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
     reloaded.to(model.device)
     after = outputs_of(reloaded, batches)
     if [a.shape for a in after] != [b.shape for b in before]:
         raise EquivalenceError(
-            f"the model reloaded from disk ({format}) answers in shapes {[tuple(a.shape) for a in after]}, the "
+            f"the model reloaded from disk ({format}) returns shapes {[tuple(a.shape) for a in after]}, the "
             f"one in memory in {[tuple(b.shape) for b in before]}; nothing was written"
         )
-    # max of a tensor, not Python's, which would lose a NaN behind a number
+    # max of a tensor: Python's would lose a NaN after a number
     error = float(torch.stack([(a - b).abs().max() for a, b in zip(after, before, strict=True)]).max())
     scale = float(torch.stack([b.abs().max() for b in before]).max())
     relative = error / scale if scale > 0 else error
@@ -85,24 +85,24 @@ def check_round_trip(
         raise EquivalenceError(
             f"the model reloaded from disk ({format}) differs from the one in memory by {error:.3g} "
             f"({relative:.3g} relative, allowed {tolerance:.3g}) on {len(batches)} batches; nothing was written. "
-            "If the model answers NaN, training diverged; otherwise please report this with the recipe."
+            "If the model returns NaN, training diverged; otherwise please report this with the recipe."
         )
     return Equivalence(max_error=error, relative_error=relative, batches=len(batches), inputs=inputs)
 
 
 def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
-    """The first output (logits, or the last hidden state) of a model for each batch, in float32 on the CPU.
+    """The first output (logits or the last hidden state) of a model for each batch, in float32 on the CPU.
 
     Args:
-        model: put to evaluation mode for the time and back.
-        batches: model inputs; entries the model does not take (labels, teacher inputs) are left out.
+        model: switched to evaluation mode and back.
+        batches: model inputs; entries the model does not take (labels, teacher inputs) are ignored.
 
     Returns:
         One tensor per batch; padded positions are zero.
     """
     wanted = ("input_ids", "attention_mask", "token_type_ids")
     training = model.training
-    # after mixed-precision training, accelerate leaves its autocast around forward; what is saved has none
+    # after mixed-precision training, accelerate leaves its autocast around forward; the saved model has none
     forward = getattr(model, "_original_forward", model)
     model.eval()
     outputs = []
@@ -126,14 +126,14 @@ def outputs_of(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]
 def random_batches(
     model: PreTrainedModel, *, count: int = 2, rows: int = 4, length: int = 32, seed: int = 0
 ) -> list[Batch]:
-    """Batches of random token ids, the last of them with padding on the right.
+    """Batches of random token ids, the last one with padding on the right.
 
     Args:
         model: its vocabulary and number of positions bound the ids and the length.
-        count: how many batches.
-        rows: rows of each; one where the model cannot take more, for want of a padding token.
+        count: number of batches.
+        rows: rows of each; one if the model cannot take more, for lack of a padding token.
         length: tokens of each row, at most half of the model's positions.
-        seed: of the generator.
+        seed: seed of the generator.
 
     Returns:
         Dictionaries with ``input_ids`` and ``attention_mask``, ``(rows, length)`` int64.
@@ -157,18 +157,18 @@ def random_batches(
 
 @contextmanager
 def replaced_folder(folder: Path, *, marker: str = "config.json") -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes ``folder`` when the block succeeds and is deleted when it fails.
 
     Args:
-        folder: may exist; it is replaced as a whole, and untouched until then.
-        marker: a file that an existing folder must hold, so that no folder of another kind is ever replaced.
+        folder: may exist; it is replaced as a whole, and unchanged until then.
+        marker: a file that an existing folder must hold, so that no other kind of folder is ever replaced.
 
     Yields:
         The temporary folder, on the same file system.
 
     Raises:
-        LmcompressError: If ``folder`` is a file, or holds files but no ``marker``, or its place cannot be
-            written (a full disk, no permission).
+        LmcompressError: If ``folder`` is a file, or holds files but no ``marker``, or its location is not
+            writable (a full disk, no permission).
     """
     folder = folder.resolve()
     if folder.is_file():
@@ -210,12 +210,12 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, toke
 
     Args:
         folder: as :meth:`CompressedModel.save_pretrained` wrote it.
-        repo_id: ``"user/name"``; made if it is not there.
-        private: whether a repository made now is private.
-        token: of the Hub; default: the one logged in with.
+        repo_id: ``"user/name"``; created if it does not exist.
+        private: whether a newly created repository is private.
+        token: access token of the Hub; default: that of the login.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         LmcompressError: If ``folder`` holds no checkpoint.
@@ -224,7 +224,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, toke
         raise LmcompressError(
             f"{folder} holds no checkpoint (no config.json); push the folder that a run wrote its model to"
         )
-    # imported here: tests and offline use replace it, and a login is only needed now
+    # imported here: tests and offline use replace it, and only this needs a login
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -240,6 +240,6 @@ def _umask() -> int:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    # safetensors reports a full disk as its own error type, with the words of the system's
-    # transformers raises OSErrors of its own, without a number, for what is no trouble of the disk
+    # safetensors reports a full disk as its own error type, with the system's message
+    # transformers raises OSErrors without a number for problems unrelated to the disk
     return (isinstance(error, OSError) and error.errno is not None) or "No space left" in str(error)

@@ -1,4 +1,4 @@
-"""What a checkpoint's config may say, as validated data: shapes, encodings, compact layers, streams, provenance."""
+"""A checkpoint's config as validated data: shapes, encodings, compact layers, streams, provenance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_MODULES = 1 << 16
 
 # JSON has lists
 _FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-# a text for what equals a number and is none: True == 1, 8.0 == 8
+# a string for a value that equals a number and is not one: True == 1, 8.0 == 8
 _NO_LOOKALIKE = BeforeValidator(lambda value: repr(value) if isinstance(value, (bool, float)) else value)
 
 ModulePaths = Annotated[
@@ -33,7 +33,7 @@ BlockNumbers = Annotated[
 
 
 class Strict(BaseModel):
-    """Data of which every key and type is checked, and nothing changes afterwards."""
+    """Immutable data whose keys and types are all checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,9 +42,9 @@ class BlockShape(Strict):
     """The shape of one Transformer block.
 
     Attributes:
-        heads: attention heads kept; with 0, the attention's answer is the bias of its output projection.
-        ffn: neurons of the feed-forward network kept; with 0, its answer is the bias of its second matrix.
-        source: number of the block in the model this one was cut from, counted from 0; only for people to read.
+        heads: attention heads kept; with 0, the attention returns the bias of its output projection.
+        ffn: neurons of the feed-forward network kept; with 0, it returns the bias of its second matrix.
+        source: number of the block in the model this one was cut from, from 0; informative only.
     """
 
     heads: Annotated[int, Field(ge=0, le=MAX_HEADS)]
@@ -55,12 +55,12 @@ class BlockShape(Strict):
 class Structure(Strict):
     """The shapes of all blocks, in order.
 
-    Blocks are numbered, not named by path: the same map holds for a model with a head and without one.
+    Blocks are numbered, not named by path: the same map holds with and without a head.
 
     Attributes:
         head_size: width of one attention head, the same everywhere.
-        blocks: one shape per block; as many as the config says the model has layers.
-        hidden: width of the residual stream, where it is not the one that the stock config says.
+        blocks: one shape per block; as many as the config has layers.
+        hidden: width of the residual stream, if it differs from the stock config's.
     """
 
     head_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
@@ -69,17 +69,17 @@ class Structure(Strict):
 
 
 class ActivationEncoding(Strict):
-    """How an activation is quantized before it enters a matmul.
+    """The quantization of an activation before a matmul.
 
     Attributes:
         bits: 8 or 4.
-        symmetric: whether levels lie around 0; else the codes are 0 to 2^bits - 1 with a whole zero point.
-        granularity: of dynamic ranges: one for the ``tensor``, or one for each ``token``, the last axis.
-        range: ``dynamic``, taken anew from every input; ``static``: scale and zero point are tensors of the checkpoint,
-            as ranges that were calibrated or learned end.
-        clip: of dynamic ranges: what is beyond ±clip is cut beforehand (TernaryBERT's 2.5); ``None`` cuts nothing.
-        full: of symmetric static ranges: the codes are -2^(bits-1) to 2^(bits-1) - 1, as learned ones are; else the
-            lowest of these is left out.
+        symmetric: whether levels are symmetric around 0; else codes are 0 to 2^bits - 1 with an integer zero point.
+        granularity: scope of dynamic ranges: the whole ``tensor``, or each ``token`` (the last axis).
+        range: ``dynamic``, computed from each input; ``static``: scale and zero point are tensors of the checkpoint,
+            calibrated or learned.
+        clip: for dynamic ranges: inputs are clipped to ±clip first (TernaryBERT's 2.5); ``None`` does not clip.
+        full: for symmetric static ranges: codes are -2^(bits-1) to 2^(bits-1) - 1, as for learned ones; else the
+            lowest of these is unused.
     """
 
     bits: Annotated[Literal[8, 4], _NO_LOOKALIKE]
@@ -94,17 +94,17 @@ class ActivationEncoding(Strict):
         if self.range == "static" and (self.granularity != "tensor" or self.clip is not None):
             raise ValueError("a static range must have granularity 'tensor' and no clip; its scale is a tensor")
         if self.full and not (self.range == "static" and self.symmetric):
-            raise ValueError("full is for symmetric static ranges only, the others have their codes by themselves")
+            raise ValueError("full is for symmetric static ranges only, the codes of the others are fixed")
         return self
 
 
 class GridEncoding(Strict):
-    """The integers that a code may be: ``levels`` of them from ``low``, ``stride`` apart; they fit one byte.
+    """The integers that codes may be: ``levels`` of them from ``low``, ``stride`` apart; they fit one byte.
 
     Attributes:
         low: the least code.
-        levels: how many there are.
-        stride: from one to the next.
+        levels: number of codes.
+        stride: distance between codes.
     """
 
     low: Annotated[int, Field(ge=-128, le=255)]
@@ -117,19 +117,19 @@ class GridEncoding(Strict):
         return self
 
     def grid(self) -> Grid:
-        """The same as lmcompress.numerics has it."""
+        """The same grid as a type of lmcompress.numerics."""
         return Grid(self.low, self.levels, self.stride)
 
 
 class WeightEncoding(Strict):
-    """How the weights of some modules lie in the checkpoint; weights are seen as ``(out, in)``, embeddings by token.
+    """The encoding of the weights of some modules; weights are seen as ``(out, in)``, embeddings by token.
 
     Attributes:
-        grid: what codes may be.
-        container: how codes lie in bytes, see :mod:`lmcompress.numerics.packing`.
+        grid: possible codes.
+        container: storage of codes in bytes, see :mod:`lmcompress.numerics.packing`.
         granularity: which weights share a scale: the ``tensor``, each ``row``, or each n neighbours of a row.
-        zero_points: whether there are zero points beside the scales.
-        inputs: what happens to the module's input; of the word embeddings, to that of a head which is tied to them.
+        zero_points: whether there are zero points besides the scales.
+        inputs: quantization of the module's input; for token embeddings, of the input of a tied head.
         modules: paths of the modules relative to the base model; those of a task head by their own names.
     """
 
@@ -150,22 +150,22 @@ class WeightEncoding(Strict):
                 f"{smallest!r} is needed"
             )
         if self.zero_points and self.grid.low < 0:
-            raise ValueError("zero points belong to a grid whose codes are 0 or more")
+            raise ValueError("zero points need a grid whose codes are 0 or more")
         return self
 
     def grouping(self) -> Granularity:
-        """The granularity as lmcompress.numerics has it."""
+        """The granularity as a type of lmcompress.numerics."""
         if isinstance(self.granularity, int):
             return PerGroup(self.granularity)
         return PER_TENSOR if self.granularity == "tensor" else PerRow()
 
 
 class AttentionEncoding(Strict):
-    """How the attention of every block quantizes the inputs of its two matmuls; ``None`` leaves one as it is.
+    """The quantization of the inputs of both matmuls of attention, in every block; ``None`` leaves one unquantized.
 
     Attributes:
-        queries, keys: of the matmul before the softmax.
-        values, probabilities: of the matmul after it.
+        queries, keys: inputs of the matmul before the softmax.
+        values, probabilities: inputs of the matmul after it.
     """
 
     queries: ActivationEncoding | None = None
@@ -175,11 +175,11 @@ class AttentionEncoding(Strict):
 
 
 class Encoding(Strict):
-    """How the tensors of a checkpoint stand for weights, and what happens to activations.
+    """The encoding of a checkpoint's weights, and the quantization of activations.
 
     Attributes:
-        weights: one entry for each way that there is; no module is in two of them.
-        attention: what happens within attention, the same in all blocks.
+        weights: one entry for each encoding; no module is in two of them.
+        attention: quantization within attention, the same in all blocks.
     """
 
     weights: Annotated[tuple[WeightEncoding, ...], _FROM_LIST, Field(max_length=MAX_MODULES)] = ()
@@ -203,9 +203,9 @@ class LowRankLayers(Strict):
     """Matrices that are products of two: :class:`~lmcompress.nn.low_rank.LowRankLinear`.
 
     Attributes:
-        kind: what they are.
-        rank: width between the two.
-        modules: where they are.
+        kind: type of the entry.
+        rank: inner dimension.
+        modules: paths of the modules.
     """
 
     kind: Literal["low_rank"]
@@ -217,9 +217,9 @@ class FactorizedEmbeddings(Strict):
     """Embedding tables that are a narrow table and a matrix: :class:`~lmcompress.nn.embedding.FactorizedEmbedding`.
 
     Attributes:
-        kind: what they are.
+        kind: type of the entry.
         rank: width of the table.
-        modules: where they are.
+        modules: paths of the modules.
     """
 
     kind: Literal["factorized_embedding"]
@@ -231,11 +231,11 @@ class GroupedLayers(Strict):
     """Matrices of diagonal blocks: :class:`~lmcompress.nn.grouped.GroupedLinear`.
 
     Attributes:
-        kind: what they are.
-        groups: how many blocks.
-        input_order: whether the checkpoint has an order in which the input is read.
-        output_order: whether it has one in which the output is given.
-        modules: where they are.
+        kind: type of the entry.
+        groups: number of diagonal blocks.
+        input_order: whether the checkpoint has a permutation of the input.
+        output_order: whether it has a permutation of the output.
+        modules: paths of the modules.
     """
 
     kind: Literal["grouped"]
@@ -249,9 +249,9 @@ class SeparableLayers(Strict):
     """Blocks that mix neighbours and do not attend: :class:`~lmcompress.nn.separable.SeparableMixing`.
 
     Attributes:
-        kind: what they are.
-        kernel: how many positions each looks at.
-        blocks: their numbers.
+        kind: type of the entry.
+        kernel: number of positions covered.
+        blocks: numbers of the blocks.
     """
 
     kind: Literal["separable"]
@@ -260,11 +260,11 @@ class SeparableLayers(Strict):
 
 
 class SharedBlocks(Strict):
-    """Blocks that have the parameters of an earlier one.
+    """Blocks that share the parameters of an earlier one.
 
     Attributes:
-        kind: what they are.
-        sources: for each block of the model the one whose parameters it has; its own number where they are its own.
+        kind: type of the entry.
+        sources: for each block of the model the number of the block that owns its parameters, possibly its own.
     """
 
     kind: Literal["shared"]
@@ -281,14 +281,14 @@ class SharedBlocks(Strict):
 CompactLayer = Annotated[
     LowRankLayers | FactorizedEmbeddings | GroupedLayers | SeparableLayers | SharedBlocks, Field(discriminator="kind")
 ]
-"""One kind of compact layer, and where it is."""
+"""One kind of compact layer and its places."""
 
 
 class Layers(Strict):
-    """What takes the place of matrices, attention and blocks of a stock model.
+    """The replacements of matrices, attention and blocks of a stock model.
 
     Attributes:
-        entries: one for each kind and size that there is; no module is in two of them.
+        entries: one for each kind and size; no module is in two of them.
     """
 
     entries: Annotated[tuple[CompactLayer, ...], _FROM_LIST, Field(max_length=MAX_MODULES)]
@@ -314,10 +314,10 @@ class Layers(Strict):
 
 
 class Storage(Strict):
-    """Which tensors of a checkpoint are entropy-coded streams; the rest is as it would be without.
+    """The tensors of a checkpoint that are entropy-coded streams; the others are stored as usual.
 
     Attributes:
-        coder: that made them, see :data:`lmcompress.entropy_coding.CODERS`; a stream says itself how it is read.
+        coder: coder of the streams, see :data:`lmcompress.entropy_coding.CODERS`; a stream records how it is decoded.
         streams: bytes of each stream, by the name of its tensor in the file. A model in memory has none, and keeps the
             coder for the next time it is saved.
     """
@@ -330,13 +330,13 @@ class Storage(Strict):
 
 
 class Provenance(Strict):
-    """Where a model comes from. Nothing here changes how it is loaded.
+    """The origin of a model; without effect on loading.
 
     Attributes:
-        library_version: lmcompress that wrote the checkpoint.
+        library_version: version of lmcompress that wrote the checkpoint.
         base_model: name or path of the model that was compressed.
-        recipe: name of the recipe, if there was one.
-        methods: what was applied, in order.
+        recipe: name of the recipe, if any.
+        methods: methods applied, in order.
     """
 
     library_version: Annotated[str, Field(max_length=64)] = ""

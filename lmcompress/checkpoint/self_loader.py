@@ -1,4 +1,4 @@
-"""The self-loading format: a small loader that travels with the checkpoint, for those who trust it."""
+"""The self-loading format: a small loader stored with the checkpoint, for users who trust it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _AUTO_CLASSES = {
 
 
 def write_self_loader(model: PreTrainedModel, folder: Path) -> None:
-    """Add the loader to a native checkpoint, and name it in ``config.json``.
+    """Add the loader to a native checkpoint and name it in ``config.json``.
 
-    The loader is the source text of what lmcompress itself rebuilds shapes with. All families are in every loader: the
-    first one that a process runs serves all checkpoints that follow.
+    The loader is the source text of the code by which lmcompress itself rebuilds shapes. Every loader has all families:
+    the first one that a process runs serves all later checkpoints.
 
     Args:
-        model: whose checkpoint it is.
+        model: the checkpoint's model.
         folder: holds ``config.json`` already.
     """
     class_name = type(model).__name__
@@ -58,7 +58,7 @@ def write_self_loader(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _without_imports(source: str) -> str:
-    """The text of a module below that of what it imports of lmcompress."""
+    """The source of a module below its imports from lmcompress."""
     ours = ("from lmcompress.", "from __future__ ")
     return "\n\n" + "".join(line for line in source.splitlines(keepends=True) if not line.startswith(ours))
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors are entropy-coded streams: writing them, and decoding them as a model is loaded."""
+"""Checkpoints whose tensors are entropy-coded streams: writing them, and decoding them while a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from lmcompress.errors import CheckpointError, LmcompressError
 
 
 def store_as_streams(folder: Path, coder: Coder) -> Storage:
-    """Rewrite the weights of a checkpoint as streams, where that makes them smaller, and say so in its config.
+    """Rewrite the weights of a checkpoint as streams where that saves bytes, and record it in its config.
 
-    One tensor after the other is read and coded, and each file is replaced once its new form is whole. Vectors stay as
-    they are: norms and biases are small, and what reads a file without lmcompress must not find a stream of the very
-    shape that it expects.
+    Tensors are read and coded one at a time, and each file is replaced once its new form is complete. Vectors stay as
+    they are: norms and biases are small, and software without lmcompress must not find a stream of exactly the shape
+    that it expects.
 
     Args:
-        folder: a checkpoint with safetensors weights that nobody else uses yet.
+        folder: a checkpoint with safetensors weights that nothing else is using yet.
         coder: one of :data:`lmcompress.entropy_coding.CODERS`.
 
     Returns:
-        What the config says now.
+        The new storage entry of the config.
 
     Raises:
-        LmcompressError: If the coder is unknown, or the checkpoint is not of lmcompress.
+        LmcompressError: If the coder is unknown or the checkpoint was not written by lmcompress.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     described = config.get("quantization_config")
     if not isinstance(described, dict):
-        raise LmcompressError(f"{folder} must be a checkpoint of lmcompress to hold streams, its config says of none")
+        raise LmcompressError(f"{folder} must be a checkpoint of lmcompress to hold streams, its config has no entry")
     streams: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
@@ -63,12 +63,12 @@ def store_as_streams(folder: Path, coder: Coder) -> Storage:
 
 
 class Place(NamedTuple):
-    """Where a tensor of a skeleton goes once its stream was decoded.
+    """The destination of a tensor in a skeleton once its stream is decoded.
 
     Attributes:
-        name: in the model.
-        shape: of the tensor.
-        dtype: that the model wants it in.
+        name: name in the model.
+        shape: shape of the tensor.
+        dtype: dtype in the model.
     """
 
     name: str
@@ -79,27 +79,27 @@ class Place(NamedTuple):
 def open_streams(
     model: PreTrainedModel, storage: Storage, files: Iterable[Path] = (), fixed: Collection[str] = ()
 ) -> list[Place]:
-    """Give a skeleton places for streams, which the ordinary loader fills.
+    """Give a skeleton buffers for streams, which the ordinary loader fills.
 
-    A stream of a head that has another shape than the skeleton's gets no place, so that Transformers finds a shape that
-    does not fit and does what it does with such heads: raise, or start anew with ``ignore_mismatched_sizes``.
+    A stream of a head whose shape differs from the skeleton's gets no buffer, so that Transformers finds the mismatch
+    and treats it as usual: an error, or a new head with ``ignore_mismatched_sizes``.
 
     Args:
-        model: in its final shapes, on ``meta``; changed in place.
-        storage: as a checkpoint's config names it.
+        model: in its final shapes, on ``meta``; modified in place.
+        storage: storage entry of a checkpoint's config.
         files: the safetensors files of the checkpoint.
-        fixed: names of the tensors that no user may replace: all but those of a head.
+        fixed: names of the tensors that no user may replace: all except those of a head.
 
     Returns:
-        For :func:`decode_streams`.
+        The places, for :func:`decode_streams`.
 
     Raises:
         CheckpointError: If a stream of a head is damaged.
     """
-    # Transformers makes the bias of a tied head as long as the tied matrix, which is a stream for now
+    # Transformers makes the bias of a tied head as long as the tied matrix, which is still a stream here
     model._adjust_bias = lambda *_: None
     prefix = model.base_model_prefix + "."
-    # a checkpoint of a task's model has its base under a prefix, one of the base model has none
+    # a checkpoint of a task model has its base under a prefix, one of a base model has none
     lengths = {name.removeprefix(prefix): length for name, length in storage.streams.items()}
     heads = lengths.keys() - {name.removeprefix(prefix) for name in fixed}
     shapes = _stream_shapes(files, {name for name in storage.streams if name.removeprefix(prefix) in heads}, prefix)
@@ -116,19 +116,19 @@ def open_streams(
 
 
 def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
-    """Put tensors in the place of their streams, one after the other, each stream given up as soon as it was read.
+    """Replace streams by their tensors, one at a time, releasing each stream once it is decoded.
 
-    So memory holds what is decoded, the streams that are not, and one tensor: less than the decoded model and one.
+    Memory holds the tensors decoded so far, the remaining streams, and one tensor: less than the decoded model and one.
 
     Args:
-        model: filled; changed in place.
+        model: with its streams; modified in place.
         places: from :func:`open_streams`.
 
     Raises:
-        CheckpointError: If a stream is damaged, or of a tensor of another shape or kind.
+        CheckpointError: If a stream is damaged, or its tensor has another shape or type.
     """
     model.__dict__.pop("_adjust_bias", None)
-    # a head that is tied to the embeddings got their stream as well
+    # a head tied to the embeddings received their stream as well
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for _, owner, own, tensor in _tensors(model):
         holders.setdefault(id(tensor), []).append((owner, own))
@@ -151,10 +151,10 @@ def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
 
 
 def _stream_shapes(files: Iterable[Path], names: Collection[str], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Of which shapes the streams in files are, by their names without the prefix of the base model."""
+    """Shapes of the streams in files, by name without the base model's prefix."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files if names else ():
-        # what is wrong with a file, the loader says, which reads all of them
+        # the loader, which reads all files, reports their damage
         with suppress(SafetensorError), safe_open(str(file), framework="pt") as source:
             for name in set(source.keys()).intersection(names):
                 stream = source.get_tensor(name)
@@ -164,7 +164,7 @@ def _stream_shapes(files: Iterable[Path], names: Collection[str], prefix: str) -
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every slot of a model's state dict: full name, owner, name there, tensor; what is tied as often as it is held."""
+    """Every slot of a model's state dict: full name, owner, name there, tensor; tied tensors once for each holder."""
     for path, module in model.named_modules():
         held = [*module._parameters.items(), *module._buffers.items()]
         for own, tensor in held:
@@ -186,7 +186,7 @@ def _put(owner: nn.Module, own: str, tensor: Tensor) -> Tensor:
 
 
 def _restate_size(folder: Path) -> None:
-    """Let the index of a sharded checkpoint say how many bytes its files have now."""
+    """Update the byte count in the index of a sharded checkpoint."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content = json.loads(index.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Shapes of a model: reading them off, saying them in a config, giving them to a skeleton."""
+"""Shapes of a model: reading them, recording them in a config, giving them to a skeleton."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lmcompress.families.shaping import shape_model
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
-    """The shapes that a model has now.
+    """The current shapes of a model.
 
     Args:
-        model: of a known family, on any device.
+        model: a model of a known family, on any device.
     """
     anatomy = anatomy_of(model)
     blocks = anatomy.blocks
@@ -28,11 +28,11 @@ def structure_of(model: PreTrainedModel) -> Structure:
 
 
 def same_shapes(one: Structure, other: Structure) -> bool:
-    """Whether two structures differ at most in where their blocks came from.
+    """Whether two structures differ at most in the origin of their blocks.
 
     Args:
-        one: some shapes.
-        other: those they are compared with.
+        one: a structure.
+        other: the structure to compare with.
     """
     compared = [
         (shapes.head_size, shapes.hidden, [(block.heads, block.ffn) for block in shapes.blocks])
@@ -42,10 +42,10 @@ def same_shapes(one: Structure, other: Structure) -> bool:
 
 
 def recorded_structure(model: PreTrainedModel) -> Structure:
-    """The shapes of a model now, with the numbers of the blocks it was cut from where its config knows them.
+    """The current shapes of a model, with the source numbers of its blocks where its config records them.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
     """
     structure = structure_of(model)
     recorded = recorded_compression(model.config)
@@ -55,13 +55,13 @@ def recorded_structure(model: PreTrainedModel) -> Structure:
 
 
 def stated_structure(model: PreTrainedModel) -> Structure | None:
-    """The shapes of a model as far as its config must name them; its stock config is made to say what it can.
+    """The shapes that a model's config must record; its stock config is updated as far as possible.
 
     Args:
-        model: of a known family; its config is changed in place.
+        model: a model of a known family; its config is modified in place.
 
     Returns:
-        None where the stock config says all.
+        None if the stock config expresses all shapes.
     """
     structure = recorded_structure(model)
     set_stock_shapes(model.config, structure)
@@ -69,10 +69,10 @@ def stated_structure(model: PreTrainedModel) -> Structure | None:
 
 
 def unless_stock(structure: Structure, config: PretrainedConfig) -> Structure | None:
-    """The shapes, or None where a stock config says all of them.
+    """The shapes, or None if a stock config expresses all of them.
 
     Args:
-        structure: of a model, with the numbers of the blocks it was cut from where they are known.
+        structure: structure of a model, with source numbers of its blocks where known.
         config: the stock config of the model.
     """
     cut = any(block.source is not None for block in structure.blocks)
@@ -86,7 +86,7 @@ def stock_structure(config: PretrainedConfig) -> Structure:
         config: a stock config of a known family.
 
     Raises:
-        CheckpointError: If it asks for no blocks or for absurdly many, or for sizes that no model has.
+        CheckpointError: If it has no blocks, or implausible numbers or sizes.
     """
     family = family_of(config)
     heads = config_value(config, family, "num_heads")
@@ -110,17 +110,17 @@ def stock_structure(config: PretrainedConfig) -> Structure:
 
 
 def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | None:
-    """Why these shapes are not expressible in a stock config, or None where they are.
+    """Why these shapes are not expressible in a stock config, or None if they are.
 
     A stock config has one head count, one FFN width and one hidden size, which must be the head count times the head
     size. The number of blocks is free, and so is the FFN width as long as it is the same everywhere.
 
     Args:
-        structure: the shapes wanted.
+        structure: the desired shapes.
         config: the stock config of the model.
 
     Returns:
-        One clause that names the obstacle and the nearest shape without it; None if there is no obstacle.
+        One clause that names the obstacle and the nearest shape without it; None if there is none.
     """
     family = family_of(config)
     stock = config_value(config, family, "hidden_size")
@@ -132,39 +132,39 @@ def why_not_vanilla(structure: Structure, config: PretrainedConfig) -> str | Non
         near = [n * size for n in (full, full + 1) if n and n * size <= stock]
         return (
             f"{family.model_type} derives the size of a head from hidden size / heads, and heads of {size} do not "
-            f"divide a hidden size of {hidden}. Nearest that would do: a hidden size of "
+            f"divide a hidden size of {hidden}. Nearest that is expressible: a hidden size of "
             f"{' or '.join(f'{n} with {n // size} heads everywhere' for n in near)}"
         )
     if set(counts) != {full}:
         return (
             f"{family.model_type} derives the size of a head from hidden size / heads, so every block needs all "
-            f"{full} heads; here they have {counts}. Nearest that would do: {full} heads everywhere"
+            f"{full} heads; here they have {counts}. Nearest that is expressible: {full} heads everywhere"
         )
     if len(set(widths)) > 1:
         return (
             f"a stock {family.model_type} has one FFN width for all blocks; here they are {widths}. "
-            f"Nearest that would do: {max(widths)} everywhere"
+            f"Nearest that is expressible: {max(widths)} everywhere"
         )
     if 0 in widths:
-        return f"a stock {family.model_type} has no FFN of width 0. Nearest that would do: 1 everywhere"
+        return f"a stock {family.model_type} has no FFN of width 0. Nearest that is expressible: 1 everywhere"
     if hidden != stock and _loses_projection(config, hidden):
         return (
             f"a stock {family.model_type} has no projection of its embeddings where they are as wide as the hidden "
-            f"size, {hidden}, and this model has one. Nearest that would do: a hidden size of {hidden - size or stock} "
+            f"size, {hidden}, and this model has one. Nearest expressible: a hidden size of {hidden - size or stock} "
             f"with {(hidden - size or stock) // size} heads everywhere"
         )
     return None
 
 
 def set_stock_shapes(config: PretrainedConfig, structure: Structure) -> None:
-    """Write into ``config`` what is expressible in a stock config.
+    """Write into ``config`` the shapes that a stock config can express.
 
     That is the number of blocks; the FFN width, if it is the same everywhere; and hidden size and number of heads, if
-    all blocks have as many heads as the hidden size over the head size. A hidden size that it cannot say stays as it
-    was: the skeleton is built from it, and cut down to ``structure.hidden``.
+    all blocks have as many heads as the hidden size over the head size. A hidden size that it cannot express stays as
+    it was: the skeleton is built from it, and cut down to ``structure.hidden``.
 
     Args:
-        config: changed in place.
+        config: modified in place.
         structure: the shapes of the model, with this config as it is.
     """
     family = family_of(config)
@@ -193,11 +193,11 @@ def _loses_projection(config: PretrainedConfig, hidden: int) -> bool:
 
 
 def shape_skeleton(model: PreTrainedModel, structure: Structure) -> None:
-    """Give a freshly built model the shapes of ``structure``; the new matrices have no values yet.
+    """Give a newly built model the shapes of ``structure``; the new matrices have no values yet.
 
     Args:
-        model: changed in place; usually on ``meta``, where nothing is allocated.
-        structure: as a checkpoint's config names it.
+        model: modified in place; usually on ``meta``, where nothing is allocated.
+        structure: structure in a checkpoint's config.
 
     Raises:
         CheckpointError: If the number of blocks or the head size is not the model's, or the hidden size is greater.
@@ -234,7 +234,7 @@ _PARTS = (
     "hidden_size", "num_layers",
 )  # fmt: skip
 PATHS = {name: {part: getattr(family, part) for part in _PARTS} for name, family in FAMILIES.items()}
-"""Of each family: what :func:`~lmcompress.families.shaping.shape_model` has to know of it."""
+"""Per family: what :func:`~lmcompress.families.shaping.shape_model` needs to know of it."""
 
 HEAD_ATTRIBUTES = {name: _head_attributes(family) for name, family in FAMILIES.items()}
-"""Of each family: attributes of the attention module as (a, b), for a * heads + b * heads * head size."""
+"""Per family: attributes of the attention module as (a, b), for a * heads + b * heads * head size."""

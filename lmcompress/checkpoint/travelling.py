@@ -23,7 +23,7 @@ from lmcompress.families.shaping import shape_model
 
 
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``config.json`` says, unchanged; what this loader cannot rebuild is refused."""
+    """The contents of ``config.json``, unchanged; compression that this loader cannot rebuild is refused."""
 
     def __init__(self, **values: Any) -> None:
         if values.get("format_version") not in range(1, FORMAT_VERSION + 1):
@@ -74,13 +74,13 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         for file in [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]:
             with safe_open(file, "pt") as tensors:
                 found = {name.removeprefix(prefix) for name in tensors.keys()}
-            # what is too many in a file, transformers only warns of
+            # Transformers only warns of surplus tensors in a file
             _refuse(sorted(empty & found))
         self.expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # some versions of transformers take whatever shape the file has
+        # some versions of transformers accept any shape in the file
         found = model.state_dict().items()
         _refuse([name for name, tensor in found if self.expected.get(name, tensor.shape) != tensor.shape])
         return model
@@ -92,7 +92,7 @@ def _refuse(names: Sequence[str]) -> None:
 
 
 def register() -> None:
-    """Tell Transformers of the method "lmcompress", unless lmcompress itself or a later loader has done so."""
+    """Register the method "lmcompress" with Transformers, unless lmcompress or a later loader has done so."""
     present = AUTO_QUANTIZER_MAPPING.get("lmcompress")
     # lmcompress itself has no supported_format and stays; an older loader gives way
     if present is None or getattr(present, "supported_format", FORMAT_VERSION) < FORMAT_VERSION:

@@ -1,4 +1,4 @@
-"""The program ``lmcompress``: its verbs, and what becomes of their errors."""
+"""The program ``lmcompress``: its verbs and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lmcompress.cli.usage import CommandLineError, Verb, Verbs, usage_message
 from lmcompress.errors import LmcompressError
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 and the number of the signal."""
+"""Exit code after Ctrl-C: 128 plus the number of the signal."""
 
 _RESUMABLE = ("run", "quickstart", "frontier")
 
@@ -54,13 +54,13 @@ def main() -> None:
 
 
 def run_app(arguments: list[str]) -> int:
-    """Run a command line; whatever goes wrong becomes one message, with a traceback after ``--debug`` only.
+    """Run a command line; any error becomes one message, with a traceback only after ``--debug``.
 
     Args:
-        arguments: without the program's name.
+        arguments: arguments without the program's name.
 
     Returns:
-        The exit code: 0; 2 for what the user can put right; 1 for a fault of lmcompress or its libraries; 130 after
+        The exit code: 0; 2 for errors the user can correct; 1 for a fault of lmcompress or its libraries; 130 after
         Ctrl-C.
     """
     debug = "--debug" in arguments
@@ -99,7 +99,7 @@ def run_app(arguments: list[str]) -> int:
         return 1
     if code == INTERRUPTED:
         resumes = next((word for word in arguments if not word.startswith("-")), "") in _RESUMABLE
-        then = "the same command goes on from the last checkpoint" if resumes else "the same command begins again"
+        then = "the same command resumes from the last checkpoint" if resumes else "the same command starts over"
         error_console().print(f"stopped; {then}", style="yellow")
     return code if isinstance(code, int) else 0
 

@@ -1,4 +1,4 @@
-"""``lmcompress benchmark``: the latency of a model, alone or beside another one."""
+"""``lmcompress benchmark``: the latency of a model, alone or next to another one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def benchmark(
     model: AnyModel,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="Folder or name of a second model, which the first is compared with."),
+        typer.Option("--against", help="Folder or name of a second model to compare with the first."),
     ] = None,
     batch: LatencyBatches = None,
     length: Annotated[
@@ -27,16 +27,16 @@ def benchmark(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Number of timed calls of each model.")] = 20,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Number of torch's threads. Default: torch's own.")
+        int | None, typer.Option("--threads", help="Number of torch threads. Default: torch's own.")
     ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Time greedy generation of 32 tokens instead of one forward pass.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time a model, alone or beside another one in the same process.
+    """Measure the latency of a model, alone or next to another one in the same process.
 
-    A model is called faster only where the quartiles of the two do not overlap.
+    A model is reported as faster only if the interquartile ranges of the two do not overlap.
 
     Examples:
 

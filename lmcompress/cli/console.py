@@ -1,4 +1,4 @@
-"""What the verbs print alike: tables as wide as the place allows, notes, and how a model is loaded."""
+"""Output that the verbs share: tables as wide as the terminal, notes, and how to load a model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich.console import Console
 
 
 def output_console() -> Console:
-    """The console for what was asked for: as wide as the terminal, or 120 columns in a log or a pipe."""
+    """The console for results: as wide as the terminal, or 120 columns in a log or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
 
 def error_console() -> Console:
-    """The console for what went wrong."""
+    """The console for errors."""
     return Console(stderr=True)
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:
-    """What a reader of the numbers must know, a line each."""
+    """The notes that a reader of the numbers needs, one per line."""
     for note in notes:
         console.print(f"note: {note}", highlight=False)
 
@@ -41,10 +41,10 @@ def print_how_to_load(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def auto_class_name(kind: str) -> str:
-    """The ``AutoModelFor...`` of a kind of task, as it is imported.
+    """The import name of the ``AutoModelFor...`` class of a kind of task.
 
     Args:
-        kind: of :class:`~lmcompress.data.TaskKind`.
+        kind: a :class:`~lmcompress.data.TaskKind`.
     """
     heads = {"causal_lm": "CausalLM", "token_classification": "TokenClassification"}
     return f"AutoModelFor{heads.get(kind, 'SequenceClassification')}"

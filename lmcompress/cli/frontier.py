@@ -37,11 +37,11 @@ Sparsities = Annotated[
 ]
 LatencyShares = Annotated[
     list[float] | None,
-    typer.Option("--latency-share", help="Share of the latency that stays, instead of --sparsity; give several."),
+    typer.Option("--latency-share", help="Share of the latency to keep, instead of --sparsity; give several."),
 ]
 Steps = Annotated[
     int,
-    typer.Option("--steps", help="Number of optimizer steps of recovery for each, with the dense model as teacher."),
+    typer.Option("--steps", help="Number of recovery steps for each target, with the dense model as teacher."),
 ]
 LearningRate = Annotated[float, typer.Option("--learning-rate", help="Learning rate of the recovery.")]
 Iterations = Annotated[int, typer.Option("--iterations", help="Number of rounds of each pruning.")]
@@ -76,10 +76,10 @@ def frontier(
     dry_run: DryRun = False,
     overwrite: OverwriteStages = False,
 ) -> None:
-    """Prune one model to several targets, let each recover for a while, and plot quality against size and latency.
+    """Prune one model to several targets, fine-tune each briefly, and plot quality against size and latency.
 
-    One run, with a report and its plots; the same command goes on where it was interrupted. Its recipe.yaml is
-    in the folder, to be changed and run by itself.
+    One run, with a report and its plots; the same command resumes it after an interruption. Its recipe.yaml is
+    in the folder, ready to be edited and run.
 
     Examples:
 
@@ -100,7 +100,7 @@ def frontier(
         targets = [validated(Target, {kind: amount}) for amount in amounts]
         values = pruning_values(parts, iterations, repair)
         if steps and iterations > 1:
-            # the second half of the steps is for the whole pruned model
+            # the second half of the steps trains the fully pruned model
             values["schedule"]["end"] = 0.5
         method = {"criterion": criterion, "labels": labels, "calibration_rows": rows}
         recipe = frontier_recipe(

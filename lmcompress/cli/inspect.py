@@ -26,8 +26,8 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its bytes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model is made of: heads and widths of each block, tensors and their bytes, codes and scales of
-    packed weights, bits per number of entropy-coded ones, where it comes from, how it can be saved, what was checked.
+    """Show the parts of a model: heads and widths of each block, tensors and their bytes, codes and scales of packed
+    weights, bits per number of entropy-coded ones, its origin, the formats it can be saved in, the check when saved.
 
     Examples:
 
@@ -125,7 +125,7 @@ def _print_history(console: Console, facts: Mapping[str, Any]) -> None:
     if "equivalence" in facts["saved"]:
         check = facts["saved"]["equivalence"]
         console.print(
-            f"checked when it was saved: reloaded on {check['batches']} batches ({check['inputs']}), max abs "
+            f"round-trip check when saved: reloaded on {check['batches']} batches ({check['inputs']}), max abs "
             f"difference of outputs {check['max_error']:.3g}",
             highlight=False,
         )
@@ -153,7 +153,7 @@ def _bytes_by_part(model: CompressedModel, tensors: Sequence[TensorInfo]) -> dic
 
 
 def _packing(model: CompressedModel) -> dict[str, Any]:
-    """Bytes of packed weights by what they are, and the kernel that multiplies them; empty where all is dense."""
+    """Bytes of packed weights by kind, and the matmul kernel used for them; empty if all weights are dense."""
     from lmcompress.evaluation import weight_bytes
     from lmcompress.kernels.dispatch import ladder
 

@@ -1,4 +1,4 @@
-"""What verbs do with a recipe: plan it, or carry it out and print what came of it."""
+"""Running a recipe from a verb: plan it, or carry it out and print the results."""
 
 from __future__ import annotations
 

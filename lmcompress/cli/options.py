@@ -1,6 +1,6 @@
-"""Options that several verbs share, and the names that their help lists.
+"""Options that several verbs share, and the names listed in their help.
 
-The names are written out here so that help imports none of what they are names of; a test holds them to the registries.
+The names are written out here so that help does not import what they name; a test compares them with the registries.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ METRICS = (
 
 AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or its name on the Hub.")]
 TrainedModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder of a model that is trained for the task, or its name on the Hub.")
+    str, typer.Argument(metavar="MODEL", help="Folder of a model trained for the task, or its name on the Hub.")
 ]
 TaskName = Annotated[
     str,
@@ -65,12 +65,12 @@ DataFolder = Annotated[
 TextColumns = Annotated[
     list[str] | None,
     typer.Option(
-        "--text-column", help="Column that holds the text; give it twice for pairs. Default: the usual names, as text."
+        "--text-column", help="Column that holds the text; twice for pairs. Default: the usual names, such as text."
     ),
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option("--label-column", help="Column that holds the label. Default: the usual names, as label or class."),
+    typer.Option("--label-column", help="Column that holds the label. Default: the usual names, such as label."),
 ]
 MetricNames = Annotated[
     list[str] | None,
@@ -80,7 +80,7 @@ MetricNames = Annotated[
         f"{', '.join(METRICS)}.",
     ),
 ]
-SplitName = Annotated[str, typer.Option("--split", help="Split that quality is measured on.")]
+SplitName = Annotated[str, typer.Option("--split", help="Split to measure quality on.")]
 MaxLength = Annotated[int, typer.Option("--max-length", help="Maximum length of an input in tokens.")]
 RowLimit = Annotated[
     int | None,
@@ -95,26 +95,26 @@ CriterionName = Annotated[
     str,
     typer.Option(
         "--criterion",
-        help=f"Measure of a unit's importance: {', '.join(CRITERIA)}; or module:attribute of a criterion of your own.",
+        help=f"Measure of a unit's importance: {', '.join(CRITERIA)}; or module:attribute of a custom criterion.",
     ),
 ]
 PartNames = Annotated[
-    str, typer.Option("--parts", help=f"Kinds of units that may be pruned, with commas between: {', '.join(PARTS)}.")
+    str, typer.Option("--parts", help=f"Kinds of units that may be pruned, comma-separated: {', '.join(PARTS)}.")
 ]
 LabelSource = Annotated[
     str,
     typer.Option(
-        "--labels", help="Labels of the calibration rows: given, those of the task, or self, the model's own answers."
+        "--labels", help="Labels of the calibration rows: given (the task's) or self (the model's predictions)."
     ),
 ]
 StorageName = Annotated[
     str,
     typer.Option(
         "--storage",
-        help="Storage of the weights: plain, or auto, zstd or huffman for a smaller file, losslessly coded.",
+        help="Storage of the weights: plain; or auto, zstd or huffman for a smaller, losslessly coded file.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random choices.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

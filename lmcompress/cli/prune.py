@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned model.")]
 Sparsity = Annotated[
-    float | None, typer.Option("--sparsity", help="Target: share of the blocks' parameters that is removed, as 0.5.")
+    float | None, typer.Option("--sparsity", help="Target: share of the blocks' parameters to remove, such as 0.5.")
 ]
 Parameters = Annotated[
     int | None, typer.Option("--parameters", help="Target: maximum number of parameters of the whole model.")
 ]
 FlopsShare = Annotated[
-    float | None, typer.Option("--flops-share", help="Target: maximum share of the blocks' operations that stays.")
+    float | None, typer.Option("--flops-share", help="Target: maximum share of the blocks' FLOPs to keep.")
 ]
 LatencyShare = Annotated[
     float | None,
     typer.Option(
-        "--latency-share", help="Target: maximum share of the latency that stays, as measured here (latency.json)."
+        "--latency-share", help="Target: maximum share of the latency to keep, as measured here (latency.json)."
     ),
 ]
 LatencyMs = Annotated[
@@ -59,20 +59,20 @@ LatencyMs = Annotated[
 ShapeWords = Annotated[
     str | None,
     typer.Option(
-        "--shape", help="Target: the shape itself, layers=6,heads=8,ffn=1024,hidden=512; heads=8/4/0 by block."
+        "--shape", help="Target: the shape itself, layers=6,heads=8,ffn=1024,hidden=512; heads=8/4/0 per block."
     ),
 ]
 Iterations = Annotated[
     int,
     typer.Option(
-        "--iterations", help="Number of rounds, each scored anew; 8 lose less than 1 and take 8 times as long."
+        "--iterations", help="Number of rounds, each with new scores; 8 lose less quality than 1 and take longer."
     ),
 ]
 Ranking = Annotated[
     str,
     typer.Option(
         "--ranking",
-        help=f"Comparison of units: {', '.join(RANKINGS)}. global makes uneven blocks and loses least.",
+        help=f"Comparison of units: {', '.join(RANKINGS)}. global prunes blocks unevenly and loses least quality.",
     ),
 ]
 MultipleOf = Annotated[
@@ -126,12 +126,12 @@ def prune(
 ) -> None:
     """Prune heads, neurons, layers, hidden dimensions or tokens of a trained model, without training.
 
-    How much: exactly one of --sparsity, --parameters, --flops-share, --latency-share, --latency-ms, --shape; or
-    --vocabulary alone. The model is measured before and after, saved only if the cut model answers as the masked one
-    did and the reloaded one as the cut one, and the last line says whether stock transformers can load it.
+    The target is exactly one of --sparsity, --parameters, --flops-share, --latency-share, --latency-ms, --shape; or
+    --vocabulary alone. The model is measured before and after, saved only if the outputs of the cut model match those
+    of the masked one and the reloaded one matches too, and the last line says whether stock transformers can load it.
 
-    Without training this goes as far as about a third of the blocks, and --iterations 8 goes further than 1. For more,
-    let it recover: lmcompress frontier --steps, or a recipe (lmcompress recipes show quickstart-prune).
+    Without training, about a third of the blocks can go, and --iterations 8 goes further than 1. To prune more,
+    fine-tune the pruned model: lmcompress frontier --steps, or a recipe (lmcompress recipes show quickstart-prune).
 
     Examples:
 

@@ -34,7 +34,7 @@ Bits = Annotated[str, typer.Option("--bits", help="Bit-width of the weights: 8, 
 EmbeddingBits = Annotated[
     str | None,
     typer.Option(
-        "--embedding-bits", help="Bit-width of the token embeddings; none keeps them dense. Default: as --bits."
+        "--embedding-bits", help="Bit-width of the token embeddings; none keeps them dense. Default: that of --bits."
     ),
 ]
 Activations = Annotated[
@@ -43,7 +43,7 @@ Activations = Annotated[
 ]
 Static = Annotated[
     bool,
-    typer.Option("--static", help="Calibrate the ranges of activations once instead of taking them from each input."),
+    typer.Option("--static", help="Calibrate the ranges of activations once instead of computing them per input."),
 ]
 Attention = Annotated[
     bool, typer.Option("--attention", help="Also quantize queries, keys, values and attention probabilities.")
@@ -52,18 +52,18 @@ Rounding = Annotated[
     str,
     typer.Option(
         "--method",
-        help=f"Way of rounding: {', '.join(ROUNDINGS)}. rtn rounds to nearest, the others calibrate.",
+        help=f"Rounding method: {', '.join(ROUNDINGS)}. rtn rounds to nearest, the others calibrate.",
     ),
 ]
 Quantizer = Annotated[
-    str, typer.Option("--quantizer", help=f"Choice of the scales of the weights: {', '.join(QUANTIZERS)}.")
+    str, typer.Option("--quantizer", help=f"Method that sets the scales of the weights: {', '.join(QUANTIZERS)}.")
 ]
 Granularity = Annotated[
-    str, typer.Option("--granularity", help="Weights that share a scale: row, tensor, or a group of this size, as 64.")
+    str, typer.Option("--granularity", help="Weights that share a scale: row, tensor, or a group size such as 64.")
 ]
 Leave = Annotated[
     list[str] | None,
-    typer.Option("--leave", help="Module that stays dense, by path with * for any; may be given several times."),
+    typer.Option("--leave", help="Path of a module to keep dense, with * as wildcard; may be given several times."),
 ]
 
 
@@ -97,9 +97,9 @@ def quantize(
 ) -> None:
     """Quantize a trained model without training, and pack it: a small file, and integer matmuls.
 
-    The model is measured before and after, and saved only if the reloaded one answers as the packed one did. At 8 bits
-    little is lost; at 4 try --method gptq or --activations none, and below that let it train: lmcompress recipes show
-    quickstart-quantize.
+    The model is measured before and after, and saved only if the reloaded model's outputs match the packed one's. At 8
+    bits little accuracy is lost; at 4 try --method gptq or --activations none, and below that train the quantized
+    model: lmcompress recipes show quickstart-quantize.
 
     Examples:
 

@@ -24,9 +24,9 @@ def quickstart(
     dry_run: DryRun = False,
     overwrite: OverwriteStages = False,
 ) -> None:
-    """Train a small teacher on the spot, distil a student from it, and compare them; some minutes on a CPU, no network.
+    """Train a small teacher, distil a student from it, and compare them; a few minutes on a CPU, no network.
 
-    The data come with the package. It is the built-in recipe [bold]quickstart[/] (or quickstart-lm): lmcompress
+    The data come with the package. This runs the built-in recipe [bold]quickstart[/] (or quickstart-lm): lmcompress
     recipes show quickstart
 
     Examples:

@@ -1,4 +1,4 @@
-"""``lmcompress recipes``: look at the built-in recipes."""
+"""``lmcompress recipes``: list and print the built-in recipes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def list_recipes() -> None:
 
 @recipes_app.command("show", cls=Verb, no_args_is_help=True)
 def show_recipe(
-    name: Annotated[str, typer.Argument(help="Name of a built-in recipe, as lmcompress recipes list gives it.")],
+    name: Annotated[str, typer.Argument(help="Name of a built-in recipe, as in lmcompress recipes list.")],
 ) -> None:
-    """Print a built-in recipe, to read or to start one's own from.
+    """Print a built-in recipe, as a starting point for one's own.
 
     Examples:
 

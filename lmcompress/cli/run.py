@@ -25,9 +25,9 @@ def run(
         typer.Option("--resume/--no-resume", help="Resume interrupted stages from their checkpoints, or restart them."),
     ] = True,
 ) -> None:
-    """Run a recipe: train its stages, measure all models side by side, write one self-contained folder.
+    """Run a recipe: train its stages, measure all models together, and write one self-contained folder.
 
-    The same command again keeps the stages that are finished and goes on where it was interrupted.
+    Running the same command again keeps finished stages and resumes the interrupted one.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""``lmcompress sensitivity``: which block can lose what."""
+"""``lmcompress sensitivity``: how much each block can be pruned."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def sensitivity(
         typer.Option("--output", "-o", help="Folder for sensitivity.json, sensitivity.png and importance.png."),
     ] = None,
 ) -> None:
-    """Measure which block can lose what: quality with a share of one block's heads or neurons masked, block by block.
+    """Measure how much each block can be pruned: quality with a share of its heads or neurons masked, block by block.
 
-    Nothing is cut and nothing trained: the least important units of one block at a time are masked. It also scores
-    every head. One evaluation for each block, part and share: with --limit 1000 some minutes for a BERT on a CPU.
+    Nothing is cut or trained: the least important units of one block at a time are masked. It also scores every head.
+    One evaluation for each block, part and share: with --limit 1000 a few minutes for BERT-base on a CPU.
 
     Examples:
 

@@ -1,6 +1,6 @@
-"""What is wrong with a command line, as one message: unknown verbs and options, options given twice.
+"""Errors of a command line as one message: unknown verbs and options, options given twice.
 
-typer carries its own copy of click from 0.16 on and depends on click before that: the classes of errors are taken from
+typer carries its own copy of click from 0.16 on and depends on click before that: the error classes are taken from
 typer's, so that either is caught and click itself is never imported.
 """
 
@@ -20,7 +20,7 @@ def _ancestor(name: str) -> type[Exception]:
 
 
 CommandLineError: Any = _ancestor("ClickException")
-"""What click raises for a command line that it cannot make sense of."""
+"""The exception click raises for a command line it cannot parse."""
 
 
 class Verb(TyperCommand):
@@ -33,12 +33,12 @@ class Verb(TyperCommand):
                 param.opts[0] for param in found if param.param_type_name == "option" and not param.multiple
             )
             if twice := [name for name, count in times.items() if count > 1]:
-                raise LmcompressError(f"{twice[0]} is given twice: leave one of the two out")
+                raise LmcompressError(f"{twice[0]} is given twice: remove one of the two")
         return super().parse_args(ctx, args)
 
 
 class Verbs(TyperGroup):
-    """A group of commands that names the nearest one where there is none of that name."""
+    """A group of commands whose error for an unknown name suggests the nearest command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else "-"
@@ -48,7 +48,7 @@ class Verbs(TyperGroup):
 
 
 def usage_message(error: Any) -> str:
-    """What is wrong with a command line, with the nearest valid name and where to read more.
+    """The error of a command line, with the nearest valid name and where to read more.
 
     Args:
         error: a :data:`CommandLineError`.

@@ -1,4 +1,4 @@
-"""From the words of a command line to validated values, whose errors name the option."""
+"""Command-line strings as validated values, whose errors name the option."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ OPTIONS = {
     "steps": "--steps",
     "shares": "--share",
 }
-"""How messages call what a verb was given."""
+"""Names of a verb's inputs in messages."""
 
 RECIPE_KEYS = {name: f"task.{name}" for name in ("text_columns", "label_column", "data", "limit", "kind", "splits")} | {
     name: name for name in ("evaluation.splits", "evaluation.metrics", "save", "storage")
 }
-"""How messages call what a recipe says."""
+"""Names of a recipe's entries in messages."""
 
 _OPTION_OF = {
     "text_columns": "--text-column",

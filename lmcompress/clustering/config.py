@@ -1,4 +1,4 @@
-"""What weight clustering is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""The configuration of weight clustering as validated data, shared by recipes and the Python API."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ class _Part(BaseModel):
 
 
 class SharingRule(_Part):
-    """What some matrices get in place of the default; of two rules that name a matrix the later one counts."""
+    """An override of the defaults for some matrices; of two rules that match a matrix the later one applies."""
 
     modules: Matrices
     clusters: Annotated[Count | None, Field(description="How many values; null: these matrices stay as they are.")]
 
 
 class SharingConfig(_Part):
-    """How many values weights share and how those are found; the defaults are Deep Compression's."""
+    """The number of shared values and how they are initialized; the defaults are Deep Compression's."""
 
     clusters: Annotated[
         Count | None,
-        Field(description="Values of each Linear or Conv1D beside zero; 32 are 5 bits; null leaves them alone."),
+        Field(description="Number of shared values of each Linear or Conv1D besides zero; 32 are 5 bits; null: dense."),
     ] = 32
-    convolution_clusters: Annotated[Count | None, Field(description="Values of each Conv2d; 256 are 8 bits.")] = 256
+    convolution_clusters: Annotated[Count | None, Field(description="Shared values of each Conv2d; 256: 8 bits.")] = 256
     embedding_clusters: Annotated[
         Count | None,
-        Field(description="Values of the token embeddings, and with them of a head that is tied to them."),
+        Field(description="Number of shared values of the token embeddings and of a head tied to them."),
     ] = 32
-    rules: Annotated[tuple[SharingRule, ...], Field(description="For some matrices in place of the above.")] = ()
+    rules: Annotated[tuple[SharingRule, ...], Field(description="Overrides for some matrices.")] = ()
     initial: Annotated[
         Initial,
         Field(
-            description="Where centroids start: linear (equal steps between the least weight and the greatest), "
-            "density (equal shares of the weights), forgy (at random)."
+            description="Initial centroids: linear (equally spaced between the smallest and the largest weight), "
+            "density (quantiles of the weights), forgy (random weights).",
         ),
     ] = "linear"
     keep_zeros: Annotated[
-        bool, Field(description="Whether weights that are exactly 0 stay so, such as those that were pruned.")
+        bool, Field(description="Whether weights that are exactly 0 stay 0, such as pruned ones.")
     ] = True
     sensitivity: Annotated[
         bool,
         Field(
             description="Whether clusters are weighted by the squared gradients of the weights on some rows of the "
-            "training data (SqueezeLLM); such matrices are clustered with more care for what the loss depends on."
+            "training data (SqueezeLLM), so that weights the loss depends on are approximated more closely."
         ),
     ] = False
-    calibration_rows: Annotated[int, Field(ge=1, description="Rows of the training data for the sensitivity.")] = 128
+    calibration_rows: Annotated[int, Field(ge=1, description="Number of training rows for the sensitivity.")] = 128
     codebook_learning_rate: Annotated[
         float | None,
         Field(
             gt=0,
             allow_inf_nan=False,
-            description="In training: of the shared values, on the schedule of the model's and without weight decay; "
+            description="Learning rate of the shared values, scheduled like the model's and without weight decay; "
             "default: that of the model.",
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""Clusters of numbers: k-means along a line, exact in every step, fast on millions of weights."""
+"""One-dimensional k-means: exact in every step, fast on millions of weights."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lmcompress.errors import LmcompressError
 
 Initial = Literal["linear", "density", "forgy"]
 MAX_CLUSTERS = 2**16
-# of the mean: a cluster of values without sensitivity still has a mean
+# relative to the mean: a cluster of values without sensitivity still has a mean
 _LEAST_WEIGHT = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Few values, and which of them each number has become.
+    """A codebook and the index of each value in it.
 
     Attributes:
-        centroids: ``(clusters,)`` float32 (float64 for float64), ascending; the zero of ``keep_zeros`` is not among
-            them.
-        indices: of the shape of the values, uint8 up to 256 values and int32 above: into ``centroids``; where ``zero``,
-            0 stands for an exact zero and ``i + 1`` for centroid ``i``.
-        zero: whether zeros have been kept.
+        centroids: ``(clusters,)`` float32 (float64 for float64), ascending; the zero of ``keep_zeros`` is not
+            included.
+        indices: same shape as the values, uint8 for up to 256 values, otherwise int32: into ``centroids``; with
+            ``zero``, 0 stands for an exact zero and ``i + 1`` for centroid ``i``.
+        zero: whether exact zeros are kept.
         error: sum of (weighted) squared differences.
-        iterations: that were done.
+        iterations: number of iterations run.
     """
 
     centroids: Tensor
@@ -37,7 +37,7 @@ class Clusters:
     iterations: int
 
     def values(self) -> Tensor:
-        """Every number as its cluster has it, of the shape of ``indices``."""
+        """The centroid of every value, in the shape of ``indices``."""
         return look_up(self.centroids, self.indices, zero=self.zero)
 
 
@@ -66,9 +66,9 @@ def sum_by_cluster(gradient: Tensor, indices: Tensor, *, clusters: int, zero: bo
     .. math:: \partial L / \partial C_k = \sum_{ij} \partial L / \partial W_{ij} \, [I_{ij} = k]
 
     Args:
-        gradient: of the weights, any shape.
-        indices: of the same shape, as in :class:`Clusters`.
-        clusters: how many centroids there are.
+        gradient: gradient of the weights, any shape.
+        indices: same shape, as in :class:`Clusters`.
+        clusters: number of centroids.
         zero: whether index 0 stands for a zero, which has no gradient.
 
     Returns:
@@ -95,31 +95,31 @@ def kmeans(
     iterations: int = 300,
     seed: int = 0,
 ) -> Clusters:
-    r"""The clusters of least squared error, as Lloyd's algorithm finds them from a start.
+    r"""Clusters of least squared error, by Lloyd's algorithm from a given start.
 
     .. math:: \min \sum_k \sum_{w \in c_k} h_w (w - c_k)^2
 
-    Along a line clusters are intervals: values are sorted once, and each step finds the ends of all intervals by
-    bisection and their means from cumulative sums, so that it costs O(clusters · log values). It ends where nothing
-    changes any more. A cluster that has become empty begins anew at the value that is farthest from its centroid.
+    In one dimension clusters are intervals: values are sorted once, and each step finds the ends of all intervals by
+    bisection and their means from cumulative sums, at a cost of O(clusters · log values). It ends when nothing
+    changes. An empty cluster is restarted at the value farthest from its centroid.
 
     Args:
         values: any shape, finite.
-        clusters: how many, 1 to 65536; fewer are returned where there are fewer distinct values, each then its own
-            centroid.
-        initial: ``linear``: equal steps from the least value to the greatest; ``density``: equal steps of the
-            cumulative distribution; ``forgy``: values drawn at random.
-        weights: of the shape of ``values``, >= 0: what an error at each counts, such as its sensitivity; where it is 0
-            for all values that are clustered, they count alike.
-        keep_zeros: leave exact zeros what they are, beside the clusters.
-        iterations: at most.
-        seed: of ``forgy``.
+        clusters: number of clusters, 1 to 65536; fewer are returned if there are fewer distinct values, each then its
+            own centroid.
+        initial: ``linear``: equally spaced between the smallest and the largest value; ``density``: quantiles of the
+            distribution; ``forgy``: random values.
+        weights: same shape as ``values``, >= 0: weight of each value's error, such as its sensitivity; if all clustered
+            values have weight 0, they count equally.
+        keep_zeros: keep exact zeros, in addition to the clusters.
+        iterations: maximum number of iterations.
+        seed: seed of ``forgy``.
 
     Returns:
-        The clusters, none of which is empty.
+        The clusters, none of them empty.
 
     Raises:
-        LmcompressError: If there are no values, values are not finite, a number of clusters or iterations is out of
+        LmcompressError: If there are no values, values are not finite, the number of clusters or iterations is out of
             range, the start is unknown, or weights have another shape, are negative or not finite.
 
     Reference:
@@ -140,7 +140,7 @@ def kmeans(
     zero = not bool(kept.all())
     chosen = flat[kept] if zero else flat
     if not len(chosen):
-        # nothing but zeros: no centroid is needed
+        # only zeros: no centroid is needed
         none = torch.empty(0, dtype=dtype, device=values.device)
         return Clusters(none, torch.zeros_like(values, dtype=torch.uint8), True, 0.0, 0)
     heavy = None if heavy is None else heavy[kept]
@@ -148,11 +148,11 @@ def kmeans(
     line = _Line.of(chosen, heavy)
     centroids, done = _lloyd(line, clusters, initial, iterations, seed)
     centroids = centroids.to(dtype)
-    # of the centroids as they are rounded, so that each value has the nearest of those that there are
+    # with the rounded centroids, so that each value has the nearest of those that are stored
     own = torch.searchsorted(_middles(centroids.double()), chosen)
     used = torch.bincount(own, minlength=len(centroids)) > 0
     if not bool(used.all()):
-        # iterations have run out: empty clusters are dropped
+        # out of iterations: empty clusters are dropped
         centroids, own = centroids[used], (used.cumsum(0) - 1)[own]
     differences = (chosen - centroids.double()[own]).square()
     error = float((differences if heavy is None else differences * heavy).sum())
@@ -164,12 +164,12 @@ def kmeans(
 
 @dataclass(frozen=True, eq=False)
 class _Line:
-    """Distinct values in ascending order, and sums up to each of them.
+    """Distinct values in ascending order, and cumulative sums.
 
     Attributes:
         values: ``(n,)``.
-        weight: ``(n + 1,)``: of all values before each.
-        moment: ``(n + 1,)``: likewise, weight times value.
+        weight: ``(n + 1,)``: sum over all values before each.
+        moment: ``(n + 1,)``: the same, weight times value.
     """
 
     values: Tensor
@@ -221,7 +221,7 @@ def _start(line: _Line, clusters: int, initial: Initial, seed: int) -> Tensor:
 
 
 def _middles(centroids: Tensor) -> Tensor:
-    # half of each, for the sum of two great ones may be infinite
+    # halves, for the sum of two large values may overflow
     return centroids[1:] / 2 + centroids[:-1] / 2
 
 
@@ -234,13 +234,13 @@ def _ends(line: _Line, centroids: Tensor) -> Tensor:
 def _means(line: _Line, ends: Tensor) -> Tensor:
     """The mean of each cluster, none of which is empty."""
     weight, moment = line.weight[ends].diff(), line.moment[ends].diff()
-    # a difference of sums may round past the cluster's own values
+    # a difference of sums may round beyond the cluster's own values
     low, high = line.values[ends[:-1]], line.values[ends[1:] - 1]
     return torch.minimum(torch.maximum(moment / weight, low), high)
 
 
 def _without_empty(line: _Line, ends: Tensor, centroids: Tensor) -> Tensor:
-    """Ends of clusters of which none is empty: one that is takes the end that lies farthest out from another."""
+    """Ends of clusters without empty ones: an empty cluster takes over the outermost end of another."""
     sizes = ends.diff()
     empty = int((sizes == 0).sum())
     while empty:
@@ -283,7 +283,7 @@ def _checked_weights(weights: Tensor | None, values: Tensor, flat: Tensor) -> Te
     heavy = weights.detach().reshape(-1).to(flat.device, torch.float64)
     if not bool(torch.isfinite(heavy).all()) or bool((heavy < 0).any()):
         raise LmcompressError(
-            "weights of errors must be finite and at least 0, got others: a sensitivity of NaN comes from a loss that "
+            "weights of errors must be finite and at least 0, got others: a NaN sensitivity comes from a loss that "
             "has diverged"
         )
     return heavy

@@ -1,4 +1,4 @@
-"""Weight clustering as a method of the trainer: codebooks of the matrices are what is trained."""
+"""Weight clustering as a method of the trainer: the codebooks of the matrices are trained."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Batch = Mapping[str, Tensor]
 
 
 class SharedWeight(nn.Module):
-    """The few values of one matrix, and which of them each weight has.
+    """The codebook of one matrix and the index of each weight.
 
     Attributes:
-        codebook: ``(clusters,)``, float32 or wider: the values beside zero, which are trained.
-        indices: of the matrix's shape as it is stored, as in :class:`~lmcompress.clustering.kmeans.Clusters`.
-        zero: whether index 0 stands for a zero that stays.
+        codebook: ``(clusters,)``, float32 or wider: the trained values besides zero.
+        indices: same shape as the stored matrix, as in :class:`~lmcompress.clustering.kmeans.Clusters`.
+        zero: whether index 0 stands for a weight that stays zero.
 
     Args:
         found: the clusters of the matrix.
@@ -43,10 +43,10 @@ class SharedWeight(nn.Module):
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Give every weight the value of its cluster.
+        """Set every weight to the value of its cluster.
 
         Args:
-            weight: as it is stored; changed in place.
+            weight: the stored weight; modified in place.
         """
         weight.copy_(look_up(self.codebook, self.indices, zero=self.zero))
 
@@ -55,7 +55,7 @@ class SharedWeight(nn.Module):
         """Whether every weight has the value of its cluster.
 
         Args:
-            weight: as it is stored.
+            weight: the stored weight.
         """
         return torch.equal(weight, look_up(self.codebook, self.indices, zero=self.zero).to(weight.dtype))
 
@@ -64,7 +64,7 @@ class SharedWeight(nn.Module):
         """Turn the gradient of the weights into that of the codebook.
 
         Args:
-            weight: whose gradient is taken away.
+            weight: the stored weight; its gradient is removed.
         """
         if weight.grad is None:
             return
@@ -76,25 +76,25 @@ class SharedWeight(nn.Module):
 class WeightSharing(SteppedMethod):
     """Clusters the weights of each matrix (weight sharing), and trains the codebook.
 
-    When training begins every matrix is clustered. From then on weights only change with the value that they share: the
-    gradient of a value is the sum of the gradients of its weights, and which weights belong to it stays as it is.
-    Weights that are 0 stay so. The rest of the model (biases, norms, other matrices) is trained as ever.
+    Every matrix is clustered when training begins. Afterwards weights only change with their shared value: the
+    gradient of a value is the sum of the gradients of its weights, and the assignment of weights to values is fixed.
+    Weights that are 0 stay 0. The rest of the model (biases, norms, other matrices) is trained as usual.
 
-    The model remains an ordinary one all the time, with few different numbers in its matrices; entropy-coded storage
-    finds them by itself.
+    The model remains an ordinary one throughout, with few distinct values in its matrices; entropy-coded storage
+    detects them.
 
     Args:
-        config: how many values which matrix has; default: Deep Compression's.
-        calibration: batches with labels, best of one row each, for the sensitivity; default: rows of the training data.
+        config: number of values for each matrix; default: Deep Compression's.
+        calibration: batches with labels, preferably of one row each, for the sensitivity; default: training rows.
 
     Attributes:
-        report: what was done; after :meth:`finish`.
-        max_norm: gradients are clipped as those of the weights, before they are summed, and not once more.
+        report: the resulting clusters; set by :meth:`finish`.
+        max_norm: gradients are clipped as gradients of the weights, before they are summed, and not again.
 
     Note:
         Deep Compression looks values up in every forward pass. Here they are written into the weights after every
-        optimizer step, and gradients are summed before it. The numbers are the same; checkpoints in the middle of
-        training, tied weights, and whatever reads a weight need nothing, and a step costs no more than a dense one.
+        optimizer step, and gradients are summed before it. The numbers are the same; checkpoints during
+        training, tied weights, and code that reads weights need no change, and a step costs no more than a dense one.
     """
 
     name = "sharing"
@@ -136,10 +136,10 @@ class WeightSharing(SteppedMethod):
         trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> None:
-        """What :meth:`prepare` does to the model, without a trainer.
+        """The effect of :meth:`prepare` on the model, without a trainer.
 
         Args:
-            model: not wrapped; its weights are changed in place.
+            model: not wrapped; its weights are modified in place.
             batches: for the sensitivity.
 
         Raises:
@@ -157,7 +157,7 @@ class WeightSharing(SteppedMethod):
             self._errors[path] = relative_error(before, weight)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The codebooks; without weight decay."""
+        """The codebooks, without weight decay."""
         codebooks = [shared.codebook for shared in self._shared.values() if len(shared.codebook)]
         if not codebooks:
             return []
@@ -170,7 +170,7 @@ class WeightSharing(SteppedMethod):
         return {"shared": nn.ModuleDict({path.replace(".", "/"): shared for path, shared in self._shared.items()})}
 
     def finish(self) -> None:
-        """Say what was done; the weights are what they shall be.
+        """Write the report; the weights already have their final values.
 
         Raises:
             LmcompressError: If something else has changed weights since the last step.
@@ -180,21 +180,21 @@ class WeightSharing(SteppedMethod):
         for planned in self._planned:
             if not self._shared[planned.at.path].holds(planned.at.weight):
                 raise LmcompressError(
-                    f"{planned.at.path} must be what its weights share, something has changed it: what removes or "
-                    "quantizes weights must be done in a stage of its own"
+                    f"{planned.at.path} no longer has its shared values, something has changed it: methods that cut or "
+                    "quantize weights must be done in a separate stage"
                 )
         self.report = self._reported(trained=True)
 
     def before_optimizer_step(self) -> None:
-        """Gradients of weights become those of the values they share.
+        """Turn gradients of weights into those of their shared values.
 
-        After clipping, which looks at the model's own parameters, and before the hook that cares for ours.
+        After clipping, which reads the model's own parameters, and before the hook that handles ours.
         """
         for planned in self._planned:
             self._shared[planned.at.path].gather(planned.at.weight)
 
     def after_optimizer_step(self) -> None:
-        """Weights become the values they share."""
+        """Set weights to their shared values."""
         for planned in self._planned:
             self._shared[planned.at.path].write(planned.at.weight)
 
@@ -209,12 +209,12 @@ def share_weights(
     """Cluster the weights of each matrix, without training.
 
     Args:
-        model: a ``PreTrainedModel``, a ``CompressedModel`` or any other module; its weights are changed in place.
-        config: how many values which matrix has; default: Deep Compression's.
-        batches: with labels, best of one row each, where the config asks for sensitivity.
+        model: a ``PreTrainedModel``, a ``CompressedModel`` or any other module; its weights are modified in place.
+        config: number of values for each matrix; default: Deep Compression's.
+        batches: batches with labels, preferably of one row each, if the config asks for sensitivity.
 
     Returns:
-        What was done.
+        The resulting clusters.
 
     Raises:
         LmcompressError: If :class:`WeightSharing` refuses the config or the data; the model is then unchanged.

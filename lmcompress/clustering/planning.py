@@ -1,4 +1,4 @@
-"""Which matrices of a model share how many values, decided and checked before anything is touched."""
+"""The number of shared values of each matrix, decided and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lmcompress.families.weights import Weighted, rules_by_path, weighted_module
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A matrix that will share its values.
+    """A matrix whose weights will be clustered.
 
     Attributes:
-        at: where it is.
-        clusters: how many values, zero not counted.
+        at: its location.
+        clusters: number of values, zero not counted.
     """
 
     at: Weighted
@@ -25,18 +25,18 @@ class Planned:
 
 
 def plan(model: nn.Module, config: SharingConfig) -> tuple[list[Planned], dict[str, str]]:
-    """Decide which matrix gets what; nothing is changed.
+    """Decide which matrices are clustered; nothing is changed.
 
     Args:
         model: a ``PreTrainedModel`` or any other module.
-        config: what is wanted.
+        config: the configuration.
 
     Returns:
-        What shares, in the order of the model, and path to reason of what does not.
+        The matrices to cluster, in the order of the model, and path to reason for the others.
 
     Raises:
-        LmcompressError: If a rule names nothing, something else has parametrized a matrix, or nothing would share
-            values.
+        LmcompressError: If a rule matches nothing, something else has parametrized a matrix, or no matrix would be
+            clustered.
     """
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)

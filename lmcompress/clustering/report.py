@@ -1,4 +1,4 @@
-"""What weight clustering did, as data and as a table."""
+"""The result of weight clustering, as data and as a table."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lmcompress.method import TextReport
 
 @dataclass(frozen=True)
 class SharedMatrix:
-    """What became of one matrix.
+    """The result for one matrix.
 
     Attributes:
-        path: of its module, relative to the base model.
-        part: what the family calls it; empty for others.
-        weights: how many.
-        zeros: how many of them are 0.
-        clusters: different values beside 0.
-        bits: of a weight as it was, such as 32.
-        error: squared error over squared norm, when it was shared and before anything was trained.
+        path: path of its module, relative to the base model.
+        part: the family's name of it; empty for others.
+        weights: number of weights.
+        zeros: number of weights that are 0.
+        clusters: number of distinct values besides 0.
+        bits: original bits per weight, such as 32.
+        error: squared error over squared norm, right after clustering and before training.
     """
 
     path: str
@@ -34,12 +34,12 @@ class SharedMatrix:
 
     @property
     def index_bits(self) -> int:
-        """Bits of an index that tells all values apart, zero among them."""
+        """Bits of an index into all values, zero included."""
         return max(1, (self.clusters + (self.zeros > 0) - 1).bit_length())
 
     @property
     def rate(self) -> float:
-        """How many times less codebook and indices take than the weights, all positions stored.
+        """Compression ratio of the weights to codebook and indices, all positions stored.
 
         Deep Compression, section 3, equation 1, with the bits of an index rounded up.
         """
@@ -51,9 +51,9 @@ class SharingReport(TextReport):
     """Which matrices share how many values.
 
     Attributes:
-        config: what was asked for, as JSON types.
-        matrices: that share, in the order of the model.
-        untouched: path to reason, of the others.
+        config: the configuration, as JSON types.
+        matrices: clustered matrices, in the order of the model.
+        untouched: path to reason, for the others.
         trained: whether the shared values were trained.
     """
 
@@ -68,7 +68,7 @@ class SharingReport(TextReport):
         return {**asdict(self), "matrices": rows}
 
     def __rich__(self) -> Table:
-        """A table for the terminal: a row for each matrix."""
+        """A table for the terminal, one row per matrix."""
         table = Table(title=f"shared weights ({'trained' if self.trained else 'not trained'})")
         table.add_column("matrix")
         for name in ("weights", "zero", "values", "index bits", "error"):

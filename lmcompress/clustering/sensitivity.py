@@ -1,4 +1,4 @@
-"""How much the loss depends on each weight."""
+"""The sensitivity of the loss to each weight."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def fisher_diagonal(
 
     .. math:: F_{ii} = \sum_b (\partial L_b / \partial w_i)^2
 
-    Of batches of one row this is the sum over examples. The model runs in evaluation mode; its mode and its gradients
-    are as before afterwards.
+    With batches of one row this is the sum over examples. The model runs in evaluation mode; its mode and gradients
+    are restored afterwards.
 
     Args:
-        model: whose outputs have a ``loss`` where the batch has labels.
-        weights: of the model; whether they are trained does not matter.
-        batches: what the model is called with, labels included.
+        model: a model whose outputs have a ``loss`` when the batch has labels.
+        weights: parameters of the model, trainable or not.
+        batches: model inputs, with labels.
 
     Returns:
-        For each weight a tensor of its shape, float32, at least 0.
+        For each weight a tensor of its shape, float32, >= 0.
 
     Raises:
-        LmcompressError: If there are no batches, or the model gives no loss on them.
+        LmcompressError: If there are no batches, or the model returns no loss for them.
 
     Reference:
         Kim et al., *SqueezeLLM*, ICML 2024, https://arxiv.org/abs/2306.07629, section 4.1, equation 4.
@@ -45,7 +45,7 @@ def fisher_diagonal(
             loss = outputs["loss"] if "loss" in outputs else None
             if loss is None:
                 raise LmcompressError(
-                    f"sensitivity needs a loss, got a {type(model).__name__} that gives none on batches with "
+                    f"sensitivity needs a loss, got a {type(model).__name__} that returns none for batches with "
                     f"{', '.join(batch)}; give batches with labels"
                 )
             for total, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
@@ -53,5 +53,5 @@ def fisher_diagonal(
                     total += gradient.float().square()
             seen += 1
     if not seen:
-        raise LmcompressError("sensitivity must be measured on some batches, got none; pass batches with labels")
+        raise LmcompressError("sensitivity needs at least one batch, got none; pass batches with labels")
     return sums

@@ -1,4 +1,4 @@
-"""New training texts out of old ones: a teacher labels whatever comes out, so the texts need not make sense.
+"""Data augmentation for training texts: a teacher labels the results, so the texts need not make sense.
 
 The operations are those of
 
@@ -6,7 +6,7 @@ The operations are those of
   https://arxiv.org/abs/1903.12136, section 3.3: masking, n-gram sampling;
 * TextBrewer: deleting, disorder;
 * Jiao et al., *TinyBERT: Distilling BERT for Natural Language Understanding*, 2020, https://arxiv.org/abs/1909.10351,
-  algorithm 1: replacing by near words.
+  algorithm 1: replacement by similar words.
 
 Each takes words and a random generator and returns new words; hyperparameters are bound with
 :func:`functools.partial`.
@@ -28,11 +28,11 @@ from lmcompress.errors import LmcompressError, nearest
 
 # a word between punctuation, which stays where it is
 _WORD = re.compile(r"^(\W*)(\w+)(\W*)$")
-# rows of the similarities that are in memory at a time
+# rows of the similarity matrix in memory at a time
 _CHUNK = 1024
 
 Operation = Callable[[Sequence[str], np.random.Generator], list[str]]
-"""``(words, rng) -> words``: never changes its input, and keeps at least one of at least one word."""
+"""``(words, rng) -> words``: leaves its input unchanged, and keeps at least one of at least one word."""
 
 
 def mask_tokens(
@@ -41,13 +41,13 @@ def mask_tokens(
     """Each word becomes ``mask_token`` with probability ``p``.
 
     Args:
-        tokens: words; not changed.
-        rng: where chance comes from.
+        tokens: words; not modified.
+        rng: source of randomness.
         p: in [0, 1].
-        mask_token: what the student's tokenizer, and the teacher's, take for a mask.
+        mask_token: mask token of the tokenizers of student and teacher.
 
     Returns:
-        as many words as came.
+        as many words as in the input.
 
     Example:
         >>> mask_tokens(["a", "b"], np.random.default_rng(0), p=1.0)
@@ -59,15 +59,15 @@ def mask_tokens(
 
 
 def delete_tokens(tokens: Sequence[str], rng: np.random.Generator, *, p: float = 0.1) -> list[str]:
-    """Each word is left out with probability ``p``; if all would be, one drawn at random stays.
+    """Each word is dropped with probability ``p``; if all would be, a random one is kept.
 
     Args:
-        tokens: words; not changed.
-        rng: where chance comes from.
+        tokens: words; not modified.
+        rng: source of randomness.
         p: in [0, 1].
 
     Returns:
-        the words that stay, in their order.
+        the remaining words, in order.
 
     Example:
         >>> delete_tokens(["a", "b"], np.random.default_rng(0), p=0.0)
@@ -81,15 +81,15 @@ def delete_tokens(tokens: Sequence[str], rng: np.random.Generator, *, p: float =
 def n_gram_sample(
     tokens: Sequence[str], rng: np.random.Generator, *, lengths: Sequence[int] = (1, 2, 3, 4, 5)
 ) -> list[str]:
-    """A run of successive words, its length drawn evenly from ``lengths`` (all words if there are fewer).
+    """A random n-gram, its length drawn uniformly from ``lengths`` (all words if there are fewer).
 
     Args:
-        tokens: words; not changed.
-        rng: where chance comes from.
+        tokens: words; not modified.
+        rng: source of randomness.
         lengths: numbers of words, each >= 1.
 
     Returns:
-        the run of words.
+        the n-gram.
 
     Example:
         >>> n_gram_sample(["a", "b", "c"], np.random.default_rng(0), lengths=[3])
@@ -103,13 +103,13 @@ def n_gram_sample(
 
 
 def short_disorder(tokens: Sequence[str], rng: np.random.Generator, *, p: float = 0.1) -> list[str]:
-    """Neighbours change places: going from left to right, a word swaps with the next with probability ``p``.
+    """Swaps neighbours: from left to right, a word swaps with the next with probability ``p``.
 
     A word that has moved does not move again. TextBrewer's ``short_disorder`` with its default weights.
 
     Args:
-        tokens: words; not changed.
-        rng: where chance comes from.
+        tokens: words; not modified.
+        rng: source of randomness.
         p: in [0, 1].
 
     Returns:
@@ -123,13 +123,13 @@ def short_disorder(tokens: Sequence[str], rng: np.random.Generator, *, p: float 
 
 
 def long_disorder(tokens: Sequence[str], rng: np.random.Generator, *, p: float = 0.1, length: int = 20) -> list[str]:
-    """At each position, the two halves of the next ``length`` words change places with probability ``p``.
+    """Swaps the two halves of the next ``length`` words at each position with probability ``p``.
 
     Words that have moved do not move again; texts shorter than ``length`` stay as they are.
 
     Args:
-        tokens: words; not changed.
-        rng: where chance comes from.
+        tokens: words; not modified.
+        rng: source of randomness.
         p: in [0, 1].
         length: an even number of words.
 
@@ -157,19 +157,19 @@ def long_disorder(tokens: Sequence[str], rng: np.random.Generator, *, p: float =
 def replace_tokens(
     tokens: Sequence[str], rng: np.random.Generator, *, neighbours: Mapping[str, Sequence[str]], p: float = 0.4
 ) -> list[str]:
-    """Each word that has neighbours gives way, with probability ``p``, to one of them, drawn evenly.
+    """Each word that has neighbours is replaced, with probability ``p``, by one of them, drawn uniformly.
 
     TinyBERT's algorithm 1 with its ``p``. There the words come from BERT's own masked predictions and, for words of
-    several pieces, from GloVe; here from whatever made ``neighbours``, and words that it lacks stay.
+    several pieces, from GloVe; here from any source of ``neighbours``, and words without any stay.
 
     Args:
-        tokens: words, with or without punctuation at their ends, which stays; not changed.
-        rng: where chance comes from.
-        neighbours: of each word, such as :func:`nearest_words` finds; of words in lower case too if that is all it has.
+        tokens: words, with or without punctuation at their ends, which stays; not modified.
+        rng: source of randomness.
+        neighbours: similar words by word, such as :func:`nearest_words` finds; looked up in lower case if need be.
         p: in [0, 1].
 
     Returns:
-        as many words as came.
+        as many words as in the input.
 
     Example:
         >>> replace_tokens(["a", "film."], np.random.default_rng(0), neighbours={"film": ["movie"]}, p=1.0)
@@ -187,15 +187,15 @@ def replace_tokens(
 def nearest_words(
     embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, *, count: int = 15
 ) -> dict[str, tuple[str, ...]]:
-    """For each word that is one token, the words whose embeddings are most like its own (cosine).
+    """For each word that is one token, the words with the most similar embeddings (cosine).
 
     Args:
         embeddings: ``(vocabulary, width)``, such as ``model.get_input_embeddings().weight`` of a trained model.
-        tokenizer: of the same vocabulary.
-        count: how many, if there are; TinyBERT's ``K``.
+        tokenizer: tokenizer with the same vocabulary.
+        count: maximum number of neighbours; TinyBERT's ``K``.
 
     Returns:
-        neighbours by word, nearest first. Words consist of letters only and have two at least.
+        neighbours by word, nearest first. Words have at least two characters, all letters.
 
     Raises:
         LmcompressError: If ``count`` < 1, the vocabulary has no two words, or the embeddings have fewer rows than the
@@ -208,8 +208,8 @@ def nearest_words(
         raise LmcompressError(f"count must be >= 1, got {count}")
     if len(embeddings) < len(tokenizer):
         raise LmcompressError(
-            f"the tokenizer has {len(tokenizer)} tokens and the embeddings have {len(embeddings)} rows: they are not "
-            "of one model"
+            f"the tokenizer has {len(tokenizer)} tokens and the embeddings have {len(embeddings)} rows: they belong to "
+            "different models"
         )
     words = whole_words(tokenizer)
     count = min(count, len(words) - 1)
@@ -225,17 +225,17 @@ def nearest_words(
 
 
 def whole_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
-    """Words of letters, two at least, that are one token within a text, and those tokens.
+    """Words of at least two letters that are one token within a text, and those tokens.
 
     Args:
-        tokenizer: any.
+        tokenizer: any tokenizer.
 
     Raises:
-        LmcompressError: If there are not two of them.
+        LmcompressError: If there are fewer than two.
     """
     texts = dict.fromkeys(tokenizer.decode([token]).strip() for token in range(len(tokenizer)))
     candidates = [text for text in texts if len(text) > 1 and text.isalpha()]
-    # behind a space, as GPT-2's words begin with one, and what continues a word in BERT is no word
+    # after a space, as GPT-2's words begin with one; a word piece that continues a word in BERT is not a word
     encoded = (
         tokenizer([" " + text for text in candidates], add_special_tokens=False)["input_ids"] if candidates else []
     )
@@ -258,22 +258,22 @@ def augment(
     copies: int = 1,
     seed: int = 0,
 ) -> Dataset:
-    """``dataset`` followed by ``copies`` changed copies of it.
+    """``dataset`` followed by ``copies`` augmented copies of it.
 
-    Each text of each new row goes through one operation, drawn evenly. Words are what white space separates. All
-    other columns, labels among them, are those of the row that it came from: they are a guess, so weigh the labels'
-    loss down or leave it out.
+    Each text of each new row goes through one operation, drawn uniformly. Words are separated by white space. All
+    other columns, labels included, are those of the original row: they are a guess, so reduce the weight of the labels'
+    loss or set it to 0.
 
     Args:
         dataset: rows before tokenisation.
         text_columns: columns of strings to change.
-        operations: what may happen to a text.
-        copies: how many new rows for each row.
+        operations: possible operations on a text.
+        copies: number of new rows for each row.
         seed: row ``i`` of copy ``c`` depends on ``(seed, c, i)`` only, whatever the number of processes or the batch
             size.
 
     Returns:
-        ``len(dataset) * (1 + copies)`` rows, the old ones first and in their order.
+        ``len(dataset) * (1 + copies)`` rows, the original ones first and in order.
 
     Raises:
         LmcompressError: If a column is missing or holds no strings, there are no operations, or ``copies`` < 1.

@@ -1,4 +1,4 @@
-"""Rows of different lengths into one batch of tensors."""
+"""Batches of tensors from rows of different lengths."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask
 
 @dataclass(frozen=True)
 class Padding:
-    """How one tokenizer's inputs are made equally long.
+    """Padding of one tokenizer's inputs.
 
     Attributes:
-        values: input name to what fills it up.
-        on_the_left: whether the filling comes first.
+        values: padding value by input name.
+        on_the_left: whether the padding comes first.
     """
 
     values: Mapping[str, int]
@@ -33,31 +33,31 @@ class Padding:
         """The padding of a tokenizer; one without a padding token (GPT-2's) pads with its end-of-sequence token.
 
         Args:
-            tokenizer: a student's or a teacher's.
+            tokenizer: a tokenizer of a student or a teacher.
 
         Returns:
             the padding.
 
         Raises:
-            LmcompressError: If it has neither.
+            LmcompressError: If it has neither token.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
             raise LmcompressError(
                 f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has neither a pad_token nor an "
-                "eos_token to fill batches with; set tokenizer.pad_token"
+                "eos_token to pad batches with; set tokenizer.pad_token"
             )
         fill = (pad, 0, tokenizer.pad_token_type_id, 1)
         return cls(dict(zip(_INPUTS, fill, strict=True)), tokenizer.padding_side == "left")
 
 
 class Collator:
-    """Makes a batch of tokenised rows; made by :func:`collator`.
+    """Makes a batch from tokenized rows; created by :func:`collator`.
 
     Args:
-        task: tells what labels are.
-        padding: of the student's inputs.
-        teacher_padding: of ``teacher_*`` inputs, if there are any.
+        task: determines the type of the labels.
+        padding: padding of the student's inputs.
+        teacher_padding: padding of ``teacher_*`` inputs, if any.
         pad_to_multiple_of: lengths are rounded up to a multiple.
     """
 
@@ -77,7 +77,7 @@ class Collator:
         """Pads and stacks.
 
         Args:
-            rows: tokenised; columns that are neither model inputs nor ``labels`` must be of one shape and are stacked.
+            rows: tokenized; columns that are neither model inputs nor ``labels`` must have one shape and are stacked.
 
         Returns:
             ``(batch, length)`` int64 inputs (``teacher_*`` of their own length) and ``labels``: ``(batch,)`` int64
@@ -85,7 +85,7 @@ class Collator:
             where there is nothing to predict.
 
         Raises:
-            LmcompressError: If rows have a teacher's inputs, and its tokenizer was not given.
+            LmcompressError: If rows have a teacher's inputs but its tokenizer was not given.
         """
         batch = {}
         for key in rows[0]:
@@ -130,21 +130,21 @@ def collator(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     pad_to_multiple_of: int | None = None,
 ) -> Collator:
-    """What makes batches of a task's tokenised rows.
+    """The collator of a task's tokenized rows.
 
     Args:
-        task: tells what labels are.
-        tokenizer: the student's. Without a padding token (GPT-2's) its end-of-sequence token fills up, with attention
-            mask 0; for classification set the model's ``config.pad_token_id`` to the same, by which it finds the last
+        task: determines the type of the labels.
+        tokenizer: the student's. Without a padding token (GPT-2), its end-of-sequence token is used, with attention
+            mask 0; for classification set the model's ``config.pad_token_id`` to the same, from which it finds the last
             token of a row.
         teacher_tokenizer: pads ``teacher_*`` inputs; needed if there are any.
-        pad_to_multiple_of: lengths are rounded up to a multiple, which suits some hardware.
+        pad_to_multiple_of: lengths are rounded up to a multiple, which some hardware prefers.
 
     Returns:
         a function from rows to a batch; see :class:`Collator`.
 
     Raises:
-        LmcompressError: If a tokenizer has nothing to pad with, or ``pad_to_multiple_of`` < 1.
+        LmcompressError: If a tokenizer has no token to pad with, or ``pad_to_multiple_of`` < 1.
     """
     if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
         raise LmcompressError(f"pad_to_multiple_of must be >= 1, got {pad_to_multiple_of}")

@@ -1,4 +1,4 @@
-"""Which columns of a table are text, which is the label, and what kind of task that makes."""
+"""The text and label columns of a table, and the kind of task they imply."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("content",),
     ("body",),
 )
-"""Names looked for when no text columns are given; the first that are all there win."""
+"""Names looked up when no text columns are given; the first entry whose names all exist is used."""
 
 LABEL_COLUMNS = (
     *("label", "labels", "ner_tags", "pos_tags", "chunk_tags", "tags", "score"),
     *("sentiment", "class", "category", "target"),
 )
-"""Names looked for when no label column is given."""
+"""Names looked up when no label column is given."""
 
 
 def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None) -> tuple[str, ...]:
-    """The text columns: those given, or the first of :data:`TEXT_COLUMNS` that are there.
+    """The text columns: those given, or the first of :data:`TEXT_COLUMNS` that exist.
 
     Args:
-        columns: those of the table.
-        text_columns: those asked for, or None.
+        columns: columns of the table.
+        text_columns: requested columns, or None.
 
     Returns:
         one or two names.
@@ -67,13 +67,13 @@ def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None
 def find_label_column(
     columns: Sequence[str], text_columns: Sequence[str], label_column: str | None, kind: TaskKind | None
 ) -> str | None:
-    """The label column, or None where the text itself is what is predicted.
+    """The label column, or None if the text itself is predicted.
 
     Args:
-        columns: those of the table.
-        text_columns: which of them are text.
-        label_column: the one asked for, or None.
-        kind: the kind asked for, or None.
+        columns: columns of the table.
+        text_columns: its text columns.
+        label_column: requested column, or None.
+        kind: requested kind of task, or None.
 
     Returns:
         a name, or None.
@@ -114,17 +114,17 @@ def find_label_column(
 
 
 def infer_kind(train: Dataset, label_column: str | None) -> TaskKind:
-    """The kind of task that the labels' type tells.
+    """The kind of task implied by the type of the labels.
 
     Args:
         train: the training rows.
-        label_column: None where the text itself is what is predicted.
+        label_column: None if the text itself is predicted.
 
     Returns:
-        the kind; lists are taken for ``multi_label``.
+        the kind; lists mean ``multi_label``.
 
     Raises:
-        LmcompressError: the labels' type tells none.
+        LmcompressError: If the type of the labels implies none.
     """
     if label_column is None:
         return TaskKind.CAUSAL_LM
@@ -137,7 +137,7 @@ def infer_kind(train: Dataset, label_column: str | None) -> TaskKind:
     if pa.types.is_floating(column.type):
         return TaskKind.REGRESSION
     if is_string_type(column.type):
-        # a csv file gives strings for everything: 0.5 and 3.25 are scores, 0 and 1 and "spam" are classes
+        # csv columns are all strings: 0.5 and 3.25 are scores, 0 and 1 and "spam" are classes
         return TaskKind.REGRESSION if _looks_like_scores(column) else TaskKind.CLASSIFICATION
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return TaskKind.CLASSIFICATION
@@ -147,31 +147,31 @@ def infer_kind(train: Dataset, label_column: str | None) -> TaskKind:
 
 
 def check_column(column: str, columns: Sequence[str], where: str = "") -> None:
-    """Asserts that ``column`` is one of ``columns``.
+    """Checks that ``column`` is one of ``columns``.
 
     Args:
-        column: what is asked for.
-        columns: what there is.
-        where: put into the message, with a space before it.
+        column: requested column.
+        columns: existing columns.
+        where: added to the message, starting with a space.
 
     Raises:
-        LmcompressError: it is not; the message names the nearest and all there are.
+        LmcompressError: If it is not; the message suggests the nearest name and lists all.
     """
     if column not in columns:
         raise LmcompressError(f"no column {column!r}{where}{nearest(column, columns)}")
 
 
 def check_texts(dataset: Dataset, column: str, split: str, *, words: bool) -> None:
-    """Asserts that a column holds a string in every row, or a list of strings if ``words``.
+    """Checks that a column holds a string in every row, or a list of strings if ``words``.
 
     Args:
         dataset: the rows.
         column: the column of texts.
-        split: the name used in messages.
-        words: whether each text comes as a list of words.
+        split: name of the split in messages.
+        words: whether each text is a list of words.
 
     Raises:
-        LmcompressError: it does not; the message names the type, or the row and what is in it.
+        LmcompressError: If it does not; the message names the type, or the row and its value.
     """
     where = f"column {column!r} of split {split!r}"
     column_type = arrow_column(dataset, column).type
@@ -185,7 +185,7 @@ def check_texts(dataset: Dataset, column: str, split: str, *, words: bool) -> No
 
 
 def arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as Arrow data, row order respected."""
+    """A column as Arrow data, in row order."""
     table = dataset.select_columns([column]).with_format("arrow")[:]
     return table.column(0)
 
@@ -201,7 +201,7 @@ def is_string_type(arrow_type: pa.DataType) -> bool:
 
 
 def string_features(columns: Sequence[str]) -> Features:
-    """Features that read every column as text."""
+    """Features by which every column is read as text."""
     return Features({column: Value("string") for column in columns})
 
 

@@ -19,7 +19,8 @@ EMBEDDED_SETS: Mapping[str, tuple[TaskKind, tuple[str, ...], str | None]] = {
 """Name to (kind, text columns, label column)."""
 
 _PAIR_LABELS = {"0": "different_intent", "1": "same_intent"}
-# Hoover's and Johnson's addresses have sections, set apart as addresses are: these parts continue the one before
+# Hoover's and Johnson's addresses have sections that are separated like addresses: these parts continue the previous
+# one
 _INAUGURAL_SECTIONS = frozenset({*range(36, 48), *range(57, 61)})
 _INAUGURAL_VALIDATION = 6
 
@@ -28,8 +29,8 @@ def embedded_splits(name: str) -> dict[str, Dataset]:
     """The splits of one of :data:`EMBEDDED_SETS`, in memory.
 
     - ``clinc150``: a sentence and its ``intent``, one of 150; 15000 / 3000 / 4500 rows.
-    - ``clinc150_pairs``: two sentences, and whether they have one intent; 6000 / 1000 / 1000 rows.
-    - ``inaugural``: addresses of US presidents, one a row; 53 / 6 rows, the last six for validation.
+    - ``clinc150_pairs``: two sentences and whether they have the same intent; 6000 / 1000 / 1000 rows.
+    - ``inaugural``: addresses of US presidents, one per row; 53 / 6 rows, the last six for validation.
     """
     if name == "inaugural":
         return _inaugural()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lmcompress.data.tasks import Task, TaskKind
 
 GLUE_HUB_ID = "nyu-mll/glue"
-"""The Hub data set that holds all of them, one configuration each."""
+"""The Hub data set of all tasks, one configuration each."""
 
 _PAIR = ("sentence1", "sentence2")
 _NLI = ("entailment", "neutral", "contradiction")
@@ -35,4 +35,4 @@ GLUE_TASKS: Mapping[str, Task] = {
 :data:`GLUE_HUB_ID`."""
 
 EVALUATION_ONLY = frozenset({GLUE_TASKS["ax"]})
-"""Tasks with nothing to train on: a model trained on MNLI answers them."""
+"""Tasks without training data, evaluated with a model trained on MNLI."""

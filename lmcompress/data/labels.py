@@ -1,4 +1,4 @@
-"""Labels of any make as the numbers that a model is trained on, every one of them checked."""
+"""Labels of any type converted to the numbers a model is trained on, each one checked."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lmcompress.data.tasks import Task, TaskKind
 from lmcompress.errors import LmcompressError
 
 HIDDEN_LABEL = -1
-"""What the Hub's GLUE test sets have for a label."""
+"""Label of rows without one in the Hub's GLUE test sets."""
 
 
 def find_label_names(train: Dataset, column: str, kind: TaskKind) -> tuple[str, ...] | None:
     """The classes of a task, fixed by its training rows.
 
-    Those of the column's :class:`~datasets.ClassLabel` if it has one, else the values there are, in sorted order:
+    Those of the column's :class:`~datasets.ClassLabel` if it has one, otherwise its values in sorted order:
     whole numbers (also those written as text) by size, strings by code point. For ``multi_label`` rows of zeros and
     ones, the classes are numbered.
 
     Args:
         train: the training rows.
         column: the label column.
-        kind: what the labels are.
+        kind: kind of the labels.
 
     Returns:
         None for ``regression``.
@@ -58,15 +58,15 @@ def find_label_names(train: Dataset, column: str, kind: TaskKind) -> tuple[str, 
 def encode_labels(dataset: Dataset, task: Task, split: str) -> Dataset:
     """``dataset`` with its label column as numbers.
 
-    Those are int64 classes, float32 scores, float32 rows of zeros and ones, or a list with a class for each word.
+    These are int64 classes, float32 scores, float32 rows of zeros and ones, or a list with a class for each word.
 
     Args:
-        dataset: has the task's label column, as names, numbers or :class:`~datasets.ClassLabel`.
-        task: fixes the classes.
-        split: the name used in messages.
+        dataset: rows with the task's label column, as names, numbers or :class:`~datasets.ClassLabel`.
+        task: determines the classes.
+        split: name of the split in messages.
 
     Returns:
-        the same rows, in their order; the label column comes last.
+        the same rows, in order; the label column comes last.
 
     Raises:
         LmcompressError: If a label is missing, unknown, out of range or not a number; the message names row and value.
@@ -90,7 +90,7 @@ def encode_labels(dataset: Dataset, task: Task, split: str) -> Dataset:
 
 
 def labels_are_hidden(dataset: Dataset, column: str) -> bool:
-    """Whether no row has a label: the column is missing, or -1 or null throughout."""
+    """Whether no row has a label: the column is missing, or -1 or null in every row."""
     if column not in dataset.column_names:
         return True
     if is_list(dataset.features[column]):
@@ -132,7 +132,7 @@ def _encode_multi_hot(rows: list[Any], task: Task, where: str, feature: object) 
     if not _holds_strings(feature) and not _class_label_names(feature):
         width = _multi_hot_width(rows, where)
         if width != task.num_labels:
-            raise LmcompressError(f"{where} must have {task.num_labels} labels a row, as in training, got {width}")
+            raise LmcompressError(f"{where} must have {task.num_labels} labels per row, as in training, got {width}")
         return [[float(value) for value in values] for values in rows], target
     look_up = _class_lookup(task, feature, rows)
     encoded = []
@@ -145,13 +145,13 @@ def _encode_multi_hot(rows: list[Any], task: Task, where: str, feature: object) 
 
 
 def _class_lookup(task: Task, feature: object, rows: list[Any]) -> dict[Hashable, int]:
-    """Whatever a label may be called in the data, to its class."""
+    """Class by label, for every spelling of the labels in the data."""
     names = task.label_names or ()
     by_name: dict[Hashable, int] = {name: index for index, name in enumerate(names)}
     if _class_label_names(feature) is None and _are_numbers(names):
-        # these numbers are values, whose sorted order gave the classes, and not classes
+        # these numbers are values, whose sorted order defines the classes
         return {**by_name, **{int(name): index for index, name in enumerate(names)}}
-    # "1" may be a class's number in a file of text, but not beside labels that are names
+    # "1" may be a class index in a text file, but not next to labels that are names
     if _holds_strings(feature) and not _are_numbers(_flat(rows)):
         return by_name
     return {**by_name, **{index: index for index in range(len(names))}}
@@ -170,7 +170,7 @@ def _class_of(value: Any, look_up: dict[Hashable, int], task: Task, where: str, 
 
 
 def _plain(value: Any) -> Any:
-    """Whole numbers as int, however they are written; ``True`` is not 1, its name is 'True'."""
+    """Integers as int, however they are written; ``True`` is not 1, its name is 'True'."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and value.is_integer():
@@ -199,7 +199,7 @@ def _holds_strings(feature: object) -> bool:
 
 
 def _item(feature: Any) -> Any:
-    """What a list, or a list of lists, is of; anything else itself."""
+    """The element type of a list, or of a list of lists; any other feature itself."""
     while is_list(feature):
         feature = feature.feature
     return feature

@@ -1,4 +1,4 @@
-"""From a task's name to its checked rows."""
+"""Loading a task by name, with its rows checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lmcompress.data.tasks import Task, TaskData, TaskKind, task_kind
 from lmcompress.errors import LmcompressError, argument, nearest
 
 HELD_OUT_SHARE = 0.1
-"""Share of the training rows that becomes ``validation`` where a source has none."""
+"""Share of the training rows that becomes ``validation`` if a source has none."""
 
 _SEED = 0
 
@@ -42,35 +42,35 @@ def load_task(
     splits: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> TaskData:
-    """Reads a task from wherever it is, finds out what it is unless told, and checks every row.
+    """Reads a task from any source, infers its kind unless given, and checks every row.
 
     Args:
         name_or_path: one of
 
-            - ``"glue/sst2"`` and its sisters: the official task, from the Hub or from ``data``;
+            - ``"glue/sst2"`` and the other GLUE tasks, from the Hub or from ``data``;
             - ``"embedded/clinc150"``, ``"embedded/clinc150_pairs"``, ``"embedded/inaugural"``: shipped with the
               package;
             - a folder of ``train``, ``validation`` and ``test`` files, or one file (parquet, csv, tsv, jsonl, txt);
             - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``;
-            - with ``data``, a name of your own.
+            - with ``data``, a name of the user's choice.
         data: a folder (for GLUE tasks, the one that holds ``glue/<task>/``), or rows in memory: a ``DatasetDict``, a
             ``Dataset``, a list of dicts, or a dict of those or of files by split.
-        text_columns: one or two columns; default: the usual names are looked for.
-        label_column: default: the usual names are looked for. A table of texts alone is ``causal_lm``.
-        kind: a :class:`~lmcompress.data.tasks.TaskKind`; default: the labels' type tells (whole numbers and strings
+        text_columns: one or two columns; default: the usual names.
+        label_column: default: the usual names. A table with only texts is ``causal_lm``.
+        kind: a :class:`~lmcompress.data.tasks.TaskKind`; default: inferred from the labels (integers and strings
             are classes, other numbers are scores, lists are several labels, or one for each word).
-        splits: ``train``, ``validation``, ``test``, ``validation_<name>`` to what the source calls them; default: by
-            their names, and all of them.
-        limit: at most n rows of each split, drawn with a fixed seed and left in order.
+        splits: ``train``, ``validation``, ``test``, ``validation_<name>`` to their names in the source; default: all
+            splits, by name.
+        limit: maximum number of rows of each split, drawn with a fixed seed and kept in order.
 
     Returns:
         Rows with the text columns and the label column only. Labels are numbers: int64 classes, float32 scores,
         float32 zeros and ones, or a list of classes. Without a validation split, a tenth of the training rows is held
-        out (of a single text, the last tenth). ``notes`` says what was done.
+        out (the last tenth of a single text). ``notes`` describes what was done.
 
     Raises:
-        LmcompressError: If a name is unknown, a file or column missing, a split empty, a text not a string, a label
-            missing, not a number, out of range, or named otherwise than in training. Messages name row and value.
+        LmcompressError: If a name is unknown, a file or column is missing, a split is empty, a text is not a string, a
+            label is missing, not a number, out of range, or unknown from training. Messages name row and value.
 
     Example:
         >>> pairs = load_task("embedded/clinc150_pairs", limit=10)
@@ -142,7 +142,7 @@ def _own_source(name: str, data: str | Path | InMemory | None, splits: Mapping[s
 
 
 def _used_splits(name: str, source: Source) -> Source:
-    """The splits that a task has a place for, none of them empty; the others are noted."""
+    """The splits that a task uses, none of them empty; the others are noted."""
     used = {split: rows for split, rows in source.splits.items() if _is_split_name(split)}
     if not used:
         raise LmcompressError(
@@ -163,7 +163,7 @@ def _describe(
     label_column: str | None,
     kind: str | None,
 ) -> Task:
-    """The task that the training rows (or, without any, the first split's) tell of."""
+    """The task implied by the training rows (or, without any, by the first split's)."""
     rows = source.splits.get("train", next(iter(source.splits.values())))
     wanted = None if kind is None else task_kind(kind)
     texts = find_text_columns(rows.column_names, text_columns)
@@ -206,7 +206,7 @@ def _assemble(task: Task, source: Source) -> TaskData:
 
 
 def _check_split(task: Task, split: str, rows: Dataset) -> tuple[Dataset, list[str]]:
-    """The columns that the task names, checked and encoded; and a note if a test split has no labels."""
+    """The task's columns, checked and encoded; and a note if a test split has no labels."""
     is_words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     for column in task.text_columns:
         check_column(column, rows.column_names, f" in split {split!r}")
@@ -234,7 +234,7 @@ def _check_a_label_for_each_word(rows: Dataset, task: Task, split: str) -> None:
 
 
 def _scored_diagnostics(task: Task, source: Source) -> Source:
-    """AX from the Hub has only a test split and hides its labels; a copy that has them is there to be scored."""
+    """AX has only a test split on the Hub, without labels; a copy with labels can be evaluated."""
     if task not in EVALUATION_ONLY or "test" not in source.splits or "validation" in source.splits:
         return source
     assert task.label_column is not None
@@ -246,7 +246,7 @@ def _scored_diagnostics(task: Task, source: Source) -> Source:
 
 def _evaluation_only(task: Task, checked: dict[str, Dataset], notes: list[str]) -> TaskData:
     nothing = next(iter(checked.values())).select([])
-    note = f"{task.name} has nothing to train on: evaluate a model that was trained on glue/mnli"
+    note = f"{task.name} has no training data: evaluate a model that was trained on glue/mnli"
     return TaskData(task, nothing, checked.get("validation", nothing), checked.get("test"), notes=(*notes, note))
 
 
@@ -254,10 +254,10 @@ def _hold_out(train: Dataset, task: Task) -> tuple[Dataset, Dataset, str]:
     share = f"{HELD_OUT_SHARE:.0%}"
     if train.num_rows == 1:
         if task.kind is not TaskKind.CAUSAL_LM:
-            raise LmcompressError("one training row and no validation split: there is nothing to hold out; add rows")
+            raise LmcompressError("one training row and no validation split: no rows can be held out; add rows")
         column = task.text_columns[0]
         head, tail = _cut_text(train[0][column])
-        note = f"validation is the last {share} of the training text, which is trained on no more"
+        note = f"validation is the last {share} of the training text, which is excluded from training"
         return Dataset.from_dict({column: [head]}), Dataset.from_dict({column: [tail]}), note
     held_out = max(1, round(train.num_rows * HELD_OUT_SHARE))
     halves = train.train_test_split(test_size=held_out, seed=_SEED)
@@ -266,22 +266,22 @@ def _hold_out(train: Dataset, task: Task) -> tuple[Dataset, Dataset, str]:
 
 
 def _cut_text(text: str) -> tuple[str, str]:
-    """Cuts after the line that holds the cutting point, or at the point itself if that is the last line."""
+    """Splits after the line that holds the split point, or at the point itself if that is the last line."""
     point = int(len(text) * (1 - HELD_OUT_SHARE))
     line_end = text.find("\n", point) + 1
     cut = line_end if 0 < line_end < len(text) else point
     if not text[:cut].strip() or not text[cut:].strip():
-        raise LmcompressError("the training text is too short to hold a part of it out; give a validation split")
+        raise LmcompressError("the training text is too short to hold out a part of it; give a validation split")
     return text[:cut], text[cut:]
 
 
 def limit_rows(data: TaskData, limit: int | None, *, first: bool = False) -> TaskData:
-    """At most ``limit`` rows of each split, in their order; ``notes`` names the splits that were cut.
+    """At most ``limit`` rows of each split, in order; ``notes`` names the splits that were reduced.
 
     Args:
-        data: any.
-        limit: rows of a split; None: all.
-        first: the first ones, instead of some drawn with a fixed seed.
+        data: the task's data.
+        limit: maximum number of rows of a split; None: all.
+        first: whether to take the first rows instead of rows drawn with a fixed seed.
     """
     if limit is None:
         return data

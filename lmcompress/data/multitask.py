@@ -1,4 +1,4 @@
-"""Several tasks in one training run: every batch is of one task, drawn by a tempered share of the tasks' sizes."""
+"""Several tasks in one training run: each batch is of one task, sampled by a tempered share of the tasks' sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sampling_probabilities(sizes: Sequence[int], tau: float = 1.0) -> np.ndarray
 
     Args:
         sizes: rows of each task.
-        tau: 1 draws tasks as often as they have rows, 0 all alike.
+        tau: 1 samples tasks in proportion to their rows, 0 uniformly.
 
     Returns:
         ``(tasks,)`` float64 that sums to 1.
@@ -46,10 +46,10 @@ def sampling_probabilities(sizes: Sequence[int], tau: float = 1.0) -> np.ndarray
 
 
 class MultiTaskDataset(TorchDataset[Row]):
-    """The rows of several data sets one after the other, each with its task's name under ``"task"``.
+    """The rows of several data sets one after another, each with its task's name under ``"task"``.
 
     Args:
-        datasets: tokenised rows by task name.
+        datasets: tokenized rows by task name.
 
     Raises:
         LmcompressError: If there are no data sets, or one is empty.
@@ -71,7 +71,7 @@ class MultiTaskDataset(TorchDataset[Row]):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Rows of each task, in the order of the rows: what :class:`TaskSampledBatches` wants."""
+        """Number of rows of each task, in the order of the rows, for :class:`TaskSampledBatches`."""
         return {name: len(rows) for name, rows in self.datasets.items()}
 
     def __len__(self) -> int:
@@ -89,19 +89,19 @@ class MultiTaskDataset(TorchDataset[Row]):
 class TaskSampledBatches(Sampler[list[int]]):
     """Batches of row numbers of a :class:`MultiTaskDataset`, each of one task; tasks as :func:`sampling_probabilities`.
 
-    Within a task, rows come in shuffled order, and none a second time before all have come once. Batches always have
-    ``batch_size`` rows. The sequence depends on ``seed`` and :meth:`set_epoch` only, so a resumed run sees what the
-    first would have seen. Successive ``num_processes`` batches share their task: Accelerate deals batches out in
-    turn, so all processes have one task at each step and their gradients are of one model head.
+    Within a task, rows are shuffled, and none is repeated before all have been used. Batches always have
+    ``batch_size`` rows. The sequence depends only on ``seed`` and :meth:`set_epoch`, so that a resumed run continues
+    with the same batches. ``num_processes`` successive batches share their task: Accelerate distributes batches in
+    turn, so all processes have the same task at each step and their gradients are of one model head.
 
     Args:
         sizes: rows of each task, in the order in which they are joined.
-        batch_size: rows of a batch, for one process.
+        batch_size: rows of a batch, per process.
         tau: see :func:`sampling_probabilities`.
-        seed: of the drawing.
+        seed: seed of the sampling.
         num_batches: length of an epoch over all processes, rounded up to a multiple of ``num_processes``; default:
-            about as many as hold each row once.
-        num_processes: how many processes share the batches.
+            enough to hold each row about once.
+        num_processes: number of processes that share the batches.
 
     Raises:
         LmcompressError: If a number is out of range.
@@ -122,7 +122,7 @@ class TaskSampledBatches(Sampler[list[int]]):
                 raise LmcompressError(f"{name} must be >= 1, got {value}")
         self.sizes = dict(sizes)
         self.batch_size = batch_size
-        # read by Accelerate, which deals the batches out to the processes
+        # read by Accelerate, which distributes the batches to the processes
         self.drop_last = False
         self.probabilities = sampling_probabilities(list(sizes.values()), tau)
         self.seed = seed
@@ -131,7 +131,7 @@ class TaskSampledBatches(Sampler[list[int]]):
         self._steps = -(-(num_batches or -(-sum(sizes.values()) // batch_size)) // num_processes)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses which epoch's batches come next."""
+        """Set the epoch of the next batches."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class TaskSampledBatches(Sampler[list[int]]):
 
 
 class MultiTaskCollator:
-    """Pads the rows of one task with that task's collator, and says which task it was under ``"task"``.
+    """Pads the rows of one task with that task's collator and adds the task's name under ``"task"``.
 
     Args:
         collators: one for each task, such as :func:`~lmcompress.data.collators.collator` makes.
@@ -163,13 +163,13 @@ class MultiTaskCollator:
         """Makes a batch.
 
         Args:
-            rows: of one task, each with ``"task"``.
+            rows: rows of one task, each with ``"task"``.
 
         Returns:
-            what the task's collator makes, and ``"task"``, a string.
+            the batch of the task's collator, and ``"task"``, a string.
 
         Raises:
-            LmcompressError: If the rows are of several tasks, or of one without a collator.
+            LmcompressError: If the rows are of several tasks, or of a task without a collator.
         """
         names = sorted({row["task"] for row in rows})
         if len(names) != 1:

@@ -1,4 +1,4 @@
-"""Where rows come from: the Hub, a folder or files, the package, or memory. All become named splits."""
+"""Sources of rows: the Hub, a folder or files, the package, or memory. All become named splits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]] | str | Path
 """One split: a data set, a list of rows, or a file."""
 
 InMemory: TypeAlias = Mapping[str, Rows] | Dataset | Sequence[Mapping[str, Any]]
-"""Splits by name (a :class:`~datasets.DatasetDict`, too), or training rows alone."""
+"""Splits by name (including a :class:`~datasets.DatasetDict`), or training rows only."""
 
 TRAIN_SPLIT = "{'train': ...}"
-"""How messages show which file or split is trained on."""
+"""Spelling of the training split in messages."""
 
 _COMPRESSION: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
         splits: rows by split name; ``train``, ``validation``, ``test``, or ``validation_<something>``.
-        notes: what the names of the files tell, such as that a split is a subset.
+        notes: findings from the file names, such as that a split is a subset.
     """
 
     splits: dict[str, Dataset]
@@ -52,17 +52,17 @@ def from_folder(folder: Path, wanted: Mapping[str, str] | None = None) -> Source
     """The splits in a folder, one file (or several ``-00000-of-00002`` shards) each, named by split.
 
     ``train``, ``validation`` (``valid``, ``val``, ``dev``) and ``test`` may be followed by ``_matched`` or
-    ``_mismatched``; anything more (``train_subset``, ``validation_1000``) is taken to name a subset and noted.
+    ``_mismatched``; any other suffix (``train_subset``, ``validation_1000``) is taken as a subset and noted.
 
     Args:
-        folder: holds parquet, csv, tsv, jsonl or txt files; text files may be compressed (``.gz``, ``.xz``).
-        wanted: split name to the stem of its file, where names do not tell.
+        folder: folder of parquet, csv, tsv, jsonl or txt files; text files may be compressed (``.gz``, ``.xz``).
+        wanted: split name to the stem of its file, where the names are not the usual ones.
 
     Returns:
-        the splits, named as lmcompress names them.
+        the splits, under lmcompress's names.
 
     Raises:
-        LmcompressError: If there are no such files, two are for one split, or a wanted one is missing.
+        LmcompressError: If there are no such files, two match one split, or a requested one is missing.
     """
     files = {path: _stem(path) for path in sorted(folder.iterdir()) if _format(path)}
     if not files:
@@ -97,22 +97,22 @@ def from_hub(repository: str, configuration: str | None, wanted: Mapping[str, st
     """The splits of a Hub data set, downloaded once and cached by ``datasets``.
 
     Args:
-        repository: such as ``"nyu-mll/glue"``.
-        configuration: such as ``"sst2"``.
-        wanted: split name to what the Hub calls it; slices such as ``"train[:1000]"`` work.
+        repository: name such as ``"nyu-mll/glue"``.
+        configuration: name such as ``"sst2"``.
+        wanted: split name to its name on the Hub; slices such as ``"train[:1000]"`` work.
 
     Returns:
-        the splits, named as lmcompress names them.
+        the splits, under lmcompress's names.
 
     Raises:
-        LmcompressError: If it can't be had; the message holds the cause.
+        LmcompressError: If it cannot be loaded; the message contains the cause.
     """
     spelled = repository + (f":{configuration}" if configuration else "")
     try:
         loaded = datasets.load_dataset(repository, configuration, split=None if wanted is None else dict(wanted))
     except (OSError, ValueError) as error:
         raise LmcompressError(
-            f"could not load {spelled!r} from the Hub ({type(error).__name__}: {error}). It is no file or folder here, "
+            f"could not load {spelled!r} from the Hub ({type(error).__name__}: {error}). It is no local file or folder "
             f"either; without a network, give a folder with {argument('data', '')}"
         ) from error
     if wanted is not None:
@@ -123,17 +123,17 @@ def from_hub(repository: str, configuration: str | None, wanted: Mapping[str, st
 
 
 def from_memory(data: InMemory, wanted: Mapping[str, str] | None = None) -> Source:
-    """Splits that are already here, or training rows alone.
+    """Splits that are in memory, or training rows only.
 
     Args:
-        data: a mapping from split to rows or file; rows alone are ``train``.
+        data: a mapping from split to rows or file; rows alone become ``train``.
         wanted: split name to the key in ``data``.
 
     Returns:
-        the splits, named as lmcompress names them.
+        the splits, under lmcompress's names.
 
     Raises:
-        LmcompressError: If the rows are of no known type, or a wanted key is missing.
+        LmcompressError: If the rows have an unknown type, or a requested key is missing.
     """
     named = data if isinstance(data, Mapping) else {"train": data}
     if wanted is not None:
@@ -145,16 +145,16 @@ def from_memory(data: InMemory, wanted: Mapping[str, str] | None = None) -> Sour
 
 
 def read_files(paths: Sequence[Path]) -> Dataset:
-    """One split out of one file, or out of shards of one format.
+    """One split from one file, or from shards of one format.
 
     Every column of csv (quoted as usual) and tsv (never quoted, as in GLUE) is read as text, so that a sentence
-    ``"None"`` or ``"007"`` stays what it is. A txt file is one document, to the byte.
+    ``"None"`` or ``"007"`` is unchanged. A txt file is one document, byte for byte.
 
     Args:
         paths: one file, or the shards of one split.
 
     Returns:
-        the rows as they are, nothing checked.
+        the rows, unchecked.
 
     Raises:
         LmcompressError: If a file is missing, empty, damaged, or of an unknown format.
@@ -176,7 +176,7 @@ def read_files(paths: Sequence[Path]) -> Dataset:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a path has the name of a data file."""
+    """Whether a path has the extension of a data file."""
     return _format(path) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a task is, and a task together with its rows."""
+"""A task, and a task with its rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmcompress.errors import LmcompressError, nearest
 
 
 class TaskKind(str, Enum):
-    """What is predicted: one class, a number, several classes, a class per word, or the next token."""
+    """The prediction target: one class, a number, several classes, a class per word, or the next token."""
 
     CLASSIFICATION = "classification"
     REGRESSION = "regression"
@@ -29,7 +29,7 @@ PROBLEM_TYPES: Mapping[TaskKind, str] = {
     TaskKind.REGRESSION: "regression",
     TaskKind.MULTI_LABEL: "multi_label_classification",
 }
-"""``problem_type`` of a Transformers config for the kinds that have one."""
+"""``problem_type`` of a Transformers config, for the kinds that have one."""
 
 DEFAULT_METRICS: Mapping[TaskKind, tuple[str, ...]] = {
     TaskKind.CLASSIFICATION: ("accuracy",),
@@ -38,11 +38,11 @@ DEFAULT_METRICS: Mapping[TaskKind, tuple[str, ...]] = {
     TaskKind.TOKEN_CLASSIFICATION: ("accuracy",),
     TaskKind.CAUSAL_LM: ("perplexity",),
 }
-"""Metrics of a task that names none."""
+"""Default metrics of each kind."""
 
 
 def task_kind(name: str) -> TaskKind:
-    """The kind called ``name``.
+    """The kind with this name.
 
     Args:
         name: one of the values of :class:`TaskKind`.
@@ -51,7 +51,7 @@ def task_kind(name: str) -> TaskKind:
         the kind.
 
     Raises:
-        LmcompressError: If there is no such kind.
+        LmcompressError: If the kind does not exist.
 
     Example:
         >>> str(task_kind("regression"))
@@ -65,15 +65,15 @@ def task_kind(name: str) -> TaskKind:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of a model: which columns go in, what is predicted, and how it is measured.
+    """A task for a model: its input columns, its target, and its metrics.
 
     Attributes:
-        name: for reports, and the key of the task in multi-task training.
-        kind: what is predicted; a string is made a :class:`TaskKind`.
+        name: name in reports, and key of the task in multi-task training.
+        kind: kind of target; a string is converted to a :class:`TaskKind`.
         text_columns: one text, or two for a pair. For ``token_classification``, one column of lists of words.
         label_column: None for ``causal_lm`` only.
         label_names: the name of class ``i`` at ``i``; None for ``regression`` and ``causal_lm``.
-        metrics: names of metrics, the main one first; empty means those that suit the kind.
+        metrics: names of metrics, the main one first; empty means the defaults of the kind.
 
     Raises:
         LmcompressError: If the fields do not fit together.
@@ -127,12 +127,12 @@ class Task:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Number of a class to its name, as a Transformers config wants it; empty where there are no classes."""
+        """Class index to name, for a Transformers config; empty if there are no classes."""
         return dict(enumerate(self.label_names or ()))
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Name of a class to its number."""
+        """Class name to index."""
         return {name: index for index, name in self.id2label.items()}
 
 
@@ -141,12 +141,12 @@ class TaskData:
     """A task and its rows, checked: texts are strings, labels are numbers in range.
 
     Attributes:
-        task: what the rows are for.
-        train: rows to train on; without rows for a task that only evaluates (GLUE's AX).
-        validation: rows to choose by.
-        test: rows to report on; may lack labels, which ``notes`` then says.
+        task: the task.
+        train: training rows; empty for a task that is only evaluated (GLUE's AX).
+        validation: rows for model selection.
+        test: rows for the final measurement; may lack labels, as ``notes`` then states.
         extra_validations: further validation sets by name, such as ``validation_mismatched``.
-        notes: what a reader of numbers must know: subsets, rows held out, texts truncated.
+        notes: facts needed to interpret the numbers: subsets, rows held out, truncated texts.
     """
 
     task: Task
@@ -157,14 +157,14 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
     def splits(self) -> dict[str, Dataset]:
-        """All the splits by name: ``train``, ``validation``, then ``test`` if there is one, then the extra ones."""
+        """All splits by name: ``train``, ``validation``, then ``test`` if there is one, then the extra ones."""
         named = {"train": self.train, "validation": self.validation}
         if self.test is not None:
             named["test"] = self.test
         return {**named, **self.extra_validations}
 
     def map_splits(self, function: Callable[[str, Dataset], Dataset]) -> TaskData:
-        """The same task with ``function(name, split)`` in place of every split."""
+        """The same task with every split replaced by ``function(name, split)``."""
         changed = {name: function(name, split) for name, split in self.splits().items()}
         return replace(
             self,

@@ -1,4 +1,4 @@
-"""Running text cut into equal blocks, for causal language models."""
+"""Running text split into equal blocks, for causal language models."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _DOCUMENTS_AT_ONCE = 1000
 def pack_blocks(
     texts: Dataset | Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, *, text_column: str = "text"
 ) -> Dataset:
-    """Joins documents with an end-of-sequence token between them, and cuts the result into blocks of one length.
+    """Joins documents with an end-of-sequence token between them and splits the result into blocks of one length.
 
-    No padding and no special tokens but those; the last tokens, if they fill no block, are left out.
+    No padding and no other special tokens; trailing tokens that do not fill a block are dropped.
 
     Args:
-        texts: documents, or a data set that has them in ``text_column``.
+        texts: documents, or a data set with documents in ``text_column``.
         tokenizer: must have an ``eos_token`` if there are several documents.
-        block_size: tokens of a block.
-        text_column: where a data set's documents are.
+        block_size: tokens per block.
+        text_column: column of a data set's documents.
 
     Returns:
         ``input_ids``, ``attention_mask`` (all 1) and ``labels`` (the same as ``input_ids``: the model shifts them),
-        each of ``block_size`` numbers a row.
+        ``block_size`` values each.
 
     Raises:
         LmcompressError: If the text is shorter than a block, or the tokenizer has no ``eos_token``.
@@ -61,7 +61,7 @@ def _tokenized(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> 
 def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     if tokenizer.eos_token_id is None:
         raise LmcompressError(
-            f"the tokenizer must have an eos_token to set documents apart, {type(tokenizer).__name__} has none; "
+            f"the tokenizer must have an eos_token to separate documents, {type(tokenizer).__name__} has none; "
             "give one document, or a causal model's tokenizer"
         )
     return np.array([tokenizer.eos_token_id], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Texts to token ids, for a student and for a teacher that reads them otherwise."""
+"""Texts to token ids, for a student and for a teacher with another tokenizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lmcompress.data.text import pack_blocks
 from lmcompress.errors import LmcompressError
 
 TEACHER_PREFIX = "teacher_"
-"""What the columns of a teacher with another tokenizer begin with: ``teacher_input_ids``."""
+"""Prefix of the columns of a teacher with another tokenizer: ``teacher_input_ids``."""
 
 IGNORED_LABEL = -100
-"""The label that no loss counts."""
+"""The label that losses ignore."""
 
 _TRUNCATED = "__truncated__"
 
@@ -36,23 +36,23 @@ def tokenize(
 ) -> TaskData:
     """Every split as model inputs and ``labels``, without padding (see :func:`lmcompress.data.collators.collator`).
 
-    Results of rows that lie in files are cached on disk under ``datasets``' fingerprints. Pairs are joined as the
-    tokenizer joins them: GPT-2's puts nothing between. For ``token_classification`` the first piece of a word bears
-    its label, all others bear -100. ``causal_lm`` texts are packed into blocks of ``max_length``.
+    Results for rows stored in files are cached on disk under ``datasets``' fingerprints. Pairs are joined as the
+    tokenizer does it: GPT-2's puts nothing in between. For ``token_classification`` the first piece of a word has
+    its label, all others have -100. ``causal_lm`` texts are packed into blocks of ``max_length``.
 
     Args:
-        task_data: as :func:`lmcompress.data.loading.load_task` gives it.
+        task_data: result of :func:`lmcompress.data.loading.load_task`.
         tokenizer: the student's; a fast one.
-        max_length: longer texts are cut, the longer one of a pair first. The share of rows cut is logged as a warning
-            and noted.
+        max_length: longer texts are truncated, the longer one of a pair first. The share of truncated rows is logged as
+            a warning and noted.
         teacher_tokenizer: if it differs from ``tokenizer``, its inputs are added under ``teacher_input_ids`` and so on.
-        num_proc: processes.
+        num_proc: number of processes.
 
     Returns:
         the same task and splits; columns are model inputs, those of the teacher, and ``labels``.
 
     Raises:
-        LmcompressError: If a tokenizer is not a fast one, can't take ``max_length`` tokens or can't take words, or a
+        LmcompressError: If a tokenizer is not a fast one, cannot take ``max_length`` tokens or cannot take words, or a
             causal teacher has another tokenizer.
     """
     task, teacher = task_data.task, teacher_tokenizer
@@ -83,7 +83,7 @@ def tokenize(
         )
         if cut := sum(encoded[_TRUNCATED]):
             share = cut / encoded.num_rows
-            notes.append(f"{cut} rows ({share:.2%}) of {split} are cut at {max_length} tokens")
+            notes.append(f"{cut} rows ({share:.2%}) of {split} are truncated to {max_length} tokens")
             logger.warning("%s: %s; a larger max_length keeps more", task.name, notes[-1])
         return encoded.remove_columns(_TRUNCATED)
 
@@ -92,7 +92,7 @@ def tokenize(
 
 
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give the same model inputs for every text."""
+    """Whether two tokenizers produce the same model inputs for every text."""
     if first is second:
         return True
     if first.model_input_names != second.model_input_names or not (first.is_fast and second.is_fast):
@@ -102,7 +102,7 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # these two are left over from the latest call
+    # these two are state of the latest call
     return {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
 
 
@@ -121,7 +121,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, task: 
 
 
 def _starts_words(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a word alone is read as in a sentence: byte-level tokenizers read " word" and "word" as two things."""
+    """Whether a word alone is tokenized as in a sentence: byte-level tokenizers distinguish " word" and "word"."""
     if pre_tokenizer is None:
         return True
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])

@@ -1,4 +1,4 @@
-"""Small tokenizers trained on the spot, for examples and tests that train from scratch."""
+"""Small tokenizers trained from scratch, for examples and tests."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _GPT2_SPECIAL = ["<|endoftext|>"]
 def train_tokenizer(
     texts: Iterable[str], *, kind: Literal["wordpiece", "bytelevel_bpe"], vocab_size: int
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer made from ``texts``, the same one each time.
+    """A tokenizer trained on ``texts``, deterministically.
 
     Args:
-        texts: what it will have to read, or a good part of it.
+        texts: a representative sample of the texts to tokenize.
         kind: ``wordpiece`` gives a lower-casing BERT tokenizer, ``bytelevel_bpe`` a GPT-2 tokenizer (which has no
             padding token, as GPT-2 has none).
-        vocab_size: the most entries, special tokens included.
+        vocab_size: maximum number of entries, special tokens included.
 
     Returns:
-        a fast tokenizer that ``save_pretrained`` writes as any other.
+        a fast tokenizer that ``save_pretrained`` writes like any other.
 
     Raises:
-        LmcompressError: If the kind is unknown, or ``vocab_size`` is too small for the characters that there are.
+        LmcompressError: If the kind is unknown, or ``vocab_size`` is too small for the characters in the texts.
 
     Example:
         >>> tokenizer = train_tokenizer(["a cat and a hat"], kind="wordpiece", vocab_size=40)
@@ -49,7 +49,7 @@ def _wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     texts = list(texts)
-    # the trainer numbers "##x" pieces in the order of a hash map, and breaks ties by number; given beforehand, they
+    # the trainer numbers "##x" pieces in the order of a hash map and breaks ties by number; given in advance, they
     # are the same in every run
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -75,7 +75,7 @@ def _bytelevel_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def _continuations(texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
-    """Every character that goes on a word, as a word piece."""
+    """Every character that continues a word, as a word piece."""
     characters: set[str] = set()
     for text in texts:
         for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):

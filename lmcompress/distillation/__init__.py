@@ -1,4 +1,4 @@
-"""Distillation: losses, matches, teachers, and the method that puts them into a training run."""
+"""Distillation: losses, matches, teachers, and the method that adds them to a training run."""
 
 from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatch, Match, TemperatureSchedule
 from lmcompress.distillation.losses import LogitLoss

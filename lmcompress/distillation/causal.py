@@ -1,4 +1,4 @@
-"""The loss of causal language models: labels and teacher together, over the vocabulary in chunks of tokens."""
+"""The loss of causal language models: labels and teacher together, with logits computed in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lmcompress.method import Step, Term
 
 
 def next_token_labels(inputs: Mapping[str, Any]) -> Tensor:
-    """For each position the token that comes next, −100 where none counts; the last position never has one.
+    """The next token of each position, −100 where none counts; the last position never has one.
 
     Args:
-        inputs: a causal batch; without ``labels`` the next real token is taken.
+        inputs: a causal batch; without ``labels`` the next real token is used.
 
     Returns:
         ``(batch, length)`` int64.
@@ -30,7 +30,7 @@ def next_token_labels(inputs: Mapping[str, Any]) -> Tensor:
     if labels is None:
         labels = inputs["input_ids"]
         if (mask := inputs.get("attention_mask")) is not None:
-            # the first real token after padding on the left has nothing that it could be told from
+            # the first real token after padding on the left has no context
             before = F.pad(mask[:, :-1], (1, 0), value=0)
             labels = labels.masked_fill((mask == 0) | (before == 0), -100)
     return F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -51,16 +51,16 @@ def chunked_term(
 
     Args:
         config: temperature, scaling of tokens, size of the chunks.
-        step: with the student's forward pass done.
-        capture: with the last hidden states of it.
-        answers: of the teachers, by chunks.
-        weights: of the labels and of the teachers, at this point of the training.
+        step: the step, after the student's forward pass.
+        capture: hooks with its last hidden states.
+        answers: the teachers' outputs, by chunks.
+        weights: weights of the labels and of the teachers at this point of the training.
         soft: the loss against the teachers; None is KL(teacher ‖ student) with its gradient in closed form.
-        mean: of the logits of several teachers.
-        autocast: makes the mixed-precision context.
+        mean: average of the logits of several teachers.
+        autocast: creates the mixed-precision context.
 
     Returns:
-        ``label+kd``, with both parts to log.
+        ``label+kd``, with both parts for logging.
     """
     hidden = capture.take_last_hidden()
     labels = next_token_labels(step.inputs)
@@ -94,13 +94,13 @@ def chunked_term(
     with autocast():
         states = _entering(head, hidden).flatten(0, 1)[rows]
         total, label_sum, soft_sum = vocabulary_loss(states, head.weight, targets, teacher_logits, asked, scales)
-    # a part that is not asked for is no dead term
+    # a part that is not requested is no dead term
     sums = (("label", label_sum, asked.label_weight), ("kd", soft_sum, asked.soft_weight))
     return {"label+kd": Term(total, "labels", parts={name: part for name, part, weight in sums if weight > 0})}
 
 
 def _entering(head: nn.Module, hidden: Tensor) -> Tensor:
-    """What the head multiplies: chunks go round its forward, but not round the hooks that quantize its input."""
+    """The input of the head's matmul: chunks bypass its forward pass, but not the hooks that quantize its input."""
     for key, hook in head._forward_pre_hooks.items():
         if key in head._forward_pre_hooks_with_kwargs:
             (hidden, *_), _ = hook(head, (hidden,), {}) or ((hidden,), {})

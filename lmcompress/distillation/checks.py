@@ -1,4 +1,4 @@
-"""What is refused before training: models, stores, heads and losses that do not go together."""
+"""Checks before training: models, stores, heads and losses that are incompatible are refused."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ OVER_VOCABULARY = ("causal_lm", "masked_lm")
 
 
 def problem_type_of(model: PreTrainedModel) -> str:
-    """What kind of head a model has, as :func:`~lmcompress.distillation.losses.loss_for` names it, or ``masked_lm``.
+    """The kind of head of a model, as :func:`~lmcompress.distillation.losses.loss_for` names it, or ``masked_lm``.
 
     Args:
-        model: with a head.
+        model: a model with a head.
 
     Returns:
-        Such as ``"regression"``.
+        A problem type such as ``"regression"``.
 
     Raises:
-        LmcompressError: If the head is of no kind that logits can be distilled for.
+        LmcompressError: If logits cannot be distilled for this kind of head.
     """
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
@@ -50,10 +50,10 @@ def problem_type_of(model: PreTrainedModel) -> str:
 
 
 def columns_of(dataset: Any) -> Sequence[str]:
-    """Names of the columns of a data set, or none where they cannot be known without using it up.
+    """Names of the columns of a data set, or none if they cannot be known without consuming it.
 
     Args:
-        dataset: of any kind, or None.
+        dataset: any data set, or None.
     """
     if (names := getattr(dataset, "column_names", None)) is not None:
         return list(names)
@@ -77,8 +77,8 @@ def check_teacher(student: PreTrainedModel, teacher: Teacher, problem: str, loss
     Args:
         student: not wrapped.
         teacher: a model, or a store.
-        problem: of the student's head.
-        loss: on the logits; None if there is none.
+        problem: problem type of the student's head.
+        loss: loss on the logits; None if there is none.
 
     Raises:
         LmcompressError: If the two share parameters or, with a loss on the logits, if heads, labels or vocabularies
@@ -95,31 +95,31 @@ def check_teacher(student: PreTrainedModel, teacher: Teacher, problem: str, loss
 
 
 def check_config(config: DistillationConfig, problem: str) -> None:
-    """Refuse what makes no sense for the student's head.
+    """Refuse options that do not fit the student's head.
 
     Args:
-        config: what is asked for.
-        problem: of the student's head.
+        config: the configuration.
+        problem: problem type of the student's head.
 
     Raises:
         LmcompressError: If a part of the configuration needs another kind of head.
     """
     if config.probability_shift and problem in ("regression", "multi_label_classification"):
-        raise LmcompressError(f"probability_shift needs one right class; a head for {problem} has none")
+        raise LmcompressError(f"probability_shift needs one correct class; a head for {problem} has none")
     if config.token_scaling is not None and problem not in PER_TOKEN:
         raise LmcompressError(
             f"token_scaling weighs the tokens of a sequence; the student's head is for {problem} and has one "
-            "answer for all: leave it out"
+            "output for all: leave it out"
         )
 
 
 def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: str) -> LogitLoss:
-    """The loss on the logits, tried on two rows as the student's head gives them.
+    """The loss on the logits, tried on two rows with the shape of the student's logits.
 
     Args:
-        config: what is asked for.
-        student: for the size of its head.
-        problem: of its head.
+        config: the configuration.
+        student: determines the size of the head.
+        problem: problem type of its head.
 
     Raises:
         LmcompressError: If the loss is unknown, does not fit the head, or does not give one value per row with a
@@ -144,28 +144,28 @@ def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: 
     if not isinstance(rows, Tensor) or rows.shape != (2,) or rows.dtype != torch.float32 or not rows.requires_grad:
         got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise LmcompressError(
-            f"the logit loss {loss.name!r} must give one float32 value per row, (2,) of logits {tuple(mine.shape)}, "
+            f"the logit loss {loss.name!r} must return one float32 value per row, (2,) of logits {tuple(mine.shape)}, "
             f"with a gradient to the student, got {got}: do not reduce over rows, do not detach the student"
         )
     return loss
 
 
 def loss_options(config: DistillationConfig, loss: LogitLoss) -> dict[str, float]:
-    """Arguments of the loss on the logits that not every loss has.
+    """Arguments that only some losses on the logits take.
 
     Args:
-        config: where their values are.
-        loss: that is to be called.
+        config: configuration that has their values.
+        loss: the loss to call.
     """
     return {"beta": config.beta} if loss.takes_beta else {}
 
 
 def refused_inputs(student: PreTrainedModel, teachers: Sequence[Teacher]) -> str | None:
-    """Why batches must have inputs of the teacher's own, if one of the teachers has a vocabulary of another size.
+    """The reason why batches need separate inputs for a teacher, if one has a vocabulary of another size.
 
     Args:
         student: not wrapped.
-        teachers: those without a model are left out.
+        teachers: those without a model are ignored.
     """
     for teacher in teachers:
         if teacher.model is None or teacher.model.config.vocab_size == student.config.vocab_size:

@@ -1,4 +1,4 @@
-"""What distillation is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""The configuration of distillation as validated data, shared by recipes and the Python API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.registry import PartField
 LogitLossPart = Annotated[str | LogitLoss, PartField(LOGIT_LOSSES, "auto")]
 MatchPart = Annotated[str | MatchLoss, PartField(MATCHES)]
 WeightSchedule = Annotated[str | Callable[[float], float], PartField(WEIGHT_SCHEDULES)]
-"""Factor of a weight over training: constant, linear_decay, linear_growth, cosine_decay, or one of your own."""
+"""Factor of a weight over training: constant, linear_decay, linear_growth, cosine_decay, or a custom function."""
 
 
 class _Part(BaseModel):
@@ -29,10 +29,10 @@ class TemperatureSchedule(_Part):
         Literal["constant", "flsw", "cwsm"],
         Field(description="flsw: by the cosine of student and teacher logits; cwsm: by the student's confidence."),
     ] = "constant"
-    beta: Annotated[float, Field(ge=0, description="How far temperatures spread.")] = 1.0
+    beta: Annotated[float, Field(ge=0, description="Spread of the temperatures.")] = 1.0
     gamma: Annotated[float, Field(gt=0, description="flsw only: exponent of 1 − cosine.")] = 1.0
-    minimum: Annotated[float, Field(gt=0, description="Temperatures are clamped from below.")] = 1.0
-    maximum: Annotated[float, Field(gt=0, description="Temperatures are clamped from above.")] = 20.0
+    minimum: Annotated[float, Field(gt=0, description="Lower bound of the temperatures.")] = 1.0
+    maximum: Annotated[float, Field(gt=0, description="Upper bound of the temperatures.")] = 20.0
 
 
 class Match(_Part):
@@ -42,32 +42,32 @@ class Match(_Part):
         MatchPart,
         Field(
             description="Name of a match: hidden_mse, hidden_cosine, pkd, gram, nst, attention_mse, …; or "
-            "module:attribute of one of your own."
+            "module:attribute of a custom one."
         ),
     ]
     student: Annotated[
         int | tuple[int, ...] | Literal["nearest"],
         Field(
             description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1; -1 is the last. "
-            "nearest, for hidden states: in every step the block whose states are nearest, in order over all such "
-            "matches, among those that pruning has left."
+            "nearest, for hidden states: at every step the block with the nearest states, in order over all such "
+            "matches, among those that pruning has kept."
         ),
     ]
-    teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted likewise.")]
+    teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted the same way.")]
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
     projection: Annotated[
         Literal["none", "auto", "linear", "relu", "tanh"],
-        Field(description="On the student's side; auto: linear where the widths differ, none where they agree."),
+        Field(description="Projection of the student; auto: linear if the widths differ, none if they agree."),
     ] = "auto"
     projection_learning_rate: Annotated[
         float | None, Field(gt=0, description="Learning rate of the projection; default: that of the model.")
     ] = None
     on: Annotated[
         Literal["scores", "probabilities"] | None,
-        Field(description="Attention matches only, and needed there: before or after the softmax."),
+        Field(description="For attention matches, which require it: before or after the softmax."),
     ] = None
-    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, if there are several.")] = 0
     options: Annotated[
         dict[str, Any], Field(description="Further arguments of the match, such as relation_heads.")
     ] = {}
@@ -78,68 +78,68 @@ class EmdMatch(_Part):
 
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
-    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, if there are several.")] = 0
     projection_learning_rate: Annotated[float | None, Field(gt=0)] = None
 
 
 class Contrast(_Part):
-    """Contrastive distillation: every token of the student is to be nearer to its teacher's than other tokens are."""
+    """Contrastive distillation: each token of the student is pulled towards its teacher's, away from other tokens'."""
 
     level: Annotated[
         Literal["token", "sequence"],
-        Field(description="What is contrasted: tokens of a sequence, or whole sequences of a micro-batch."),
+        Field(description="Units of the contrast: tokens of a sequence, or whole sequences of a micro-batch."),
     ] = "token"
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 0.1
     weight_schedule: WeightSchedule = "constant"
     temperature: Annotated[
-        float, Field(gt=0, description="Cosines are divided by it; low ones look at the nearest negatives only.")
+        float, Field(gt=0, description="Divisor of the cosines; low values weight the nearest negatives only.")
     ] = 0.1
     student: Annotated[
         int | Literal["output"],
         Field(
-            description="Student layer of hidden states, as in matches; output: what the head is given, after the last "
-            "norm where there is one."
+            description="Student layer of hidden states, as in matches; output: the input of the head, after the final "
+            "norm if there is one."
         ),
     ] = "output"
-    teacher: Annotated[int | Literal["output"], Field(description="Teacher layer, counted likewise.")] = "output"
+    teacher: Annotated[int | Literal["output"], Field(description="Teacher layer, counted the same way.")] = "output"
     negatives: Annotated[
         Literal["teacher", "student", "vocabulary"],
         Field(
-            description="Where they come from: other tokens of the sequence, in the teacher or in the student, or "
+            description="Source of the negatives: other tokens of the sequence, in the teacher or in the student, or "
             "tokens of the whole vocabulary, from the memory."
         ),
     ] = "teacher"
     num_negatives: Annotated[
-        int | None, Field(ge=1, description="How many, chosen at random; default: all others of the sequence.")
+        int | None, Field(ge=1, description="Number of random negatives; default: all others of the sequence.")
     ] = None
     exclude_same_id: Annotated[
-        bool, Field(description="Another occurrence of the same token in the sequence is no negative.")
+        bool, Field(description="Whether other occurrences of the same token are excluded from the negatives.")
     ] = True
     memory: Annotated[
         Literal["vocabulary", "none"],
         Field(
             description="vocabulary: the student's states are smoothed over time, one slot for each token id (4 bytes "
-            "x vocabulary x width, in training checkpoints too); none: they are taken as they are."
+            "x vocabulary x width, in training checkpoints too); none: they are used as they are."
         ),
     ] = "vocabulary"
     momentum: Annotated[float, Field(ge=0, lt=1, description="Share of the memory in a smoothed state.")] = 0.5
     projection: Annotated[
         Literal["auto", "none", "linear"] | Annotated[int, Field(ge=1)],
         Field(
-            description="auto: the student's side, linear, where the widths differ; linear: always; a number: both "
+            description="Projection; auto: of the student, linear, if widths differ; linear: always; a number: both "
             "sides, to that width."
         ),
     ] = "auto"
     projection_learning_rate: Annotated[
         float | None, Field(gt=0, description="Learning rate of the projections; default: that of the model.")
     ] = None
-    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, if there are several.")] = 0
 
     def feature(self, side: Literal["student", "teacher"]) -> tuple[str, int]:
-        """What is captured of a model.
+        """The feature to capture on one side.
 
         Args:
-            side: of which.
+            side: student or teacher.
 
         Returns:
             A kind of feature and its layer, which may be negative.
@@ -164,7 +164,7 @@ class Contrast(_Part):
 
 
 class DistillationConfig(_Part):
-    """How a student is fitted to its teachers.
+    """The objective by which a student is fitted to its teachers.
 
     The loss is ``label_weight`` × the loss on the labels + ``weight`` × the loss on the logits + the matches and the
     contrast, each a mean over the whole optimizer step.
@@ -173,15 +173,15 @@ class DistillationConfig(_Part):
     loss: Annotated[
         LogitLossPart,
         Field(
-            description="Loss on the logits: kl, ce, reverse_kl, jsd, mse, or module:attribute of one of your own. "
+            description="Loss on the logits: kl, ce, reverse_kl, jsd, mse, or module:attribute of a custom one. "
             "auto: KL for classes and tokens, mean squared error for regression, Bernoulli KL for multi-label."
         ),
     ] = "auto"
-    temperature: Annotated[float, Field(gt=0, description="Softens teacher and student alike; usually 1 to 8.")] = 4.0
+    temperature: Annotated[float, Field(gt=0, description="Temperature of teacher and student; usually 1 to 8.")] = 4.0
     temperature_schedule: TemperatureSchedule = TemperatureSchedule()
     scale_by_temperature: Annotated[
         bool,
-        Field(description="Multiply by temperature², so that the gradient's scale does not depend on it (Hinton)."),
+        Field(description="Whether to multiply by temperature², so that the gradient's scale is independent of it."),
     ] = True
     weight: Annotated[float, Field(ge=0, description="Weight of the loss on the logits.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
@@ -190,19 +190,19 @@ class DistillationConfig(_Part):
     ] = 1.0
     label_weight_schedule: WeightSchedule = "constant"
     probability_shift: Annotated[
-        bool, Field(description="Where the teacher is wrong, swap the logit of the label with the greatest.")
+        bool, Field(description="Whether to swap the label's logit with the largest where the teacher is wrong.")
     ] = False
     beta: Annotated[float, Field(gt=0, lt=1, description="jsd only: share of the teacher in the mixture.")] = 0.5
     teacher_weights: Annotated[
         tuple[float, ...] | None,
-        Field(min_length=1, description="With several teachers: how their logits are averaged; default: evenly."),
+        Field(min_length=1, description="Weights of the logits of several teachers; default: equal."),
     ] = None
     token_scaling: Annotated[
         float | None,
         Field(
             gt=0,
-            description="Heads with a label per token: weigh the loss on the logits by a softmax, over the sequence, "
-            "of the teacher's cross-entropy divided by this (TSLD; the authors: 10). Default: all tokens alike.",
+            description="For heads with a label per token: weight the loss on logits by a softmax, over the sequence, "
+            "of the teacher's cross-entropy divided by this (TSLD; the authors: 10). Default: equal weights.",
         ),
     ] = None
     matches: tuple[Match, ...] = ()
@@ -211,7 +211,7 @@ class DistillationConfig(_Part):
     homogeneity: Annotated[
         bool,
         Field(
-            description="Log how alike the tokens of a sequence are, as a mean cosine, in student and teacher; a "
+            description="Whether to log the mean cosine of the tokens of a sequence, in student and teacher; a "
             "contrast always does."
         ),
     ] = False
@@ -219,7 +219,7 @@ class DistillationConfig(_Part):
         int, Field(ge=1, description="Causal models: rows of the (tokens, vocabulary) matrix in memory at a time.")
     ] = 512
     max_projection_norm: Annotated[
-        float | None, Field(gt=0, description="Gradient norm to which projections are clipped; default: as the model.")
+        float | None, Field(gt=0, description="Max gradient norm of the projections; default: the model's.")
     ] = None
 
     @model_validator(mode="after")

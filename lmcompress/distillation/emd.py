@@ -1,4 +1,4 @@
-"""Many layers to many: the earth mover's distance between the hidden states of two models (BERT-EMD)."""
+"""Many-to-many layer distillation: the earth mover's distance between the hidden states of two models (BERT-EMD)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class EmdTerm(FeatureTerm):
     """The earth mover's distance between all blocks of student and teacher, as a term of the loss.
 
     Args:
-        emd: what is asked for.
+        emd: the configuration.
         student: not wrapped.
-        teachers: of which it names one that runs.
-        seed: of the projection, where the widths differ.
+        teachers: all teachers; it names one that runs.
+        seed: seed of the projection, if the widths differ.
 
     Raises:
-        LmcompressError: If there is no such teacher, it does not run, or POT is not installed.
+        LmcompressError: If the teacher does not exist or does not run, or POT is not installed.
     """
 
     def __init__(self, emd: EmdMatch, student: PreTrainedModel, teachers: Sequence[Teacher], *, seed: int) -> None:
@@ -62,11 +62,11 @@ class EmdTerm(FeatureTerm):
         Args:
             student: features of the student.
             teacher: features of the teacher.
-            step: with the progress.
+            step: the step, with the progress.
             mask: ``(batch, length)``.
 
         Returns:
-            One, by its name.
+            One term, by its name.
         """
         mine, theirs = [student[feature] for feature in self.student], [teacher[feature] for feature in self.teacher]
         total = emd_hidden_mse(mine, theirs, mask, projection=self._projection).sum()
@@ -77,7 +77,7 @@ class EmdTerm(FeatureTerm):
 def earth_mover_flow(
     cost: Tensor, student_weights: Tensor | None = None, teacher_weights: Tensor | None = None
 ) -> Tensor:
-    r"""The cheapest transport of knowledge between layers: the flow of the earth mover's distance.
+    r"""The cheapest transport between layers: the flow of the earth mover's distance.
 
     .. math:: \arg\min_{f \ge 0} \sum_{ij} f_{ij} c_{ij}, \quad \sum_j f_{ij} = w^S_i, \; \sum_i f_{ij} = w^T_j
 
@@ -86,13 +86,13 @@ def earth_mover_flow(
     Args:
         cost: ``(S, T)`` or ``(batch, S, T)`` finite: the distance of each student layer from each teacher layer.
         student_weights: ``(S,)`` >= 0, scaled to sum 1; default all equal.
-        teacher_weights: ``(T,)`` likewise.
+        teacher_weights: ``(T,)``, same as above.
 
     Returns:
-        The flow, of the shape and on the device of ``cost``, float32, without gradient; each sums to 1.
+        The flow, with the shape and device of ``cost``, float32, without gradient; each sums to 1.
 
     Raises:
-        LmcompressError: If a cost is not finite or of another shape, or weights are no distribution.
+        LmcompressError: If a cost is not finite or has another shape, or weights are not a distribution.
         ImportError: If POT is not installed.
 
     Reference:
@@ -128,26 +128,26 @@ def emd_hidden_mse(
 
     .. math:: \sum_{ij} f_{ij} \sum_l m_l \frac{1}{d} \| W s^i_l - t^j_l \|_2^2
 
-    The flow :math:`f` is found for each example by itself (so that 8 x 1 equals 1 x 8) and taken as constant: no
+    The flow :math:`f` is computed for each example separately (so that 8 x 1 equals 1 x 8) and is constant: no
     gradient flows through it.
 
     Args:
-        student: ``(batch, length, d_s)`` for each student layer that takes part.
-        teacher: ``(batch, length, d_t)`` for each teacher layer that takes part.
+        student: ``(batch, length, d_s)`` for each participating student layer.
+        teacher: ``(batch, length, d_t)`` for each participating teacher layer.
         mask: ``(batch, length)``, 1 = real token.
-        projection: from the student's width to the teacher's, one for all layers; may be left out if they are equal.
+        projection: from the student's width to the teacher's, one for all layers; may be omitted if they are equal.
         student_weights: ``(S,)``, see :func:`earth_mover_flow`.
         teacher_weights: ``(T,)``.
 
     Returns:
-        ``(batch,)`` float32 sums over tokens (unit ``tokens``); 0 where the layers are the same sets.
+        ``(batch,)`` float32 sums over tokens (unit ``tokens``); 0 if the layers are the same sets.
 
     Raises:
         LmcompressError: If there are no layers, or their shapes differ.
         ImportError: If POT is not installed.
 
     Reference:
-        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3. Theirs finds one flow for the batch.
+        Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3, which computes one flow for the batch.
     """
     costs = emd_costs(student, teacher, mask, projection=projection)
     return (earth_mover_flow(costs, student_weights, teacher_weights) * costs).sum(dim=(1, 2))
@@ -187,15 +187,15 @@ def cost_attention(
 
     .. math:: C_i = \frac{\sum_j f_{ij} c_{ij}}{w_i}, \quad w_i' = \frac{1 / C_i}{\sum_k 1 / C_k}
 
-    for the student's layers, and the same with rows and columns changed for the teacher's. The caller keeps the
+    for the student's layers, and the same with rows and columns exchanged for the teacher's. The caller keeps the
     weights between steps, as part of its training state.
 
     Args:
-        flow: ``(S, T)`` or ``(batch, S, T)``, of :func:`earth_mover_flow`; a batch is averaged.
-        cost: of the same shape.
-        student_weights: ``(S,)`` > 0, those the flow was found with.
+        flow: ``(S, T)`` or ``(batch, S, T)``, from :func:`earth_mover_flow`; a batch is averaged.
+        cost: same shape.
+        student_weights: ``(S,)`` > 0, those used for the flow.
         teacher_weights: ``(T,)`` > 0.
-        eps: the least cost that is divided by.
+        eps: lower bound of the divisor.
 
     Returns:
         New student weights ``(S,)`` and teacher weights ``(T,)``, float32, each summing to 1, without gradient.
@@ -205,7 +205,7 @@ def cost_attention(
 
     Reference:
         Li et al., *BERT-EMD*, 2020, https://arxiv.org/abs/2010.06133, section 3 (cost attention), in the form of the
-        authors' code. A layer of no cost gets the greatest weight here; in the code it gets none.
+        authors' code. A layer of zero cost gets the largest weight here; in the code it gets none.
 
     Example:
         >>> flow, cost = torch.eye(2) / 2, torch.tensor([[1.0, 9.0], [9.0, 3.0]])

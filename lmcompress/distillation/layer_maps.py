@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which of the teacher: fixed maps, and the nearest in order.
+"""Layer maps from student to teacher: fixed maps, and the nearest in order.
 
 A map is a list of ``(student_layer, teacher_layer)``. Layers are indices of hidden states: 0 is the output of the
 embeddings, ``i`` that of block ``i``, counted from 1.
@@ -26,10 +26,10 @@ def uniform(student_layers: int, teacher_layers: int, include_embeddings: bool =
     Args:
         student_layers: ``M``, the student's number of blocks.
         teacher_layers: ``N``, the teacher's, >= ``M``.
-        include_embeddings: whether to begin with ``(0, 0)``.
+        include_embeddings: whether to start with ``(0, 0)``.
 
     Returns:
-        ``M`` pairs, and one for the embeddings.
+        ``M`` pairs, plus one for the embeddings.
 
     Raises:
         LmcompressError: If a number is < 1, or the student is deeper than its teacher.
@@ -107,7 +107,7 @@ def last(student_layers: int, teacher_layers: int, include_last: bool = False) -
 
 
 def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: int) -> LayerMap:
-    """A map that the user wrote, checked.
+    """A map written by the user, checked.
 
     Args:
         pairs: ``(student_layer, teacher_layer)`` each; negative indices count from the last block.
@@ -115,11 +115,11 @@ def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: i
         teacher_layers: the teacher's.
 
     Returns:
-        The pairs in the order given, with negative indices resolved.
+        The pairs in the given order, with negative indices resolved.
 
     Raises:
-        LmcompressError: If nothing was given, something is no pair of integers, an index is out of range, or a pair
-            comes twice.
+        LmcompressError: If there are no pairs, an entry is not a pair of integers, an index is out of range, or a pair
+            is repeated.
 
     Example:
         >>> given([[0, 0], [-1, -1]], student_layers=4, teacher_layers=12)
@@ -131,7 +131,7 @@ def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: i
     for pair in pairs:
         if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) for i in pair):
             raise LmcompressError(
-                f"a layer map is made of pairs of integers (student_layer, teacher_layer), got {pair}"
+                f"a layer map consists of pairs of integers (student_layer, teacher_layer), got {pair}"
             )
         entry = (_resolve(pair[0], student_layers, "student", pair), _resolve(pair[1], teacher_layers, "teacher", pair))
         if entry in resolved:
@@ -141,13 +141,13 @@ def given(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: i
 
 
 def nearest_in_order(distances: Tensor, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> LayerMap:
-    """For each teacher layer the student layer it teaches: least total distance, without crossings.
+    """For each teacher layer the student layer it teaches: minimal total distance, without crossings.
 
-    Found by dynamic programming over all maps that increase strictly; where there are fewer student than teacher
-    layers, over all that do not decrease. Of equally good maps the one with earlier student layers.
+    Found by dynamic programming over all strictly increasing maps; if there are fewer student than teacher
+    layers, over all non-decreasing ones. Ties are broken towards earlier student layers.
 
     Args:
-        distances: ``(len(teacher_layers), len(student_layers))`` finite, for instance mean squared distances of hidden
+        distances: ``(len(teacher_layers), len(student_layers))`` finite, for example mean squared distances of hidden
             states; no gradient flows through the choice.
         student_layers: the candidates, increasing (in pruning: those that survive).
         teacher_layers: the layers to learn from, increasing.
@@ -163,7 +163,7 @@ def nearest_in_order(distances: Tensor, student_layers: Sequence[int], teacher_l
         Xia, Zhong & Chen, *CoFi*, 2022, https://arxiv.org/abs/2204.00408, section 3.2 (``m(i)``).
 
     Note:
-        The authors' order-preserving variant chooses greedily from the top; this one is optimal as a whole.
+        The authors' order-preserving variant chooses greedily from the top; this one is globally optimal.
 
     Example:
         >>> nearest_in_order(torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 3.0]]), [1, 2, 3], [6, 12])
@@ -182,8 +182,8 @@ def nearest_in_order(distances: Tensor, student_layers: Sequence[int], teacher_l
     if not torch.isfinite(distances).all():
         raise LmcompressError("distances between layers must be finite; did training diverge?")
     gap = 1 if len(students) >= len(teachers) else 0
-    # best[t][s]: least cost of the first t + 1 teacher layers, the last of them mapped to s; prior[t][s]: to whom the
-    # one before went
+    # best[t][s]: lowest cost of the first t + 1 teacher layers, the last of them mapped to s; prior[t][s]: the target
+    # of the one before
     infinity = float("inf")
     best = [cost[0]]
     prior: list[list[int]] = [[-1] * len(students)]
@@ -207,10 +207,10 @@ def nearest_in_order(distances: Tensor, student_layers: Sequence[int], teacher_l
 
 
 def nearest_kept(kept: Sequence[int], teacher_layers: Sequence[int]) -> LayerMap:
-    """:func:`nearest_in_order` for a student cut out of its teacher, by the depth its blocks came from.
+    """:func:`nearest_in_order` for a student cut out of its teacher, by the original depth of its blocks.
 
     Args:
-        kept: for each block of the student the teacher's block (from 1) that it was, increasing.
+        kept: the original teacher block (from 1) of each block of the student, increasing.
         teacher_layers: the teacher's blocks to learn from, increasing.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Matches made ready before training: layers, shapes and options checked, projections made."""
+"""Matches prepared before training: layers, shapes and options checked, projections created."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from lmcompress.method import Step
 
 
 def matched(match: Match, number: int, student: PreTrainedModel, teacher: Teacher) -> Matched:
-    """A match with everything that it needs found.
+    """A match with its layers, projection and options resolved.
 
     Args:
-        match: what is asked for.
-        number: of the match: its term is named by the loss and this.
+        match: the configuration.
+        number: number of the match: its term is named by the loss and this.
         student: not wrapped.
-        teacher: that ``match.which`` names.
+        teacher: the teacher that ``match.which`` names.
 
     Raises:
-        LmcompressError: If a layer or an option is not there, or the features of the two models cannot be compared.
+        LmcompressError: If a layer or an option does not exist, or the features of the two models cannot be compared.
     """
     loss = match_for(match.loss, match.on)
     name = f"{match.loss if match.loss in MATCHES else loss.name}_{number}"
@@ -67,13 +67,13 @@ def matched(match: Match, number: int, student: PreTrainedModel, teacher: Teache
 
 
 def nearest_chooser(matches: Sequence[Matched]) -> Callable[[Step, Features, Sequence[Answers], Tensor], None] | None:
-    """What chooses the layers of the matches with ``student: nearest``, once in each optimizer step.
+    """The function that chooses the layers of matches with ``student: nearest``, once per optimizer step.
 
     Args:
-        matches: all of a method.
+        matches: all matches of a method.
 
     Returns:
-        A function to be called with every micro-batch, or None where no match asks for it.
+        A function to call with every micro-batch, or None if no match needs it.
     """
     choosing = [one for one in matches if one.nearest]
     chosen_at: float | None = None
@@ -83,11 +83,11 @@ def nearest_chooser(matches: Sequence[Matched]) -> Callable[[Step, Features, Seq
         if chosen_at == step.progress:
             return
         chosen_at = step.progress
-        # a method that has pruned blocks says which are left
+        # a method that has pruned blocks provides the remaining ones
         layers = list(step.shared.get("surviving_layers") or [layer for _, layer in choosing[0].nearest])
         for which in sorted({one.which for one in choosing}):
             group = [one for one in choosing if one.which == which]
-            # of several matches with one layer of the teacher the first decides for all
+            # of several matches with the same teacher layer the first decides for all
             first = {one.teacher[0]: one for one in reversed(group)}
             wanted = sorted(first)
             with torch.no_grad():
@@ -106,7 +106,7 @@ def nearest_chooser(matches: Sequence[Matched]) -> Callable[[Step, Features, Seq
 
 
 def _distances(one: Matched, student: Features, layers: Sequence[int], teacher: Tensor, mask: Tensor) -> Tensor:
-    """``(layers,)``, of the teacher's layer from each of the student's."""
+    """``(layers,)``: distance of the teacher's layer from each of the student's."""
     states = [student["hidden", layer] for layer in layers]
     if one.projection is not None:
         states = [one.projection(state) for state in states]
@@ -131,7 +131,7 @@ def _projection(match: Match, loss: MatchLoss, width: int, target: int, number: 
 
 
 def _try(one: Matched, mine: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> None:
-    """Compare zeros of the right shapes: heads, widths and options that do not fit show before training."""
+    """Compare zeros of the right shapes, so that mismatched heads, widths and options show before training."""
     length = 2
     student, teacher = (
         {

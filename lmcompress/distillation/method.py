@@ -1,4 +1,4 @@
-"""Distillation as a method of the trainer: what is done before and after training; the step itself is in step.py."""
+"""Distillation as a method of the trainer: setup before and cleanup after training; the step itself is in step.py."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Distillation(DistillationStep):
     """Fits a student to one or several teachers: logits, and any features of any layers.
 
     Args:
-        config: what is compared, and how it is weighed.
+        config: the compared features and their weights.
         teachers: models, or other sources (:class:`~lmcompress.distillation.teachers.StoredTeacher`).
 
     Raises:
-        LmcompressError: If there is no teacher, or there are weights for another number of teachers.
+        LmcompressError: If there is no teacher, or the number of weights differs from the number of teachers.
     """
 
     name = "distillation"
@@ -68,12 +68,12 @@ class Distillation(DistillationStep):
             The method.
 
         Raises:
-            LmcompressError: If the file asks for something that has no meaning here; the message says what.
+            LmcompressError: If the file requests something that has no equivalent here; the message names it.
         """
         return cls(read_textbrewer(config), teachers)
 
     def prepare(self, trainer: Any) -> None:
-        """Check student, teachers and matches against each other, put hooks, make projections.
+        """Check student, teachers and matches against each other, add hooks, create projections.
 
         Args:
             trainer: the trainer; its ``student`` is the model without wrappers.
@@ -93,12 +93,12 @@ class Distillation(DistillationStep):
             raise LmcompressError(self._refused_inputs)
 
     def attach(self, student: PreTrainedModel, device: torch.device, autocast: Any) -> None:
-        """What :meth:`prepare` does, without a trainer.
+        """The same as :meth:`prepare`, without a trainer.
 
         Args:
             student: the model, not wrapped.
-            device: where it trains.
-            autocast: makes the mixed-precision context in which teachers run.
+            device: training device.
+            autocast: creates the mixed-precision context in which teachers run.
 
         Raises:
             LmcompressError: If anything does not fit, as in :meth:`prepare`.
@@ -137,7 +137,7 @@ class Distillation(DistillationStep):
 
     @property
     def max_norm(self) -> float | None:
-        """Gradient norm to which projections are clipped; None: as the model."""
+        """Max gradient norm of the projections; None: the model's."""
         return self.config.max_projection_norm
 
     def modules(self) -> dict[str, nn.Module]:
@@ -145,16 +145,16 @@ class Distillation(DistillationStep):
         return {name: module for part in self._parts for name, module in part.modules.items()}
 
     def set_active(self, active: bool) -> None:
-        """Let the hooks on the student keep something or not; they cost nothing while they do not.
+        """Switch the hooks on the student on or off; they cost nothing while off.
 
         Args:
-            active: whether they keep.
+            active: whether they record.
         """
         if self._capture is not None:
             self._capture.active = active
 
     def finish(self) -> None:
-        """Take the hooks off student and teachers."""
+        """Remove the hooks on student and teachers."""
         if self._capture is not None:
             self._capture.remove()
         for teacher in self.teachers:

@@ -1,4 +1,4 @@
-"""Distillation as papers on quantization do it, as configurations to take or to change."""
+"""Distillation configurations from papers on quantization, to use or to modify."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lmcompress.errors import LmcompressError
 
 
 def quantgpt(contrast: Contrast | None = None) -> DistillationConfig:
-    """Logits and contrast of tokens, for causal language models; labels count for nothing.
+    """Logits and token contrast, for causal language models; labels are not used.
 
     Args:
         contrast: default: weight 0.1, temperature 0.1, momentum 0.5.
@@ -29,7 +29,7 @@ def quantgpt(contrast: Contrast | None = None) -> DistillationConfig:
 def ternarybert(layers: int) -> DistillationConfig:
     """Logits, and hidden states and attention scores of every layer, for encoders; all weights are 1.
 
-    For a student with as many layers as its teacher, as quantization leaves them. Labels count for nothing.
+    For a student with as many layers as its teacher, such as a quantized one. Labels are not used.
 
     Args:
         layers: number of blocks of both.
@@ -38,15 +38,15 @@ def ternarybert(layers: int) -> DistillationConfig:
         The configuration.
 
     Raises:
-        LmcompressError: ``layers`` is less than 1.
+        LmcompressError: If ``layers`` is less than 1.
 
     Reference:
         Zhang et al., *TernaryBERT: Distillation-aware Ultra-low Bit BERT*, 2020, https://arxiv.org/abs/2009.12812,
         section 3.2.
 
     Note:
-        The authors' cross-entropy with the teacher has the gradient of the KL that is used here, and regression has the
-        squared error in both. Their means over a batch count padding, ours do not.
+        The authors' cross-entropy with the teacher has the gradient of the KL used here, and regression uses the
+        squared error in both. Their means over a batch include padding, ours do not.
 
     Example:
         >>> [(match.loss, match.student) for match in ternarybert(1).matches]

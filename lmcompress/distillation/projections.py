@@ -1,4 +1,4 @@
-"""The learnt map from a student's hidden width to its teacher's, for matches of unequal widths."""
+"""The learned projection from a student's hidden width to its teacher's, for matches of different widths."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _ACTIVATIONS = {"linear": lambda x: x, "relu": torch.relu, "tanh": torch.tanh}
 
 
 class Projection(nn.Module):
-    """An affine map ``(..., student_dim) -> (..., teacher_dim)``, then perhaps an activation.
+    """An affine map ``(..., student_dim) -> (..., teacher_dim)``, optionally followed by an activation.
 
-    Applied to the student's side of a match and trained with the student; no part of the student that is saved.
-    Computed in float32 outside autocast, as all arithmetic of losses.
+    Applied to the student's side of a match and trained with the student; not saved with it.
+    Computed in float32 outside autocast, like all arithmetic of losses.
 
     Args:
-        student_dim: width that comes in.
-        teacher_dim: width that goes out.
+        student_dim: input width.
+        teacher_dim: output width.
         activation: ``"linear"`` (none), ``"relu"`` or ``"tanh"``.
         initialisation: ``"normal"``: weight N(0, 0.02) as in TextBrewer; ``"identity"``: the weight is the identity,
             so that training starts as if there were no projection (CoFi); needs equal widths.
-        seed: of the normal weight; the global generator is left alone. ``None`` draws from the global one.
+        seed: seed of the normal weight; the global generator is unaffected. ``None`` uses the global one.
 
     Raises:
         LmcompressError: If a width is < 1, an activation or initialisation is unknown, or the
-            identity is to be between unequal widths.
+            identity is requested for unequal widths.
 
     Reference:
         Jiao et al., *TinyBERT*, 2020, https://arxiv.org/abs/1909.10351, equations 8 and 9 (``W_h``, ``W_e``); Xia,
@@ -98,5 +98,5 @@ class Projection(nn.Module):
             return _ACTIVATIONS[self.activation](projected)
 
     def extra_repr(self) -> str:
-        """The widths and the activation, for ``print``."""
+        """Widths and activation, for ``print``."""
         return f"{self.student_dim}, {self.teacher_dim}, activation={self.activation!r}"

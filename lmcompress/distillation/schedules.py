@@ -1,4 +1,4 @@
-"""How loss weights and temperatures change: factors over training, and temperatures for each example."""
+"""Schedules of loss weights and temperatures: factors over training, and temperatures for each example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.registry import Registry
 
 WeightSchedule = Callable[[float], float]
-"""``progress in [0, 1] -> factor in [0, 1]``, which scales the configured weight and does not replace it."""
+"""``progress in [0, 1] -> factor in [0, 1]``, by which the configured weight is multiplied."""
 
 
 def constant(progress: float) -> float:
@@ -27,14 +27,14 @@ def constant(progress: float) -> float:
         1.0.
 
     Raises:
-        LmcompressError: If ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` is outside [0, 1].
     """
     _check_progress(progress)
     return 1.0
 
 
 def linear_decay(progress: float) -> float:
-    """From the configured weight straight down to 0: ``1 - progress``.
+    """Linear decay from the configured weight to 0: ``1 - progress``.
 
     Args:
         progress: share of training done, in [0, 1].
@@ -43,7 +43,7 @@ def linear_decay(progress: float) -> float:
         The factor, in [0, 1].
 
     Raises:
-        LmcompressError: If ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` is outside [0, 1].
 
     Example:
         >>> 5.0 * linear_decay(0.25)
@@ -53,7 +53,7 @@ def linear_decay(progress: float) -> float:
 
 
 def linear_growth(progress: float) -> float:
-    """From 0 straight up to the configured weight: ``progress``.
+    """Linear growth from 0 to the configured weight: ``progress``.
 
     Args:
         progress: share of training done, in [0, 1].
@@ -62,7 +62,7 @@ def linear_growth(progress: float) -> float:
         The factor, in [0, 1].
 
     Raises:
-        LmcompressError: If ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` is outside [0, 1].
 
     Example:
         >>> 5.0 * linear_growth(0.25)
@@ -72,7 +72,7 @@ def linear_growth(progress: float) -> float:
 
 
 def cosine_decay(progress: float) -> float:
-    """From the configured weight down to 0 along half a cosine: ``(1 + cos(pi * progress)) / 2``.
+    """Cosine decay from the configured weight to 0: ``(1 + cos(pi * progress)) / 2``.
 
     Args:
         progress: share of training done, in [0, 1].
@@ -81,7 +81,7 @@ def cosine_decay(progress: float) -> float:
         The factor, in [0, 1].
 
     Raises:
-        LmcompressError: If ``progress`` lies outside [0, 1].
+        LmcompressError: If ``progress`` is outside [0, 1].
 
     Example:
         >>> round(cosine_decay(0.5), 6)
@@ -118,10 +118,10 @@ def flsw(
         student_logits: ``(..., C)``, any floating dtype.
         teacher_logits: same shape.
         base: :math:`\tau_0`, between ``minimum`` and ``maximum``.
-        beta: how far temperatures spread, >= 0; 0 gives ``base`` everywhere.
-        gamma: above 1 spares rows that nearly agree, > 0.
-        minimum: the least temperature, > 0.
-        maximum: the greatest temperature.
+        beta: spread of the temperatures, >= 0; 0 gives ``base`` everywhere.
+        gamma: > 0; values above 1 spare rows that nearly agree.
+        minimum: lowest temperature, > 0.
+        maximum: highest temperature.
         mask: ``(...)``, which rows count in the mean (1 = yes); default all. Give it for token logits, whose padding
             would otherwise shift every temperature.
 
@@ -129,23 +129,23 @@ def flsw(
         ``(...)`` float32 within ``[minimum, maximum]``, without gradient.
 
     Raises:
-        LmcompressError: If the shapes differ, or an option is out of its range.
+        LmcompressError: If the shapes differ, or an option is out of range.
 
     Reference:
         Wen, Lai & Qian, *Preparing Lessons*, 2019, https://arxiv.org/abs/1911.07471, dynamic temperature
         distillation, FLSW.
 
     Note:
-        The mean :math:`\bar w` is over the micro-batch that is given, as in TextBrewer; hence temperatures depend on
-        how a batch is cut, and 8 x 1 is *not* 1 x 8 with this schedule. The clamp is ours: without it TextBrewer's
-        formula reaches negative temperatures, which turn the teacher's distribution upside down.
+        The mean :math:`\bar w` is over the given micro-batch, as in TextBrewer; hence temperatures depend on
+        how a batch is split, and 8 x 1 is *not* 1 x 8 with this schedule. The clamp is ours: without it TextBrewer's
+        formula reaches negative temperatures, which invert the teacher's distribution.
     """
     _check_options(base, beta, minimum, maximum)
     if not gamma > 0:
         raise LmcompressError(f"gamma must be > 0, got {gamma}")
     check_shapes(student_logits, teacher_logits)
     cosine = F.cosine_similarity(student_logits.detach().float(), teacher_logits.detach().float(), dim=-1)
-    # rounding puts the cosine of equal vectors a little above 1, and a fractional power of that is NaN
+    # rounding puts the cosine of equal vectors slightly above 1, and a fractional power of that is NaN
     weights = (1 - cosine).clamp(min=0).pow(gamma)
     return _spread(weights, base, beta, minimum, maximum, mask)
 
@@ -159,7 +159,7 @@ def cwsm(
     maximum: float = 16.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Confidence-weighted temperatures: lower (sharper) where the student is less sure than on average.
+    r"""Confidence-weighted temperatures: lower (sharper) where the student is less certain than on average.
 
     .. math:: \tau_i = \mathrm{clamp}(\tau_0 + \beta (\bar w - w_i)), \quad
         w_i = 1 / (\max_c \mathrm{softmax}(z^s_i)_c + 10^{-3})
@@ -167,16 +167,16 @@ def cwsm(
     Args:
         student_logits: ``(..., C)``, any floating dtype.
         base: :math:`\tau_0`, between ``minimum`` and ``maximum``.
-        beta: how far temperatures spread, >= 0; 0 gives ``base`` everywhere.
-        minimum: the least temperature, > 0.
-        maximum: the greatest temperature.
+        beta: spread of the temperatures, >= 0; 0 gives ``base`` everywhere.
+        minimum: lowest temperature, > 0.
+        maximum: highest temperature.
         mask: ``(...)``, which rows count in the mean (1 = yes); default all.
 
     Returns:
         ``(...)`` float32 within ``[minimum, maximum]``, without gradient.
 
     Raises:
-        LmcompressError: If an option is out of its range.
+        LmcompressError: If an option is out of range.
 
     Reference:
         Wen, Lai & Qian, *Preparing Lessons*, 2019, https://arxiv.org/abs/1911.07471, dynamic temperature

@@ -1,4 +1,4 @@
-"""One optimizer step of a distillation: the teachers' answers and the captured features made into terms of the loss."""
+"""One optimizer step of a distillation: terms of the loss from the teachers' outputs and the captured features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lmcompress.errors import LmcompressError
 from lmcompress.method import Method, Step, Term
 
 PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
-"""Heads that have one answer for each token."""
+"""Heads with one output per token."""
 
 
 def scheduled(weight: float, schedule: str | WeightSchedule, progress: float) -> float:
@@ -30,21 +30,21 @@ def scheduled(weight: float, schedule: str | WeightSchedule, progress: float) ->
 
     Args:
         weight: as configured.
-        schedule: what it is scaled by: a name or a function.
+        schedule: its factor over training: a name or a function.
         progress: share of the training done, in [0, 1].
     """
     return weight if schedule == "constant" else weight * WEIGHT_SCHEDULES.resolve(schedule)(progress)
 
 
 class FeatureTerm:
-    """What makes terms of the loss out of captured features of both models.
+    """A term of the loss computed from captured features of both models.
 
     Attributes:
         which: number of the teacher.
-        student: features that it looks at.
-        teacher: features that the teacher is asked for.
-        modules: what is trained or kept beside the student, by name.
-        learning_rate: of their parameters; None: that of the model.
+        student: features of the student it reads.
+        teacher: features of the teacher it reads.
+        modules: modules trained or kept alongside the student, by name.
+        learning_rate: learning rate of their parameters; None: the model's.
     """
 
     which: int = 0
@@ -55,16 +55,16 @@ class FeatureTerm:
 
     @property
     def captured(self) -> Sequence[Feature]:
-        """Features of the student that it may come to look at."""
+        """All features of the student that it may read."""
         return self.student
 
     def terms(self, student: Features, teacher: Features, step: Step, mask: Tensor) -> dict[str, Term]:
         """The terms of one micro-batch.
 
         Args:
-            student: with :attr:`student` in it.
-            teacher: with :attr:`teacher` in it.
-            step: with the whole batch.
+            student: features that include :attr:`student`.
+            teacher: features that include :attr:`teacher`.
+            step: the step, with the whole batch.
             mask: ``(batch, length)`` of the student, 1 = real token.
 
         Returns:
@@ -74,16 +74,16 @@ class FeatureTerm:
 
 
 class Matched(FeatureTerm):
-    """A match with everything that it needs found: features on both sides, a projection, its options.
+    """A match with its features on both sides, projection and options resolved.
 
     Args:
-        match: what is asked for.
-        loss: the match, its feature stated.
-        name: of the term.
+        match: the configuration.
+        loss: the match, with its feature set.
+        name: name of the term.
         sides: features of the student and of the teacher.
-        causal: whether the models are.
-        projection: of the student's features.
-        nearest: the student's features to choose the nearest from, if that is asked for.
+        causal: whether the models are causal.
+        projection: projection of the student's features.
+        nearest: the student's features to choose the nearest from, if requested.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Matched(FeatureTerm):
 
     @property
     def captured(self) -> Sequence[Feature]:
-        """Features of the student that it may come to look at."""
+        """All features of the student that it may read."""
         return self.nearest or self.student
 
     def compare(self, student: Features, teacher: Features, mask: Tensor) -> Tensor:
         """The sum for each example, ``(batch,)``.
 
         Args:
-            student: with :attr:`student` in it.
-            teacher: with :attr:`teacher` in it.
+            student: features that include :attr:`student`.
+            teacher: features that include :attr:`teacher`.
             mask: ``(batch, length)``, 1 = real token.
         """
         mine = [student[feature] for feature in self.student]
@@ -131,35 +131,35 @@ class Matched(FeatureTerm):
         Args:
             student: features of the student.
             teacher: features of the teacher.
-            step: with the progress.
+            step: the step, with the progress.
             mask: ``(batch, length)``.
 
         Returns:
-            One, by its name.
+            One term, by its name.
         """
         weight = scheduled(self.match.weight, self.match.weight_schedule, step.progress)
         return {self.name: Term(self.compare(student, teacher, mask).sum(), self.loss.unit, weight)}
 
 
 class DistillationStep(Method):
-    """What :class:`~lmcompress.distillation.Distillation` does in a step; made ready by its ``attach``.
+    """The part of :class:`~lmcompress.distillation.Distillation` that runs in each step; created by its ``attach``.
 
     Attributes:
-        config: what is compared, and how it is weighed.
-        teachers: sources of answers.
-        problem: kind of the student's head, as :func:`~lmcompress.distillation.checks.problem_type_of` says it.
+        config: the compared features and their weights.
+        teachers: sources of the teachers' outputs.
+        problem: kind of the student's head, from :func:`~lmcompress.distillation.checks.problem_type_of`.
     """
 
     config: DistillationConfig
     teachers: list[Teacher]
     problem: str
-    # each teacher's share of the logits, and whether it is asked at all
+    # each teacher's share of the logits, and whether it is needed at all
     _shares: list[float]
     _needed: list[bool]
     _capture: Capture | None = None
     _logit_loss: LogitLoss
     _loss_options: Mapping[str, float]
-    # why a batch without inputs of the teacher's own is refused, if it is
+    # why a batch without separate inputs for the teacher is refused, if it is
     _refused_inputs: str | None
     _parts: list[FeatureTerm]
     _choose_nearest: Callable[[Step, Features, Sequence[Answers], Tensor], None] | None
@@ -170,7 +170,7 @@ class DistillationStep(Method):
         return self.problem == "causal_lm"
 
     def before_forward(self, step: Step) -> None:
-        """Ask a causal student for its hidden states only: the vocabulary comes in chunks.
+        """Request only hidden states from a causal student: the vocabulary is computed in chunks.
 
         Args:
             step: the step.
@@ -190,11 +190,11 @@ class DistillationStep(Method):
         """The loss on the logits, and one term for each match.
 
         Args:
-            step: with the student's outputs.
+            step: the step, with the student's outputs.
 
         Returns:
-            ``kd`` (causal models: ``label+kd``), the matches as their name and number, ``emd``, ``contrast``;
-            ``homogeneity_student`` and ``homogeneity_teacher`` are measured only.
+            ``kd`` (causal models: ``label+kd``), the matches under their name and number, ``emd``, ``contrast``;
+            ``homogeneity_student`` and ``homogeneity_teacher`` are only measured.
         """
         assert self._capture is not None
         self.check_batch(step.inputs)
@@ -216,14 +216,14 @@ class DistillationStep(Method):
         return terms
 
     def check_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse a batch that the losses cannot be computed of; looks at shapes and types only.
+        """Refuse a batch for which the losses cannot be computed; checks only shapes and types.
 
         Args:
             inputs: the batch, ``teacher_*`` columns included.
 
         Raises:
-            LmcompressError: If the labels are not those of the head, or tokens are to be compared one by one and
-                teacher and student see different ones.
+            LmcompressError: If the labels do not fit the head, or tokens are to be compared one by one and
+                teacher and student have different ones.
         """
         if self._refused_inputs is not None and "teacher_input_ids" not in inputs:
             raise LmcompressError(self._refused_inputs)
@@ -265,7 +265,7 @@ class DistillationStep(Method):
             return Term(self._row_loss(student, teacher, labels).sum(), "examples", weight)
         if labels is None and self.config.token_scaling is not None:
             raise LmcompressError("token_scaling needs labels; the batch has none")
-        # positions without a label (padding, further pieces of a word) teach nothing the head is used for
+        # positions without a label (padding, continuation pieces of a word) teach nothing the head is used for
         rows = mask.bool() if labels is None else labels != -100
         chosen = None if labels is None else labels[rows]
         loss = self._row_loss(student[rows], teacher[rows], chosen)

@@ -1,4 +1,4 @@
-"""Where a teacher's answers come from: a model that runs beside the student, or a store on disk."""
+"""Sources of a teacher's outputs: a model that runs alongside the student, or a store on disk."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a teacher says of one batch.
+    """A teacher's outputs for one batch.
 
     Attributes:
-        logits: for heads whose logits are small, else None.
-        chunk: for causal models, given the numbers of the rows of ``(batch × length)`` wanted: their logits by chunks.
-        features: as asked for.
+        logits: for heads with few outputs, else None.
+        chunk: for causal models: maps row numbers of ``(batch × length)`` to a function that returns their logits in
+            chunks.
+        features: requested features.
     """
 
     logits: Tensor | None
@@ -38,67 +39,67 @@ class Answers:
 
 
 class Teacher(Protocol):
-    """A source of answers."""
+    """A source of a teacher's outputs."""
 
     def resolve(self, kind: str, layer: int) -> Feature:
-        """A feature with its layer counted from the beginning.
+        """A feature with its layer counted from the start.
 
         Args:
-            kind: such as ``"hidden"``.
+            kind: kind of feature, such as ``"hidden"``.
             layer: negative counts from the end.
 
         Returns:
             ``(kind, layer)``.
 
         Raises:
-            LmcompressError: If it cannot be given.
+            LmcompressError: If it is not available.
         """
 
     def shape_of(self, feature: Feature) -> tuple[int, ...]:
-        """Sizes of a feature of one row, 0 where a size is the row's length.
+        """Shape of a feature for one row, 0 where a size is the row's length.
 
         Args:
-            feature: resolved.
+            feature: resolved feature.
 
         Returns:
             The shape without the batch axis.
         """
 
     def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
-        """Called before training by each method that asks this teacher.
+        """Called before training by each method that uses this teacher.
 
         Args:
-            features: that will be asked for, with layers resolved.
-            logits: whether logits will be asked for.
-            causal: whether the vocabulary's logits are wanted in chunks.
-            device: where training happens.
+            features: features that will be requested, with layers resolved.
+            logits: whether logits will be requested.
+            causal: whether the vocabulary's logits are needed in chunks.
+            device: training device.
         """
 
     def answer(self, batch: Mapping[str, Any], autocast: Autocast) -> Answers:
-        """Answers for one batch; nothing has a gradient.
+        """Outputs for one batch, without gradients.
 
         Args:
             batch: the whole batch, ``teacher_*`` columns included.
-            autocast: makes the context in which a model runs.
+            autocast: creates the context in which a model runs.
 
         Returns:
-            Logits, or what gives them in chunks, and the features.
+            Logits, or a function that returns them in chunks, and the features.
         """
 
     def release(self) -> None:
-        """Called after training: take hooks away."""
+        """Called after training: removes hooks."""
 
     @property
     def model(self) -> PreTrainedModel | None:
-        """The model, where there is one: what student and teacher must agree on is checked against it."""
+        """The model, if there is one: student and teacher are checked for agreement against it."""
 
 
 Teachers = Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel]
-"""One source of answers, or several."""
+"""One teacher, or several."""
 
 
 def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a teacher is called with: the columns ``teacher_*`` where there are any, else the student's.
+    """The inputs of a teacher: the columns ``teacher_*`` if there are any, else the student's.
 
     Args:
         batch: a collated batch.
@@ -111,10 +112,10 @@ def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class LiveTeacher:
-    """A model that runs beside the student, frozen and without dropout.
+    """A model that runs alongside the student, frozen and without dropout.
 
     Args:
-        model: of any precision; before training it is put to evaluation mode and its gradients are switched off.
+        model: of any precision; before training it is put in evaluation mode and its gradients are switched off.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -122,7 +123,7 @@ class LiveTeacher:
         self._capture: Capture | None = None
         self._features: set[Feature] = set()
         self._logits = self._causal = False
-        # of the class: accelerate and hooks wrap the instance's
+        # the class's method: accelerate and hooks wrap the instance's
         self._accepted = set(inspect.signature(type(model).forward).parameters)
 
     @property
@@ -131,10 +132,10 @@ class LiveTeacher:
         return self._model
 
     def resolve(self, kind: str, layer: int) -> Feature:
-        """A feature with its layer counted from the beginning; see :class:`Teacher`.
+        """A feature with its layer counted from the start; see :class:`Teacher`.
 
         Args:
-            kind: of feature.
+            kind: kind of feature.
             layer: negative counts from the end.
 
         Returns:
@@ -143,10 +144,10 @@ class LiveTeacher:
         return resolve(self._model, kind, layer)
 
     def shape_of(self, feature: Feature) -> tuple[int, ...]:
-        """Sizes of a feature of one row; see :class:`Teacher`.
+        """Shape of a feature for one row; see :class:`Teacher`.
 
         Args:
-            feature: resolved.
+            feature: resolved feature.
 
         Returns:
             The shape without the batch axis.
@@ -154,13 +155,13 @@ class LiveTeacher:
         return shape_of(self._model, feature)
 
     def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
-        """Freeze the model, put hooks on it and move it to the device; see :class:`Teacher`.
+        """Freeze the model, add hooks and move it to the device; see :class:`Teacher`.
 
         Args:
-            features: resolved; several methods may ask one teacher, each for its own.
+            features: resolved; several methods may use one teacher, each with its own features.
             logits: whether the head is needed.
-            causal: whether chunks are wanted.
-            device: a model that was loaded in 8 or 4 bits stays where it is.
+            causal: whether logits are needed in chunks.
+            device: training device; a model loaded in 8 or 4 bits stays where it is.
         """
         if self._capture is not None:
             self._capture.remove()
@@ -179,14 +180,14 @@ class LiveTeacher:
 
         Args:
             batch: the whole batch.
-            autocast: context for the forward pass.
+            autocast: creates the context of the forward pass.
 
         Returns:
-            Logits, or what gives them in chunks, and the features.
+            Logits, or a function that returns them in chunks, and the features.
         """
         assert self._capture is not None
         if self._model.training:
-            # somebody called train() on it in the meantime
+            # train() may have been called on it in the meantime
             self._model.eval()
         inputs = {name: v for name, v in teacher_inputs(batch).items() if name in self._accepted}
         with torch.no_grad(), autocast():
@@ -211,7 +212,7 @@ class LiveTeacher:
         return Answers(None, chunk, self._capture.take(inputs.get("attention_mask")))
 
     def release(self) -> None:
-        """Take the hooks away; see :class:`Teacher`."""
+        """Remove the hooks; see :class:`Teacher`."""
         if self._capture is not None:
             self._capture.remove()
         self._capture, self._features, self._logits = None, set(), False
@@ -220,12 +221,12 @@ class LiveTeacher:
 def load_teacher(
     path: str | Path, auto_class: Any, precision: Literal["float32", "bfloat16", "float16", "8bit", "4bit"] = "float32"
 ) -> PreTrainedModel:
-    """A teacher from disk or the Hub, in the precision wanted.
+    """A teacher from disk or the Hub, in the requested precision.
 
     Args:
         path: folder or name.
-        auto_class: such as ``AutoModelForSequenceClassification``.
-        precision: ``8bit`` and ``4bit`` (NF4) go through bitsandbytes: ``pip install "lmcompress[bnb]"``.
+        auto_class: class such as ``AutoModelForSequenceClassification``.
+        precision: ``8bit`` and ``4bit`` (NF4) use bitsandbytes: ``pip install "lmcompress[bnb]"``.
 
     Returns:
         The model.
@@ -238,11 +239,11 @@ def load_teacher(
             import bitsandbytes  # noqa: F401
         except ImportError as error:
             raise LmcompressError(
-                f'a teacher in {precision} needs bitsandbytes: pip install "lmcompress[bnb]"; or ask for bfloat16'
+                f'a teacher in {precision} needs bitsandbytes: pip install "lmcompress[bnb]"; or use bfloat16'
             ) from error
         from transformers import BitsAndBytesConfig
 
-        # heads of a few labels are no shape for 4-bit kernels, and cost nothing
+        # heads of a few labels have no shape for 4-bit kernels, and cost nothing
         skip = ["classifier", "score", "lm_head", "pre_classifier"]
         quantized = BitsAndBytesConfig(
             load_in_8bit=precision == "8bit",

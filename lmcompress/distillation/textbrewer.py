@@ -1,4 +1,4 @@
-"""Reads TextBrewer's own ``DistillationConfig`` files."""
+"""Reading TextBrewer's own ``DistillationConfig`` files."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _SCHEDULES = {"none": "constant", "linear_decay": "linear_decay", "linear_growth
 def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfig:
     """A TextBrewer configuration as one of ours, with TextBrewer's defaults.
 
-    Two things are kept as TextBrewer has them: there is no factor ``temperature ** 2``, and labels count for nothing
-    unless ``hard_label_weight`` says so. Three are mended: schedules scale the configured weight where TextBrewer's
-    replace it, per-example temperatures are clamped, and attention matches look at the scores before the softmax,
+    Two things are as in TextBrewer: there is no factor ``temperature ** 2``, and labels are not used
+    unless ``hard_label_weight`` is set. Three are corrected: schedules scale the configured weight where TextBrewer's
+    replace it, per-example temperatures are clamped, and attention matches compare the scores before the softmax,
     whatever the attention kernel. ``attention_mse_sum`` becomes ``attention_mse_mean``, which is smaller by the square
     of the number of heads. ``is_caching_logits`` has no counterpart here: use a teacher store.
 
@@ -57,7 +57,7 @@ def read_textbrewer(source: str | Path | Mapping[str, Any]) -> DistillationConfi
         The configuration.
 
     Raises:
-        LmcompressError: If it is no TextBrewer configuration, or asks for something that has no meaning here.
+        LmcompressError: If it is not a TextBrewer configuration, or requests something that has no equivalent here.
     """
     values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     for key in values:
@@ -159,6 +159,6 @@ def _layer(value: Any, attention: bool) -> int | tuple[int, ...]:
     layers = value if isinstance(value, list | tuple) else [value]
     if not layers or not all(isinstance(layer, int) for layer in layers):
         raise LmcompressError(f"layer_T and layer_S are a number or a list of numbers, got {value!r}")
-    # from the end, both count alike
+    # counted from the end, both agree
     moved = tuple(layer + 1 if attention and layer >= 0 else layer for layer in layers)
     return moved if isinstance(value, list | tuple) else moved[0]

@@ -1,7 +1,7 @@
 """The loss over a large vocabulary, in chunks of tokens: the full ``(tokens, vocabulary)`` float32 matrix never exists.
 
 Gradients are computed chunk by chunk in the forward pass, so nothing is recomputed: student and teacher head are each
-multiplied once, and the student's gradient costs the two matmuls that it always costs.
+computed once, and the student's gradient costs the usual two matmuls.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ SoftLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class VocabularyLoss:
-    """What the chunks are asked for.
+    """The options of the loss over chunks.
 
     Attributes:
         label_weight: weight of the cross-entropy with the labels.
         soft_weight: weight of the loss against the teacher.
-        temperature: of the closed form below.
+        temperature: temperature of the closed form below.
         scale: factor of the closed form, usually ``temperature ** 2``.
         soft: another loss than KL, differentiated by autograd; None is KL(teacher ‖ student) with its gradient in
             closed form.
-        chunk: rows at a time.
+        chunk: rows per chunk.
         retain: whether backward runs more than once; costs one more gradient of the head.
     """
 
@@ -56,16 +56,16 @@ def vocabulary_loss(
     """Sums over rows of cross-entropy with labels and of a loss against a teacher, in one pass over chunks.
 
     Args:
-        hidden: ``(rows, width)``, what the head is applied to; only rows that have a label.
+        hidden: ``(rows, width)``, inputs of the head; only rows that have a label.
         weight: ``(vocabulary, width)`` of the head.
         labels: ``(rows,)`` int64, none of them −100.
         teacher: gives the teacher's logits chunk by chunk; called once for each chunk, in order.
         asked: weights and form.
-        row_weights: ``(rows,)`` float32, what the loss against the teacher is multiplied by in each row; default 1.
+        row_weights: ``(rows,)`` float32, factor of the loss against the teacher for each row; default 1.
 
     Returns:
         ``(total, label_sum, soft_sum)``, 0-d float32: ``total`` is the weighted sum of the other two and carries the
-        gradient to ``hidden`` and ``weight``; the others are for the log.
+        gradient to ``hidden`` and ``weight``; the others are for logging.
     """
     total, label_sum, soft_sum = _Chunked.apply(hidden, weight, labels, teacher, asked, row_weights)
     return total, label_sum.detach(), soft_sum.detach()
@@ -88,7 +88,7 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        # inside, everything is float32 but the matmuls, whose dtype is chosen above
+        # everything here is float32 except the matmuls, whose dtype is chosen above
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], asked.chunk):
                 stop = min(start + asked.chunk, hidden.shape[0])
@@ -118,13 +118,13 @@ class _Chunked(torch.autograd.Function):
         if grad_total is None:
             return None, None, None, None, None, None
         if ctx.grads is None:
-            raise RuntimeError("backward through a chunked vocabulary loss a second time: ask for it with retain=True")
+            raise RuntimeError("backward through a chunked vocabulary loss a second time: allow it with retain=True")
         grad_hidden, grad_weight = ctx.grads
         if ctx.retain:
             scaled = [None if grad is None else grad * grad_total for grad in (grad_hidden, grad_weight)]
         else:
             ctx.grads = None
-            # in place: the matrix of gradients of the head is as large as the head
+            # in place: the gradient of the head is as large as the head
             scaled = [None if grad is None else grad.mul_(grad_total) for grad in (grad_hidden, grad_weight)]
         return scaled[0], scaled[1], None, None, None, None
 
@@ -144,7 +144,7 @@ def _chunk_gradient(
         gradient = plain.exp() if asked.temperature == 1.0 and asked.soft_weight > 0 else plain.exp_()
         gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0)).mul_(asked.label_weight)
     if asked.soft_weight > 0:
-        # owned by this chunk: a live teacher makes it anew each time
+        # owned by this chunk: a live teacher recomputes it each time
         log_p = _log_softmax(targets.float(), asked.temperature)
         p = log_p.exp()
         # KL = sum p (log p - log q); dKL/dz = scale / T (q - p)

@@ -1,4 +1,4 @@
-"""Tensors as streams of bytes: lossless, checked, and as small as the structure of the numbers allows."""
+"""Tensors as byte streams: lossless, checked, and as small as the structure of the numbers allows."""
 
 from lmcompress.entropy_coding.coders import CODERS, Coder
 from lmcompress.entropy_coding.statistics import StreamInfo, describe, describe_file, shannon_bits

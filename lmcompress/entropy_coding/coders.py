@@ -12,12 +12,12 @@ from lmcompress.errors import CheckpointError, LmcompressError
 
 Coder = Literal["auto", "zstd", "huffman"]
 CODERS: tuple[Coder, ...] = ("auto", "zstd", "huffman")
-"""``zstd`` and ``huffman`` use that one where it is smaller than a fixed-width code, ``auto`` the smaller of both."""
+"""``zstd`` and ``huffman`` are used where smaller than a fixed-width code; ``auto`` uses the smaller of both."""
 
 METHODS = ("fixed", "zstd", "huffman")
-"""By the number that a stream has for each."""
+"""Methods in the order of their numbers in a stream."""
 
-# of another's size that Huffman data may have: the others are decoded ten times as fast
+# maximum share of the other's size for Huffman data to be used: the others are decoded ten times as fast
 _WORTH_IT = 0.995
 
 
@@ -25,7 +25,7 @@ class Coded(NamedTuple):
     """An array of symbols as bytes.
 
     Attributes:
-        symbols: how many.
+        symbols: number of symbols.
         width: bits of a symbol in a fixed-width code.
         method: one of :data:`METHODS`.
         data: the bytes.
@@ -38,12 +38,12 @@ class Coded(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Bytes, those that are slow to decode counted for a little more."""
+        """Size in bytes, with a small penalty for methods that are slow to decode."""
         return len(self.data) / (_WORTH_IT if self.method == "huffman" else 1)
 
 
 def encode_symbols(part: Part, coder: Coder) -> Coded:
-    """An array of symbols as the coder has it, or in a fixed-width code where that is not longer.
+    """An array of symbols coded by the coder, or by a fixed-width code if that is not longer.
 
     Args:
         part: the array.
@@ -56,10 +56,10 @@ def encode_symbols(part: Part, coder: Coder) -> Coded:
     found = {"fixed": plain}
     if coder != "huffman":
         zstd = _zstandard()
-        # zstd takes symbols for repeated text where there is none; the less it looks for it, the smaller the streams
+        # zstd sees repeated text where there is none; the less it searches for it, the smaller the streams
         options = zstd.ZstdCompressionParameters.from_level(3, strategy=zstd.STRATEGY_FAST, min_match=7)
         found["zstd"] = zstd.ZstdCompressor(compression_params=options).compress(plain)
-    # below the entropy of single symbols is only what sees how they depend on one another, as zstd does
+    # only a coder of the dependence between symbols, such as zstd, gets below the entropy of single symbols
     if coder != "zstd" and entropy_bits(symbol_counts(part)) < _WORTH_IT * 8 * min(map(len, found.values())):
         found["huffman"] = huffman.encode(part.symbols)
     coded = [Coded(len(part.symbols), part.width, method, data) for method, data in found.items()]
@@ -67,12 +67,12 @@ def encode_symbols(part: Part, coder: Coder) -> Coded:
 
 
 def decode_symbols(method: str, data: memoryview, count: int, width: int) -> Symbols:
-    """The symbols again; nothing is allocated beyond what ``count`` and the length of ``data`` allow.
+    """The decoded symbols; nothing is allocated beyond what ``count`` and the length of ``data`` allow.
 
     Args:
         method: one of :data:`METHODS`.
-        data: of :func:`encode_symbols`, of which nothing has been believed yet.
-        count: how many symbols.
+        data: from :func:`encode_symbols`, not trusted.
+        count: number of symbols.
         width: bits of each in a fixed-width code.
 
     Raises:
@@ -83,7 +83,7 @@ def decode_symbols(method: str, data: memoryview, count: int, width: int) -> Sym
         return unpacked(data, count, width)
     if method == "zstd":
         return unpacked(_decompressed(data, packed_size(count, width)), count, width)
-    # a bit stands for a group of symbols at least
+    # each bit stands for at least one group of symbols
     if count > 8 * huffman.MAX_DIGITS * len(data):
         raise CheckpointError(f"{count} symbols cannot lie in {len(data)} bytes: the data was changed")
     symbols = huffman.decode(data, count)
@@ -93,7 +93,7 @@ def decode_symbols(method: str, data: memoryview, count: int, width: int) -> Sym
 
 
 def symbol_counts(part: Part) -> np.ndarray:
-    """How often each symbol occurs, ``(alphabet,)`` int64.
+    """The number of occurrences of each symbol, ``(alphabet,)`` int64.
 
     Args:
         part: an array of symbols.
@@ -105,7 +105,7 @@ def entropy_bits(counts: np.ndarray) -> float:
     """Zero-order entropy of symbols, summed over all, in bits.
 
     Args:
-        counts: how often each occurs.
+        counts: number of occurrences of each symbol.
     """
     counts = counts[counts > 0]
     total = counts.sum()
@@ -115,7 +115,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 def _decompressed(data: memoryview, size: int) -> bytes:
     zstd = _zstandard()
     try:
-        # the library allocates what the frame says, whatever limit it is given
+        # the library allocates what the frame states, whatever limit it is given
         if zstd.frame_content_size(data) != size:
             raise CheckpointError(f"compressed symbols must have {size} bytes, and do not: the data was changed")
         return zstd.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
@@ -124,7 +124,7 @@ def _decompressed(data: memoryview, size: int) -> bytes:
 
 
 def _zstandard() -> Any:
-    # imported here: a packed model without streams is loaded without it
+    # imported here: loading a packed model without streams does not need it
     try:
         import zstandard
     except ModuleNotFoundError as error:

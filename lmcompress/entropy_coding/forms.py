@@ -1,17 +1,17 @@
-"""How a tensor becomes arrays of symbols, bit-exact: its bit patterns are coded, NaN and -0.0 too.
+"""Bit-exact decompositions of a tensor into arrays of symbols, which code its bit patterns (NaN and -0.0 included).
 
 ============ ====================================================== ===============================================
 form         arrays of symbols                                      for
 ============ ====================================================== ===============================================
-``plain``    the bytes as they lie                                  packed codes, which are bytes
-``planes``   one array for each byte of a number                    floats, whose exponents are alike
-``codebook`` the distinct patterns, and an index for each number    shared weights, quantized and dequantized ones
-``mask_…``   which numbers are not 0, as bits; the numbers          pruned weights
-``gaps_…``   how many zeros lie before each number; the numbers     weights that are pruned to the bone
+``plain``    the bytes as stored                                    packed codes, which are bytes
+``planes``   one array for each byte of a number                    floats, whose exponents are similar
+``codebook`` the distinct patterns, and an index for each number    clustered, quantized and dequantized weights
+``mask_…``   a bit for each number that is not 0; the numbers       pruned weights
+``gaps_…``   the zeros before each number; the numbers              very sparse weights
 ============ ====================================================== ===============================================
 
 ``…`` is ``planes`` or ``codebook``. Gaps are Deep Compression's relative indices (section 2, figure 2); where one is
-longer than a symbol can say, the paper stores a zero weight, and we a symbol that says "255 more", which needs no
+longer than a symbol can express, the paper stores a zero weight, and we a symbol that means "255 more", which needs no
 weight.
 """
 
@@ -35,13 +35,13 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.int64, torch.bool,
 )  # fmt: skip
 MAX_CODEBOOK = 1 << 16
-# a gap that is longer: this symbol, again and again
+# for longer gaps this symbol is repeated
 LONG_GAP = 255
-# numbers of which the distinct ones are counted first: whoever has many among these has too many
+# size of the sample whose distinct numbers are counted first: many in it means too many overall
 _SAMPLE = 1 << 17
 _PATTERN = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
-# numbers that are put in place at a time: an index into an array has 8 bytes
+# numbers processed at a time: an index into an array has 8 bytes
 _BLOCK = 1 << 16
 
 
@@ -49,28 +49,28 @@ def patterns(tensor: Tensor) -> Symbols:
     """The bit patterns of a tensor's numbers.
 
     Args:
-        tensor: any shape, of one of :data:`DTYPES`.
+        tensor: any shape, with a dtype in :data:`DTYPES`.
 
     Returns:
-        ``(numel,)`` unsigned integers of the same width, row by row; in the tensor's own memory where that is on the
-        CPU and without gaps.
+        ``(numel,)`` unsigned integers of the same width, row by row; shares the tensor's memory if it is contiguous and
+        on the CPU.
 
     Raises:
-        LmcompressError: If its type is not among them, it is sparse, or it is on ``meta`` and has no numbers.
+        LmcompressError: If its type is not supported, it is sparse, or it is on ``meta``, without values.
     """
     if tensor.is_meta:
-        raise LmcompressError("a tensor must have numbers to be coded, got one on the meta device")
+        raise LmcompressError("a tensor must have values to be coded, got one on the meta device")
     if tensor.dtype not in DTYPES:
         raise LmcompressError(f"a tensor must be of one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
     if tensor.layout is not torch.strided:
         raise LmcompressError(f"a tensor must be dense (torch.strided) to be coded, got {tensor.layout}; to_dense() it")
-    # one of no or one number is contiguous whatever its strides are, which views of bytes do not take
+    # tensors of at most one number are contiguous whatever their strides, which views of bytes do not accept
     flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().view(_PATTERN[tensor.element_size()])
 
 
 def distinct(found: Symbols) -> Symbols | None:
-    """The distinct patterns in ascending order, or None where there are too many for a codebook.
+    """The distinct patterns in ascending order, or None if there are too many for a codebook.
 
     Args:
         found: :func:`patterns`.
@@ -82,7 +82,7 @@ def distinct(found: Symbols) -> Symbols | None:
 
 
 def forms_for(found: Symbols) -> list[Form]:
-    """What may be smaller than all bytes as they lie.
+    """The forms that may be smaller than the plain bytes.
 
     Args:
         found: :func:`patterns`.
@@ -95,7 +95,7 @@ def forms_for(found: Symbols) -> list[Form]:
         return forms
     if found.itemsize > 1:
         forms.append("planes")
-        # a table that is nearly as long as what it describes describes nothing
+        # a table nearly as long as the data saves nothing
         values = distinct(found)
         numbers = np.count_nonzero(found)
         if values is not None and 2 * len(values) <= len(found):
@@ -128,20 +128,20 @@ def split(found: Symbols, form: Form) -> list[Part]:
 
 
 def check_sizes(form: Form, sizes: Sequence[tuple[int, int]], size: int, count: int) -> None:
-    """Refuse arrays that :func:`split` does not make, before one of them is decoded.
+    """Refuse arrays that :func:`split` never produces, before any is decoded.
 
     Args:
-        form: of the arrays.
-        sizes: symbols and width of each.
-        size: bytes of a number.
-        count: how many numbers the tensor has.
+        form: form of the arrays.
+        sizes: number of symbols and width of each.
+        size: bytes per number.
+        count: number of elements of the tensor.
 
     Raises:
-        CheckpointError: If they are too many or too few, too long, or of another width.
+        CheckpointError: If there are too many or too few, or they are too long or of another width.
     """
     where, _, what = form.rpartition("_")
     places, numbers = (sizes[:1], sizes[1:]) if where else ([], sizes)
-    # a sparse tensor has as many numbers as its last array has symbols
+    # a sparse tensor has as many nonzero numbers as its last array has symbols
     many = count if not where else numbers[-1][0] if numbers else 0
     values = numbers[0][0] if numbers else 0
     expected = {
@@ -153,7 +153,7 @@ def check_sizes(form: Form, sizes: Sequence[tuple[int, int]], size: int, count: 
     if where == "mask":
         fits &= list(places) == [(count, 1)] and many <= count
     elif where == "gaps":
-        # besides one that ends at a number, each gap is of as many zeros as a symbol can say
+        # except those that end at a number, each gap symbol covers the maximum number of zeros
         long = sum(symbols for symbols, _ in places) - many
         fits &= [width for _, width in places] == [8] and long >= 0 and many + LONG_GAP * long <= count
     if not fits:
@@ -161,12 +161,12 @@ def check_sizes(form: Form, sizes: Sequence[tuple[int, int]], size: int, count: 
 
 
 def join(parts: Iterable[Part], form: Form, found: Symbols) -> None:
-    """Put the patterns in place again, one array after the other.
+    """Reassemble the patterns, one array after the other.
 
     Args:
-        parts: from :func:`split`, of sizes that :func:`check_sizes` let through; each is asked for when it is needed.
+        parts: from :func:`split`, of sizes accepted by :func:`check_sizes`; each is requested when it is needed.
         form: the same.
-        found: ``(count,)`` unsigned integers, to be filled.
+        found: ``(count,)`` unsigned integers, the output.
 
     Raises:
         CheckpointError: If the arrays contradict one another.
@@ -233,12 +233,12 @@ def _of_length(symbols: Symbols, count: int) -> Symbols:
 
 
 def _spread(found: Symbols, gaps: Symbols, ends: NDArray[np.bool_], numbers: Symbols) -> None:
-    """Put numbers after gaps of zeros."""
+    """Place numbers after gaps of zeros."""
     found[:] = 0
     at, taken = -1, 0
     for start in range(0, len(gaps), _BLOCK):
         block = ends[start : start + _BLOCK]
-        # a long gap is of numbers that are all 0, any other symbol ends with one that is not
+        # a long gap consists only of zeros, any other symbol ends with a number that is not 0
         places = at + np.cumsum(gaps[start : start + _BLOCK] + block.astype(np.int64))
         at = int(places[-1])
         if at >= len(found):

@@ -1,4 +1,4 @@
-"""The head of a stream: what it says of itself, and the check of it.
+"""The header of a stream and its validation.
 
 ======= ============================================================
 bytes   what
@@ -15,8 +15,8 @@ bytes   what
 …       the bytes of the arrays
 ======= ============================================================
 
-All numbers are little-endian. The checksum is compared before anything else is read, and what a stream says of itself
-is checked all the same: whoever changes one can compute a checksum.
+All numbers are little-endian. The checksum is compared first, and the contents of the header
+are validated all the same: an attacker can compute a checksum.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ MAGIC, VERSION = b"LMCS", 1
 MAX_AXES = 8
 _PREFIX, _FIXED, _PART = struct.Struct("<4sI"), struct.Struct("<BBBB"), struct.Struct("<QBBQ")
 PART_BYTES = _PART.size
-"""What the head has for each array of symbols."""
+"""The header fields of each array of symbols."""
 _WIDTHS = (1, 2, 4, 8, 16)
 _MAX_PARTS = 32
 
 
 class PartInfo(NamedTuple):
-    """What a stream says of one of its arrays of symbols.
+    """The header entry of one array of symbols.
 
     Attributes:
-        symbols: how many.
+        symbols: number of symbols.
         width: bits of a symbol in a fixed-width code.
         method: ``fixed``, ``zstd`` or ``huffman``.
-        start: where its bytes begin.
-        bytes: how many it has.
+        start: offset of its bytes.
+        bytes: number of bytes.
     """
 
     symbols: int
@@ -60,17 +60,17 @@ class PartInfo(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where its bytes end."""
+        """Offset of the end of its bytes."""
         return self.start + self.bytes
 
 
 class Head(NamedTuple):
-    """What a stream says of itself.
+    """The header of a stream.
 
     Attributes:
         form: see :mod:`lmcompress.entropy_coding.forms`.
-        dtype: of the tensor.
-        shape: of the tensor.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
         parts: its arrays of symbols.
     """
 
@@ -81,13 +81,13 @@ class Head(NamedTuple):
 
 
 def read_head(data: bytes | memoryview) -> Head:
-    """What a stream says of itself, after its checksum was compared.
+    """The header of a stream, after its checksum was compared.
 
     Args:
         data: the whole stream.
 
     Raises:
-        CheckpointError: If it is no stream, is cut off or was changed.
+        CheckpointError: If it is not a stream, is cut off or was changed.
     """
     if len(data) < _PREFIX.size + _FIXED.size or bytes(data[:4]) != MAGIC:
         raise CheckpointError("it is no stream of lmcompress, or is cut off")
@@ -123,12 +123,12 @@ def read_head(data: bytes | memoryview) -> Head:
 
 
 def with_head(form: Form, dtype: torch.dtype, shape: Sequence[int], coded: Sequence[Coded]) -> bytes:
-    """A whole stream: head, checksum and the bytes of its arrays.
+    """A whole stream: header, checksum and the bytes of its arrays.
 
     Args:
         form: one of :data:`~lmcompress.entropy_coding.forms.FORMS`.
-        dtype: of the tensor.
-        shape: of the tensor.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
         coded: its arrays of symbols.
     """
     head = _FIXED.pack(VERSION, FORMS.index(form), DTYPES.index(dtype), len(shape))

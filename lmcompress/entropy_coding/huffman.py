@@ -1,11 +1,12 @@
 """Huffman's code for the symbols of one array, as Deep Compression stores indices and gaps (section 4).
 
-The code is canonical: a table says for each symbol how many bits it has, and nothing else. Symbols are coded in chunks
-of :data:`CHUNK`, each of which starts where a table says, so that NumPy decodes all chunks side by side, one symbol of
-each at a time; the table costs 16 bits a chunk.
+The code is canonical: a table holds only the number of bits of each symbol. Symbols are coded in chunks
+of :data:`CHUNK`, with a table of their offsets, so that NumPy decodes all chunks in parallel, one symbol of
+each at a time; the table costs 16 bits per chunk.
 
-A code has whole bits, which is much for symbols that have few. So where the alphabet is small, several symbols in a row
-are one of a larger alphabet, the digits of a number; Huffman's paper codes single ones.
+A code has a whole number of bits, which is inefficient for short codes. So if the alphabet is small, several
+consecutive symbols are combined into one of a larger alphabet, as digits of a number; Huffman's paper codes single
+ones.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from lmcompress.errors import CheckpointError
 CHUNK = 2048
 MAX_LENGTH = 20
 MAX_ALPHABET = 1 << 16
-# an alphabet of groups is this large at most
+# maximum size of an alphabet of groups
 _MAX_GROUPS = 4096
-# chunks that are decoded side by side: enough for NumPy, and their numbers stay in the cache
+# chunks decoded in parallel: enough for NumPy, and their data stay in the cache
 _LANES = 2048
 MAX_DIGITS = 12
-"""Symbols that one code stands for, at most."""
+"""Maximum number of symbols that one code stands for."""
 # base and digits of a group, alphabet, symbols, bytes of the table of lengths, bytes of bits
 _HEAD = struct.Struct("<IBIQII")
 
 
 def code_lengths(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """How many bits each symbol has in an optimal prefix code.
+    """The number of bits of each symbol in an optimal prefix code.
 
     Args:
-        counts: how often each symbol of the alphabet occurs, ``(alphabet,)``.
+        counts: number of occurrences of each symbol of the alphabet, ``(alphabet,)``.
 
     Returns:
-        ``(alphabet,)`` uint8, 0 for symbols that do not occur and 1 for one that is alone. None is greater than
-        :data:`MAX_LENGTH`: where Huffman's algorithm goes deeper, which takes counts that grow like Fibonacci's
-        numbers, rare symbols are taken for more frequent ones.
+        ``(alphabet,)`` uint8, 0 for symbols that do not occur and 1 for a single one. None is greater than
+        :data:`MAX_LENGTH`: if Huffman's algorithm goes deeper, which takes counts that grow like Fibonacci
+        numbers, rare symbols are treated as more frequent.
 
     Example:
         >>> code_lengths(np.array([5, 0, 2, 1])).tolist()
@@ -64,7 +65,7 @@ def code_lengths(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """The bits of each symbol, the shortest codes first and, among equals, in the order of the alphabet.
+    """The code of each symbol, shortest codes first and, among equal lengths, in the order of the alphabet.
 
     Args:
         lengths: :func:`code_lengths`.
@@ -87,7 +88,7 @@ def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
 
 
 def encoded_bits(counts: NDArray[np.int64]) -> int:
-    """Bits that symbols of such counts take, without tables.
+    """Total bits of symbols with these counts, without tables.
 
     Args:
         counts: ``(alphabet,)``.
@@ -96,13 +97,13 @@ def encoded_bits(counts: NDArray[np.int64]) -> int:
 
 
 def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
-    """Symbols as bytes, with all that :func:`decode` needs.
+    """Symbols as bytes, with everything :func:`decode` needs.
 
     Args:
         symbols: ``(n,)``, each less than :data:`MAX_ALPHABET`.
 
     Returns:
-        Head, lengths of codes, bits of each chunk, and the bits.
+        Header, code lengths, bits of each chunk, and the bits.
     """
     total, base = len(symbols), int(symbols.max()) + 1 if len(symbols) else 1
     digits, lengths = _best_groups(symbols, base)
@@ -110,7 +111,7 @@ def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
     codes = canonical_codes(lengths)
     sizes = np.zeros(-(-len(symbols) // CHUNK), np.int64)
     blocks: list[NDArray[np.uint8]] = []
-    # a bit takes a byte until it is packed: one part of the symbols at a time
+    # a bit takes a byte until it is packed: the symbols are processed in parts
     step = CHUNK * 512
     rest = np.zeros(0, np.uint8)
     for start in range(0, len(symbols), step):
@@ -136,18 +137,18 @@ def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
 
 
 def decode(data: bytes | memoryview, count: int) -> NDArray[np.unsignedinteger]:
-    """The symbols again.
+    """The decoded symbols.
 
     Args:
         data: from :func:`encode`; anything else is refused, and nothing is allocated beyond what ``count`` and the
             length of ``data`` allow.
-        count: how many symbols there must be.
+        count: expected number of symbols.
 
     Returns:
         ``(count,)`` uint8 where every symbol fits, otherwise uint16.
 
     Raises:
-        CheckpointError: If the data are cut off or too long, the table is no prefix code, or the bits are not those of
+        CheckpointError: If the data are cut off or too long, the table is not a prefix code, or the bits are not those
             ``count`` symbols.
     """
     data = memoryview(data)
@@ -173,7 +174,7 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.unsignedinteger]:
         return out
     table_of_codes = _table(lengths)
     digits_of = (np.arange(base**digits)[:, None] // _places(base, digits) % base).astype(out.dtype)
-    # the four bytes from each place on, past the end too
+    # the four bytes from each position, also past the end
     words = np.ndarray(payload + 1, ">u4", np.concatenate([bits, np.zeros(4, np.uint8)]), strides=(1,))
     ends = np.cumsum(sizes)
     for first in range(0, chunks, _LANES):
@@ -188,7 +189,7 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.unsignedinteger]:
 def _groups(
     words: NDArray[np.unsignedinteger], starts: NDArray[np.int64], ends: NDArray[np.int64], count: int, table: _Table
 ) -> NDArray[np.uint16]:
-    """What chunks say that are read side by side: the first ``count`` symbols, or as many as the chunks have."""
+    """Chunks decoded in parallel: the first ``count`` symbols, or as many as the chunks have."""
     at, chunks = starts.copy(), len(starts)
     found = np.empty((min(CHUNK, count), chunks), np.uint16)
     last = count - (chunks - 1) * CHUNK
@@ -204,8 +205,8 @@ def _groups(
 
 
 def _best_groups(symbols: NDArray[np.unsignedinteger], base: int) -> tuple[int, NDArray[np.uint8]]:
-    """How many symbols one code should stand for, and the lengths of the codes: with more, fewer bits are lost to codes
-    of whole bits, and the table is longer."""
+    """The number of symbols per code, and the code lengths: larger groups lose fewer bits to rounding of code
+    lengths, but make the table longer."""
     best: tuple[float, int, NDArray[np.uint8]] = (np.inf, 1, np.zeros(0, np.uint8))
     if not len(symbols):
         return best[1:]
@@ -239,7 +240,7 @@ def _table_bytes(lengths: NDArray[np.uint8]) -> bytes:
 
 
 def _lengths(table: memoryview, alphabet: int) -> NDArray[np.uint8]:
-    """The table of lengths, of which no more is unpacked than there may be."""
+    """The table of lengths, of which no more is unpacked than allowed."""
     try:
         unpacker = zlib.decompressobj()
         found = unpacker.decompress(table, alphabet + 1)
@@ -272,7 +273,7 @@ def _canonical_order(lengths: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 class _Table(NamedTuple):
-    """For every pattern of ``window`` bits: the symbol it begins with, and how many bits that has."""
+    """For every pattern of ``window`` bits: the symbol it begins with, and the length of its code."""
 
     symbol_of: NDArray[np.uint16]
     length_of: NDArray[np.uint8]
@@ -280,14 +281,14 @@ class _Table(NamedTuple):
 
 
 def _table(lengths: NDArray[np.uint8]) -> _Table:
-    """How to read codes of such lengths, once they are known to be a prefix code."""
+    """The decoding tables of these code lengths, after checking that they form a prefix code."""
     order = _canonical_order(lengths)
     if not len(order) or lengths.max() > MAX_LENGTH:
         raise CheckpointError(f"Huffman codes must have 1 to {MAX_LENGTH} bits, got a table of others: it was changed")
     used = lengths[order]
     window = int(used.max())
     cells = 1 << (window - used.astype(np.int64))
-    # Kraft's equality, but for a symbol that is alone and has one bit
+    # Kraft's equality, except for a single symbol of one bit
     if cells.sum() != 1 << window and not (len(order) == 1 and window == 1):
         raise CheckpointError("Huffman codes must be a complete prefix code, got a table of another: it was changed")
     symbol_of = np.zeros(1 << window, np.uint16)

@@ -1,4 +1,4 @@
-"""How tensors are stored as streams, and how small they could be."""
+"""How tensors are stored as streams, and their theoretical minimum size."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lmcompress.entropy_coding.stream import as_bytes, decode, file_streams
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """How a tensor is stored, and how small it could be.
+    """The storage of a tensor, and its theoretical minimum size.
 
     Attributes:
-        shape: of the tensor.
+        shape: shape of the tensor.
         form: see :mod:`lmcompress.entropy_coding.forms`.
-        coders: of its arrays of symbols, in order.
-        numbers: of the tensor.
-        bytes: of the stream.
-        dense_bytes: of the tensor.
-        fixed_bits: of all symbols in a fixed-width code, codebooks included.
-        huffman_bits: of all symbols in Huffman's, without tables.
-        shannon_bits: zero-order entropy of the tensor's numbers (of its bytes, where a codebook would not do), over all
-            of them; a form that looks at zeros and numbers apart can be a little smaller.
+        coders: coders of its arrays of symbols, in order.
+        numbers: number of elements of the tensor.
+        bytes: size of the stream.
+        dense_bytes: size of the tensor.
+        fixed_bits: bits of all symbols in a fixed-width code, codebooks included.
+        huffman_bits: bits of all symbols in a Huffman code, without tables.
+        shannon_bits: zero-order entropy of the tensor's numbers (of its bytes, if a codebook is too large), summed
+            over all; a form that codes zeros and numbers separately can be slightly smaller.
     """
 
     shape: tuple[int, ...]
@@ -44,11 +44,11 @@ class StreamInfo:
 
 
 def describe(stream: bytes | memoryview | Tensor, name: str = "of a stream") -> StreamInfo:
-    """How a tensor is stored, and how small it could be.
+    """The storage of a tensor, and its theoretical minimum size.
 
     Args:
-        stream: as for :func:`decode`.
-        name: of the tensor, for messages.
+        stream: a stream, as for :func:`decode`.
+        name: name of the tensor in messages.
 
     Raises:
         CheckpointError: If :func:`decode` refuses it.
@@ -74,8 +74,8 @@ def shannon_bits(tensor: Tensor) -> float:
     """Zero-order entropy of a tensor's numbers, summed over all: no code of single numbers takes fewer bits.
 
     Args:
-        tensor: any shape. Where its numbers are nearly all different, so that a table of them would be as long as the
-            tensor, the entropy is of their bytes, place by place.
+        tensor: any shape. If its numbers are nearly all different, so that a table of them would be as long as the
+            tensor, the entropy is that of their bytes, position by position.
 
     Returns:
         Bits.

@@ -21,22 +21,22 @@ from lmcompress.entropy_coding.symbols import Part
 from lmcompress.errors import CheckpointError, LmcompressError
 
 MAX_BYTES, MIN_BYTES, MAX_RATIO = 1 << 36, 1 << 30, 4096
-"""Of a tensor whose shape nobody has said beforehand: never more bytes than the first; more than the second only as
-many as this ratio allows to the bytes of its stream."""
+"""Limits for a tensor of unknown shape: never more bytes than the first; more than the second only up to
+this ratio to the bytes of its stream."""
 
 
 def encode(tensor: Tensor, coder: Coder = "auto") -> bytes:
-    """The tensor as a stream, in the smallest of the forms that fit it.
+    """The tensor as a stream, in the smallest suitable form.
 
     Args:
-        tensor: any shape, on any device; of a type in :data:`~lmcompress.entropy_coding.forms.DTYPES`.
+        tensor: any shape, on any device; with a dtype in :data:`~lmcompress.entropy_coding.forms.DTYPES`.
         coder: one of :data:`CODERS`.
 
     Returns:
-        The stream; at most a head longer than the bytes of the tensor.
+        The stream; at most a header longer than the bytes of the tensor.
 
     Raises:
-        LmcompressError: If the coder is unknown, or no stream has the type or number of axes.
+        LmcompressError: If the coder is unknown, or the type or number of axes is not supported.
 
     Example:
         >>> weight = torch.zeros(100, 100)
@@ -62,14 +62,14 @@ def decode(
     shape: tuple[int, ...] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The tensor again, bit-exact.
+    """The decoded tensor, bit-exact.
 
     Args:
         stream: from :func:`encode`; as a tensor, ``(n,)`` uint8.
-        name: of the tensor, for messages.
-        shape: what it must be, where that is known: nothing greater is allocated. Where it is not, no more than
+        name: name of the tensor in messages.
+        shape: its expected shape, if known: nothing larger is allocated. If None, at most
             :data:`MIN_BYTES`, or than :data:`MAX_RATIO` times the stream.
-        dtype: the same.
+        dtype: its expected dtype, if known.
 
     Returns:
         The tensor, on the CPU.
@@ -95,7 +95,7 @@ def decode(
             )
         check_sizes(head.form, [(one.symbols, one.width) for one in head.parts], head.dtype.itemsize, count)
         tensor = torch.empty(head.shape, dtype=head.dtype)
-        # one array after the other: each is as long as the tensor, in small numbers
+        # one array at a time: each is as long as the tensor, in a small integer type
         parts = (
             Part(decode_symbols(one.method, data[one.start : one.end], one.symbols, one.width), one.width)
             for one in head.parts
@@ -107,14 +107,14 @@ def decode(
 
 
 def stream_shape(stream: bytes | memoryview | Tensor, name: str = "of a stream") -> tuple[int, ...]:
-    """The shape of the tensor in a stream, which is not decoded for it.
+    """The shape of the tensor in a stream, without decoding it.
 
     Args:
-        stream: as for :func:`decode`.
-        name: of the tensor, for messages.
+        stream: a stream, as for :func:`decode`.
+        name: name of the tensor in messages.
 
     Raises:
-        CheckpointError: If it is no stream, or its checksum is wrong.
+        CheckpointError: If it is not a stream, or its checksum is wrong.
     """
     with _named(name):
         return read_head(as_bytes(stream)).shape
@@ -124,25 +124,25 @@ def stream_tensor(tensor: Tensor, coder: Coder = "auto") -> Tensor:
     """A tensor's stream as a tensor, ``(n,)`` uint8.
 
     Args:
-        tensor: as for :func:`encode`.
+        tensor: a tensor, as for :func:`encode`.
         coder: one of :data:`CODERS`.
     """
     return torch.frombuffer(bytearray(encode(tensor, coder)), dtype=torch.uint8)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: str | Path, coder: Coder = "auto") -> int:
-    """Write tensors as a safetensors file of streams; what was there before is replaced once the new one is whole.
+    """Write tensors as a safetensors file of streams; an existing file is replaced once the new one is complete.
 
     Args:
-        tensors: by name; of any network.
-        path: of the file.
+        tensors: by name, from any network.
+        path: path of the file.
         coder: one of :data:`CODERS`.
 
     Returns:
-        Bytes of the file.
+        Size of the file in bytes.
 
     Raises:
-        LmcompressError: If :func:`encode` refuses a tensor, or the file cannot be written: a full disk, no such folder.
+        LmcompressError: If :func:`encode` refuses a tensor, or the file cannot be written (full disk, no such folder).
     """
     path = Path(path)
     streams = {name: stream_tensor(tensor, coder) for name, tensor in tensors.items()}
@@ -165,7 +165,7 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
         By name, on the CPU.
 
     Raises:
-        CheckpointError: If it is no safetensors file, or :func:`decode` refuses a stream.
+        CheckpointError: If it is not a safetensors file, or :func:`decode` refuses a stream.
     """
     return {name: decode(stream, name) for name, stream in file_streams(path).items()}
 
@@ -177,7 +177,7 @@ def file_streams(path: str | Path) -> dict[str, Tensor]:
         path: from :func:`save_file`.
 
     Raises:
-        CheckpointError: If it is no safetensors file, is cut off, or holds something else than streams.
+        CheckpointError: If it is not a safetensors file, is cut off, or holds something other than streams.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -197,7 +197,7 @@ def as_bytes(stream: bytes | memoryview | Tensor) -> memoryview:
     """The bytes of a stream.
 
     Args:
-        stream: as for :func:`decode`.
+        stream: a stream, as for :func:`decode`.
     """
     if isinstance(stream, Tensor):
         return memoryview(stream.detach().cpu().contiguous().numpy().data).cast("B")
@@ -206,7 +206,7 @@ def as_bytes(stream: bytes | memoryview | Tensor) -> memoryview:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Let what is wrong with a stream say of which tensor it is."""
+    """Within the block, add the tensor's name to errors of a stream."""
     try:
         yield
     except CheckpointError as error:

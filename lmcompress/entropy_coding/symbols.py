@@ -1,4 +1,4 @@
-"""Arrays of symbols: small whole numbers, and their fixed-width code in bytes."""
+"""Arrays of symbols: small integers, and their fixed-width code in bytes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Part(NamedTuple):
 
 
 def index_width(values: int) -> int:
-    """Bits of an index in a codebook, of the widths that fill bytes.
+    """Bits of an index into a codebook, rounded up to a width that fills bytes.
 
     Args:
-        values: how many the codebook has.
+        values: size of the codebook.
 
     Returns:
         1, 2, 4, 8 or 16.
@@ -42,7 +42,7 @@ def index_width(values: int) -> int:
 
 
 def packed(part: Part) -> bytes:
-    """The symbols in a fixed-width code, those below 8 bits several to a byte, the first in the low bits.
+    """The symbols in a fixed-width code, those below 8 bits packed into bytes, the first in the low bits.
 
     Args:
         part: an array of symbols.
@@ -65,18 +65,18 @@ def packed_size(count: int, width: int) -> int:
     """Bytes that n symbols take in a fixed-width code.
 
     Args:
-        count: of symbols.
+        count: number of symbols.
         width: bits of a symbol.
     """
     return math.ceil(count * width / 8)
 
 
 def unpacked(data: bytes | memoryview, count: int, width: int) -> Symbols:
-    """The symbols again.
+    """The unpacked symbols.
 
     Args:
         data: :func:`packed_size` bytes.
-        count: how many symbols.
+        count: number of symbols.
         width: bits of each.
 
     Returns:

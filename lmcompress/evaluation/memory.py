@@ -1,4 +1,4 @@
-"""Peak memory: of any call, and of loading a checkpoint and running it."""
+"""Peak memory of any call, and of loading a checkpoint and running it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Memory:
     """Memory of a call.
 
     Attributes:
-        baseline_bytes: held before it.
-        peak_bytes: the most held at any time during it.
+        baseline_bytes: memory held before it.
+        peak_bytes: maximum memory held during it.
     """
 
     baseline_bytes: int
@@ -37,7 +37,7 @@ class Memory:
 
     @property
     def used_bytes(self) -> int:
-        """What the call took above the baseline."""
+        """Peak above the baseline."""
         return max(self.peak_bytes - self.baseline_bytes, 0)
 
 
@@ -48,15 +48,15 @@ def peak_memory(function: Callable[..., Any], *args: Any, device: str | None = N
     a script must guard its main part with ``if __name__ == "__main__"``.
 
     Args:
-        function: for the fresh process it must be picklable: defined in a module, no lambda.
-        *args: picklable, given to it.
-        device: ``cpu`` or a CUDA device; default CUDA where there is one.
+        function: must be picklable for the fresh process: defined in a module, not a lambda.
+        *args: its arguments, picklable.
+        device: ``cpu`` or a CUDA device; default: CUDA if available.
 
     Returns:
-        the peak and what was held before the call.
+        the peak and the memory held before the call.
 
     Raises:
-        LmcompressError: If the device is another.
+        LmcompressError: If the device is another kind.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda":
@@ -68,7 +68,7 @@ def peak_memory(function: Callable[..., Any], *args: Any, device: str | None = N
         return Memory(baseline_bytes=baseline, peak_bytes=torch.cuda.max_memory_allocated(place))
     if place.type != "cpu":
         raise LmcompressError(f"memory is measured on cpu and cuda, got {device!r}")
-    # spawned, not forked: a fork begins with this process's memory
+    # spawned, not forked: a fork starts with this process's memory
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_memory_of, function, *args).result()
 
@@ -76,14 +76,14 @@ def peak_memory(function: Callable[..., Any], *args: Any, device: str | None = N
 def measure_peak_memory(
     folder: str | Path, auto_class: str = "AutoModel", batch: int = 1, length: int = 128, *, threads: int | None = None
 ) -> Memory:
-    """Resident memory that loading a checkpoint and one forward pass on the CPU take, in a fresh process.
+    """Resident memory of loading a checkpoint and one forward pass on the CPU, in a fresh process.
 
     The baseline is that of the process after ``import lmcompress``, so that ``used_bytes`` is the model's share: its
-    weights, what unpacking them takes, activations.
+    weights, their unpacking, activations.
 
     Args:
         folder: a checkpoint.
-        auto_class: name of transformers' class that loads it, as ``"AutoModelForSequenceClassification"``.
+        auto_class: name of the Transformers class that loads it, such as ``"AutoModelForSequenceClassification"``.
         batch: rows of the forward pass.
         length: tokens of a row.
         threads: torch's threads in that process; default this process's.
@@ -92,13 +92,13 @@ def measure_peak_memory(
         baseline and peak, and their difference as ``used_bytes``.
 
     Raises:
-        LmcompressError: If the class is unknown, the folder is not there, or the process failed.
+        LmcompressError: If the class is unknown, the folder does not exist, or the process failed.
     """
     known = [name for name in dir(transformers) if name.startswith("AutoModel")]
     if auto_class not in known:
         raise LmcompressError(f"unknown auto class {auto_class!r}{nearest(auto_class, known)}")
     if not Path(folder).is_dir():
-        raise LmcompressError(f"a checkpoint's folder must be there, {str(folder)!r} is not")
+        raise LmcompressError(f"a checkpoint's folder must exist, {str(folder)!r} does not")
     probe = [sys.executable, "-c", _PROBE, str(folder), auto_class, str(batch), str(length)]
     # the package may run from a checkout that is not installed
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -125,7 +125,7 @@ def _memory_of(function: Callable[..., Any], *args: Any) -> Memory:
 
 
 def _probe(folder: str, auto_class: str, batch: str, length: str) -> None:
-    # looked up here: transformers imports lazily, and what that takes is not the model's memory
+    # resolved here: transformers imports lazily, and that memory is not the model's
     loader = getattr(transformers, auto_class)
     print(json.dumps(asdict(_memory_of(_load_and_run, loader, folder, int(batch), int(length)))))
 
@@ -145,7 +145,7 @@ def _forget_peak() -> None:
 
 
 def _status_bytes(key: str) -> int | None:
-    # not ru_maxrss: Linux carries it over exec, so that the child of a large process begins with the parent's peak
+    # not ru_maxrss: Linux keeps it across exec, so that the child of a large process starts with the parent's peak
     try:
         lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     except OSError:

@@ -38,12 +38,12 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
 
 
 def glue_metrics(task: str, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
-    """What ``evaluate.load("glue", task).compute(...)`` gives, without the Hub.
+    """The result of ``evaluate.load("glue", task).compute(...)``, without the Hub.
 
     Args:
         task: one of :data:`GLUE_METRICS`.
         predictions: ``(rows,)`` classes, or scores for ``stsb``.
-        references: ``(rows,)`` the same of the right answers.
+        references: ``(rows,)``, the true values.
 
     Returns:
         the task's metrics by name; see :func:`compute_metrics` for what is nan.
@@ -57,7 +57,7 @@ def glue_metrics(task: str, predictions: ArrayLike, references: ArrayLike) -> di
     """
     if task not in GLUE_METRICS:
         raise LmcompressError(f"unknown GLUE task {task!r}{nearest(task, GLUE_METRICS)}")
-    # the types in which evaluate hands them to its script; float32 decides which scores tie
+    # the types that evaluate passes to its script; float32 determines ties of scores
     dtype = np.float32 if task == "stsb" else np.int64
     given, right = np.asarray(predictions), np.asarray(references)
     if task != "stsb":
@@ -74,13 +74,13 @@ def glue_metrics(task: str, predictions: ArrayLike, references: ArrayLike) -> di
 
 
 def glue_score(metrics: Mapping[str, float]) -> float:
-    """The one number of a task: the mean of its metrics, as the GLUE leaderboard has it.
+    """The single score of a task: the mean of its metrics, as on the GLUE leaderboard.
 
     Args:
-        metrics: of one task, by name, and nothing else.
+        metrics: all metrics of one task, by name.
 
     Returns:
-        their mean; nan when one of them is.
+        their mean; nan if one of them is nan.
 
     Raises:
         LmcompressError: If there are no metrics.
@@ -97,20 +97,20 @@ def glue_score(metrics: Mapping[str, float]) -> float:
 def compute_metrics(names: Iterable[str], predictions: Ragged, labels: Ragged) -> dict[str, float]:
     """The named metrics of predictions.
 
-    Where an integer label is -100 the prediction does not count. Of ragged rows all remaining tokens count alike.
+    Predictions whose integer label is -100 are ignored. Of ragged rows all remaining tokens count equally.
 
     Args:
-        names: of :data:`METRICS`: ``accuracy`` (of multi-label rows: the share that is right in every label),
+        names: names in :data:`METRICS`: ``accuracy`` (for multi-label rows: the share that is right in every label),
             ``f1`` (of class 1 of 0 and 1), ``f1_macro`` (mean over the classes that occur in predictions or
             labels), ``f1_micro`` (multi-label: over all decisions), ``matthews_correlation``, ``pearson``,
             ``spearmanr``, ``mse``.
         predictions: ``(rows,)`` classes or scores, ``(rows, labels)`` zeros and ones for multi-label, or one array
             per row for token classification; see :func:`predictions_from_logits`.
-        labels: of the same shape. A ``(rows, length)`` array that has a -100 is taken as tokens.
+        labels: same shape. A ``(rows, length)`` array that contains -100 is treated as tokens.
 
     Returns:
-        name to value. ``pearson`` and ``spearmanr`` are nan when predictions or labels are constant or fewer than two,
-        ``f1`` is 0 when neither has a 1, ``matthews_correlation`` is 0 when either has one class only.
+        name to value. ``pearson`` and ``spearmanr`` are nan if predictions or labels are constant or fewer than two,
+        ``f1`` is 0 if neither has a 1, ``matthews_correlation`` is 0 if either has only one class.
 
     Raises:
         LmcompressError: If a name is unknown, nothing is left to measure, the shapes differ, or a metric does not fit.
@@ -128,13 +128,13 @@ def compute_metrics(names: Iterable[str], predictions: Ragged, labels: Ragged) -
 
 
 def predictions_from_logits(logits: Ragged, kind: str) -> Ragged:
-    """What a model says, from its logits.
+    """A model's predictions, from its logits.
 
     Args:
         logits: ``(rows, classes)``; ``(rows, 1)`` or ``(rows,)`` for regression; for token classification
             ``(rows, length, classes)`` or one ``(length, classes)`` per row.
-        kind: of the task: ``classification`` and ``token_classification`` (the class with the greatest logit),
-            ``multi_label`` (1 where the logit is > 0, that is where the probability is above a half),
+        kind: kind of task: ``classification`` and ``token_classification`` (the class with the largest logit),
+            ``multi_label`` (1 where the logit is > 0, that is, where the probability is above a half),
             ``regression`` (the logit itself).
 
     Returns:
@@ -164,7 +164,7 @@ def _checked(logits: Array, axes: tuple[int, ...], kind: str) -> Array:
     if logits.ndim not in axes or (kind == "regression" and logits.ndim == 2 and logits.shape[1] != 1):
         raise LmcompressError(f"logits of shape {logits.shape} are not those of {kind}")
     if np.isnan(logits).any():
-        raise LmcompressError("logits hold nan; the model is broken, and no metric of it would say so")
+        raise LmcompressError("logits contain nan; the model is broken, and no metric would show it")
     return logits
 
 
@@ -177,7 +177,7 @@ _DECISIONS: dict[str, tuple[Callable[[Array], Array], tuple[int, ...]]] = {
 
 
 def _pair(predictions: Ragged, labels: Ragged) -> tuple[Array, Array]:
-    """Both as plain arrays without what a label of -100 takes out."""
+    """Both as plain arrays, without the entries whose label is -100."""
     given_rows, right_rows = _rows(predictions), _rows(labels)
     if len(given_rows) != len(right_rows):
         raise LmcompressError(f"each row must have labels, got {len(given_rows)} and {len(right_rows)} rows")
@@ -221,7 +221,7 @@ def _f1(predictions: Array, labels: Array) -> float:
 
 def _sklearn_f1(predictions: Array, labels: Array, average: str) -> float:
     with warnings.catch_warnings():
-        # sklearn takes many classes in few rows for a regression; transformers has multi-label labels as floats
+        # sklearn mistakes many classes in few rows for a regression; transformers has multi-label labels as floats
         warnings.filterwarnings("ignore", message="The number of unique classes")
         return float(
             f1_score(labels.astype(np.int64), predictions.astype(np.int64), average=average, zero_division=0.0)
@@ -230,7 +230,7 @@ def _sklearn_f1(predictions: Array, labels: Array, average: str) -> float:
 
 def _matthews(predictions: Array, labels: Array) -> float:
     with warnings.catch_warnings():
-        # the answer, 0, is right; the warning is about the shape of a confusion matrix that nobody sees
+        # the result, 0, is right; the warning is about the shape of an unused confusion matrix
         warnings.filterwarnings("ignore", message="A single label was found|The number of unique classes")
         return float(matthews_corrcoef(labels, predictions))
 
@@ -241,7 +241,7 @@ def _correlation(function: Callable[[Array, Array], Any], predictions: Array, la
     if len(predictions) < 2:
         return float("nan")
     with warnings.catch_warnings():
-        # the answer, nan, says it; scipy has one warning for constant input and one for almost constant
+        # the result, nan, is clear; scipy warns of constant and of almost constant input separately
         warnings.simplefilter("ignore", ConstantInputWarning)
         return float(function(predictions, labels)[0])
 
@@ -261,4 +261,4 @@ METRICS: dict[str, Callable[[Array, Array], float]] = {
     "pearson": partial(_correlation, pearsonr),
     "spearmanr": partial(_correlation, spearmanr),
 }
-"""Name to ``f(predictions, labels)`` of plain arrays; :func:`compute_metrics` looks up here."""
+"""Name to ``f(predictions, labels)`` of plain arrays; used by :func:`compute_metrics`."""

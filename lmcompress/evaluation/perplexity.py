@@ -20,23 +20,23 @@ DEFAULT_MAX_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text, in three units.
+    """Perplexity of a text in three units.
 
-    The mean over the predicted tokens stands for all: words and bytes are of the whole text, so
+    All are based on the mean over the predicted tokens: words and bytes are of the whole text, so
     ``word_perplexity = exp(nll * num_tokens / num_words)`` and ``bits_per_byte = nll * num_tokens / num_bytes / ln 2``.
     These two are comparable between tokenizers, ``token_perplexity`` is not.
 
     Attributes:
-        token_perplexity: ``exp(nll)``; infinite where that is too great for a float.
+        token_perplexity: ``exp(nll)``; infinite if too large for a float.
         word_perplexity: per word; nan for a text without words.
         bits_per_byte: per byte of UTF-8; nan for a text without bytes.
         nll: mean negative log-likelihood of a predicted token, in nats.
         num_tokens: tokens of the text.
         num_predicted: tokens that were predicted, each once.
-        num_words: words, and ends of lines where those count.
-        num_bytes: of the text in UTF-8.
+        num_words: words, and line ends if those are counted.
+        num_bytes: bytes of the text in UTF-8.
         window_nll: summed negative log-likelihood of each window's predicted tokens, in the order of the text.
-        window_tokens: how many tokens each window predicts.
+        window_tokens: number of predicted tokens of each window.
     """
 
     token_perplexity: float
@@ -74,23 +74,23 @@ def perplexity(
     """Perplexity by a sliding window: each token is predicted once, after at least ``max_length - stride`` tokens.
 
     The first token of the text is never predicted. With ``stride=None`` the windows are non-overlapping blocks, and
-    the first token of each block is not predicted either, for it has nothing before it. A smaller stride predicts
-    all tokens but the text's first, costs ``max_length / stride`` times as much, and gives a lower, truer perplexity,
-    unless the model was trained on shorter texts than ``max_length``: then choose that length.
+    the first token of each block is not predicted either, for lack of context. A smaller stride predicts
+    all tokens except the text's first, costs ``max_length / stride`` times as much, and gives a lower, truer
+    perplexity, unless the model was trained on texts shorter than ``max_length``: then choose that length.
 
     Args:
-        model: causal; evaluated where it is, in its own dtype, the softmax in float32.
-        tokenizer: the model's. Adds no special tokens here; give ids where there are to be some.
-        text_or_ids: text as it is (nothing is stripped), or ``(tokens,)`` ids, whose words and bytes are
+        model: causal; evaluated on its device and in its dtype, the softmax in float32.
+        tokenizer: the model's. No special tokens are added; pass ids to include them.
+        text_or_ids: text (nothing is stripped), or ``(tokens,)`` ids, whose words and bytes are
             those of the decoded text.
-        stride: tokens from one window's start to the next one's, at most ``max_length``.
-        max_length: tokens of a window; default the model's positions, at most 1,024.
-        batch_size: windows in a forward pass.
-        count_line_ends: each end of line is a word, as in the papers' WikiText figures.
-        progress: shows a bar, on a terminal.
+        stride: tokens between the starts of successive windows, at most ``max_length``.
+        max_length: tokens of a window; default: the model's positions, at most 1,024.
+        batch_size: windows per forward pass.
+        count_line_ends: whether each line end counts as a word, as in the papers' WikiText figures.
+        progress: whether to show a bar, on a terminal.
 
     Returns:
-        perplexities and what they were counted over.
+        the perplexities and their counts.
 
     Raises:
         LmcompressError: If the model is not causal, there are fewer than 2 tokens, a stride or length is out of range,
@@ -126,15 +126,15 @@ def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
     """Windows in which the tokens of a text are predicted, each at most once.
 
     Args:
-        num_tokens: of the text.
+        num_tokens: tokens of the text.
         max_length: tokens of a window; the last may be shorter.
         stride: tokens between the starts of windows.
 
     Yields:
-        windows in order; where ``stride < max_length``, all tokens but the text's first are predicted.
+        windows in order; if ``stride < max_length``, all tokens except the text's first are predicted.
 
     Raises:
-        LmcompressError: If ``max_length`` is below 2, or ``stride`` not in [1, ``max_length``].
+        LmcompressError: If ``max_length`` is below 2, or ``stride`` is not in [1, ``max_length``].
 
     Example:
         >>> list(windows(5, 3, 2))
@@ -158,11 +158,11 @@ def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
 
 
 def count_words(text: str, *, line_ends: bool = True) -> int:
-    r"""Words between whitespace, and one for each end of line where those count.
+    r"""Number of words separated by whitespace, plus one for each line end if those are counted.
 
     Args:
-        text: any.
-        line_ends: counts each line's end, that of an unfinished last line too.
+        text: any text.
+        line_ends: whether to count line ends, including that of an unfinished last line.
 
     Returns:
         their number.
@@ -177,7 +177,7 @@ def count_words(text: str, *, line_ends: bool = True) -> int:
 
 def _text_and_ids(tokenizer: PreTrainedTokenizerBase, text_or_ids: str | Sequence[int] | Tensor) -> tuple[str, Tensor]:
     if isinstance(text_or_ids, str):
-        # verbose=False: that a text is longer than the model is what the windows are for
+        # verbose=False: windows handle texts longer than the model
         encoded = tokenizer(text_or_ids, add_special_tokens=False, verbose=False)["input_ids"]
         return text_or_ids, torch.tensor(encoded, dtype=torch.long)
     ids = torch.as_tensor(text_or_ids, dtype=torch.long).cpu()
@@ -211,7 +211,7 @@ def _window_nll(
             inputs = torch.stack([ids[span.start : span.stop] for span in batch]).to(model.device)
             logits = model(input_ids=inputs, use_cache=False).logits
             for row_ids, row_logits, span in zip(inputs, logits, batch, strict=True):
-                # position i predicts token i + 1; row by row, for a float32 copy of all logits would double the memory
+                # position i predicts token i + 1; row by row, as a float32 copy of all logits would double the memory
                 first = span.first - span.start
                 nll = F.cross_entropy(row_logits[first - 1 : -1].float(), row_ids[first:], reduction="none")
                 found.append(nll.double().sum().item())

@@ -1,4 +1,4 @@
-"""A model's logits on a data set, in the order of its rows, and the metrics of them."""
+"""A model's logits on a data set, in row order, and their metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Tensor]]
 
 
 class Rows(Protocol):
-    """What a data set must be here: rows with ``input_ids``, found by number."""
+    """The data sets accepted here: rows with ``input_ids``, accessed by number."""
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -33,30 +33,30 @@ class Rows(Protocol):
 def predict(
     model: PreTrainedModel, dataset: Rows, collator: Collator, batch_size: int = 32, progress: bool = True
 ) -> tuple[Ragged, Ragged]:
-    """Logits and labels of all rows, in their order; rows of like length share a batch, which saves padding.
+    """Logits and labels of all rows, in order; rows of similar length share a batch, which saves padding.
 
-    The model runs where it is, in evaluation mode; afterwards its modules are in the mode they were in.
+    The model runs on its device, in evaluation mode; its modules' modes are restored afterwards.
 
     Args:
-        model: with ``.logits`` in its output.
-        dataset: rows that the collator takes, with ``input_ids``.
-        collator: makes a batch of rows. The model is given what its ``forward`` names, as ``Trainer`` does, but no
-            ``labels``.
-        batch_size: rows in a forward pass.
-        progress: shows a bar, on a terminal.
+        model: a model with ``.logits`` in its output.
+        dataset: rows for the collator, with ``input_ids``.
+        collator: makes a batch of rows. The model receives the entries that its ``forward`` names, as in ``Trainer``,
+            except ``labels``.
+        batch_size: rows per forward pass.
+        progress: whether to show a bar, on a terminal.
 
     Returns:
         ``(logits, labels)`` as arrays with a first axis of rows, logits in float32 ``(rows, classes)``. For logits of
         tokens, ``(batch, length, classes)`` in the model, both are lists with one array per row, without its padding.
 
     Raises:
-        LmcompressError: If the data set is empty, batches have no labels, or the model has no logits.
+        LmcompressError: If the data set is empty, batches have no labels, or the model returns no logits.
     """
     if len(dataset) == 0:
         raise LmcompressError("the data set must have rows, got none")
     if batch_size < 1:
         raise LmcompressError(f"batch_size must be >= 1, got {batch_size}")
-    # the longest first: a model that does not fit fails at once
+    # longest first: a model that does not fit into memory fails at once
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     logits: list[Array] = []
@@ -91,10 +91,10 @@ def evaluate_classifier(
         model: see :func:`predict`.
         dataset: see :func:`predict`.
         collator: see :func:`predict`.
-        kind: how logits become predictions; see :func:`~lmcompress.evaluation.metrics.predictions_from_logits`.
+        kind: determines the predictions; see :func:`~lmcompress.evaluation.metrics.predictions_from_logits`.
         metric_names: see :func:`~lmcompress.evaluation.metrics.compute_metrics`.
-        batch_size: rows in a forward pass.
-        progress: shows a bar, on a terminal.
+        batch_size: rows per forward pass.
+        progress: whether to show a bar, on a terminal.
 
     Returns:
         name to value.
@@ -106,11 +106,11 @@ def evaluate_classifier(
 def _forward(model: PreTrainedModel, batch: dict[str, Tensor], accepted: set[str]) -> tuple[Tensor, Tensor]:
     if "labels" not in batch:
         raise LmcompressError(f"the collator's batches must have 'labels', got {sorted(batch)}")
-    # with labels the model would compute a loss that nobody reads, and fail on GLUE's hidden -1
+    # with labels the model would compute an unused loss, and fail on GLUE's hidden -1
     inputs = {name: value for name, value in batch.items() if name in accepted and name != "labels"}
     logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, torch.Tensor):
-        raise LmcompressError(f"{type(model).__name__} does not answer with logits; load the model with its head")
+        raise LmcompressError(f"{type(model).__name__} does not return logits; load the model with its head")
     return logits, batch["labels"]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint weighs: bytes of its files, parameters of its model, tensors by their headers."""
+"""The size of a checkpoint: bytes of its files, parameters of its model, tensors by their headers."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ OTHER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
-"""What a model and its tokenizer are loaded from, beside the weights."""
+"""Files that a model and its tokenizer are loaded from, besides the weights."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of the files that loading a checkpoint needs, and of no others.
+    """Bytes of the files needed to load a checkpoint.
 
     Attributes:
         total_bytes: their sum.
         weights_bytes: safetensors files.
         other_bytes: config, tokenizer, and the index of a sharded checkpoint.
-        by_file: file name to bytes, greatest first.
+        by_file: file name to bytes, largest first.
     """
 
     total_bytes: int
@@ -58,13 +58,13 @@ class Size:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint, as its file's header has it.
+    """One tensor of a checkpoint, from its file's header.
 
     Attributes:
-        name: in the file.
-        dtype: of safetensors: ``F32``, ``BF16``, ``I8``…
-        shape: as stored; packed weights are stored in another shape than they have in the model.
-        num_bytes: of its data in the file.
+        name: name in the file.
+        dtype: safetensors' name of the type: ``F32``, ``BF16``, ``I8``…
+        shape: as stored; packed weights are stored in another shape than in the model.
+        num_bytes: bytes of its data in the file.
         file: the name of the file.
     """
 
@@ -77,14 +77,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's tensors by what they are; what is tied counts once.
+    """Bytes of a model's tensors by kind; tied tensors count once.
 
     Attributes:
         codes: packed matrices.
-        embedding_codes: packed embeddings, and with them a head that is tied to them.
+        embedding_codes: packed embeddings, including a head that is tied to them.
         scales: scales and zero points, of weights and of activations.
         dense: all others: norms, biases, positions, heads.
-        packed_weights: how many numbers the codes stand for.
+        packed_weights: number of weights that the codes stand for.
     """
 
     codes: int
@@ -95,25 +95,25 @@ class WeightBytes:
 
     @property
     def total(self) -> int:
-        """Their sum: a file of them is greater by its header only."""
+        """Their sum: a file of them is larger only by its header."""
         return self.codes + self.embedding_codes + self.scales + self.dense
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of codes and scales for each number that is packed, or None where none is."""
+        """Bits of codes and scales per packed weight, or None if there are none."""
         if not self.packed_weights:
             return None
         return 8 * (self.codes + self.embedding_codes + self.scales) / self.packed_weights
 
 
 def weight_bytes(model: PreTrainedModel) -> WeightBytes:
-    """What the tensors of a model take in its files.
+    """Bytes of a model's tensors in its files.
 
     Args:
-        model: of a known family, packed or not, on any device, ``meta`` too.
+        model: a model of a known family, packed or not, on any device, ``meta`` too.
 
     Returns:
-        Bytes by what they are.
+        Bytes by kind.
     """
     codes = {
         f"{name}.weight": isinstance(module, PackedEmbedding)
@@ -140,16 +140,16 @@ def weight_bytes(model: PreTrainedModel) -> WeightBytes:
 
 
 def size_on_disk(folder: str | Path) -> Size:
-    """Bytes of what loading the checkpoint needs: weights, config, tokenizer; not of training state or of reports.
+    """Bytes of the files needed to load a checkpoint: weights, config, tokenizer; without training state and reports.
 
     Args:
         folder: a checkpoint with safetensors weights.
 
     Returns:
-        the bytes, altogether and by file.
+        the bytes, in total and by file.
 
     Raises:
-        CheckpointError: If there are no safetensors weights, or some that the index names are missing.
+        CheckpointError: If there are no safetensors weights, or some named in the index are missing.
     """
     path = Path(folder)
     weights = {file.name: file.stat().st_size for file in _weight_files(path)}
@@ -160,7 +160,7 @@ def size_on_disk(folder: str | Path) -> Size:
 
 
 def tensor_table(folder: str | Path) -> list[TensorInfo]:
-    """The tensors of a checkpoint, read from the headers of its files only.
+    """The tensors of a checkpoint, read only from the headers of its files.
 
     Args:
         folder: a checkpoint with safetensors weights.
@@ -179,13 +179,13 @@ def tensor_table(folder: str | Path) -> list[TensorInfo]:
 
 
 def stream_table(folder: str | Path) -> dict[str, StreamInfo]:
-    """How the entropy-coded tensors of a checkpoint are stored, and how small they could be; each is decoded for it.
+    """How the entropy-coded tensors of a checkpoint are stored, and their minimum size in theory; decodes all.
 
     Args:
         folder: a checkpoint with safetensors weights.
 
     Returns:
-        by name, in the order of the files; empty where no tensor is a stream.
+        by name, in the order of the files; empty if no tensor is a stream.
 
     Raises:
         CheckpointError: If there are no safetensors weights, or a stream is damaged.
@@ -217,5 +217,5 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _bits(dtype: str) -> int:
-    """Bits of a number of a type as safetensors calls it: ``F8_E4M3`` has 8."""
+    """Bits per number of a type, by safetensors' name: ``F8_E4M3`` has 8."""
     return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]

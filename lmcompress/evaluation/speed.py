@@ -1,4 +1,4 @@
-"""Latency, models beside one another in one process, words for it that do not flatter, and the machine."""
+"""Latency of models compared in one process, conservative verdicts on it, and the machine."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class LatencyRow:
     Attributes:
         model: its name.
         batch_size: rows.
-        sequence_length: tokens of a row, in ``generate`` of the prompt.
+        sequence_length: tokens of a row; for ``generate``, of the prompt.
         mode: ``forward`` or ``generate``.
-        median_ms: of one call.
+        median_ms: median of one call.
         lower_ms: first quartile.
         upper_ms: third quartile.
         speedup_vs_first: the first model's median over this one's; above 1 is faster.
@@ -61,27 +61,27 @@ def compare_latency(
     mode: Mode = "forward",
     new_tokens: int = 32,
 ) -> list[LatencyRow]:
-    """Latency of models, call by call in turn (A, B, A, B…), so that a machine that slows down slows all of them.
+    """Latency of models, measured in turn (A, B, A, B…), so that a machine that slows down slows all of them.
 
-    All get the same random ids, no padding, in evaluation mode and ``inference_mode``. Modes and devices of the
-    models and torch's threads are put back afterwards.
+    All get the same random ids, without padding, in evaluation mode and ``inference_mode``. Modes and devices of the
+    models and torch's threads are restored afterwards.
 
     Args:
-        models: by name; the first is what the others are compared with.
-        batch_sizes: each measured by itself.
+        models: by name; the first is the reference.
+        batch_sizes: batch sizes, each measured separately.
         sequence_length: tokens of a row.
         repeats: timed calls of each model, at least 3.
         warmup: calls before those, not timed.
-        device: where to measure; default where the models are, which must be one device.
-        threads: torch's threads for the time; default as they are.
+        device: device to measure on; default: that of the models, which must be the same.
+        threads: torch's threads during the measurement; default: unchanged.
         mode: ``forward``, or ``generate`` for greedy generation of ``new_tokens`` tokens.
-        new_tokens: generated in a call.
+        new_tokens: tokens generated per call.
 
     Returns:
-        a row for each batch size and model, in the order given, models within batch sizes.
+        a row for each batch size and model, in the given order, models within batch sizes.
 
     Raises:
-        LmcompressError: If there is nothing to measure, the mode is unknown, the length is beyond a model's positions,
+        LmcompressError: If there is nothing to measure, the mode is unknown, the length exceeds a model's positions,
             or models are on several devices.
     """
     _check(models, batch_sizes, sequence_length, repeats, warmup, mode, new_tokens)
@@ -99,12 +99,12 @@ def compare_latency(
 
 
 def verdict(rows: Sequence[LatencyRow]) -> list[str]:
-    """What each row says beside the first row of its batch size, in words.
+    """The verdict on each row compared with the first row of its batch size, in words.
 
-    A difference counts when the quartile ranges of the two do not overlap; otherwise none is called faster or slower.
+    A difference counts if the interquartile ranges of the two do not overlap; otherwise there is no verdict.
 
     Args:
-        rows: of :func:`compare_latency`.
+        rows: from :func:`compare_latency`.
 
     Returns:
         one text per row: ``"baseline"``, ``"1.80x faster"``, ``"0.70x: slower"`` or ``"no measurable difference"``.
@@ -124,10 +124,10 @@ def verdict(rows: Sequence[LatencyRow]) -> list[str]:
 
 
 def machine() -> dict[str, str | int | float | None]:
-    """What a measurement was made on, for the JSON of results.
+    """The machine of a measurement, for the JSON of results.
 
     Returns:
-        processor, cores, threads of torch, memory, GPU (None where there is none), operating system and versions.
+        processor, cores, torch's threads, memory, GPU (None if there is none), operating system and versions.
     """
     memory = _proc_value("/proc/meminfo", "MemTotal")
     return {
@@ -178,7 +178,7 @@ def _check(
 
 @contextmanager
 def _placed(models: Mapping[str, PreTrainedModel], device: str | torch.device | None) -> Iterator[torch.device]:
-    """All on one device and in evaluation mode for the time, whatever happens."""
+    """Within the block, all models are on one device and in evaluation mode."""
     homes = {name: model.device for name, model in models.items()}
     if device is None and len(set(homes.values())) > 1:
         raise LmcompressError(f"models must be on one device to be compared, got {homes}; give device=")

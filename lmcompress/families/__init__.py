@@ -1,4 +1,4 @@
-"""The only package that knows what a BERT or a GPT-2 looks like.
+"""The only package that knows the structure of BERT, GPT-2 and other families.
 
 A family is a :class:`Family`: the paths of its parts. To add one, write it in a file of this package and name it in
 :data:`FAMILIES`; ``tests/families.py`` has the line that puts it through every test.

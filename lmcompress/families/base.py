@@ -1,4 +1,4 @@
-"""Where a family keeps its parts: the declarative description, and a view of a model through it."""
+"""The declarative description of a family's parts, and a view of a model through it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lmcompress.nn.embedding import FactorizedHead
 from lmcompress.nn.packed import Packed
 
 HeadAttributes = Callable[[int, int], dict[str, int]]
-"""``(heads, head_size) -> attributes`` that the attention module must carry after heads were removed."""
+"""``(heads, head_size) -> attributes`` that the attention module must have after heads were removed."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,22 @@ class Family:
         model_type: ``config.model_type`` of the family.
         blocks: the ``ModuleList`` of Transformer blocks.
         attention: in a block, the module that splits heads.
-        query, key, value: in a block, the projections; empty where ``qkv`` is.
+        query, key, value: in a block, the projections; empty if there is ``qkv``.
         qkv: in a block, one fused projection with query, key and value side by side on its output axis.
         attention_out: in a block, the output projection of attention.
         ffn_in, ffn_out: in a block, the two matrices of the feed-forward network.
         word_embeddings, position_embeddings: the embedding tables.
-        token_type_embeddings, embedding_projection: likewise, empty where the family has none.
-        causal: whether position i sees only positions up to i.
+        token_type_embeddings, embedding_projection: the same, empty if the family has none.
+        causal: whether position i attends only to positions up to i.
         num_layers, num_heads, hidden_size, intermediate_size: names of the config's fields.
-        head_attributes: what the attention module must be told when it loses heads.
+        head_attributes: attributes of the attention module to update when it loses heads.
         layer_index: paths, in a block, of integers that number the block (caches are indexed by them).
-        attention_tail: names, in the attention module, of what it applies to the output of the heads, in order; empty
-            where the output projection lies outside.
-        final_norm: the norm after the last block, in families whose blocks normalise what they read (pre-LN); empty
-            where they normalise what they write, and the embeddings have a norm of their own.
+        attention_tail: names, in the attention module, of the modules applied to the output of the heads, in order;
+            empty if the output projection lies outside.
+        final_norm: the norm after the last block, in families whose blocks normalise their input (pre-LN); empty
+            if they normalise their output, and the embeddings have a norm of their own.
         attention_norm, ffn_norm: in a block of such families, the norms that attention and feed-forward network alone
-            read; empty where a norm's output is the residual stream as well.
+            read; empty if a norm's output is the residual stream as well.
     """
 
     model_type: str
@@ -84,7 +84,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def out_features(module: nn.Module) -> int:
-    """Width of the output of a ``Linear`` or ``Conv1D``, packed, compact or neither."""
+    """Output width of a ``Linear`` or ``Conv1D``, dense, packed or compact."""
     if isinstance(module, Packed):
         return module.shape[0]
     if isinstance(module, Compact):
@@ -94,7 +94,7 @@ def out_features(module: nn.Module) -> int:
 
 
 def in_features(module: nn.Module) -> int:
-    """Width of the input of a ``Linear`` or ``Conv1D``, packed, compact or neither."""
+    """Input width of a ``Linear`` or ``Conv1D``, dense, packed or compact."""
     if isinstance(module, Packed):
         return module.shape[1]
     if isinstance(module, Compact):
@@ -104,9 +104,9 @@ def in_features(module: nn.Module) -> int:
 
 
 def weight_view(module: nn.Module) -> Tensor:
-    """The weight as ``(out, in)``, whichever way round it is stored; a view: in-place changes reach the module.
+    """The weight as ``(out, in)``, however it is stored; a view: in-place changes reach the module.
 
-    Where a model is fake-quantized, this is the weight that is trained, not what it is quantized to.
+    In a fake-quantized model this is the trained weight, not its quantized value.
     """
     weight = _weight(module)
     return weight.t() if is_conv1d(module) else weight
@@ -123,7 +123,7 @@ def _weight(module: nn.Module) -> Tensor:
             f"a {type(module).__name__} has no matrix of its own that could be cut, quantized or replaced: do that "
             "with the dense model first, and make it compact afterwards"
         )
-    # the parameter, also where reading gives something that is made of it, such as quantized values
+    # the parameter, even if attribute access returns something computed from it, such as quantized values
     stored = module._parameters.get("weight")
     weight = module.weight if stored is None else stored
     if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -142,7 +142,7 @@ class Block:
         """The submodule that the family calls ``part``.
 
         Args:
-            part: such as ``"ffn_in"``.
+            part: name such as ``"ffn_in"``.
 
         Raises:
             LmcompressError: If the family has no such part.
@@ -154,21 +154,20 @@ class Block:
             return self.module.get_submodule(path)
         except AttributeError as error:
             raise LmcompressError(
-                f"this block has no {part}: "
-                "it mixes neighbours in the place of attention (lmcompress.students.separate)"
+                f"this block has no {part}: it mixes neighbours in place of attention (lmcompress.students.separate)"
             ) from error
 
     def has(self, part: str) -> bool:
-        """Whether the family has such a part, and the block still does: one that mixes neighbours has no queries.
+        """Whether the family has this part and the block still does: one that mixes neighbours has no queries.
 
         Args:
-            part: such as ``"query"``.
+            part: name such as ``"query"``.
         """
         path = getattr(self.family, part)
         return bool(path) and any(name == path for name, _ in self.module.named_modules())
 
     def replace(self, part: str, new: nn.Module) -> None:
-        """Put ``new`` where the family keeps ``part``."""
+        """Replace the family's ``part`` by ``new``."""
         parent, _, name = getattr(self.family, part).rpartition(".")
         setattr(self.module.get_submodule(parent), name, new)
 
@@ -183,21 +182,21 @@ class Block:
 
     @property
     def num_heads(self) -> int:
-        """Attention heads that this block has now."""
+        """Current number of attention heads of this block."""
         return in_features(self.get("attention_out")) // self.head_size
 
     @property
     def ffn_width(self) -> int:
-        """Neurons of the feed-forward network that this block has now."""
+        """Current number of neurons of this block's feed-forward network."""
         return in_features(self.get("ffn_out"))
 
     @property
     def scaling(self) -> float:
-        """What ``q·k`` is multiplied by before the softmax."""
+        """The factor of ``q·k`` before the softmax."""
         return float(getattr(self.get("attention"), "scaling", self.head_size**-0.5))
 
     def set_heads(self, heads: int) -> None:
-        """Tell the attention module how many heads it has, if any; the matrices are somebody else's business."""
+        """Set the number of heads in the attention module, if any; matrices are unchanged."""
         attention = self.get("attention")
         for name, value in self.family.head_attributes(heads, self.head_size).items():
             setattr(attention, name, value)
@@ -242,19 +241,19 @@ class Anatomy:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream now; after a cut, the config may name that of the stock skeleton."""
+        """Current width of the residual stream; after a cut, the config may have that of the stock skeleton."""
         return out_features(self.blocks[0].get("ffn_out"))
 
     @property
     def head(self) -> nn.Linear | FactorizedHead | None:
-        """The vocabulary head of a causal language model, or None where there is no such head."""
+        """The vocabulary head of a causal language model, or None if there is none."""
         head = self.model.get_output_embeddings() if self.family.causal else None
         return head if isinstance(head, (nn.Linear, FactorizedHead)) else None
 
     def embedding(self, part: str) -> nn.Module | None:
-        """The embedding table that the family calls ``part``, or None where the family or this model has none."""
+        """The embedding table that the family calls ``part``, or None if the family or this model has none."""
         path = getattr(self.family, part)
-        # ELECTRA has its projection only where embeddings and hidden states differ in width
+        # ELECTRA has its projection only if embeddings and hidden states differ in width
         present = path and any(name == path for name, _ in self.base.named_modules())
         return self.base.get_submodule(path) if present else None
 
@@ -267,12 +266,12 @@ def config_value(config: PretrainedConfig, family: Family, part: str) -> Any:
 def new_projection(
     old: nn.Module, *, in_width: int, out_width: int, device: torch.device | str | None = None
 ) -> nn.Module:
-    """A fresh ``Linear`` or ``Conv1D`` like ``old`` but of other widths; its values are unset.
+    """A new ``Linear`` or ``Conv1D`` like ``old`` but of other widths; its values are unset.
 
     Args:
-        old: module whose kind, dtype and having-a-bias are copied.
-        in_width: width of its input.
-        out_width: width of its output.
+        old: module whose kind, dtype and presence of a bias are copied.
+        in_width: input width.
+        out_width: output width.
         device: default: that of ``old``.
 
     Returns:

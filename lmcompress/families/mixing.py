@@ -1,4 +1,4 @@
-"""Attention whose place a local mixing has taken."""
+"""Attention replaced by a local mixing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.nn.separable import SeparableMixing
 
 
 class _Mixing(Derived):
-    """What attention does once it mixes neighbours; put before the family's own class by :func:`mix_locally`."""
+    """The forward pass of attention that mixes neighbours; added to its class by :func:`mix_locally`."""
 
     prefix = "Mixing"
 
@@ -29,7 +29,7 @@ class _Mixing(Derived):
             cache = getattr(cache, "self_attention_cache", cache)
             past = cache.get_seq_length(module.layer_idx)
             split = values.unflatten(-1, (-1, module.mixing_head_size)).transpose(1, 2)
-            # a cache wants keys: one number for each token
+            # a cache needs keys: one number for each token
             split = cache.update(split.new_zeros(len(split), 1, length, 1), split, module.layer_idx)[1]
             values = split[:, :, : past + length].transpose(1, 2).flatten(2)
         valid = _visible(given.get("attention_mask"), past + length)
@@ -43,11 +43,11 @@ class _Mixing(Derived):
 
 
 def mix_locally(block: Block, mixing: SeparableMixing) -> None:
-    """Let a block's attention mix neighbours: its value projection becomes ``mixing``, queries and keys are removed.
+    """Replace a block's attention by mixing: its value projection becomes ``mixing``, queries and keys are removed.
 
     Args:
-        block: changed in place; the class of its attention becomes one that is derived from its own.
-        mixing: holds the projection that gives the values.
+        block: modified in place; the class of its attention becomes a subclass of it.
+        mixing: holds the projection of the values.
     """
     family, attention = block.family, cast(Any, block.get("attention"))
     size = block.head_size
@@ -63,10 +63,10 @@ def mix_locally(block: Block, mixing: SeparableMixing) -> None:
 
 
 def mixing_of(block: Block) -> SeparableMixing | None:
-    """What a block has in the place of attention, or None where it attends.
+    """The replacement of a block's attention, or None if it attends.
 
     Args:
-        block: of any model.
+        block: a block of any model.
     """
     if not isinstance(block.get("attention"), _Mixing):
         return None
@@ -76,11 +76,11 @@ def mixing_of(block: Block) -> SeparableMixing | None:
 
 
 def _visible(mask: Tensor | None, seen: int) -> Tensor | None:
-    """Which positions are no padding, ``(batch, seen)``, out of whatever mask an attention gets."""
+    """Positions that are not padding, ``(batch, seen)``, from any mask that attention receives."""
     if mask is None:
         return None
     if mask.dim() == 4:
-        # the last query sees all that is not padding, whether or not the model is causal
+        # the last query attends to all that is not padding, whether or not the model is causal
         mask = mask[:, 0, -1]
         mask = mask if mask.dtype == torch.bool else mask >= 0
     return mask[:, :seen].bool()

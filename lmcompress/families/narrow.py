@@ -1,6 +1,6 @@
-"""What irregular models are made of: projections of zero width, attention without heads, a narrower residual stream.
+"""Parts of irregular models: projections of zero width, attention without heads, a narrower residual stream.
 
-What is here uses torch alone and no other module of lmcompress: the self-loading format carries its source text.
+This module depends only on torch and on no other module of lmcompress: the self-loading format carries its source text.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _COMPANION = "_lmcompress_companion"
 
 
 class ZeroWidthLinear(nn.Module):
-    """A projection of zero input or output width: its output is its bias, and no matrix is multiplied.
+    """A projection of zero input or output width: its output is its bias, without a matmul.
 
     The empty matrix is a buffer that is not saved: files hold no empty tensors, which Transformers would take for
     tensors that share memory.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output; one of the two is 0.
-        bias: whether there is a bias to answer with.
-        device: of the tensors.
-        dtype: of the tensors.
+        in_features: input width.
+        out_features: output width; one of the two is 0.
+        bias: whether there is a bias to return.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
     """
 
     weight: Tensor
@@ -61,25 +61,26 @@ class ZeroWidthLinear(nn.Module):
         """
         if self.out_features == 0:
             return x[..., :0]
-        # zeros that hang on x: what comes before gets a gradient of 0, where DistributedDataParallel misses one of None
+        # zeros that depend on x: earlier modules get a gradient of 0, where DistributedDataParallel rejects None
         answer = x.sum(-1, keepdim=True).expand(*x.shape[:-1], self.out_features)
         return answer.contiguous() if self.bias is None else answer + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """The widths, as ``nn.Linear`` shows them."""
+        """The widths, formatted as by ``nn.Linear``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Derived:
     """Base of mixins that :func:`derive` puts before a module's own class.
 
-    The class is made at run time: copies and pickles name the mixin and the stock class that it was made of. It is a
-    subclass of the stock class, by which Transformers finds attention where it collects what attention returns.
+    The class is created at run time: copies and pickles store the mixin and the stock class it was created from. It is
+        a
+    subclass of the stock class, by which Transformers finds attention when it records attention outputs.
 
     Attributes:
-        prefix: of the name of the class that is made.
-        mixin: the mixin; of a class that was made.
-        stock: the class that the module had; likewise.
+        prefix: prefix of the created class's name.
+        mixin: the mixin; set on created classes.
+        stock: the module's original class; set on created classes.
     """
 
     prefix: str
@@ -94,8 +95,8 @@ def derive(module: nn.Module, mixin: type[Derived]) -> None:
     """Put a mixin before a module's class.
 
     Args:
-        module: changed in place.
-        mixin: whose methods come before those of the class.
+        module: modified in place.
+        mixin: its methods take precedence over those of the class.
     """
     module.__class__ = cast(Any, _derived)(mixin, type(module))
 
@@ -112,7 +113,7 @@ def _rebuilt(mixin: Any, stock: type) -> Any:
 
 
 class _Headless(Derived):
-    """What attention does once it has no heads; mixed into the family's own class by :func:`remove_heads`."""
+    """The forward pass of attention without heads; mixed into the family's own class by :func:`remove_heads`."""
 
     prefix = "Headless"
 
@@ -121,8 +122,8 @@ class _Headless(Derived):
         length = hidden_states.shape[1]
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            # the length of what has been seen is read from the cache, from its first layer for one: a layer must not
-            # be without keys, and keys of no elements count as none. One number for each token is what this costs
+            # the number of cached tokens is read from the cache's first layer, among others: a layer must not
+            # be without keys, and keys without elements count as none. This costs one number for each token
             cache = getattr(cache, "self_attention_cache", cache)
             seen = hidden_states.new_zeros(hidden_states.shape[0], 1, length, 1)
             length = cache.update(seen, seen, module.layer_idx)[0].shape[-2]
@@ -136,11 +137,11 @@ class _Headless(Derived):
 
 
 def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
-    """Make a module of attention one that has no heads; its projections are somebody else's business.
+    """Turn an attention module into one without heads; its projections are unchanged.
 
     Args:
-        attention: changed in place: its class becomes one that is derived from its own.
-        tail: names of what it applies to the heads' output, in order; empty where it leaves that to others.
+        attention: modified in place: its class becomes a subclass of it.
+        tail: names of the modules it applies to the heads' output, in order; empty if it leaves that to others.
     """
     if not isinstance(attention, _Headless):
         derive(attention, _Headless)
@@ -148,24 +149,24 @@ def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
 
 
 class Companion(Protocol):
-    """Something that belongs to the rows of a module's matrix, one for each output, such as scales of codes."""
+    """Data attached to the rows of a module's matrix, one entry for each output, such as scales of codes."""
 
     def rows(self, keep: Tensor) -> Companion:
-        """What belongs to some of the rows.
+        """The entries of some rows.
 
         Args:
-            keep: their numbers, int64.
+            keep: numbers of the rows, int64.
 
         Returns:
-            A new one.
+            A new companion.
         """
 
 
 def companion_of(module: nn.Module) -> Any:
-    """What was given to :func:`accompany` and has followed the module's rows since, or None.
+    """The companion given to :func:`accompany`, as cut along with the module's rows since, or None.
 
     Args:
-        module: any.
+        module: any module.
 
     Returns:
         The companion.
@@ -174,11 +175,11 @@ def companion_of(module: nn.Module) -> Any:
 
 
 def accompany(module: nn.Module, companion: Companion | None) -> None:
-    """Let something go with the rows of a module's matrix wherever the module is cut or replaced by a cut one.
+    """Attach data to the rows of a module's matrix, cut along with the module or its replacement.
 
     Args:
-        module: with a matrix.
-        companion: None takes it away.
+        module: a module with a matrix.
+        companion: the data; None detaches them.
     """
     module.__dict__.pop(_COMPANION, None)
     if companion is not None:
@@ -188,21 +189,21 @@ def accompany(module: nn.Module, companion: Companion | None) -> None:
 def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[int, ...] | None]:
     """The axes of a model's parameters that are as wide as its residual stream.
 
-    Found by building the stock model twice on ``meta``, the second time wider, so that nothing has to be said for each
-    family and each head, and a width that happens to be the same number is never taken for it.
+    Found by building the stock model twice on ``meta``, the second time wider, so that no declaration per
+    family and head is needed, and no other dimension of equal size is mistaken for it.
 
     Args:
         model: a ``PreTrainedModel`` of any shapes, with or without a head.
-        paths: of its family: ``blocks``, the parts of a block, and the config's fields ``hidden_size`` and
+        paths: paths of its family: ``blocks``, the parts of a block, and the config's fields ``hidden_size`` and
             ``num_layers``.
 
     Returns:
-        By name, tied parameters under each of their names: the axes as the parameter is stored, or None where a stock
+        By name, tied parameters under each of their names: the axes of the parameter as stored, or None if a stock
         model of this class has no such parameter.
     """
     shapes = []
     stock = cast(Any, model).config
-    # ELECTRA has no projection of its embeddings where they are as wide as the hidden states
+    # ELECTRA has no projection of its embeddings if they are as wide as the hidden states
     wider = 3 if getattr(stock, "embedding_size", None) == 2 * getattr(stock, paths["hidden_size"]) else 2
     for factor in (1, wider):
         config = copy.deepcopy(stock)
@@ -226,7 +227,7 @@ def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[i
     for index, block in enumerate(blocks):
         for part in READ_STREAM + WRITE_STREAM:
             if paths[part]:
-                # the other axis of these is heads or neurons, which follow the hidden size in a stock model only
+                # the other axis of these is heads or neurons, which follow the hidden size only in a stock model
                 module = block.get_submodule(paths[part])
                 into = 0 if hasattr(module, "nx") else 1
                 name, reads = f"{prefix}.{index}.{paths[part]}", part in READ_STREAM
@@ -236,12 +237,12 @@ def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[i
 
 
 def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], keep: Tensor) -> None:
-    """Cut the residual stream down to some of its dimensions; what was tied stays tied.
+    """Cut the residual stream down to some of its dimensions; tied tensors stay tied.
 
     Args:
-        model: changed in place; on ``meta`` nothing is allocated.
-        axes: as :func:`stream_axes` gives them.
-        keep: ``(dimensions,)`` int64, the numbers of those that stay.
+        model: modified in place; on ``meta`` nothing is allocated.
+        axes: from :func:`stream_axes`.
+        keep: ``(dimensions,)`` int64, the dimensions to keep.
     """
     new: dict[int, nn.Parameter] = {}
     cut = {id(parameter): axes[name] or () for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -257,11 +258,11 @@ def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], 
         if companion is not None and output in cut.get(id(module._parameters.get("weight")), ()):
             accompany(module, companion.rows(keep))
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            # every owner gets the same new one
+            # every owner gets the same new parameter
             setattr(module, name, new.get(id(old), old))
         weight = getattr(module, "weight", None)
         if isinstance(module, ZeroWidthLinear):
-            # of an empty matrix no parameter tells the width
+            # the width of an empty matrix is not given by any parameter
             width = len(keep)
             module.in_features, module.out_features = (0, width) if module.in_features == 0 else (width, 0)
             module.weight = module.weight.new_zeros(module.out_features, module.in_features)

@@ -1,7 +1,7 @@
-"""Giving a freshly built model the shapes of a pruned one.
+"""Giving a newly built model the shapes of a pruned one.
 
-What is here uses torch, Transformers and :mod:`lmcompress.families.narrow` alone: the self-loading format carries its
-source text.
+This module depends only on torch, Transformers and :mod:`lmcompress.families.narrow`: the self-loading format carries
+its source text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lmcompress.families.narrow import ZeroWidthLinear, narrow_stream, remove_he
 
 
 def resized(old: nn.Module, in_width: int, out_width: int, device: Any = None) -> nn.Module:
-    """A fresh ``Linear`` or ``Conv1D`` like ``old`` but of other widths; its values are unset.
+    """A new ``Linear`` or ``Conv1D`` like ``old`` but of other widths; its values are unset.
 
     Args:
-        old: module whose kind, dtype and having-a-bias are copied.
-        in_width: width of its input.
-        out_width: width of its output; where one of the two is 0, its answer is its bias.
+        old: module whose kind, dtype and presence of a bias are copied.
+        in_width: input width.
+        out_width: output width; if one of the two is 0, the output is the bias.
         device: default: that of ``old``.
     """
-    # the parameter, also where something else has parametrized it
+    # the parameter, even if something else has parametrized it
     weight = cast(Any, old._parameters.get("weight") if old._parameters.get("weight") is not None else old.weight)
     device = weight.device if device is None else device
     if in_width == 0 or out_width == 0:
@@ -42,13 +42,13 @@ def shape_model(
     paths: Mapping[str, Any],
     head_attributes: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Give a freshly built model the shapes that a checkpoint's config describes.
+    """Give a newly built model the shapes that a checkpoint's config describes.
 
     Args:
-        model: a ``PreTrainedModel`` with as many blocks as the structure; changed in place; usually on ``meta``.
+        model: a ``PreTrainedModel`` with as many blocks as the structure; modified in place; usually on ``meta``.
         structure: ``head_size``, ``blocks`` with ``heads`` and ``ffn``, and ``hidden`` or None.
-        paths: of the parts of the model's family.
-        head_attributes: of the attention module as (a, b), for a * heads + b * heads * head size.
+        paths: paths of the parts of the model's family.
+        head_attributes: attributes of the attention module as (a, b), for a * heads + b * heads * head size.
     """
     blocks = cast(Any, model).base_model.get_submodule(paths["blocks"])
     for block, shape in zip(blocks, structure["blocks"], strict=True):
@@ -74,7 +74,7 @@ def shape_model(
 
 
 def _resize(block: nn.Module, path: str, in_width: int | None, out_width: int | None) -> None:
-    """Put a projection of other widths where one is; None is the width that it has."""
+    """Replace a projection by one of other widths; None keeps a width."""
     parent, _, name = path.rpartition(".")
     old = block.get_submodule(path)
     out, into = cast(Any, old).weight.shape[:: -1 if isinstance(old, Conv1D) else 1]

@@ -1,8 +1,8 @@
-"""Blocks that have the same parameters.
+"""Blocks that share their parameters.
 
-In a state dict, and so in files, a block that has another's parameters has one number, the other's, in the place of its
-first parameter, and its own buffers. A loader that knows nothing of this finds a tensor of another shape and refuses;
-with tensors that are merely missing, Transformers would fill in random ones.
+In a state dict, and so in files, a block that shares another's parameters has one number, the other's, in place of its
+first parameter, and its own buffers. A loader without support for this finds a tensor of another shape and refuses;
+tensors that are merely missing would be initialized at random by Transformers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _SOURCE = "_lmcompress_source"
 
 
 def shared_sources(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
-    """For each block the first one that has its parameters: its own number where they are its own.
+    """For each block the number of the first one with the same parameters, possibly its own.
 
     Args:
-        blocks: of one model, in order.
+        blocks: blocks of one model, in order.
 
     Returns:
         Numbers counted from 0.
 
     Raises:
-        LmcompressError: If two blocks have some parameters in common, and not all.
+        LmcompressError: If two blocks share some of their parameters but not all.
     """
     owners: dict[int, int] = {}
     sources = []
@@ -44,18 +44,18 @@ def shared_sources(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
 
 
 def share_parameters(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
-    """Give blocks the parameters of earlier ones; buffers stay their own.
+    """Give blocks the parameters of earlier ones; each keeps its own buffers.
 
     Args:
-        blocks: of the same shapes; changed in place.
-        sources: for each block the one whose parameters it gets.
+        blocks: blocks of the same shapes; modified in place.
+        sources: for each block the number of the block whose parameters it gets.
     """
     for index, source in enumerate(sources):
         if source == index:
             continue
         block, owner = blocks[index], dict(blocks[source].named_modules())
         for name, module in block.named_modules():
-            # in the order that they have there
+            # in the order of the source's parameters
             module._parameters = dict(owner[name]._parameters)
         # not a buffer, which would have a name of its own in the state dict
         vars(block)[_SOURCE] = torch.tensor([source])
@@ -64,11 +64,11 @@ def share_parameters(blocks: Sequence[nn.Module], sources: Sequence[int]) -> Non
 
 
 def empty_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
-    """Take the parameters away of blocks that will get those of earlier ones, while a skeleton is filled.
+    """Remove the parameters of blocks that will share those of earlier ones, while a skeleton is filled.
 
     Args:
-        blocks: changed in place.
-        sources: as for :func:`fill_shared`, which is to be called once the others have values.
+        blocks: modified in place.
+        sources: as for :func:`fill_shared`, which must be called once the others have values.
     """
     for index, source in enumerate(sources):
         if source == index:
@@ -77,7 +77,7 @@ def empty_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
         device = owner._parameters[own].device  # type: ignore[union-attr]
         for module in blocks[index].modules():
             module._parameters.update(dict.fromkeys(module._parameters))
-            # Transformers would fill what the files do not have
+            # Transformers would initialize what the files lack
             module._is_hf_initialized = True  # type: ignore[assignment]
         del owner._parameters[own]
         owner.register_buffer(own, torch.empty(1, dtype=torch.int64, device=device))
@@ -85,11 +85,11 @@ def empty_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
 
 
 def fill_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
-    """Let the blocks that :func:`empty_shared` has emptied share.
+    """Let the blocks emptied by :func:`empty_shared` share parameters.
 
     Args:
-        blocks: changed in place.
-        sources: for each block the one whose parameters it gets.
+        blocks: modified in place.
+        sources: for each block the number of the block whose parameters it gets.
 
     Raises:
         CheckpointError: If the files name other blocks.
@@ -108,7 +108,7 @@ def fill_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
 
 
 def _first(block: nn.Module) -> tuple[nn.Module, str]:
-    """The module that has a block's first parameter, and its name there."""
+    """The module that holds a block's first parameter, and its name there."""
     path, _, own = next(name for name, _ in block.named_parameters()).rpartition(".")
     return block.get_submodule(path), own
 
@@ -122,5 +122,5 @@ def _source_only(block: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 
 def _with_parameters(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    # the block that owns them comes first, and has its new values by now
+    # the block that owns them comes first, and already has its new values
     state.update({prefix + name: parameter.detach() for name, parameter in block.named_parameters()})

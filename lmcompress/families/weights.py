@@ -1,4 +1,4 @@
-"""The matrices of a model: where they are, what is tied to what, and which rule counts for which of them."""
+"""The matrices of a model: their paths, their ties, and the rule that applies to each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rule = TypeVar("Rule", bound=_Names)
 
 PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
 EMBEDDINGS, HEAD, PROJECTION = "embeddings", "head", "embedding_projection"
-"""Parts of a block, and those outside of the blocks, as rules name them."""
+"""Parts of a block, and parts outside of the blocks, as rules name them."""
 
 Matrices = Annotated[
     str,
@@ -41,16 +41,16 @@ Matrices = Annotated[
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
-    """A module that has a weight of its own, however it is stored.
+    """A module with a weight of its own, however it is stored.
 
     Attributes:
-        path: relative to the base model; of a task head, and in models that are not of transformers, by its own name.
+        path: relative to the base model; in a task head, and in models outside transformers, its own name.
         module: a ``Linear``, ``Conv1D``, ``Conv2d`` or ``Embedding``.
-        part: what the family calls it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
+        part: the family's name of it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
         block: number of its block, or None outside of the blocks.
-        default: whether a method takes it where no rule names it: in known families the projections of the blocks and
+        default: whether methods include it if no rule names it: in known families the projections of the blocks and
             the token embeddings, in other models every ``Linear``, ``Conv1D`` and ``Conv2d``.
-        aliases: other modules that have the same weight, such as a head that is tied to the token embeddings.
+        aliases: other modules with the same weight, such as a head that is tied to the token embeddings.
     """
 
     path: str
@@ -62,17 +62,17 @@ class Weighted:
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Paths of the other modules that have the same weight."""
+        """Paths of the other modules with the same weight."""
         return tuple(alias.path for alias in self.aliases)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a rule can name this module by: its path, and its part if it has one."""
+        """The names by which a rule can match this module: its path, and its part if it has one."""
         return tuple(filter(None, (self.path, self.part)))
 
     @property
     def kind(self) -> Kind:
-        """What sort of module it is; ``linear`` is ``Linear`` and ``Conv1D``."""
+        """The kind of module; ``linear`` is ``Linear`` and ``Conv1D``."""
         if isinstance(self.module, nn.Embedding):
             return "embedding"
         return "convolution" if isinstance(self.module, nn.Conv2d) else "linear"
@@ -89,21 +89,21 @@ class Weighted:
         if stored is None or hasattr(type(self.module), "weight"):
             raise LmcompressError(
                 f"{self.path} must hold its weight as a plain parameter, got a {type(self.module).__name__}, which "
-                "computes it: something else has parametrized it; finish that first, in a stage before"
+                "computes it: something else has parametrized it; finish that first, in an earlier stage"
             )
         return stored
 
     def matches(self, pattern: str) -> bool:
-        """Whether a glob names this module, by its path, its part, or the path of one that is tied to it.
+        """Whether a glob matches this module: its path, its part, or the path of one that is tied to it.
 
         Args:
-            pattern: ``*`` and ``?`` stand for any.
+            pattern: glob; ``*`` and ``?`` are wildcards.
         """
         return any(fnmatchcase(name, pattern) for name in (*self.names, *self.tied))
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model by path, the same with a task head and without: relative to the base model.
+    """All modules of a model by path, the same with and without a task head: relative to the base model.
 
     Args:
         model: a ``PreTrainedModel``, or any other module, whose paths are those of ``named_modules``.
@@ -116,7 +116,7 @@ def is_matrix(module: nn.Module) -> bool:
     """Whether a module holds one matrix: a ``Linear``, ``Conv1D`` or ``Embedding``.
 
     Args:
-        module: any.
+        module: any module.
     """
     return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
 
@@ -128,7 +128,7 @@ def weighted_modules(model: nn.Module) -> list[Weighted]:
         model: a ``PreTrainedModel`` of any family, or any other module.
 
     Returns:
-        The modules; those tied to an earlier one are among its aliases.
+        The modules; those tied to an earlier one are listed as its aliases.
     """
     parts = _parts(model)
     found: dict[int, Weighted] = {}
@@ -148,18 +148,18 @@ def weighted_modules(model: nn.Module) -> list[Weighted]:
 def rules_by_path(
     candidates: Sequence[Weighted], rules: Sequence[Rule], refused: Mapping[str, str] | None = None
 ) -> dict[str, Rule]:
-    """Which rule counts for which matrix: of two that name it the later one.
+    """The rule that applies to each matrix: of two that match it the later one.
 
     Args:
-        candidates: of :func:`weighted_modules`.
+        candidates: from :func:`weighted_modules`.
         rules: in the order of the configuration.
-        refused: path to reason, of modules that no rule can change.
+        refused: path to reason, for modules that no rule can change.
 
     Returns:
-        Rules by path, of the matrices that any of them names.
+        Rules by path, for the matrices matched by any of them.
 
     Raises:
-        LmcompressError: If a rule names no matrix, or only refused ones.
+        LmcompressError: If a rule matches no matrix, or only refused ones.
     """
     found: dict[str, Rule] = {}
     for rule in rules:
@@ -169,7 +169,7 @@ def rules_by_path(
                 if fnmatchcase(path, rule.modules):
                     raise LmcompressError(f"the rule for {rule.modules!r} can do nothing: {path}: {reason}")
             names = {name for c in candidates for name in (*c.names, *c.tied)}
-            # every block has the same paths: those of the first tell all
+            # every block has the same paths: those of the first are enough
             shown = {c.part for c in candidates if c.part} | {c.path for c in candidates if c.block in (None, 0)}
             raise LmcompressError(
                 f"the rule for {rule.modules!r} matches no matrix of this model"
@@ -181,7 +181,7 @@ def rules_by_path(
 
 
 def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:
-    """Part and block by the module's identity; None where the family is unknown."""
+    """Part and block by the module's identity; None if the family is unknown."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
@@ -192,7 +192,7 @@ def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:
     for index, block in enumerate(anatomy.blocks):
         for part in PARTS:
             if block.has(part):
-                # what stands in for a projection may be made of several
+                # a replacement of a projection may consist of several modules
                 parts |= {id(module): (part, index) for module in block.get(part).modules()}
     for part, module in (
         (HEAD, model.get_output_embeddings()),

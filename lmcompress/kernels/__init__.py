@@ -1,1 +1,1 @@
-"""Matmuls with quantized weights: one file per kernel, and the dispatch that takes the first that works."""
+"""Matmuls with quantized weights: one file per kernel, and the dispatch that uses the first one that works."""

@@ -1,4 +1,4 @@
-"""What a matmul kernel is."""
+"""The interface of a matmul kernel."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 
 
 class Kernel(Protocol):
-    """One way to multiply."""
+    """A matmul kernel."""
 
     @property
     def name(self) -> str:
         """Its name in settings and logs."""
 
     def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """Why this kernel does not take a matrix, or an input of this dtype; ``None`` where it does."""
+        """Why this kernel does not accept a matrix, or an input of this dtype; ``None`` if it does."""
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
-        """A matrix in the kernel's own layout: unpacked, and widened where it needs that."""
+        """A matrix in the kernel's own layout: unpacked, and widened if necessary."""

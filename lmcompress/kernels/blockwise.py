@@ -1,4 +1,4 @@
-"""Matmuls that keep no prepacked matrix: rows are unpacked a block at a time in every call."""
+"""Matmuls without a prepacked matrix: rows are unpacked one block at a time in every call."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BLOCK_WEIGHTS = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class BlockwiseMatmul:
-    """A matmul that keeps nothing prepacked: rows are unpacked a block at a time in every call.
+    """A matmul without a prepacked matrix: rows are unpacked one block at a time in every call.
 
     Attributes:
         matrix: the weights.
         bias: ``(out,)`` or None.
-        inputs: how the input is quantized.
-        integers: whether to multiply bytes, else floats.
+        inputs: quantization of the input.
+        integers: whether to multiply int8 codes, otherwise floats.
     """
 
     matrix: Matrix

@@ -1,4 +1,4 @@
-r"""Kernel dispatch: matmuls with packed matrices, and the reference that is always there.
+r"""Kernel dispatch: matmuls with packed matrices, and the reference that is always available.
 
 ============= ====== ============================================================ =====================================
 kernel        device operation                                                    what it needs
@@ -6,33 +6,33 @@ kernel        device operation                                                  
 ``fbgemm``    CPU    ``quantized::linear_with_input_q_dq_qweight_dq_output_fp32`` x86 (FBGEMM in torch)
 ``onednn``    CPU    ``onednn::qlinear_pointwise``                                oneDNN in torch
 ``int_mm``    any    ``torch._int_mm``                                            on a GPU its int8 units
-``tinygemm``  CUDA   ``torch._weight_int4pack_mm``                                inputs in bfloat16 that stay as they
-                                                                                  are, compute capability 8.0
+``tinygemm``  CUDA   ``torch._weight_int4pack_mm``                                unquantized inputs in bfloat16,
+                                                                                  compute capability 8.0
 ``reference`` any    ``torch.nn.functional.linear`` in floating point             nothing
 ============= ====== ============================================================ =====================================
 
-A matmul is that of a :class:`~lmcompress.kernels.matrix.Matrix` of codes with an input, which is quantized on the way
-as its description says. Where the input is quantized and scales belong to rows or to the tensor, both sides are
+A matmul multiplies a :class:`~lmcompress.kernels.matrix.Matrix` of codes by an input, which is quantized on the way
+as its description specifies. If the input is quantized and scales belong to rows or to the tensor, both sides are
 integers of 8 bits or fewer: codes of any width are widened to int8 once, when a matrix is first used, and the integer
-matmul is exact. Where weights alone are quantized, :mod:`~lmcompress.kernels.tinygemm` multiplies on a GPU. Otherwise
+matmul is exact. If only weights are quantized, :mod:`~lmcompress.kernels.tinygemm` multiplies on a GPU. Otherwise
 the reference multiplies floats.
 
-:class:`~lmcompress.kernels.matmul.Matmul` is what a module holds. It takes the first kernel that works on the device
-and takes the matrix. What works is tried once per device by small matmuls whose results are known (of integers with the
-greatest codes there are), so that an operation that is missing, saturates, or mixes up places is never used; the choice
+:class:`~lmcompress.kernels.matmul.Matmul` is what a module holds. It uses the first kernel that works on the device
+and accepts the matrix. Each kernel is tested once per device by small matmuls with known results (of integers with the
+largest possible codes), so that an operation that is missing, saturates, or permutes entries is never used; the choice
 is logged, and :func:`ladder` returns it.
 
-**Tolerance.** ``onednn`` and ``int_mm`` multiply the very codes of the reference: results differ by the rounding of
+**Tolerance.** ``onednn`` and ``int_mm`` multiply exactly the reference's codes: results differ by the rounding of
 float32 sums. ``fbgemm`` multiplies by the reciprocal of the scale where the reference divides by it: a number within
 float32's rounding of the middle between two codes (about one in 100,000) may get the other, which changes an output by
-scale times weight. Products that a quantizer follows carry such a step on, as they carry on the rounding of any sum.
-``tinygemm`` and the reference both round to bfloat16, at other places: results differ by the rounding of that type.
+scale times weight. Matmuls followed by a quantizer propagate such a step, as they propagate the rounding of any sum.
+``tinygemm`` and the reference both round to bfloat16, at different points: results differ by the rounding of that type.
 
-``quantized::linear_dynamic`` is the same FBGEMM matmul behind a quantizer of its own: never symmetric, and with a
-least scale of 6.1e-5, so that small inputs would lose their digits. It is not used for that.
+``quantized::linear_dynamic`` is the same FBGEMM matmul after a quantizer of its own: never symmetric, and with a
+minimum scale of 6.1e-5, so that small inputs would lose their digits. Therefore it is not used.
 
-**Memory.** :data:`settings` says whether matrices are kept prepacked (``"fast"``: beside the packed bytes int8 codes, a
-byte for each weight; half a byte for ``tinygemm`` with codes of up to 4 bits; floats where the reference multiplies) or
+**Memory.** :data:`settings` determines whether matrices are kept prepacked (``"fast"``: besides the packed bytes int8
+codes, a byte for each weight; half a byte for ``tinygemm`` with codes of up to 4 bits; floats for the reference) or
 unpacked by blocks of rows in every call (``"low"``: no more than the packed bytes and one block).
 """
 
@@ -67,7 +67,7 @@ _MEMORY: tuple[Memory, ...] = ("fast", "low")
 
 @dataclass
 class Settings:
-    """How matmuls are done, for all models of this process; :func:`using` changes it for a while.
+    """Settings of matmuls, for all models of this process; :func:`using` changes them temporarily.
 
     Attributes:
         memory: ``fast`` or ``low``.
@@ -84,11 +84,11 @@ settings = Settings()
 
 @contextmanager
 def using(*, memory: Memory | None = None, kernel: str | None = None) -> Iterator[None]:
-    """Other :data:`settings` for the time; matrices are prepacked anew where they differ.
+    """Temporarily other :data:`settings`; matrices are prepacked again where they differ.
 
     Args:
-        memory: ``fast`` or ``low``; ``None`` leaves it.
-        kernel: name of a kernel; ``None`` leaves it.
+        memory: ``fast`` or ``low``; ``None`` keeps the setting.
+        kernel: name of a kernel; ``None`` keeps the setting.
 
     Yields:
         Nothing.
@@ -116,13 +116,13 @@ KERNELS: tuple[Kernel, ...] = (Fbgemm(), Onednn(), IntMM(), Tinygemm(), Referenc
 
 
 def ladder(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Which kernels work on a device, best first.
+    """The kernels that work on a device, best first.
 
     Args:
-        device: where.
+        device: the device.
 
     Returns:
-        By name ``"works"``, ``"works up to codes of 64"`` where greater ones would saturate, or why it does not.
+        By name ``"works"``, ``"works up to codes of 64"`` if larger ones would saturate, or the reason it does not.
 
     Example:
         >>> ladder("cpu")["reference"]
@@ -132,16 +132,16 @@ def ladder(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def kernels(device: str | torch.device = "cpu") -> tuple[Kernel, ...]:
-    """The kernels to try on a device in turn, as :data:`settings` have it; the last is the reference.
+    """The kernels to try on a device in order, according to :data:`settings`; the last is the reference.
 
     Args:
-        device: where.
+        device: the device.
 
     Returns:
         At least the reference.
 
     Raises:
-        LmcompressError: If settings name a kernel that does not work there.
+        LmcompressError: If the settings name a kernel that does not work there.
     """
     _check_settings(settings)
     tried = _tried(str(torch.device(device)))
@@ -167,14 +167,14 @@ def _check_settings(wanted: Settings) -> None:
 
 @cache
 def _tried(device: str) -> dict[str, tuple[Kernel | None, str]]:
-    """Each kernel as it works on a device, or ``None``, and what to say of it; logged once."""
+    """Each kernel as it works on a device, or ``None``, and its status; logged once."""
     tried: dict[str, tuple[Kernel | None, str]] = {}
     for kernel in KERNELS:
         working: Kernel | None = kernel
         reason = _trouble(kernel, torch.device(device))
         if reason is not None:
             working = None
-            # without VNNI, sums of two terms are kept in 16 bits, for which 7 bits are few enough
+            # without VNNI, sums of two terms are kept in 16 bits, for which codes of 7 bits are small enough
             if isinstance(kernel, IntegerKernel) and not self_test(kernel, torch.device(device), 64):
                 working, reason = replace(kernel, greatest=64), "works up to codes of 64"
         tried[kernel.name] = working, reason or "works"
@@ -182,13 +182,13 @@ def _tried(device: str) -> dict[str, tuple[Kernel | None, str]]:
     integers = next(one.name for one in those if not isinstance(one, Tinygemm))
     weights = next(one.name for one in those if isinstance(one, (Tinygemm, Reference)))
     said = "; ".join(f"{name}: {said}" for name, (_, said) in tried.items())
-    message = "int8 matmuls on %s go through %s, those with weights alone quantized through %s where it takes them (%s)"
+    message = "int8 matmuls on %s use %s, those with only weights quantized use %s where it accepts them (%s)"
     logger.info(message, device, integers, weights, said)
     return tried
 
 
 def _trouble(kernel: Kernel, device: torch.device) -> str | None:
-    """Why a kernel does not work on a device."""
+    """The reason why a kernel does not work on a device."""
     if isinstance(kernel, Reference):
         return None
     return kernel.trouble(device) if isinstance(kernel, Tinygemm) else self_test(kernel, device, 127)

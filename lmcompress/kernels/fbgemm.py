@@ -16,7 +16,7 @@ from lmcompress.kernels.integers import IntegerKernel, by_row, finished, no_infi
 from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 from lmcompress.numerics.inputs import InputEncoding, input_grid
 
-# the least scale whose reciprocal is finite in float32
+# the smallest scale whose reciprocal is finite in float32
 LEAST_SCALE = 2.0**-126
 
 
@@ -39,12 +39,12 @@ class Fbgemm(IntegerKernel):
         by_token = _by_token(inputs.encoding)
         zero_points = torch.zeros(codes.shape[0], dtype=torch.int64) if zeros is None else zeros.long()
         with warnings.catch_warnings():
-            # torch 2.13 says that these tensors will go; then the self-test finds them missing
+            # torch 2.13 announces the removal of these tensors; the self-test will then find them missing
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
             quantized = torch._make_per_channel_quantized_tensor(codes, scales.double(), zero_points, 0)
             own_bias = None if bias is None else bias.detach().float()
             packed = torch.ops.quantized.linear_prepack(quantized, None if by_token else own_bias)
-        # the overload itself: a packet looks for it in every call
+        # the overload itself: a packet looks it up in every call
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         ranged = _static(inputs) if inputs.encoding.range == "static" else _dynamic(inputs.encoding)
 
@@ -74,7 +74,7 @@ def _by_token(encoding: InputEncoding) -> bool:
 
 
 def _by_tokens(x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Levels ``(tokens, in)``, to be rounded and cut to bytes, and scales and zero points ``(tokens, 1)``."""
+    """Levels ``(tokens, in)``, to be rounded and clipped to bytes, and scales and zero points ``(tokens, 1)``."""
     encoding = inputs.encoding
     if encoding.bits != 8 or encoding.clip is not None:
         quantized = inputs.quantized(x)
@@ -92,7 +92,7 @@ def _by_tokens(x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None
 
 
 _Ranged = Callable[[Tensor], tuple[Tensor, float, int]]
-"""An input, cut where its levels end, with its scale and the zero point of its unsigned codes."""
+"""An input, clipped to its range, with its scale and the zero point of its unsigned codes."""
 
 
 def _dynamic(encoding: InputEncoding) -> _Ranged:
@@ -103,7 +103,7 @@ def _dynamic(encoding: InputEncoding) -> _Ranged:
         ends = torch.aminmax(x)
         low, high = ends.min.item(), ends.max.item()
         if clip is not None and (low < -clip or high > clip):
-            # NaN comes first in these, so that it stays
+            # NaN comes first in these, so that it is kept
             x, low, high = x.clamp(-clip, clip), max(low, -clip), min(high, clip)
         if symmetric:
             return x, _scale(_single(max(high, -low) / grid.high)), 128
@@ -119,7 +119,7 @@ def _dynamic(encoding: InputEncoding) -> _Ranged:
 
 
 def _static(inputs: Inputs) -> _Ranged:
-    """The given range in Python's numbers; NaN of an input makes it NaN."""
+    """The static range in Python's numbers; NaN in an input makes it NaN."""
     if inputs.scale is None:
         raise LmcompressError("a static range must have a scale, got none; is the checkpoint complete?")
     grid, given = input_grid(inputs.encoding), float(inputs.scale)
@@ -137,12 +137,12 @@ def _static(inputs: Inputs) -> _Ranged:
 
 
 def _single(number: float) -> float:
-    """The float32 nearest to a number: of two float32 divided in float64 it is what float32 division gives."""
+    """The float32 nearest to a number: for two float32 divided in float64 it equals float32 division."""
     return ctypes.c_float(number).value
 
 
 def _scale(scale: float) -> float:
-    """A scale that can be divided by, since where all is 0 any will do; NaN for infinity."""
+    """A scale that can be used as a divisor, since if all values are 0 any will do; NaN for infinity."""
     if scale < LEAST_SCALE:
         return LEAST_SCALE
     return scale if math.isfinite(scale) else math.nan

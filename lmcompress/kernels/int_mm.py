@@ -22,16 +22,16 @@ class IntMM(IntegerKernel):
     name: str = "int_mm"
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
-        """The codes as int8, filled up with zeros where the operation needs it."""
+        """The codes as int8, padded with zeros where the operation needs it."""
         codes, zeros = signed_codes(matrix)
         sums, scales = row_sums(codes, zeros), by_row(matrix.scales, matrix)
         out, width = matrix.shape
         if codes.device.type == "cuda":
-            # asked are more than 16 rows on the left and multiples of 8 else, which some versions of cuBLAS multiply
-            # wrongly where there are few (pytorch/pytorch#107671, #169956): zeros up to what its fast kernels use
+            # more than 16 rows on the left and multiples of 8 otherwise are required, which some versions of cuBLAS
+            # multiply incorrectly for few rows (pytorch/pytorch#107671, #169956): zeros up to what its fast kernels use
             least, columns, rows = 32, -width % 16, -out % 16
         else:
-            # of an axis of 1 the stride may be anything, and oneDNN gives nonsense then (pytorch/pytorch#195066)
+            # the stride of an axis of size 1 is arbitrary, and oneDNN gives wrong results then (pytorch/pytorch#195066)
             least, columns, rows = 2, int(width == 1), 0
         right = torch.nn.functional.pad(codes, (0, columns, 0, rows)).t()
 

@@ -1,4 +1,4 @@
-"""What int8 matmuls share: operands made of codes of any width, and scales and zero points, applied afterwards."""
+"""Shared parts of int8 matmuls: operands from codes of any width, and scales and zero points applied afterwards."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from lmcompress.numerics.quantizers.base import Quantized
 
 @dataclass(frozen=True)
 class IntegerKernel:
-    """What kernels of int8 operands share.
+    """Base of kernels with int8 operands.
 
     Attributes:
-        greatest: the greatest magnitude of codes that does not saturate on this processor.
+        greatest: largest magnitude of codes that does not saturate on this processor.
     """
 
     greatest: int = 128
 
     def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """Why a matmul is not one of integers, or its codes are too great; ``None`` where the kernel takes it."""
+        """Why a matmul is not an integer one, or its codes are too large; ``None`` if the kernel accepts it."""
         if inputs is None:
             return "only weights are quantized"
         if isinstance(matrix.granularity, PerGroup):
             return "scales belong to groups, and an integer sum runs over whole rows"
-        # as `signed_codes` has them
+        # as in `signed_codes`
         reach = 128 if matrix.grid.high > 127 else max(abs(matrix.grid.low), matrix.grid.high)
         return f"codes up to {reach} may saturate on this processor" if reach > self.greatest else None
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Matmul:
-    """A matmul of int8 ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
+    """An int8 matmul ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
 
     Attributes:
-        multiply: gives int32, or float32 times the scales of rows where ``scaled``.
+        multiply: returns int32, or float32 times the scales of rows if ``scaled``.
         out: rows of the matrix.
         zeros: ``(out,)`` int32, zero points of rows, or ``None``.
-        sums: ``(out,)`` int32, of codes less zero points.
+        sums: ``(out,)`` int32, sums of codes minus zero points.
         scales: ``(out,)`` float32.
         bias: ``(out,)`` or None.
-        inputs: how the input is quantized.
+        inputs: quantization of the input.
         scaled: whether ``multiply`` applies the scales.
     """
 
@@ -68,7 +68,7 @@ class Int8Matmul:
         return self.of_codes(codes, scales, zero_points).reshape(*x.shape[:-1], self.out)
 
     def of_codes(self, x: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
-        """``(tokens, out)`` float32 of int8 codes ``(tokens, in)``, their scales and zero points."""
+        """``(tokens, out)`` float32 from int8 codes ``(tokens, in)``, their scales and zero points."""
         product, sums = self.multiply(x), self.sums
         if self.zeros is not None:
             right = x.sum(dim=1, keepdim=True, dtype=torch.int32) * self.zeros
@@ -81,37 +81,37 @@ class Int8Matmul:
 
 
 def by_row(numbers: Tensor, matrix: Matrix) -> Tensor:
-    """Scales or zero points as one for each row, ``(out,)``."""
+    """Scales or zero points, one for each row, ``(out,)``."""
     return numbers.reshape(-1).expand(matrix.shape[0]).contiguous()
 
 
 def signed_codes(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    """Codes as int8 ``(out, in)``, and zero points of rows ``(out,)`` int32 where some remain."""
+    """Codes as int8 ``(out, in)``, and the remaining zero points of rows ``(out,)`` int32, if any."""
     codes, grid = matrix.codes(), matrix.grid
     zeros = None if matrix.zero_points is None else by_row(matrix.zero_points, matrix)
     if codes.dtype == torch.int8:
         return codes, None if zeros is None else zeros.int()
     if grid.high <= 127:
-        # of codes and zero points below 128 the difference fits a byte
+        # for codes and zero points below 128 the difference fits a byte
         signed = codes.to(torch.int8)
         return (signed, None) if zeros is None else (signed - zeros.to(torch.int8).unsqueeze(1), None)
     zeros = torch.zeros(matrix.shape[0], dtype=torch.int32, device=codes.device) if zeros is None else zeros.int()
-    # flipping the first bit takes 128 away
+    # flipping the first bit subtracts 128
     return (codes ^ 128).view(torch.int8), zeros - 128
 
 
 def row_sums(codes: Tensor, zeros: Tensor | None) -> Tensor:
-    """Sums of codes less zero points, ``(out,)`` int32: what a shift of the input by 1 adds."""
+    """Sums of codes minus zero points, ``(out,)`` int32: the effect of shifting the input by 1."""
     sums = codes.sum(dim=1, dtype=torch.int32)
     return sums if zeros is None else sums - codes.shape[1] * zeros
 
 
 def input_bytes(quantized: Quantized, *, static: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes ``(tokens, in)`` int8; scales ``(tokens or 1, 1)``, and zero points likewise, int32 or ``None``."""
+    """Codes ``(tokens, in)`` int8; scales ``(tokens or 1, 1)``, and zero points, same shape, int32 or ``None``."""
     levels = quantized.levels.reshape(-1, quantized.levels.shape[-1])
     scales, zero_points = no_infinity(quantized.scales), quantized.zero_points
     if static:
-        # a range that was given knows nothing of NaN, and no byte is one
+        # a static range does not propagate NaN, and no byte represents it
         scales = scales.masked_fill(levels.isnan().any(dim=1, keepdim=True), torch.nan)
     if zero_points is None:
         return levels.to(torch.int8), scales, None
@@ -121,7 +121,7 @@ def input_bytes(quantized: Quantized, *, static: bool) -> tuple[Tensor, Tensor, 
 
 
 def no_infinity(scales: Tensor) -> Tensor:
-    """Scales with NaN for infinity, which times the wrong codes might be a number."""
+    """Scales with NaN in place of infinity, which times wrong codes might be finite."""
     return scales + (scales - scales)
 
 

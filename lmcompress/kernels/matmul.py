@@ -20,9 +20,9 @@ from lmcompress.kernels.reference import Reference
 class Matmul:
     """The matmul with one matrix, prepacked at the first call and again when tensors or :data:`settings` change.
 
-    A copy, pickled or deep, starts afresh: what is prepacked belongs to the device and is no state.
+    A copy, pickled or deep, starts empty: prepacked data belong to the device and are not state.
 
-    With gradient asked of the input, the forward pass is the same and the gradient that of the reference (straight
+    If the input requires a gradient, the forward pass is the same and the gradient is the reference's (straight
     through); neither matrix nor bias gets any.
     """
 
@@ -42,11 +42,11 @@ class Matmul:
 
     @property
     def kernel(self) -> str:
-        """The name of the kernel that multiplied last; empty before the first call."""
+        """The name of the kernel used last; empty before the first call."""
         return self._kernel
 
     def reset(self) -> None:
-        """Drop the prepacked matrix, and free its memory."""
+        """Drop the prepacked matrix and free its memory."""
         self._prepacked, self._kernel = None, ""
         self._key, self._kept = (), ()
 
@@ -57,16 +57,16 @@ class Matmul:
             x: ``(..., in)``, any floating dtype.
             matrix: the weights.
             bias: ``(out,)``, any floating dtype, or ``None``.
-            inputs: what happens to ``x`` beforehand; ``None`` leaves it as it is.
+            inputs: quantization of ``x``; ``None`` leaves it unquantized.
 
         Returns:
-            ``(..., out)`` of ``x``'s dtype. NaN or infinity in ``x`` makes NaN of all that shares their range.
+            ``(..., out)`` in ``x``'s dtype. NaN or infinity in ``x`` makes all values NaN that share their range.
 
         Raises:
-            LmcompressError: If the kernel that settings name does not work on the device.
-            CheckpointError: If bytes or scales are not those of the matrix's shape and grid.
+            LmcompressError: If the kernel that the settings name does not work on the device.
+            CheckpointError: If bytes or scales do not fit the matrix's shape and grid.
         """
-        # ranges are numbers in Python to the kernels; a graph would hold those of its example for ever
+        # the kernels take ranges as Python numbers; a graph would freeze those of its example
         if _is_exporting() or torch._C._get_tracing_state() is not None:
             return _reference(x, matrix, bias, inputs)
         if torch.compiler.is_compiling():
@@ -86,16 +86,16 @@ class Matmul:
         layout = (matrix.shape, matrix.grid, matrix.container, matrix.granularity, inputs and inputs.encoding)
         key = (*map(_identity, tensors), layout, x.dtype, settings.memory, settings.kernel)
         if self._prepacked is None or key != self._key:
-            # what is no longer needed goes before anything new comes
+            # what is no longer needed is freed before anything new is allocated
             self.reset()
             self._prepacked, self._kernel = _prepare(x, matrix, bias, inputs)
-            # kept, so that no other tensor gets their addresses
+            # kept alive, so that no other tensor gets their addresses
             self._key, self._kept = key, tensors
-        # some kernels take no vector
+        # some kernels do not accept vectors
         return (self._prepacked(x) if x.dim() > 1 else self._prepacked(x.unsqueeze(0)).squeeze(0)).to(x.dtype)
 
 
-# torch.compile breaks its graph here and goes on behind it
+# torch.compile breaks its graph here and continues after it
 _outside_the_graph = torch.compiler.disable(Matmul._with_gradient)
 
 
@@ -104,7 +104,7 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 
 class _WithGradient(torch.autograd.Function):
-    """The matmul as it is, with the reference's gradient for the input."""
+    """The matmul itself, with the reference's gradient for the input."""
 
     @staticmethod
     def forward(
@@ -136,11 +136,11 @@ def _empty(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
 
 
 def _prepare(x: Tensor, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None) -> tuple[Prepacked, str]:
-    """A matrix prepacked by the first kernel that takes it, and the kernel's name."""
+    """A matrix prepacked by the first kernel that accepts it, and the kernel's name."""
     bias = None if bias is None else bias.detach()
     fitting = [kernel for kernel in kernels(x.device) if kernel.refusal(matrix, inputs, x.dtype) is None]
     if settings.memory == "low":
-        # other kernels lay matrices out anew, which costs more than it gains for one call
+        # other kernels rearrange matrices, which costs more than it gains for one call
         integers = any(isinstance(kernel, IntMM) for kernel in fitting) and x.shape[-1] > 0
         return BlockwiseMatmul(
             matrix, bias, inputs, integers
@@ -149,8 +149,8 @@ def _prepare(x: Tensor, matrix: Matrix, bias: Tensor | None, inputs: Inputs | No
 
 
 def _identity(tensor: Tensor | None) -> tuple[Any, ...]:
-    """What changes when a tensor is replaced, moved or written to."""
+    """A key that changes when a tensor is replaced, moved or written to."""
     if tensor is None:
         return ()
-    # inference tensors count no versions, and cannot be written to outside
+    # inference tensors have no version counter, and cannot be written to outside
     return tensor.data_ptr(), tensor.device, tensor.shape, 0 if tensor.is_inference() else tensor._version

@@ -18,15 +18,15 @@ class Matrix:
     """A matrix ``(out, in)`` of packed codes, as a module holds it; an embedding is ``(tokens, width)``.
 
     Attributes:
-        packed: uint8, the bytes of :func:`~lmcompress.numerics.packing.pack` in one row or as they came.
+        packed: uint8, the bytes of :func:`~lmcompress.numerics.packing.pack`, flat or in their original shape.
         scales: float32, ``granularity.scale_shape(shape)``.
         zero_points: uint8 of the same shape, or ``None``.
         shape: out and in.
-        grid: what codes may be.
-        container: how they lie in bytes.
-        granularity: which share a scale.
-        trusted: whether someone has looked for codes and scales that no packing gives: for a look the host waits for a
-            GPU, and no graph can hold it.
+        grid: possible codes.
+        container: storage of codes in bytes.
+        granularity: which codes share a scale.
+        trusted: whether codes and scales have already been checked for values that packing never produces: a check
+            makes the host wait for a GPU, and no graph can hold it.
 
     Example:
         >>> import torch
@@ -49,15 +49,15 @@ class Matrix:
         """The codes, ``(out, in)``, int8 where some are negative, else uint8.
 
         Raises:
-            CheckpointError: If the bytes are not those of this shape and grid.
+            CheckpointError: If the bytes do not fit this shape and grid.
         """
         return unpack(self.packed, self.shape, self.grid, self.container, check=not self.trusted)
 
     def values(self) -> Tensor:
-        """The numbers, ``(out, in)`` float32.
+        """The dequantized matrix, ``(out, in)`` float32.
 
         Raises:
-            CheckpointError: If bytes or scales are not those of this shape and grid.
+            CheckpointError: If bytes or scales do not fit this shape and grid.
         """
         return dequantize(
             self.codes(),
@@ -72,7 +72,7 @@ class Matrix:
         return self._of_rows(lambda rows: rows[start:stop], min(stop, self.shape[0]) - start)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Numbers of some rows, as an embedding looks them up: only these are unpacked, and taken as they are.
+        """Dequantized rows, as an embedding looks them up: only these are unpacked, without checks.
 
         Args:
             ids: any shape, int32 or int64.
@@ -98,12 +98,12 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """How the input of a matmul is quantized.
+    """The quantization of a matmul's input.
 
     Attributes:
-        encoding: the description.
-        scale: one number, of static ranges.
-        zero_point: one number, of static ranges that are not symmetric.
+        encoding: quantization of the input.
+        scale: one number, for static ranges.
+        zero_point: one number, for static ranges that are not symmetric.
     """
 
     encoding: InputEncoding
@@ -111,9 +111,9 @@ class Inputs:
     zero_point: Tensor | None = None
 
     def quantized(self, x: Tensor) -> Quantized:
-        """The input on its levels, as :func:`~lmcompress.numerics.inputs.quantize_input` has it."""
+        """The quantized input, as in :func:`~lmcompress.numerics.inputs.quantize_input`."""
         return quantize_input(x, self.encoding, self.scale, self.zero_point)
 
 
 Prepacked = Callable[[Tensor], Tensor]
-"""A prepacked matrix: ``x (..., in) -> (..., out)``, float32 but for the reference of weights only."""
+"""A prepacked matrix: ``x (..., in) -> (..., out)``, float32 except for the reference with only weights quantized."""

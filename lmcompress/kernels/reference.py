@@ -12,16 +12,16 @@ from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 
 @dataclass(frozen=True)
 class Reference:
-    """Floats: the quantized input times the matrix as numbers. What the others are compared with."""
+    """Floating point: the quantized input times the dequantized matrix. The others are compared with it."""
 
     name: str = "reference"
 
     def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """Nothing is refused."""
+        """None: every matrix is accepted."""
         return None
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
-        """The matrix as numbers: float32 where the input is quantized, else of the input's dtype."""
+        """The dequantized matrix: float32 if the input is quantized, otherwise in the input's dtype."""
         weight = matrix.values()
         if inputs is None:
             weight = weight.to(dtype)

@@ -1,4 +1,4 @@
-"""Whether a kernel works on a device: matmuls whose results are known, with the greatest codes there are."""
+"""Self-test of kernels on a device: matmuls with known results, with the largest possible codes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lmcompress.numerics.grids import Grid
 
 
 def self_test(kernel: Kernel, device: torch.device, greatest: int) -> str | None:
-    """Why a kernel does not work: it fails, or what it gives for the greatest codes is wrong."""
+    """The reason why a kernel does not work: it fails, or its result for the largest codes is wrong."""
     out, width = 16, 64
     codes = torch.full((out, width), greatest, dtype=torch.int16)
     codes[1::2] = -greatest
-    # rows of one sign saturate first, rows of several numbers show whether places are mixed up
+    # rows of one sign saturate first, rows of several numbers show whether entries are permuted
     codes[2::4] = torch.arange(width, dtype=torch.int16) - 32
     matrix = Matrix(
         (codes + greatest).to(torch.uint8).to(device),
@@ -35,14 +35,14 @@ def self_test(kernel: Kernel, device: torch.device, greatest: int) -> str | None
     try:
         with torch.inference_mode():
             # up to 255 without and 127 with levels around 0 the scale is 1, and so codes are the numbers
-            # few rows may be filled up, many are not
+            # few rows may be padded, many are not
             for symmetric, times in itertools.product((False, True), (1, 14)):
                 these = (x.clamp(max=127.0) if symmetric else x).repeat(times, 1)
                 inputs = Inputs(_TestEncoding(symmetric=symmetric))
                 given = kernel.prepack(matrix, None, inputs, torch.float32)(these.to(device)).cpu()
                 if not torch.allclose(given.double(), these.double() @ codes.double().t(), rtol=1e-5, atol=1.0):
                     return "its results are wrong on this device"
-    # what a torch without the operation, or with another signature of it, raises
+    # raised by a torch without the operation, or with another signature of it
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         return f"not in this torch, or not for this device: {(str(error) or repr(error)).splitlines()[0]}"
     return None

@@ -1,22 +1,22 @@
 r"""Matmuls with weights of 1 to 8 bits and inputs in bfloat16, on a GPU: torch's ``_weight_int4pack_mm`` (tinygemm).
 
-The operation is what torchao, too, multiplies 4-bit weights by on CUDA. It multiplies tensor-core tiles of
+torchao multiplies 4-bit weights on CUDA with the same operation. It multiplies tensor-core tiles of
 
 .. math:: (q - 8) \cdot scale + zero, \quad q \in \{0, \ldots, 15\}
 
-with scale and zero in bfloat16, one of each for 32, 64, 128 or 256 neighbours of a row, and adds up in float32.
-:func:`nibbles` says any matrix of codes in that way:
+with scale and zero in bfloat16, one of each for 32, 64, 128 or 256 neighbours of a row, and accumulates in float32.
+:func:`nibbles` expresses any matrix of codes in that form:
 
-- codes of at most 4 bits become one such matrix, those of more become two, one below the other, which add up:
+- codes of at most 4 bits become one such matrix, longer ones become two, one below the other, whose results are added:
   :math:`c = (16 u + 8) + (c - 16 u - 8)` with :math:`u = \lfloor c / 16 \rfloor`;
-- scales of rows (and the tensor's) stay in float32 and multiply the result, so that all the operation sees are whole
-  numbers up to 256, which bfloat16 has exactly. Scales of groups are rounded to bfloat16, as the reference rounds
-  weights, and repeated where a group is longer than those of the operation;
-- a row that the operation's tiles do not divide is filled up; the input is filled up with zeros to match.
+- scales of rows (and the tensor's) stay in float32 and multiply the result, so that the operation only sees integers
+  up to 256, which bfloat16 represents exactly. Scales of groups are rounded to bfloat16, as the reference rounds
+  weights, and repeated if a group is longer than those of the operation;
+- a row length that the operation's tiles do not divide is padded; the input is padded with zeros to match.
 
 torch's ``_weight_int8pack_mm`` is not used: on CUDA it multiplies in float32 without tensor cores. Nor is gemlite: its
-kernels read scales beyond their end in blocks that are partly masked (0 times what lies there may be NaN), and each new
-shape is tuned for seconds to minutes when it is first met (dropbox/gemlite#15).
+kernels read scales beyond their end in blocks that are partly masked (0 times arbitrary memory may be NaN), and each
+new shape is tuned for seconds to minutes on first use (dropbox/gemlite#15).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from lmcompress.numerics import packing
 from lmcompress.numerics.grids import Granularity, Grid, PerGroup, PerRow, PerTensor
 
 _GROUPS = (256, 128, 64, 32)
-# tiles of a row that lie together, each of 16: the widest loads
+# tiles of a row that are stored together, each of 16: the widest loads
 _INNER_TILES = 8
 _COLUMNS = 16 * _INNER_TILES
-# 8 are enough but on AMD's
+# 8 are enough except on AMD's
 _ROWS = 16
-# blocks of 8 rows are an axis of a grid, and offsets are counted in int32
+# blocks of 8 rows are an axis of a grid, and offsets are int32
 _MOST_ROWS, _MOST_CODES = 8 * 65535, 2**31
-# times planes; torchao's own table (A6000, torchao/prototype/hqq) has floats that are made in every call overtake it
+# times planes; in torchao's own table (A6000, torchao/prototype/hqq) dequantizing in every call overtakes it
 # between 128 and 256 tokens
 _FEW_TOKENS = 256
 _OLDEST = (8, 0)
@@ -50,15 +50,15 @@ _TOLERANCE = 2.0**-7
 
 @dataclass(frozen=True, eq=False)
 class Nibbles:
-    """A matrix as the operation takes it.
+    """A matrix in the operation's form.
 
     Attributes:
         codes: ``(planes * rows, columns)`` uint8, 0 to 15.
         scales_and_zeros: ``(columns / group, planes * rows, 2)``.
-        group: neighbours that share a scale.
-        planes: how many matrices lie below one another; matmuls with them add up.
-        rows: of each plane, with those that fill it up.
-        row_scales: ``(out,)`` float32, to multiply the result by; ``None`` where scales are among the above.
+        group: number of neighbours that share a scale.
+        planes: number of matrices stored one below the other, whose results are added.
+        rows: rows of each plane, padding included.
+        row_scales: ``(out,)`` float32, factor of the result; ``None`` if scales are included above.
     """
 
     codes: Tensor
@@ -70,17 +70,17 @@ class Nibbles:
 
 
 def nibbles(matrix: Matrix, dtype: torch.dtype = torch.bfloat16) -> Nibbles:
-    """Says a matrix in codes of 4 bits, filled up to the operation's tiles.
+    """A matrix in codes of 4 bits, padded to the operation's tiles.
 
     Args:
-        matrix: any that :meth:`Tinygemm.refusal` does not refuse.
-        dtype: of scales and zeros.
+        matrix: any matrix that :meth:`Tinygemm.refusal` does not refuse.
+        dtype: dtype of scales and zeros.
 
     Returns:
         The matrix, on the same device.
 
     Raises:
-        CheckpointError: If bytes are not those of the matrix's shape and grid.
+        CheckpointError: If bytes do not fit the matrix's shape and grid.
 
     Example:
         >>> codes = Matrix(torch.tensor([237, 81]).byte(), torch.ones(2, 1), None, (2, 5), Grid(-1, 3), "base3")
@@ -125,7 +125,7 @@ class Tinygemm:
     name: str = "tinygemm"
 
     def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """Why this kernel does not take a matrix, or an input of this dtype; ``None`` where it does."""
+        """Why this kernel does not accept a matrix, or an input of this dtype; ``None`` if it does."""
         if inputs is not None:
             return "inputs are quantized, and it multiplies floats"
         if dtype != torch.bfloat16:
@@ -136,14 +136,14 @@ class Tinygemm:
                 return f"scales belong to groups of {matrix.granularity.size}, no multiple of {_GROUPS[-1]}"
             if planes > 1 and matrix.zero_points is not None:
                 return "scales and zero points of groups, for codes of more than 4 bits, are too coarse in bfloat16"
-        # with more than ever fills them up
+        # with more rows than padding can ever add
         rows, columns = planes * (matrix.shape[0] + _ROWS), matrix.shape[1] + 2 * _COLUMNS
         if rows > _MOST_ROWS or rows * columns > _MOST_CODES:
             return f"a matrix of {matrix.shape} is too large for it"
         return None
 
     def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
-        """The codes in the operation's layout: half a byte for each weight of up to 4 bits, a byte for others."""
+        """The codes in the operation's layout: half a byte for each weight of up to 4 bits, otherwise a byte."""
         said, (out, width) = nibbles(matrix), matrix.shape
         packed, scales = _pack(said.codes), said.row_scales
         columns, trusted = said.codes.shape[1], replace(matrix, trusted=True)
@@ -152,7 +152,7 @@ class Tinygemm:
         def multiply(x: Tensor) -> Tensor:
             flat = x.reshape(-1, width)
             if flat.shape[0] * said.planes > _FEW_TOKENS:
-                # each 16 tokens read all codes again
+                # every 16 tokens read all codes again
                 return linear(x, trusted.values().to(x.dtype), None if bias is None else bias.to(x.dtype))
             flat = _laid_out(pad(flat, (0, columns - width)) if columns > width else flat)
             y = _multiply(flat, packed, said.group, said.scales_and_zeros)
@@ -164,13 +164,13 @@ class Tinygemm:
         return multiply
 
     def trouble(self, device: torch.device) -> str | None:
-        """Why it does not work on a device: it is not made for it, fails, or multiplies wrongly.
+        """The reason why it does not work on a device: unsupported, failing, or wrong results.
 
         Args:
-            device: where.
+            device: the device.
 
         Returns:
-            ``None`` where it works.
+            ``None`` if it works.
         """
         try:
             reason = _unfit(device)
@@ -178,13 +178,13 @@ class Tinygemm:
                 with torch.inference_mode():
                     right = all(self._right(matrix) for matrix in _specimens(device))
                 reason = None if right else "its results are wrong on this device"
-        # whatever it is, there is the reference
+        # whatever the error, there is the reference
         except Exception as error:
             reason = f"not in this torch, or not for this device: {(str(error) or repr(error)).splitlines()[0]}"
         return reason
 
     def _right(self, matrix: Matrix) -> bool:
-        """Whether every weight comes out where it belongs, from one token to more than a tile has."""
+        """Whether every weight ends up in its place, from one token to more than a tile has."""
         device, (out, width) = matrix.packed.device, matrix.shape
         bias = torch.arange(out, device=device) % 4.0
         multiply, values = self.prepack(matrix, bias, None, torch.bfloat16), matrix.values().double().cpu()
@@ -201,7 +201,7 @@ class Tinygemm:
 
 
 def _unfit(device: torch.device) -> str | None:
-    """What is known without trying: on older devices it would end the process's use of the device."""
+    """Known reasons, without a test: on older devices the attempt would end the process's use of the device."""
     if device.type != "cuda":
         return "for CUDA devices"
     capability = torch.cuda.get_device_capability(device)
@@ -220,16 +220,16 @@ def _multiply(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """In one piece, from an address that words can be read from."""
+    """Contiguous, from an aligned address."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
 def _group(width: int, granularity: Granularity) -> int:
-    """How many neighbours share a scale in the operation; each group of the matrix is one of these or several."""
+    """The operation's group size; each group of the matrix is one of these or several."""
     if isinstance(granularity, PerGroup):
         return next(group for group in _GROUPS if granularity.size % group == 0)
-    # of scales that are all the same, the fewest for which the row is not filled up further
+    # if all scales are equal, the smallest size for which the row is not padded further
     return next(group for group in _GROUPS[:2] if (width + -width % _COLUMNS) % group == 0)
 
 
@@ -238,11 +238,11 @@ def _planes(matrix: Matrix) -> int:
 
 
 def _parts(matrix: Matrix) -> tuple[list[tuple[Tensor, int, int]], Tensor | None]:
-    """Codes ``(out, in)`` from -8 to 7 with factor and base, of which the sum is the codes; zero points that remain."""
+    """Codes ``(out, in)`` from -8 to 7, factor and base, whose sum is the codes; and remaining zero points."""
     codes, zeros = matrix.codes().to(torch.int16), matrix.zero_points
     low, high = matrix.grid.low, matrix.grid.high
     if zeros is not None and high - low <= 7:
-        # zero points are codes, so that differences fit 4 bits, and 0 stays 0 whatever the scale is rounded to
+        # zero points are codes, so that differences fit 4 bits, and 0 stays 0 however the scale is rounded
         spread = matrix.granularity.spread(zeros.to(torch.int16), codes.shape)
         codes = (matrix.granularity.split(codes) - spread).reshape(codes.shape)
         low, high, zeros = low - high, high - low, None
@@ -256,7 +256,7 @@ def _parts(matrix: Matrix) -> tuple[list[tuple[Tensor, int, int]], Tensor | None
 
 
 def _specimens(device: torch.device) -> Iterator[Matrix]:
-    """Matrices of every kind, of sizes that are filled up: codes without an order that a mistake could keep."""
+    """Matrices of every kind, of sizes that need padding: codes without an order that a mistake could preserve."""
     generator = torch.Generator().manual_seed(0)
     kinds: list[tuple[Grid, Granularity, bool, tuple[int, int]]] = [
         (Grid(-8, 16), PerRow(), False, (40, 96)),

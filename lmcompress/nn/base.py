@@ -1,4 +1,4 @@
-"""What all compact modules have in common."""
+"""The common base of all compact modules."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lmcompress.errors import CheckpointError
 
 
 class Compact(nn.Module, ABC):
-    """A module in the place of one with a matrix, which it does not have.
+    """A replacement of a module with a full matrix.
 
-    ``weight`` is in every one of them a tensor of another shape than the matrix that it replaces, so that a loader that
-    knows nothing of this refuses the file instead of leaving random weights in place.
+    In each of them ``weight`` is a tensor of another shape than the matrix it replaces, so that a loader without
+    support for it refuses the file instead of leaving random weights in place.
 
     Args:
-        in_features: width of the input; of an embedding, the number of tokens.
-        out_features: width of the output.
+        in_features: input width; for an embedding, the number of tokens.
+        out_features: output width.
     """
 
     weight: Tensor
@@ -33,22 +33,22 @@ class Compact(nn.Module, ABC):
         """Multiply-accumulates for one token."""
 
     def check(self, name: str) -> None:
-        """Refuse tensors that are no parameters and that nothing here writes.
+        """Refuse buffers with values that this library never writes.
 
         Args:
-            name: of the module, for the error.
+            name: name of the module in the error.
 
         Raises:
-            CheckpointError: If some are NaN or infinite.
+            CheckpointError: If there are NaN or infinite values.
         """
 
 
 def sizes(*numbers: int, device: torch.device | str | None = None) -> Tensor:
-    """What lies under the name ``weight`` where there are factors: their sizes.
+    """The tensor stored under the name ``weight`` for factors: their sizes.
 
     Args:
         *numbers: the sizes.
-        device: of the tensor.
+        device: device of the tensor.
 
     Returns:
         ``(len(numbers),)`` int64.
@@ -57,18 +57,18 @@ def sizes(*numbers: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def check_sizes(found: Tensor, expected: tuple[int, ...], name: str) -> None:
-    """Refuse sizes that are not those of the module.
+    """Refuse sizes that differ from the module's.
 
     Args:
-        found: as loaded.
-        expected: of the module.
-        name: of the tensor, for the error.
+        found: sizes as loaded.
+        expected: sizes of the module.
+        name: name of the tensor in the error.
 
     Raises:
         CheckpointError: If they differ.
     """
     if found.is_floating_point() or found.tolist() != list(expected):
         raise CheckpointError(
-            f"tensor {name} must say the sizes {list(expected)}, got {found.tolist()[:8]}: config.json and the weights "
+            f"tensor {name} must hold sizes {list(expected)}, got {found.tolist()[:8]}: config.json and the weights "
             "do not belong together; fetch or copy both again"
         )

@@ -1,4 +1,4 @@
-"""An embedding table as a narrow table and a matrix, and the head that is tied to it."""
+"""An embedding table factored into a narrow table and a matrix, and the head tied to it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lmcompress.nn.base import Compact, check_sizes, sizes
 
 
 class FactorizedEmbedding(Compact):
-    """Words of ``rank`` numbers each, and one matrix that widens them: ``V·E + E·H`` numbers instead of ``V·H``.
+    """Token embeddings of width ``rank`` and a matrix that widens them: ``V·E + E·H`` parameters instead of ``V·H``.
 
     Args:
         num_embeddings: tokens, V.
-        embedding_dim: width of the answer, H.
+        embedding_dim: output width, H.
         rank: width of the table, E, from 1 to H.
-        padding_idx: token whose row gets no gradient.
-        device: of the tensors.
-        dtype: of the parameters.
+        padding_idx: token whose embedding gets no gradient.
+        device: device of the tensors.
+        dtype: dtype of the parameters.
 
     Raises:
         LmcompressError: If the rank is out of range.
@@ -56,17 +56,17 @@ class FactorizedEmbedding(Compact):
         return self.rank * self.embedding_dim
 
     def matrix(self) -> Tensor:
-        """The table that this stands for, ``(tokens, width)``, with gradient."""
+        """The full table, ``(tokens, width)``, with gradient."""
         return self.table.weight @ self.expand.weight.t()
 
     def check(self, name: str) -> None:
-        """Refuse sizes that are not the factors'.
+        """Refuse sizes that differ from the factors'.
 
         Args:
-            name: of the module, for the error.
+            name: name of the module in the error.
 
         Raises:
-            CheckpointError: If the checkpoint says others.
+            CheckpointError: If the checkpoint has other sizes.
         """
         check_sizes(self.weight, (self.num_embeddings, self.rank, self.embedding_dim), f"{name}.weight")
 
@@ -88,11 +88,11 @@ class FactorizedEmbedding(Compact):
 
 
 class FactorizedHead(nn.Module):
-    """A head over the vocabulary that is tied to factorised embeddings: it reads their factors and owns none.
+    """A vocabulary head tied to factorized embeddings: it reads their factors and has none of its own.
 
     Args:
-        embedding: whose factors they are; it stays a part of the model where it was.
-        bias: the parameter that the full head had.
+        embedding: owner of the factors; it stays where it is in the model.
+        bias: the full head's parameter.
     """
 
     bias: nn.Parameter | None
@@ -101,15 +101,15 @@ class FactorizedHead(nn.Module):
         super().__init__()
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
-        # past nn.Module's own way, which would make it a submodule and save its tensors twice
+        # bypasses nn.Module, which would register it as a submodule and save its tensors twice
         self.__dict__["embedding"] = embedding
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the factors stand for, ``(tokens, width)``, with gradient; made anew whenever it is read."""
+        """The full matrix, ``(tokens, width)``, with gradient; computed anew on each access."""
         embedding: FactorizedEmbedding = self.__dict__["embedding"]
         if not embedding.table.weight.is_floating_point() or not embedding.expand.weight.is_floating_point():
-            # Transformers asks for it while a checkpoint is loaded, when they may be streams that are not decoded yet
+            # Transformers reads it while a checkpoint is loaded, when the factors may still be encoded streams
             raise AttributeError("weight")
         return embedding.matrix()
 
@@ -132,5 +132,5 @@ class FactorizedHead(nn.Module):
         return nn.functional.linear(x @ embedding.expand.weight, embedding.table.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Widths, for people."""
+        """The widths, for ``print``."""
         return f"{self.in_features} -> {self.out_features}, tied"

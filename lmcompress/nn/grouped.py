@@ -1,4 +1,4 @@
-"""A linear layer of diagonal blocks, with channels put in another order before or after it."""
+"""A block-diagonal linear layer, with permutations of channels before or after it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lmcompress.nn.base import Compact
 
 
 def channel_shuffle(width: int, groups: int) -> Tensor:
-    """The order that ShuffleNet puts channels in between two grouped layers: ``(groups, n)`` transposed, flattened.
+    """ShuffleNet's channel order between two grouped layers: ``(groups, n)`` transposed, flattened.
 
-    Every group that reads the shuffled channels reads equally many of each group that wrote them, as far as the
-    numbers allow.
+    Every group that reads the shuffled channels reads equally many of each group that wrote them, as far as
+    divisibility allows.
 
     Args:
         width: number of channels.
-        groups: of the layer that wrote them; a divisor of the width.
+        groups: groups of the layer that wrote them; a divisor of the width.
 
     Returns:
-        ``(width,)`` int64: where each channel is taken from.
+        ``(width,)`` int64: source index of each channel.
 
     Raises:
-        LmcompressError: If the groups do not divide the widths.
+        LmcompressError: If the groups do not divide the width.
 
     Reference:
         Zhang et al., *ShuffleNet*, CVPR 2018, https://arxiv.org/abs/1707.01083, section 3.1.
@@ -37,14 +37,14 @@ def channel_shuffle(width: int, groups: int) -> Tensor:
 
 
 def check_groups(groups: int, *widths: int) -> None:
-    """Refuse groups that do not divide.
+    """Refuse a number of groups that does not divide the widths.
 
     Args:
-        groups: how many.
-        *widths: of input and output.
+        groups: number of groups.
+        *widths: input and output width.
 
     Raises:
-        LmcompressError: If there is not at least one group, or the groups do not divide a width; the message has
+        LmcompressError: If there is not at least one group, or the groups do not divide a width; the message lists
             numbers that do.
     """
     if groups < 1 or any(width % groups for width in widths):
@@ -58,18 +58,18 @@ def check_groups(groups: int, *widths: int) -> None:
 class GroupedLinear(Compact):
     """``groups`` matrices side by side: each reads its part of the input and writes its part of the output.
 
-    It has and costs ``1 / groups`` of a full matrix. Channels may be put in another order on the way in and out; orders
-    are tensors of the checkpoint.
+    It has ``1 / groups`` of a full matrix's parameters and cost. Channels may be permuted on the way in and out; the
+    permutations are tensors of the checkpoint.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        groups: of both.
-        bias: whether there is one, in the order of the output.
-        input_order: whether the input is put in an order first.
-        output_order: whether the output is put in an order.
-        device: of the tensors.
-        dtype: of the parameters.
+        in_features: input width.
+        out_features: output width.
+        groups: number of groups of both.
+        bias: whether there is a bias, in the order of the output.
+        input_order: whether the input is permuted first.
+        output_order: whether the output is permuted.
+        device: device of the tensors.
+        dtype: dtype of the parameters.
 
     Raises:
         LmcompressError: If the groups do not divide the widths.
@@ -111,7 +111,7 @@ class GroupedLinear(Compact):
         return self.in_features * self.out_features // self.groups
 
     def order(self, side: str) -> Tensor:
-        """Where each channel is taken from, ``(width,)`` int64; rising where there is no order.
+        """The source index of each channel, ``(width,)`` int64; increasing if there is no permutation.
 
         Args:
             side: ``"input"`` or ``"output"``.
@@ -121,18 +121,18 @@ class GroupedLinear(Compact):
         return torch.arange(width, device=self.weight.device) if given is None else given
 
     def matrix(self) -> Tensor:
-        """The matrix that this stands for, ``(out, in)``, with gradient."""
+        """The full matrix, ``(out, in)``, with gradient."""
         blocks = torch.block_diag(*self.weight)
         return blocks[self.order("output")][:, self.order("input").argsort()]
 
     def check(self, name: str) -> None:
-        """Refuse an order that is none.
+        """Refuse an order that is not a permutation.
 
         Args:
-            name: of the module, for the error.
+            name: name of the module in the error.
 
         Raises:
-            CheckpointError: If a channel is there twice, or not at all.
+            CheckpointError: If a channel is repeated or missing.
         """
         for side, order in (("input_order", self.input_order), ("output_order", self.output_order)):
             if order is None:
@@ -145,7 +145,7 @@ class GroupedLinear(Compact):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The matmuls of all groups.
+        """The outputs of all groups.
 
         Args:
             x: ``(..., in)``.
@@ -163,7 +163,7 @@ class GroupedLinear(Compact):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """Widths, groups, and which side has an order."""
+        """Widths, groups, and the permuted sides, for ``print``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}, "
             f"input_order={self.input_order is not None}, output_order={self.output_order is not None}"

@@ -1,4 +1,4 @@
-"""A linear layer as two thinner ones in sequence."""
+"""A linear layer factored into two thinner ones."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lmcompress.nn.base import Compact, check_sizes, sizes
 
 
 class LowRankLinear(Compact):
-    r"""``y = U (V x) + b``: a matrix of a rank that is fixed by its two factors.
+    r"""``y = U (V x) + b``: a matrix whose rank is fixed by its two factors.
 
     .. math:: W \approx U V, \quad U \in R^{out \times r}, \; V \in R^{r \times in}
 
-    It costs ``r (in + out)`` multiply-accumulates for each token instead of ``in · out``. A bottleneck, that is,
-    without a non-linearity within. The factors are ordinary ``nn.Linear``: whatever works on these works on them.
+    It costs ``r (in + out)`` multiply-accumulates for each token instead of ``in · out``. A bottleneck
+    without a non-linearity. The factors are ordinary ``nn.Linear`` modules: whatever works on these works on them.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        rank: from 1 to the lesser width.
-        bias: whether there is one.
-        device: of the tensors.
-        dtype: of the parameters.
+        in_features: input width.
+        out_features: output width.
+        rank: from 1 to the smaller width.
+        bias: whether there is a bias.
+        device: device of the tensors.
+        dtype: dtype of the parameters.
 
     Raises:
         LmcompressError: If the rank is out of range.
@@ -55,7 +55,7 @@ class LowRankLinear(Compact):
 
     @property
     def bias(self) -> Tensor | None:
-        """That of the second factor."""
+        """The bias of the second factor."""
         return self.expand.bias
 
     @property
@@ -68,18 +68,18 @@ class LowRankLinear(Compact):
         return self.expand.weight @ self.reduce.weight
 
     def check(self, name: str) -> None:
-        """Refuse sizes that are not the factors'.
+        """Refuse sizes that differ from the factors'.
 
         Args:
-            name: of the module, for the error.
+            name: name of the module in the error.
 
         Raises:
-            CheckpointError: If the checkpoint says others.
+            CheckpointError: If the checkpoint has other sizes.
         """
         check_sizes(self.weight, (self.in_features, self.rank, self.out_features), f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of both.
+        """The output of both factors.
 
         Args:
             x: ``(..., in)``.

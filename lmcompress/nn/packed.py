@@ -1,7 +1,7 @@
-"""Modules whose weights are codes: what a linear layer, GPT-2's ``Conv1D``, an embedding and a tied head become.
+"""Modules whose weights are codes: packed linear layers, GPT-2's ``Conv1D``, embeddings and tied heads.
 
-Tensors lie under the names that the dense module had. ``weight`` is one row of bytes, never a matrix, so that a loader
-that knows nothing of this refuses it instead of taking codes for weights. Scales stay float32 whatever the model is
+Tensors have the names of the dense module. ``weight`` is one row of bytes, never a matrix, so that a loader
+without support for it refuses it instead of taking codes for weights. Scales stay float32 whatever the model is
 cast to.
 """
 
@@ -30,13 +30,13 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix lies in its bytes.
+    """The layout of a matrix in its bytes.
 
     Attributes:
-        grid: what codes may be.
-        container: how they lie in bytes.
+        grid: possible codes.
+        container: storage of codes in bytes.
         granularity: which weights share a scale.
-        zero_points: whether there are zero points beside the scales.
+        zero_points: whether there are zero points besides the scales.
     """
 
     grid: Grid
@@ -46,14 +46,14 @@ class Layout:
 
 
 class Packed(nn.Module):
-    """A matrix of codes, and what it takes to read them; the modules below say what is done with it.
+    """A matrix of codes with its scales; its use is defined in the modules below.
 
     Args:
-        rows: outputs, or tokens.
-        columns: inputs, or the width of a token's embedding.
-        layout: how the matrix lies in its bytes.
-        inputs: how the input is quantized; None leaves it as it is.
-        device: of the tensors, whose values are unset.
+        rows: number of outputs, or tokens.
+        columns: number of inputs, or width of a token's embedding.
+        layout: layout of the matrix in its bytes.
+        inputs: quantization of the input; None leaves it unquantized.
+        device: device of the tensors, whose values are unset.
 
     Raises:
         LmcompressError: If the group size does not divide the rows.
@@ -83,15 +83,15 @@ class Packed(nn.Module):
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
 
     def fill(self, quantized: Quantized, input_range: InputRange | None = None) -> None:
-        """Take over codes and scales.
+        """Copy in codes and scales.
 
         Args:
             quantized: of this shape and layout.
             input_range: scale and zero point of a static range.
 
         Raises:
-            LmcompressError: If weights or scales are NaN or infinite, shape or layout is another, or a static range is
-                not given.
+            LmcompressError: If weights or scales are NaN or infinite, shape or layout differ, or a static range is
+                missing.
         """
         static = self.inputs is not None and self.inputs.range == "static"
         if static != (input_range is not None):
@@ -128,7 +128,7 @@ class Packed(nn.Module):
         self.check(type(self).__name__)
 
     def matrix(self) -> Matrix:
-        """What the kernels take: the codes, and how to read them."""
+        """The codes and scales in the form that the kernels take."""
         layout = self.layout
         return Matrix(
             self.weight,
@@ -141,22 +141,22 @@ class Packed(nn.Module):
         )
 
     def matmul_inputs(self) -> Inputs | None:
-        """What the kernels take: what happens to the input, with its range where that is static."""
+        """The quantization of the input in the form that the kernels take, with its range if that is static."""
         return None if self.inputs is None else Inputs(self.inputs, self.input_scale, self.input_zero_point)
 
     def dequantized(self) -> Tensor:
-        """The weights that the codes stand for, ``(out, in)`` float32: bit-exactly what they were quantized to."""
+        """The dequantized weights, ``(out, in)`` float32: bit-exactly what they were quantized to."""
         return self.matrix().values()
 
     def check(self, name: str) -> None:
-        """Refuse tensors that no packing writes.
+        """Refuse tensors that packing never writes.
 
         Args:
-            name: of the module, for the error.
+            name: name of the module in the error.
 
         Raises:
             CheckpointError: If codes are beyond the grid, scales are negative or not finite, zero points are not codes,
-                or no calibration gives such input ranges.
+                or input ranges cannot come from calibration.
         """
         try:
             check_scales(self.weight_scales, self.shape, self.layout.granularity)
@@ -175,14 +175,14 @@ class Packed(nn.Module):
             check_input_range(self.input_scale, self.input_zero_point, self.inputs, f"{name}'s input")
 
     def forget(self) -> None:
-        """Free the memory of what was prepacked: the tensors are others now."""
+        """Free the prepacked memory: the tensors have changed."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         scales = {name: getattr(self, name) for name in ("weight_scales", "input_scale")}
         super()._apply(fn, recurse)
         for name, kept in scales.items():
             now = getattr(self, name)
-            # a cast to half precision is for what is computed with, not for what codes are multiplied by
+            # a cast to half precision is for computation, not for scales of codes
             if now is not None and now.dtype != torch.float32:
                 setattr(self, name, kept.to(now.device))
         self.forget()
@@ -193,7 +193,7 @@ class Packed(nn.Module):
         self.forget()
 
     def extra_repr(self) -> str:
-        """Shape and layout, for people."""
+        """Shape and layout, for ``print``."""
         layout = self.layout
         return (
             f"{self.shape[0]}×{self.shape[1]}, {layout.grid}, container={layout.container}, {layout.granularity}, "
@@ -202,7 +202,7 @@ class Packed(nn.Module):
 
 
 class _PackedMatrix(Packed):
-    """What :class:`PackedLinear` and :class:`PackedConv1D` share: a matmul, and a bias."""
+    """The common base of :class:`PackedLinear` and :class:`PackedConv1D`: a matmul, and a bias."""
 
     bias: nn.Parameter | None
 
@@ -221,7 +221,7 @@ class _PackedMatrix(Packed):
         self._matmul = Matmul()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x Wᵀ + b``, of the input quantized as the description says.
+        """``x Wᵀ + b``, with the input quantized as described.
 
         Args:
             x: ``(..., in_features)``, floating.
@@ -236,7 +236,7 @@ class _PackedMatrix(Packed):
         return self._matmul(x, self.matrix(), self.bias, self.matmul_inputs())
 
     def forget(self) -> None:
-        """Free the memory of what was prepacked: the tensors are others now."""
+        """Free the prepacked memory: the tensors have changed."""
         self._matmul.reset()
 
 
@@ -244,12 +244,12 @@ class PackedLinear(_PackedMatrix):
     """A packed ``nn.Linear``.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        layout: how the matrix lies in its bytes.
-        inputs: what happens to the input.
-        bias: the parameter that the dense module had.
-        device: of the codes, whose values are unset.
+        in_features: input width.
+        out_features: output width.
+        layout: layout of the matrix in its bytes.
+        inputs: quantization of the input.
+        bias: the dense module's parameter.
+        device: device of the codes, whose values are unset.
 
     Raises:
         LmcompressError: If the group size does not divide the rows.
@@ -260,12 +260,12 @@ class PackedConv1D(_PackedMatrix):
     """A packed ``Conv1D``: its codes are of the ``(out, in)`` view, so it computes as :class:`PackedLinear` does.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        layout: how the matrix lies in its bytes.
-        inputs: what happens to the input.
-        bias: the parameter that the dense module had.
-        device: of the codes, whose values are unset.
+        in_features: input width.
+        out_features: output width.
+        layout: layout of the matrix in its bytes.
+        inputs: quantization of the input.
+        bias: the dense module's parameter.
+        device: device of the codes, whose values are unset.
 
     Raises:
         LmcompressError: If the group size does not divide the rows.
@@ -273,26 +273,26 @@ class PackedConv1D(_PackedMatrix):
 
     @property
     def nf(self) -> int:
-        """Width of the output, by the name that ``Conv1D`` has for it."""
+        """Output width, under ``Conv1D``'s name for it."""
         return self.out_features
 
     @property
     def nx(self) -> int:
-        """Width of the input."""
+        """Input width."""
         return self.in_features
 
 
 class PackedEmbedding(Packed):
-    """A packed ``nn.Embedding``: only the rows that are looked up are unpacked.
+    """A packed ``nn.Embedding``: only the embeddings that are looked up are unpacked.
 
     Args:
-        num_embeddings: tokens.
+        num_embeddings: number of tokens.
         embedding_dim: width of a token's embedding.
-        layout: how the matrix lies in its bytes.
-        inputs: what happens to the input of a head that is tied to it.
-        padding_idx: kept for those who ask; it has no meaning without training.
-        device: of the codes, whose values are unset.
-        dtype: of what is looked up; follows the casts of the model.
+        layout: layout of the matrix in its bytes.
+        inputs: quantization of the input of a head that is tied to it.
+        padding_idx: kept for compatibility; it has no effect without training.
+        device: device of the codes, whose values are unset.
+        dtype: dtype of the output; follows the casts of the model.
 
     Raises:
         LmcompressError: If the group size does not divide the rows.
@@ -319,7 +319,7 @@ class PackedEmbedding(Packed):
             ids: any shape, integers.
 
         Returns:
-            ``(*ids.shape, embedding_dim)`` of the dtype of the model.
+            ``(*ids.shape, embedding_dim)`` in the dtype of the model.
 
         Raises:
             LmcompressError: If the model is in training mode with gradients enabled.
@@ -328,18 +328,18 @@ class PackedEmbedding(Packed):
         return self.matrix().rows(ids).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEmbedding:
-        # no tensor here has the dtype of the model: ask what becomes of one that had
+        # no tensor here has the model's dtype: apply the cast to a dummy that has it
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         super()._apply(fn, recurse)
         return self
 
 
 class TiedHead(nn.Module):
-    """A head over the vocabulary that reads the codes of the token embeddings and has none of its own.
+    """A vocabulary head that reads the codes of the token embeddings and has none of its own.
 
     Args:
-        embedding: whose codes they are; it stays a part of the model where it was, not of the head.
-        bias: the parameter that the dense head had.
+        embedding: owner of the codes; it stays where it is in the model, not in the head.
+        bias: the dense head's parameter.
     """
 
     bias: nn.Parameter | None
@@ -348,12 +348,12 @@ class TiedHead(nn.Module):
         super().__init__()
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
-        # past nn.Module's own way, which would make it a submodule and save its tensors twice
+        # bypasses nn.Module, which would register it as a submodule and save its tensors twice
         self.__dict__["embedding"] = embedding
         self._matmul = Matmul()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x Eᵀ + b``, of the input quantized as the description says.
+        """``x Eᵀ + b``, with the input quantized as described.
 
         Args:
             x: ``(..., width)``, floating.
@@ -374,7 +374,7 @@ class TiedHead(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Widths, for people."""
+        """The widths, for ``print``."""
         return f"{self.in_features} -> {self.out_features}, tied"
 
 

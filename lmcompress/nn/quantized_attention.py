@@ -1,10 +1,10 @@
 """Attention whose two matmuls read quantized activations: queries and keys, then probabilities and values.
 
-The function is registered with transformers' ``AttentionInterface`` under :data:`ATTENTION`. A model uses it because
-its config names it, and each module of attention carries what quantizes for it; where nothing does, it is ``sdpa``.
+The function is registered with transformers' ``AttentionInterface`` under :data:`ATTENTION`. A model uses it when
+its config names it, and each attention module holds its own quantizers; without any it is ``sdpa``.
 
-A cache of keys and values holds them as they are. They are quantized when they are read, so that with ranges of the
-whole tensor a step of ``generate`` has those of what has been seen so far.
+A cache holds keys and values unquantized. They are quantized when they are read, so that with per-tensor ranges
+a step of ``generate`` has the ranges of all tokens so far.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class AttentionEncodings(Protocol):
 
 
 class RoleQuantizers(Protocol):
-    """What a module of attention carries."""
+    """The quantizers that an attention module holds."""
 
     def active(self) -> bool:
-        """Whether anything is quantized now."""
+        """Whether anything is currently quantized."""
 
     def __call__(self, role: Role, x: Tensor) -> Tensor:
         """Quantize one of the four.
 
         Args:
-            role: which.
+            role: name of the activation.
             x: ``(batch, heads, length, head size)``; probabilities ``(batch, heads, length, length)``.
 
         Returns:
@@ -71,11 +71,11 @@ class RoleQuantizers(Protocol):
 
 
 class AttentionQuantizers(nn.Module):
-    """Quantizes within one module of attention as a description says; scales of static ranges are its buffers.
+    """Quantizes within one attention module as described; scales of static ranges are its buffers.
 
     Args:
         encodings: the description.
-        device: of the buffers.
+        device: device of the buffers.
     """
 
     def __init__(self, encodings: AttentionEncodings, device: torch.device | str | None = None) -> None:
@@ -94,10 +94,10 @@ class AttentionQuantizers(nn.Module):
         return bool(self.encodings)
 
     def forward(self, role: Role, x: Tensor) -> Tensor:
-        """One of the four, quantized where the description says so.
+        """One of the four activations, quantized if the description says so.
 
         Args:
-            role: which.
+            role: name of the activation.
             x: ``(batch, heads, length, ...)``.
 
         Returns:
@@ -110,7 +110,7 @@ class AttentionQuantizers(nn.Module):
         return quantize_input(x, encoding, scale, zero_point).values.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionQuantizers:
-        # a scale in bfloat16 is another scale
+        # a scale rounded to bfloat16 is a different scale
         scales = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
         for name, old in scales.items():
@@ -123,13 +123,13 @@ class AttentionQuantizers(nn.Module):
 def quantize_attention(model: PreTrainedModel, attentions: Iterable[nn.Module], encodings: AttentionEncodings) -> None:
     """Let a model quantize within attention; in place.
 
-    With static ranges each module of ``attentions`` gets buffers, ``attention_quantizers.queries_scale`` and the like,
+    With static ranges each of ``attentions`` gets buffers, ``attention_quantizers.queries_scale`` and so on,
     which belong to its state: call this before weights are loaded.
 
     Args:
-        model: whose config will name :data:`ATTENTION`.
-        attentions: its modules of attention that have heads, such as ``block.get("attention")`` of each block.
-        encodings: what happens, the same in all of them.
+        model: its config will name :data:`ATTENTION`.
+        attentions: its attention modules with heads, such as ``block.get("attention")`` of each block.
+        encodings: the quantization, the same in all of them.
 
     Raises:
         LmcompressError: If attention is quantized already, or there is none.
@@ -140,12 +140,12 @@ def quantize_attention(model: PreTrainedModel, attentions: Iterable[nn.Module], 
 
 
 def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers], *, register: bool = False) -> None:
-    """Let modules of attention quantize by something of one's own; in place.
+    """Let attention modules quantize by custom quantizers; in place.
 
     Args:
-        model: whose config will name :data:`ATTENTION`.
-        quantizers: by module of attention.
-        register: whether what quantizes becomes a submodule, whose state is the model's.
+        model: its config will name :data:`ATTENTION`.
+        quantizers: quantizers by attention module.
+        register: whether the quantizers become submodules, whose state is part of the model's.
 
     Raises:
         LmcompressError: If attention is quantized already, or there is none.
@@ -156,14 +156,14 @@ def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers
         )
     if any(hasattr(module, _QUANTIZERS) for module in quantizers):
         raise LmcompressError(
-            f"attention of this {type(model).__name__} is quantized already; release_attention takes that away first"
+            f"attention of this {type(model).__name__} is quantized already; release_attention removes that first"
         )
     before = model.config._attn_implementation
     for module, own in quantizers.items():
         if register:
             module.add_module(_QUANTIZERS, cast(nn.Module, own))
         else:
-            # not a submodule: what is trained of it is no parameter of the model
+            # not a submodule: its trained parameters are not the model's
             module.__dict__[_QUANTIZERS] = own
         module.__dict__[_BEFORE] = before
         module.__dict__[_GUARD] = module.register_forward_pre_hook(_refuse_another)
@@ -171,10 +171,10 @@ def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers
 
 
 def release_attention(model: PreTrainedModel) -> None:
-    """Take away what :func:`quantize_attention` or :func:`attach` put there; safe to call twice.
+    """Remove what :func:`quantize_attention` or :func:`attach` added; safe to call twice.
 
     Args:
-        model: as it was given to these; its attention is then what it was.
+        model: the model given to these; its attention is restored.
     """
     for module in model.modules():
         if _BEFORE not in module.__dict__:
@@ -186,13 +186,13 @@ def release_attention(model: PreTrainedModel) -> None:
 
 
 def attention_quantizers(module: nn.Module) -> RoleQuantizers | None:
-    """What a module of attention quantizes with.
+    """The quantizers of an attention module.
 
     Args:
-        module: any.
+        module: any module.
 
     Returns:
-        What :func:`quantize_attention` or :func:`attach` gave it, or ``None``.
+        The quantizers set by :func:`quantize_attention` or :func:`attach`, or ``None``.
     """
     return cast("RoleQuantizers | None", getattr(module, _QUANTIZERS, None))
 
@@ -212,25 +212,26 @@ def quantized_attention(
 
     .. math:: P = \mathrm{softmax}(s\, Q(q) Q(k)^T + m), \quad o = \mathrm{dropout}(Q(P))\, Q(v)
 
-    The softmax is float32. A query that may see nothing gets zeros.
+    The softmax is float32. A query without visible keys gets zeros.
 
     Args:
-        module: of attention; without quantizers this is ``sdpa``.
+        module: an attention module; without quantizers this is ``sdpa``.
         query: ``(batch, heads, queries, head size)``.
         key: ``(batch, heads, keys, head size)``.
         value: the same.
-        attention_mask: ``(batch, 1 or heads, queries, keys)``: bool, true where a key is seen, or added to the scores.
+        attention_mask: ``(batch, 1 or heads, queries, keys)``: bool, true where a key is visible, or added to the
+            scores.
         dropout: share of the probabilities that is set to zero.
-        scaling: of the scores; default: one over the square root of the head size.
-        is_causal: whether, without a mask, later keys are hidden; default: as the module says.
-        **kwargs: for ``sdpa``.
+        scaling: factor of the scores; default: one over the square root of the head size.
+        is_causal: whether, without a mask, later keys are hidden; default: the module's setting.
+        **kwargs: passed to ``sdpa``.
 
     Returns:
-        ``(batch, queries, heads, head size)``, and the probabilities after dropout; of ``sdpa``, ``None``.
+        ``(batch, queries, heads, head size)``, and the probabilities after dropout; ``None`` for ``sdpa``.
 
     Note:
-        TernaryBERT's code drops out before it quantizes. Here dropout comes after, so that ranges are those of
-        inference: what is kept is scaled up, which a calibrated range would cut.
+        TernaryBERT's code applies dropout before it quantizes. Here dropout comes after, so that ranges are those of
+        inference: dropout scales up the remaining values, which a calibrated range would clip.
 
     Reference:
         Zhang et al. 2020 (TernaryBERT), https://arxiv.org/abs/2009.12812, section 3.1.
@@ -244,7 +245,7 @@ def quantized_attention(
     queries = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and queries > 1:
-        # as sdpa: the mask begins at the upper left, and keys beyond it are an empty part of a cache
+        # as in sdpa: the mask begins at the upper left, and keys beyond it are an empty part of a cache
         key, value = key[:, :, :queries], value[:, :, :queries]
         attention_mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -260,13 +261,13 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:
         return (scores + mask.float()).softmax(dim=-1)
-    # not infinity, which makes NaN of a row that sees nothing, in its gradient too
+    # not infinity, which makes a row without visible keys NaN, in its gradient too
     hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return hidden.softmax(dim=-1).masked_fill(~mask, 0.0)
 
 
 def _refuse_another(module: nn.Module, args: Any) -> None:
-    """The hook on each module of attention that quantizes."""
+    """The hook on each attention module that quantizes."""
     named = cast(Any, module).config._attn_implementation
     if named != ATTENTION:
         raise LmcompressError(
@@ -279,5 +280,5 @@ def _refuse_another(module: nn.Module, args: Any) -> None:
 Mask = Callable[..., "Tensor | None"]
 
 AttentionInterface.register(ATTENTION, quantized_attention)
-# without a mask function of that name, masks are not made at all
+# without a mask function of that name, no masks are created at all
 AttentionMaskInterface.register(ATTENTION, cast(Mask, sdpa_mask))

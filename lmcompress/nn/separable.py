@@ -1,4 +1,4 @@
-"""A convolution along the sequence for each channel, after a matmul at each position."""
+"""A pointwise matmul followed by a depthwise convolution along the sequence."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from lmcompress.nn.base import Compact
 
 
 class SeparableMixing(Compact):
-    r"""Mixes neighbours in the place of attention: what attention does if it looks at fixed distances.
+    r"""Local mixing in place of attention: a weighted sum of values at fixed distances.
 
     .. math:: y_{t,c} = b_c + \sum_j w_{c,j} \, v_{t + j - j_0, c}, \quad v = P x
 
-    :math:`P` is the value projection that attention had; :math:`j_0` is the middle of the kernel, or its end in a
-    causal model. Values of padding count as zero, and so does what lies outside of the row. With the output projection
+    :math:`P` is the value projection of the attention; :math:`j_0` is the middle of the kernel, or its end in a
+    causal model. Values at padding and outside of the sequence are zero. With the output projection
     that follows in the block, the sum is the depthwise half and the projection the pointwise half of MobileNets'
     separable convolution; the value projection before it makes it MobileNetV2's inverted bottleneck where it widens.
 
     Args:
         pointwise: the matmul at each position, ``(..., in) -> (..., channels)``.
-        in_features: width of its input.
-        channels: width of its output.
-        kernel: how many positions are looked at; odd where both sides are.
-        causal: whether only a position itself and earlier ones are.
-        device: of the tensors.
-        dtype: of the parameters.
+        in_features: input width.
+        channels: output width.
+        kernel: number of positions; odd if both sides are covered.
+        causal: whether only a position itself and earlier ones are covered.
+        device: device of the tensors.
+        dtype: dtype of the parameters.
 
     Raises:
-        LmcompressError: If the kernel is below 1, or even and looks at both sides.
+        LmcompressError: If the kernel is below 1, or even and covers both sides.
 
     Reference:
         Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.1; Wu et al., *Pay Less Attention
@@ -59,7 +59,7 @@ class SeparableMixing(Compact):
         return (self.in_features + self.kernel) * self.out_features
 
     def values(self, x: Tensor) -> Tensor:
-        """What is mixed.
+        """The values to mix.
 
         Args:
             x: ``(batch, length, in)``.
@@ -76,7 +76,7 @@ class SeparableMixing(Compact):
         Args:
             values: ``(batch, seen, channels)``.
             valid: ``(batch, seen)``, false for padding; None: all are real.
-            length: how many of the last positions are asked for; default: all.
+            length: number of last positions to return; default: all.
 
         Returns:
             ``(batch, length, channels)``.
@@ -86,14 +86,14 @@ class SeparableMixing(Compact):
             values = values * valid.to(values.dtype).unsqueeze(-1)
         left = self.kernel - 1 if self.causal else self.kernel // 2
         if self.causal:
-            # of a cache, what none of the kernels reaches is not looked at
+            # cached values that no kernel reaches are ignored
             values = values[:, -(length + left) :]
         padded = nn.functional.pad(values.transpose(1, 2), (left, 0 if self.causal else left))
         mixed = nn.functional.conv1d(padded, self.weight, self.bias, groups=self.out_features)
         return mixed[..., -length:].transpose(1, 2).contiguous()
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Values of all positions, mixed.
+        """The mixed values of all positions.
 
         Args:
             x: ``(batch, length, in)``.
@@ -105,22 +105,21 @@ class SeparableMixing(Compact):
         return self.mix(self.values(x), valid)
 
     def extra_repr(self) -> str:
-        """Kernel and direction."""
+        """Kernel and direction, for ``print``."""
         return f"channels={self.out_features}, kernel={self.kernel}, causal={self.causal}"
 
 
 def check_kernel(kernel: int, causal: bool) -> None:
-    """Refuse a kernel that cannot be laid on a position.
+    """Refuse an invalid kernel size.
 
     Args:
-        kernel: how many positions it covers.
+        kernel: number of positions.
         causal: whether it ends at its own position.
 
     Raises:
-        LmcompressError: If it is below 1, or even and looks at both sides.
+        LmcompressError: If it is below 1, or even and covers both sides.
     """
     if kernel < 1 or (not causal and kernel % 2 == 0):
         raise LmcompressError(
-            f"kernel must be {'at least 1' if causal else 'an odd number, to look equally far at both sides'}, got "
-            f"{kernel}"
+            f"kernel must be {'at least 1' if causal else 'an odd number, to cover both sides equally'}, got {kernel}"
         )

@@ -1,4 +1,4 @@
-"""The gradients of rounding: straight through, and what scales learn from it."""
+"""Straight-through gradients of rounding, and the gradients of scales."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.autograd.function import once_differentiable
 from lmcompress.numerics.grids import Grid
 
 SMALLEST_SCALE = 1e-5
-"""What a learned scale is at least, as in BiT's and ParetoQ's code; an optimizer may step below 0."""
+"""Lower bound of a learned scale, as in BiT's and ParetoQ's code; an optimizer may step below 0."""
 
 Inside = Literal["rounding", "level", "zero"]
-"""What a number within the range teaches its unit: see :class:`Rule`."""
+"""The gradient that a number within the range gives its unit: see :class:`Rule`."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How numbers go onto a grid whose unit is learned, and the gradient of that.
+    """The mapping of numbers onto a grid whose unit is learned, and its gradient.
 
     With u = x / unit, the code is the nearest to ``per_unit * u`` and the result ``(unit / per_unit) * code``. A number
     is *outside* where u <= low or u >= high.
 
     Attributes:
         grid: the codes.
-        per_unit: how many codes a unit is long.
-        low: least u that is not cut, itself counted as outside.
-        high: greatest.
+        per_unit: number of codes per unit.
+        low: lowest u that is not clipped, itself counted as outside.
+        high: highest.
         inside: the derivative of the result by the unit for numbers inside, where q = code / per_unit:
             ``rounding`` q - u (straight through), ``level`` q (u counts as constant), ``zero`` none.
             Outside it is q.
@@ -47,7 +47,7 @@ class Rule:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """``(x, unit) -> (unit / per_unit * codes, codes)``; saves its inputs only and computes the codes again."""
+    """``(x, unit) -> (unit / per_unit * codes, codes)``; saves only its inputs and recomputes the codes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def fake_quantize(x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     Args:
         x: float32.
         unit: float32 that broadcasts over ``x``; where it is 0 every result is 0.
-        rule: how.
+        rule: the mapping.
 
     Returns:
         The results, and the codes as floats, without gradient.
@@ -154,7 +154,7 @@ def fake_quantize(x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
 
 
 def straight_through(x: Tensor, result: Tensor, outside: Tensor | None = None) -> Tensor:
-    """``result``, bit-exact, with the gradient handed to ``x``, but for where ``outside`` (bool) is true."""
+    """``result``, bit-exact, with the gradient passed to ``x`` except where ``outside`` (bool) is true."""
     return _StraightThrough.apply(x, result, outside)
 
 

@@ -1,20 +1,20 @@
-r"""Activations on a few levels: ranges taken at every forward pass, learned, or calibrated beforehand.
+r"""Quantized activations: ranges computed in every forward pass, learned, or calibrated in advance.
 
 ============ ============================== ============================== ===================== =====================
 function     paper                          range                          state                 granularity
 ============ ============================== ============================== ===================== =====================
-``dynamic``  Zhang et al. 2020              least and greatest of this     none                  tensor, or each token
-             (TernaryBERT), section 3.1     very input
+``dynamic``  Zhang et al. 2020              minimum and maximum of each    none                  tensor, or each token
+             (TernaryBERT), section 3.1     input
 ``learned``  Esser et al. 2020 (LSQ);       symmetric: a step; asymmetric: step learned, or step tensor
              Bhalgat et al. 2020 (LSQ+)     a step and an offset           and offset learned
 ``static``   Jacob et al. 2018, section 3   calibrated by an observer      a range, fixed        tensor
 ============ ============================== ============================== ===================== =====================
 
 Symmetric activations have the codes -n to n (for ``learned`` -n - 1 to n) with n = 2^(b-1) - 1, int8; asymmetric ones 0
-to 2^b - 1 with a whole zero point, uint8: what is mostly on one side of 0, such as attention probabilities and what
-comes out of a GELU. Ranges are widened to hold 0, so that a masked probability stays exactly 0.
+to 2^b - 1 with an integer zero point, uint8: for values mostly on one side of 0, such as attention probabilities and
+the outputs of a GELU. Ranges are widened to include 0, so that a masked probability stays exactly 0.
 
-Arithmetic is float32 whatever the input's dtype and the autocast; the values come back as float32.
+Arithmetic is float32 whatever the input's dtype and the autocast; the values are returned as float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lmcompress.numerics.quantizers.base import Quantized
 from lmcompress.numerics.quantizers.uniform import affine
 
 ActivationBits = Literal[4, 8]
-"""Widths of activations."""
+"""Bit-widths of activations."""
 
 BITS: tuple[ActivationBits, ...] = (4, 8)
 
@@ -56,7 +56,7 @@ def dynamic(
     clip: float | None = None,
     check: bool = True,
 ) -> Quantized:
-    r"""Activations over the range that they have now.
+    r"""Activations quantized over their current range.
 
     .. math:: x_q = s \cdot \mathrm{round}(x / s), \quad s = \frac{\max|x|}{2^{b-1} - 1}
 
@@ -67,11 +67,11 @@ def dynamic(
     Args:
         x: any shape, floating.
         bits: 8 or 4.
-        symmetric: whether levels lie around 0.
+        symmetric: whether levels are symmetric around 0.
         granularity: one range for the tensor, or for each vector along the last axis.
-        clip: what is beyond ±clip is cut to it beforehand and gets no gradient; ``None`` cuts nothing.
-        check: whether to refuse NaN and infinity, for which the host waits for a GPU; else they make NaN of all values
-            that share their range (of infinity a clip makes the clip).
+        clip: values beyond ±clip are clipped first and get no gradient; ``None`` does not clip.
+        check: whether to refuse NaN and infinity, for which the host waits for a GPU; otherwise they make all values
+            NaN that share their range (infinity is clipped by a clip).
 
     Returns:
         Values and codes.
@@ -80,7 +80,7 @@ def dynamic(
         LmcompressError: If bits are neither 8 nor 4, the clip is not above 0, or the input has NaN or infinity.
 
     Note:
-        TernaryBERT's code has a zero point that is no whole number, the least value itself, and clips to 2.5.
+        TernaryBERT's code has a zero point that is not an integer, the minimum itself, and clips to 2.5.
 
     Reference:
         Zhang, Hou, Yin, Shang, Chen, Jiang & Liu, *TernaryBERT: Distillation-aware Ultra-low Bit BERT*, EMNLP 2020,
@@ -94,11 +94,11 @@ def dynamic(
     cut, outside = x.float(), None
     if clip is not None:
         if not clip > 0:
-            raise LmcompressError(f"clip must be > 0, got {clip}; leave it out to cut nothing")
+            raise LmcompressError(f"clip must be > 0, got {clip}; leave it out for no clipping")
         # NaN survives clipping, infinity does not
         if check:
             refuse_unless(bool(torch.isfinite(x).all()))
-        # a number at the end itself is not inside either, as in the code of the paper
+        # a number at the end itself is not inside either, as in the paper's code
         outside = cut.abs() >= clip
         cut = straight_through(cut, cut.detach().clamp(-clip, clip), outside)
     low, high = extremes(cut, granularity)
@@ -110,14 +110,14 @@ def dynamic(
 
 
 def static(x: Tensor, low: float, high: float, *, bits: ActivationBits = 8, symmetric: bool = True) -> Quantized:
-    r"""Activations over a range that was calibrated; what is beyond is cut to it and gets no gradient.
+    r"""Activations quantized over a calibrated range; values beyond it are clipped and get no gradient.
 
     Args:
         x: any shape, floating.
-        low: the least value there was.
-        high: the greatest; symmetric levels end at the greater magnitude of the two.
+        low: minimum.
+        high: maximum; symmetric levels end at the larger magnitude of the two.
         bits: 8 or 4.
-        symmetric: whether levels lie around 0.
+        symmetric: whether levels are symmetric around 0.
 
     Returns:
         Values and codes. NaN stays NaN.
@@ -142,7 +142,7 @@ def static(x: Tensor, low: float, high: float, *, bits: ActivationBits = 8, symm
 
 
 def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: ActivationBits = 8) -> Quantized:
-    r"""Activations over a range that is learned: LSQ around 0, or LSQ+ with an offset.
+    r"""Activations quantized over a learned range: LSQ around 0, or LSQ+ with an offset.
 
     .. math:: x_q = s \cdot \mathrm{clip}(\mathrm{round}(x / s), -2^{b-1}, 2^{b-1} - 1)
 
@@ -155,8 +155,8 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
 
     Args:
         x: any shape, floating.
-        step: the state s, ``(1, 1)``; counts as 1e-5 where it is less.
-        offset: the state β, ``(1, 1)``, for an asymmetric range; clipped to where the range holds 0.
+        step: the state s, ``(1, 1)``; values below 1e-5 count as 1e-5.
+        offset: the state β, ``(1, 1)``, for an asymmetric range; clipped so that the range includes 0.
         bits: 8 or 4; a step belongs to its bits.
 
     Returns:
@@ -166,7 +166,7 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
         LmcompressError: If bits are neither 8 nor 4, or the state has another shape.
 
     Note:
-        LSQ's N is the number of features of a layer. LSQ+ keeps β as it is; here it is rounded to a whole zero point,
+        LSQ's N is the number of features of a layer. LSQ+ uses β directly; here it is rounded to an integer zero point,
         straight through.
 
     Reference:
@@ -202,10 +202,10 @@ def learned(x: Tensor, step: Tensor, offset: Tensor | None = None, *, bits: Acti
 
 
 def initial_step(x: Tensor, *, bits: ActivationBits = 8) -> Tensor:
-    r"""The first step of symmetric :func:`learned`, from a batch: :math:`2\, \mathrm{mean}|x| / \sqrt{2^{b-1} - 1}`.
+    r"""The initial step of symmetric :func:`learned`, from a batch: :math:`2\, \mathrm{mean}|x| / \sqrt{2^{b-1} - 1}`.
 
     Args:
-        x: activations, padding left out.
+        x: activations, without padding.
         bits: 8 or 4.
 
     Returns:
@@ -223,22 +223,22 @@ def initial_step(x: Tensor, *, bits: ActivationBits = 8) -> Tensor:
     mean = x.detach().float().abs().mean().reshape(1, 1)
     if not bool(mean > 0):
         raise LmcompressError(
-            f"activations must not all be zero to start a step, got {x.numel()} of them without any other; calibrate "
-            "on real batches, or leave this input as it is"
+            f"activations must not all be zero to initialize a step, got {x.numel()} of them; calibrate "
+            "on real batches, or leave this input unquantized"
         )
     return mean * (2 / math.sqrt(signed_grid(bits).high))
 
 
 def initial_range(low: float, high: float, *, bits: ActivationBits = 8) -> tuple[Tensor, Tensor]:
-    """The first step and offset of asymmetric :func:`learned`, from a calibrated range.
+    """The initial step and offset of asymmetric :func:`learned`, from a calibrated range.
 
     Args:
-        low: the least value.
-        high: the greatest.
+        low: minimum.
+        high: maximum.
         bits: 8 or 4.
 
     Returns:
-        Step and offset, ``(1, 1)`` float32 each: the range widened to hold 0.
+        Step and offset, ``(1, 1)`` float32 each: the range widened to include 0.
 
     Raises:
         LmcompressError: If bits are neither 8 nor 4, or the range is empty, reversed or not finite.
@@ -253,23 +253,23 @@ def initial_range(low: float, high: float, *, bits: ActivationBits = 8) -> tuple
 
 
 def check_range(low: float, high: float) -> None:
-    """Refuses a range that no activations can lie in.
+    """Refuses an invalid range of activations.
 
     Args:
-        low: the least value.
-        high: the greatest.
+        low: minimum.
+        high: maximum.
 
     Raises:
         LmcompressError: If the range is not finite, reversed, or zero wide at 0.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise LmcompressError(f"an activation range must be finite, got [{low}, {high}]; calibrate again on sound data")
+        raise LmcompressError(f"an activation range must be finite, got [{low}, {high}]; calibrate again on valid data")
     if low > high:
         raise LmcompressError(f"an activation range must go from low to high, got [{low}, {high}]")
     if low == high == 0:
         raise LmcompressError(
-            "an activation range must be wider than zero, got [0, 0]: calibration saw nothing but zeros here; give it "
-            "real batches, use dynamic ranges, or leave this input as it is"
+            "an activation range must be wider than zero, got [0, 0]: calibration saw only zeros here; give it "
+            "real batches, use dynamic ranges, or leave this input unquantized"
         )
 
 
@@ -277,15 +277,15 @@ def refuse_unless(finite: bool) -> None:
     """Refuse activations that are not finite.
 
     Args:
-        finite: whether they are.
+        finite: whether they are finite.
 
     Raises:
         LmcompressError: If they are not.
     """
     if not finite:
         raise LmcompressError(
-            "activations must be finite to be quantized, got NaN or infinity; is the model sound in this dtype? "
-            "float16 overflows beyond 65504"
+            "activations must be finite to be quantized, got NaN or infinity; are they finite in this "
+            "dtype? float16 overflows beyond 65504"
         )
 
 

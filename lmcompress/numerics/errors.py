@@ -1,4 +1,4 @@
-"""How far numbers are from what they were."""
+"""The relative error of approximated numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:
-    """Squared error over squared norm, in float32; 0 where all was 0.
+    """Squared error over squared norm, in float32; 0 if all values are 0.
 
     Args:
         before: any shape, floating.

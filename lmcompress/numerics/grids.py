@@ -1,4 +1,4 @@
-"""What quantized numbers are made of: the integers a code may be, and which numbers share a scale."""
+"""Grids and granularities of quantized numbers: the possible codes, and which numbers share a scale."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import Tensor
 from lmcompress.errors import LmcompressError
 
 Bits = Literal[1, 2, 3, 4, 8, "ternary"]
-"""What a weight may be quantized to: bits, or three levels in the least space."""
+"""Precision of a quantized weight: bits, or ternary."""
 
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers that a code may be: ``levels`` of them from ``low``, ``stride`` apart.
+    """The integers that codes may be: ``levels`` of them from ``low``, ``stride`` apart.
 
     A number is ``scale * code``, or ``scale * (code - zero_point)``. Every grid fits a signed or an unsigned byte, so
-    that codes go into integer matmuls as they are: also {-3, -1, 1, 3} of the four levels around 0 that
+    that codes can be used directly in integer matmuls: also {-3, -1, 1, 3} of the four levels around 0 that
     ParetoQ has at 2 bits, in place of halves.
 
     Attributes:
-        low: the least code.
-        levels: how many there are, from 2 to 256.
-        stride: from one code to the next; 2 for grids without a zero, whose codes are odd.
+        low: the lowest code.
+        levels: number of codes, from 2 to 256.
+        stride: distance between codes; 2 for grids without a zero, whose codes are odd.
 
     Raises:
-        LmcompressError: If no byte holds the number of levels or a code.
+        LmcompressError: If the number of levels or a code does not fit a byte.
 
     Example:
         >>> Grid(low=-3, levels=4, stride=2).high, symmetric_grid(4)
@@ -51,21 +51,21 @@ class Grid:
             )
         if not (-128 <= self.low and self.high <= 127) and not (self.low >= 0 and self.high <= 255):
             raise LmcompressError(
-                f"codes must fit one byte, signed or not, got codes from {self.low} to {self.high}; take fewer bits"
+                f"codes must fit one byte, signed or not, got codes from {self.low} to {self.high}; use fewer bits"
             )
 
     @property
     def high(self) -> int:
-        """The greatest code."""
+        """The highest code."""
         return self.low + self.stride * (self.levels - 1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """``torch.int8`` where codes may be negative, else ``torch.uint8``."""
+        """``torch.int8`` if codes may be negative, else ``torch.uint8``."""
         return torch.int8 if self.low < 0 else torch.uint8
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The code nearest to each number, ties to the even step as :func:`torch.round` has them.
+        """The code nearest to each number, ties to the even step as in :func:`torch.round`.
 
         Args:
             x: in units of one code, any shape; NaN stays NaN.
@@ -88,7 +88,7 @@ class Grid:
 
 
 def symmetric_grid(bits: Bits) -> Grid:
-    """``2 ** bits - 1`` levels around 0 with 0 among them: {-n, ..., n}; 2 bits and ternary are {-1, 0, 1}.
+    """``2 ** bits - 1`` levels around 0 including 0: {-n, ..., n}; 2 bits and ternary are {-1, 0, 1}.
 
     Args:
         bits: from 2 up, or ``"ternary"``.
@@ -97,7 +97,7 @@ def symmetric_grid(bits: Bits) -> Grid:
         The grid.
 
     Raises:
-        LmcompressError: If it is 1 bit, which has no such grid, or no packing has the bit-width.
+        LmcompressError: If the grid has 1 bit, or the bit-width cannot be packed.
 
     Reference:
         Tao et al. 2022 (QuantGPT), https://arxiv.org/abs/2203.10705: n = 2^(b-1) - 1.
@@ -112,7 +112,7 @@ def symmetric_grid(bits: Bits) -> Grid:
 
 
 def signed_grid(bits: Bits) -> Grid:
-    """All ``2 ** bits`` two's complement integers, as LSQ has them: 2 bits is {-2, -1, 0, 1}; ternary is {-1, 0, 1}.
+    """All ``2 ** bits`` two's complement integers, as in LSQ: 2 bits is {-2, -1, 0, 1}; ternary is {-1, 0, 1}.
 
     Args:
         bits: from 2 up, or ``"ternary"``.
@@ -121,7 +121,7 @@ def signed_grid(bits: Bits) -> Grid:
         The grid.
 
     Raises:
-        LmcompressError: If it is 1 bit, or no packing has the bit-width.
+        LmcompressError: If the grid has 1 bit, or the bit-width cannot be packed.
     """
     if bits == "ternary" or bits == 1:
         return symmetric_grid(bits)
@@ -139,7 +139,7 @@ def unsigned_grid(bits: Bits) -> Grid:
         The grid.
 
     Raises:
-        LmcompressError: If no packing has the bit-width.
+        LmcompressError: If the bit-width cannot be packed.
     """
     check_bits(bits)
     return Grid(low=0, levels=3 if bits == "ternary" else 2**bits)
@@ -153,16 +153,16 @@ STRETCHED_GRID = Grid(low=-3, levels=4, stride=2)
 
 
 def check_bits(bits: object, allowed: Sequence[Bits] = BITS) -> None:
-    """Refuses a width that is not among ``allowed``.
+    """Refuses a bit-width that is not among ``allowed``.
 
     Args:
-        bits: what came.
-        allowed: the widths that are right here.
+        bits: the given bit-width.
+        allowed: the bit-widths supported here.
 
     Raises:
-        LmcompressError: If it is none of them.
+        LmcompressError: If it is not among them.
     """
-    # True == 1 and 2.0 == 2, and neither is a width
+    # True == 1 and 2.0 == 2, and neither is a bit-width
     if isinstance(bits, (bool, float)) or bits not in allowed:
         raise LmcompressError(f"bits must be one of {', '.join(map(str, allowed))}, got {bits!r}")
 
@@ -180,11 +180,11 @@ class PerTensor:
         return x
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """Axes of what :meth:`split` gives that share a scale."""
+        """Axes of the result of :meth:`split` that share a scale."""
         return tuple(range(ndim))
 
     def spread(self, scales: Tensor, shape: Sequence[int]) -> Tensor:
-        """Scales so that they broadcast over what :meth:`split` gives of a tensor of ``shape``."""
+        """Scales shaped to broadcast over the result of :meth:`split` for a tensor of ``shape``."""
         return scales.reshape((1,) * len(shape))
 
 
@@ -194,9 +194,9 @@ PER_TENSOR = PerTensor()
 
 @dataclass(frozen=True)
 class PerRow:
-    """One scale for each row (first axis): of a weight as ``(out, in)`` one per output; scales ``(rows, 1)``.
+    """One scale for each row (first axis): for a weight as ``(out, in)`` one per output; scales ``(rows, 1)``.
 
-    GPT-2's ``Conv1D`` stores ``(in, out)``: give its ``weight_view``, or the scales lie along the inputs.
+    GPT-2's ``Conv1D`` stores ``(in, out)``: use its ``weight_view``, or the scales lie along the inputs.
     """
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -213,15 +213,15 @@ class PerRow:
         return tuple(range(1, ndim))
 
     def spread(self, scales: Tensor, shape: Sequence[int]) -> Tensor:
-        """Scales so that they broadcast over a tensor of ``shape``."""
+        """Scales shaped to broadcast over a tensor of ``shape``."""
         return scales.reshape(-1, *(1,) * (len(shape) - 1))
 
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale for each ``size`` neighbours of a row; scales ``(rows, groups of a row)``.
+    """One scale for each ``size`` neighbours of a row; scales ``(rows, groups per row)``.
 
-    A row that ``size`` does not divide is refused, never padded: the last group would have another meaning.
+    A row length that ``size`` does not divide is refused, never padded: the last group would have another meaning.
 
     Attributes:
         size: numbers that share a scale, at least 1.
@@ -237,7 +237,7 @@ class PerGroup:
             raise LmcompressError(f"the size of a group must be a whole number from 1 up, got {self.size!r}")
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """``(rows, groups of a row)``; a row that the size does not divide is refused, with the nearest that does."""
+        """``(rows, groups per row)``; a row length that the size does not divide is refused, with the nearest."""
         _check_matrix(self, shape)
         row = math.prod(shape[1:])
         if row % self.size:
@@ -293,10 +293,10 @@ def mean_abs(x: Tensor, granularity: Granularity) -> Tensor:
 
     Args:
         x: any shape and floating dtype.
-        granularity: which do.
+        granularity: which numbers share a scale.
 
     Returns:
-        ``granularity.scale_shape(x.shape)`` float32 without gradient; 0 where there are none.
+        ``granularity.scale_shape(x.shape)`` float32 without gradient; 0 for empty groups.
 
     Example:
         >>> mean_abs(torch.tensor([[1.0, -3.0], [0.0, 0.5]]), PerRow())
@@ -307,24 +307,24 @@ def mean_abs(x: Tensor, granularity: Granularity) -> Tensor:
 
 
 def max_abs(x: Tensor, granularity: Granularity) -> Tensor:
-    """Greatest magnitude of the numbers that share a scale: as :func:`mean_abs` else."""
+    """Largest magnitude of the numbers that share a scale; see :func:`mean_abs`."""
     low, high = extremes(x, granularity)
     return torch.maximum(high, -low)
 
 
 def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """Least and greatest of the numbers that share a scale: two tensors, as :func:`mean_abs` else."""
+    """Minimum and maximum of the numbers that share a scale: two tensors; see :func:`mean_abs`."""
     low = reduced(x, granularity, lambda split, axes: split.amin(dim=axes))
     return low, reduced(x, granularity, lambda split, axes: split.amax(dim=axes))
 
 
 def reduced(x: Tensor, granularity: Granularity, f: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
-    """A statistic of the numbers that share a scale, in float32 and without gradient; 0 where there are none.
+    """A statistic of the numbers that share a scale, in float32 and without gradient; 0 for empty groups.
 
     Args:
         x: any shape and floating dtype.
         granularity: which numbers share a scale.
-        f: what of ``(numbers, axes)`` gives one value per scale.
+        f: function of ``(numbers, axes)`` that returns one value per scale.
 
     Returns:
         ``granularity.scale_shape(x.shape)`` float32.

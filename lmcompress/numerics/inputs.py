@@ -1,4 +1,4 @@
-"""Activations as a description of them says: the one way that training, packed modules and kernels share."""
+"""Quantization of activations from a description, shared by training, packed modules and kernels."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class InputEncoding(Protocol):
 
     @property
     def symmetric(self) -> bool:
-        """Whether levels lie around 0."""
+        """Whether levels are symmetric around 0."""
 
     @property
     def granularity(self) -> Literal["tensor", "token"]:
-        """What shares a range, of dynamic ranges."""
+        """The scope of dynamic ranges."""
 
     @property
     def range(self) -> Literal["dynamic", "static"]:
-        """Whether the range is taken from every input, or scale and zero point are given."""
+        """Whether the range is computed from every input, or scale and zero point are given."""
 
     @property
     def clip(self) -> float | None:
-        """Where dynamic ranges are cut beforehand."""
+        """The limit that inputs of dynamic ranges are clipped to first."""
 
     @property
     def full(self) -> bool:
-        """Whether symmetric static codes have the one negative code more that learned ones have."""
+        """Whether symmetric static codes include the extra negative code of learned ones."""
 
 
 def input_grid(encoding: InputEncoding) -> Grid:
@@ -49,7 +49,7 @@ def input_grid(encoding: InputEncoding) -> Grid:
         encoding: its description.
 
     Returns:
-        From 0 up where it is not symmetric; else around 0.
+        From 0 up if not symmetric; else around 0.
     """
     if not encoding.symmetric:
         return unsigned_grid(encoding.bits)
@@ -59,13 +59,13 @@ def input_grid(encoding: InputEncoding) -> Grid:
 def quantize_input(
     x: Tensor, encoding: InputEncoding, scale: Tensor | None = None, zero_point: Tensor | None = None
 ) -> Quantized:
-    """An activation on the levels that its description names; straight through to what is not cut.
+    """An activation quantized as described; gradients pass straight through unclipped values.
 
     Args:
         x: any shape, floating.
         encoding: the description.
-        scale: one number, float32; of static ranges only.
-        zero_point: one number, uint8; of static ranges that are not symmetric only.
+        scale: one number, float32; only for static ranges.
+        zero_point: one number, uint8; only for static ranges that are not symmetric.
 
     Returns:
         Values (float32), codes, scales and zero points; NaN stays NaN.
@@ -110,15 +110,15 @@ def quantize_input(
 
 
 def static_range(low: float, high: float, encoding: InputEncoding) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of a range that was calibrated.
+    """Scale and zero point of a calibrated range.
 
     Args:
-        low: the least value there was.
-        high: the greatest; symmetric levels end at the greater magnitude of the two.
+        low: minimum.
+        high: maximum; symmetric levels end at the larger magnitude of the two.
         encoding: a description with a static range.
 
     Returns:
-        Scale ``(1,)`` float32, and zero point ``(1,)`` uint8, or ``None`` where levels lie around 0.
+        Scale ``(1,)`` float32, and zero point ``(1,)`` uint8, or ``None`` if levels are symmetric around 0.
 
     Raises:
         LmcompressError: If the range is empty, reversed or not finite.
@@ -138,13 +138,13 @@ def static_range(low: float, high: float, encoding: InputEncoding) -> tuple[Tens
 
 
 def check_input_range(scale: Tensor, zero_point: Tensor | None, encoding: InputEncoding, name: str) -> None:
-    """Refuses a scale or zero point of a checkpoint that no calibration gives.
+    """Refuses a checkpoint's scale or zero point that cannot come from calibration.
 
     Args:
         scale: one number.
         zero_point: one number, or ``None``.
-        encoding: of the activation.
-        name: what they belong to, for the error.
+        encoding: encoding of the activation.
+        name: name of the activation in the error.
 
     Raises:
         CheckpointError: If the scale is not finite or not above 0, or the zero point is not a code.

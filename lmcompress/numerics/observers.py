@@ -1,6 +1,6 @@
-"""Ranges of activations, calibrated from what batches give: least and greatest, percentiles, least squared error.
+"""Calibrated ranges of activations: minimum and maximum, percentiles, least squared error.
 
-Observers are values: :meth:`~MinMax.updated` gives a new one, and the order and size of batches make no difference.
+Observers are values: :meth:`~MinMax.updated` returns a new one, and the order and size of batches do not matter.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lmcompress.numerics.quantizers.ranges import check_percentile, search_share
 
 @dataclass(frozen=True)
 class MinMax:
-    """Least and greatest value seen.
+    """Minimum and maximum observed.
 
     Attributes:
         low: infinity before the first batch.
         high: minus infinity before the first batch.
-        count: values seen.
+        count: number of observed values.
 
     Example:
         >>> MinMax().updated(torch.tensor([1.0, -2.0])).updated(torch.tensor([3.0])).range()
@@ -36,11 +36,11 @@ class MinMax:
     count: int = 0
 
     def updated(self, x: Tensor, mask: Tensor | None = None) -> MinMax:
-        """A new observer that has also seen ``x``.
+        """A new observer that has also observed ``x``.
 
         Args:
             x: activations, any floating dtype.
-            mask: of ``x``'s leading axes, true for what counts, such as tokens that are no padding.
+            mask: over ``x``'s leading axes, true for values to include, such as tokens that are not padding.
 
         Returns:
             The observer.
@@ -55,13 +55,13 @@ class MinMax:
         return MinMax(min(self.low, low), max(self.high, high), self.count + x.numel())
 
     def range(self) -> tuple[float, float]:
-        """Least and greatest value.
+        """Minimum and maximum.
 
         Returns:
             Both, as floats.
 
         Raises:
-            LmcompressError: If calibration saw nothing, or nothing but zeros.
+            LmcompressError: If calibration observed nothing, or only zeros.
         """
         if not self.count:
             raise LmcompressError(_NO_DATA)
@@ -71,16 +71,16 @@ class MinMax:
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """How often values were seen, for percentiles and least squared error.
+    """A histogram of observed values, for percentiles and least squared error.
 
     Bins are ``2 * reach / bins`` wide, from ``-reach`` to ``reach``, a power of 2 that doubles when a value is beyond:
-    then two bins become one, exactly, so that neither order nor size of batches makes a difference.
+    then two bins become one, exactly, so that neither order nor size of batches matters.
 
     Attributes:
-        bins: how many, even.
-        exponent: of the reach, 2 to this power; ``None`` before the first value that is not 0.
+        bins: number of bins, even.
+        exponent: the reach is 2 to this power; ``None`` before the first value that is not 0.
         counts: ``(bins,)`` int64.
-        extremes: least and greatest value.
+        extremes: minimum and maximum.
 
     Raises:
         LmcompressError: If the number of bins is not even, or below 2.
@@ -101,11 +101,11 @@ class Histogram:
             raise LmcompressError(f"the number of bins must be even and at least 2, got {self.bins}")
 
     def updated(self, x: Tensor, mask: Tensor | None = None) -> Histogram:
-        """A new observer that has also seen ``x``.
+        """A new observer that has also observed ``x``.
 
         Args:
             x: activations, any floating dtype.
-            mask: of ``x``'s leading axes, true for what counts, such as tokens that are no padding.
+            mask: over ``x``'s leading axes, true for values to include, such as tokens that are not padding.
 
         Returns:
             The observer.
@@ -118,7 +118,7 @@ class Histogram:
         if seen.count == self.extremes.count:
             return self
         greatest = max(abs(seen.low), abs(seen.high))
-        # frexp gives 2^e > greatest, so the greatest value has a bin; zeros alone wait in the least reach there is
+        # frexp gives 2^e > maximum, so the maximum has a bin; zeros alone wait in the smallest possible reach
         exponent = math.frexp(greatest)[1] if greatest > 0 else -126
         exponent = max(exponent, -126 if self.exponent is None else self.exponent)
         counts = torch.zeros(self.bins, dtype=torch.int64, device=x.device)
@@ -129,16 +129,16 @@ class Histogram:
         return Histogram(self.bins, exponent, counts + torch.bincount(place, minlength=self.bins), seen)
 
     def percentile_range(self, percentile: float = 99.9) -> tuple[float, float]:
-        """The range that holds ``percentile`` % of the values, with as many below as above, to within a bin.
+        """The range that contains ``percentile`` % of the values, with as many below as above, to within a bin.
 
         Args:
-            percentile: above 0, at most 100, which is least and greatest.
+            percentile: above 0, at most 100, which is minimum and maximum.
 
         Returns:
-            Least and greatest value, as floats, not beyond what was seen.
+            Minimum and maximum, as floats, within the observed values.
 
         Raises:
-            LmcompressError: If the percentile is out of range, or nothing was seen, or nothing but zeros.
+            LmcompressError: If the percentile is out of range, or nothing or only zeros were observed.
         """
         check_percentile(percentile)
         counts, edges = self._bins()
@@ -152,17 +152,17 @@ class Histogram:
         return low, high
 
     def mse_range(self, *, bits: ActivationBits = 8, symmetric: bool = True) -> tuple[float, float]:
-        """The range whose levels have the least squared error, among those that shrink both ends alike.
+        """The range whose levels have the least squared error, among those that shrink both ends proportionally.
 
         Args:
             bits: 8 or 4; a range belongs to its bits.
-            symmetric: whether levels lie around 0.
+            symmetric: whether levels are symmetric around 0.
 
         Returns:
-            Least and greatest value, as floats.
+            Minimum and maximum, as floats.
 
         Raises:
-            LmcompressError: If bits are neither 8 nor 4, or nothing was seen, or nothing but zeros.
+            LmcompressError: If bits are neither 8 nor 4, or nothing or only zeros were observed.
         """
         check_bits(bits, BITS)
         counts, edges = self._bins()
@@ -188,22 +188,22 @@ class Histogram:
 
 
 _NO_DATA = (
-    "calibration needs data, got none: give it a few batches with tokens that are no padding, or use dynamic ranges"
+    "calibration needs data, got none: give it a few batches with tokens that are not padding, or use dynamic ranges"
 )
 
 
 def _merged(counts: Tensor, doublings: int) -> Tensor:
-    """Counts of bins 2^doublings times as wide, around the same middle."""
+    """Counts in bins 2^doublings times as wide, around the same centre."""
     half = counts.shape[0] // 2
     width = 2 ** min(doublings, 62)
     merged = torch.zeros_like(counts)
-    # floor division sends bin -1 to -1 and 0 to 0: the middle stays an edge
+    # floor division maps bin -1 to -1 and 0 to 0: the centre stays an edge
     place = torch.div(torch.arange(-half, half, device=counts.device), width, rounding_mode="floor") + half
     return merged.index_add_(0, place, counts)
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """What counts of activations, flat float32, checked."""
+    """The values to count, flat float32, checked."""
     x = x.detach().float()
     if mask is not None:
         if mask.shape != x.shape[: mask.dim()]:

@@ -1,20 +1,20 @@
-r"""Codes as bytes and back, and as numbers again; sizes are known before anything is packed.
+r"""Packing codes into bytes, unpacking and dequantizing them; sizes are known before anything is packed.
 
 =========== ============== ================ ==================================================================
-container   levels up to   bits a code      layout of a row
+container   levels up to   bits per code    layout of a row
 =========== ============== ================ ==================================================================
-``8``       256            8                one code a byte
-``4``       16             4                two a byte, the first in the low bits
+``8``       256            8                one code per byte
+``4``       16             4                two per byte, the first in the low bits
 ``3``       8              3                eight in three bytes, little-endian: code i in bits 3i to 3i + 2
-``2``       4              2                four a byte, the first in the low bits
-``1``       2              1                eight a byte, the first in the lowest bit
-``base3``   3              1.6              five a byte, :math:`\sum_i d_i 3^i`, so bytes are at most 242
+``2``       4              2                four per byte, the first in the low bits
+``1``       2              1                eight per byte, the first in the lowest bit
+``base3``   3              1.6              five per byte, :math:`\sum_i d_i 3^i`, so bytes are at most 242
 =========== ============== ================ ==================================================================
 
-What is packed is the *index* of a code in its grid, ``(code - low) / stride``.
+The *index* of a code in its grid is packed, ``(code - low) / stride``.
 
-**Padding.** Every row (last axis) starts on a byte of its own, so that rows of an embedding are unpacked alone; what is
-left of a row's last byte is 0. A tensor ``(..., n)`` becomes ``(..., bytes of n codes)`` uint8. To pack without any
+**Padding.** Every row (last axis) starts at a new byte, so that rows of an embedding can be unpacked alone; the
+unused bits of a row's last byte are 0. A tensor ``(..., n)`` becomes ``(..., bytes of n codes)`` uint8. To pack without
 padding, flatten first.
 """
 
@@ -32,10 +32,10 @@ from lmcompress.numerics.grids import Granularity, Grid
 from lmcompress.numerics.quantizers.base import Quantized
 
 Container = Literal[1, 2, 3, 4, 8, "base3"]
-"""How codes lie in bytes: bits for each, or five ternary digits a byte."""
+"""Storage of codes in bytes: bits per code, or five ternary digits per byte."""
 
 CONTAINERS: tuple[Container, ...] = (1, "base3", 2, 3, 4, 8)
-"""From the smallest to the greatest."""
+"""From the smallest to the largest."""
 
 
 def container_for(grid: Grid) -> Container:
@@ -55,17 +55,17 @@ def container_for(grid: Grid) -> Container:
 
 
 def packed_shape(shape: Sequence[int], container: Container) -> tuple[int, ...]:
-    """Shape of the bytes of codes of ``shape``: the same but for the last axis; one number has an axis of its own.
+    """Shape of the packed bytes of codes of ``shape``: the same except for the last axis; a scalar gets one axis.
 
     Args:
-        shape: of the codes.
-        container: how they lie in bytes.
+        shape: shape of the codes.
+        container: storage of codes in bytes.
 
     Returns:
-        The shape of the uint8 tensor that :func:`pack` gives.
+        The shape of the uint8 tensor returned by :func:`pack`.
 
     Raises:
-        LmcompressError: If there is no such container.
+        LmcompressError: If the container does not exist.
 
     Example:
         >>> packed_shape((10, 768), "base3"), packed_shape((10, 768), 2), packed_shape((), 4)
@@ -82,7 +82,7 @@ def stored_bytes(quantized: Quantized) -> int:
     """Bytes of codes, scales and zero points once they are packed.
 
     Args:
-        quantized: any.
+        quantized: a quantized tensor.
     """
     zero_points = 0 if quantized.zero_points is None else quantized.zero_points.numel()
     codes = packed_bytes(tuple(quantized.values.shape), container_for(quantized.grid))
@@ -90,17 +90,17 @@ def stored_bytes(quantized: Quantized) -> int:
 
 
 def packed_bytes(shape: Sequence[int], container: Container) -> int:
-    """Bytes that codes of ``shape`` take, without their scales.
+    """Bytes of the packed codes of ``shape``, without their scales.
 
     Args:
-        shape: of the codes.
-        container: how they lie in bytes.
+        shape: shape of the codes.
+        container: storage of codes in bytes.
 
     Returns:
         The number of bytes.
 
     Raises:
-        LmcompressError: If there is no such container.
+        LmcompressError: If the container does not exist.
 
     Example:
         >>> packed_bytes((768, 768), 4), packed_bytes((768, 768), "base3")
@@ -114,14 +114,14 @@ def pack(codes: Tensor, grid: Grid, container: Container | None = None) -> Tenso
 
     Args:
         codes: any shape, integers of ``grid``.
-        grid: what codes may be.
-        container: how they lie in bytes; ``None`` takes the smallest that fits.
+        grid: possible codes.
+        container: storage of codes in bytes; ``None`` is the smallest that fits.
 
     Returns:
         :func:`packed_shape` uint8 on the same device.
 
     Raises:
-        LmcompressError: If there is no such container, it is too small for the grid, or codes are not integers of the
+        LmcompressError: If the container does not exist or is too small for the grid, or codes are not integers of the
             grid.
 
     Example:
@@ -140,7 +140,7 @@ def pack(codes: Tensor, grid: Grid, container: Container | None = None) -> Tenso
     chunks = -(-index.shape[-1] // each)
     index = torch.nn.functional.pad(index, (0, chunks * each - index.shape[-1]))
     index = index.reshape(*index.shape[:-1], chunks, each)
-    # 24 bits need more than a byte to add up in
+    # 24 bits need more than a byte to accumulate in
     words = torch.zeros(index.shape[:-1], dtype=torch.int32 if size > 1 else torch.uint8, device=index.device)
     for place in range(each):
         words += index[..., place].to(words.dtype) * _place_value(container, place)
@@ -153,23 +153,23 @@ def pack(codes: Tensor, grid: Grid, container: Container | None = None) -> Tenso
 def unpack(
     packed: Tensor, shape: Sequence[int], grid: Grid, container: Container | None = None, *, check: bool = True
 ) -> Tensor:
-    """Codes from bytes: what :func:`pack` was given.
+    """Codes from bytes: the inverse of :func:`pack`.
 
     Args:
-        packed: :func:`packed_shape` uint8, or those bytes in one row.
-        shape: of the codes.
-        grid: what codes may be.
+        packed: :func:`packed_shape` uint8, or those bytes flattened.
+        shape: shape of the codes.
+        grid: possible codes.
         container: as for :func:`pack`.
-        check: whether to look for codes outside the grid, for which the host waits for a GPU; without, they come
-            out as numbers beyond the grid.
+        check: whether to check for codes outside the grid, for which the host waits for a GPU; without it, they
+            become numbers beyond the grid.
 
     Returns:
         ``shape``, int8 for grids with negative codes, else uint8, on the same device.
 
     Raises:
-        CheckpointError: If the bytes are too few or too many for the shape, lie otherwise, or are not what :func:`pack`
-            writes.
-        LmcompressError: If there is no such container, or it is too small for the grid.
+        CheckpointError: If the bytes are too few or too many for the shape, have another shape, or cannot come from
+            :func:`pack`.
+        LmcompressError: If the container does not exist, or is too small for the grid.
 
     Example:
         >>> unpack(torch.tensor([[237]], dtype=torch.uint8), (1, 5), Grid(low=-1, levels=3)).tolist()
@@ -200,18 +200,18 @@ def unpack(
 def dequantize(
     codes: Tensor, scales: Tensor, *, granularity: Granularity, zero_points: Tensor | None = None, check: bool = True
 ) -> Tensor:
-    r"""Numbers from codes.
+    r"""Dequantized numbers.
 
     .. math:: w = s \cdot c \quad \text{or} \quad w = s \cdot (c - z)
 
-    in float32: bit-exactly what the quantizer gave as ``values`` along with the codes.
+    in float32: bit-exactly the quantizer's ``values``.
 
     Args:
         codes: any shape, integers.
         scales: ``granularity.scale_shape(codes.shape)``, >= 0.
         granularity: which codes share a scale.
-        zero_points: of ``scales``'s shape, integers as any dtype, or ``None``.
-        check: whether to look at scales and zero points, for which the host waits for a GPU.
+        zero_points: same shape as ``scales``, integers in any dtype, or ``None``.
+        check: whether to check scales and zero points, for which the host waits for a GPU.
 
     Returns:
         ``codes``'s shape, float32.
@@ -237,13 +237,13 @@ def dequantize(
 
 
 def check_scales(scales: Tensor, shape: Sequence[int], granularity: Granularity, *, name: str = "scales") -> None:
-    """Refuses scales that no quantizer makes.
+    """Refuses scales that no quantizer produces.
 
     Args:
-        scales: what came, such as out of a checkpoint.
-        shape: of the codes.
+        scales: scales, such as from a checkpoint.
+        shape: shape of the codes.
         granularity: which codes share a scale.
-        name: what to call them in the error.
+        name: their name in the error.
 
     Raises:
         LmcompressError: If the group size does not divide the rows.
@@ -266,12 +266,12 @@ def check_scales(scales: Tensor, shape: Sequence[int], granularity: Granularity,
 
 
 def _levels(container: Container) -> int:
-    """How many levels a container holds, checked."""
+    """The number of levels of a container, checked."""
     if container == "base3":
         return 3
     if isinstance(container, (bool, float)) or container not in CONTAINERS:
         raise LmcompressError(
-            f"no packing has {container!r} bits a code; it must be one of {', '.join(map(str, CONTAINERS))}"
+            f"no packing has {container!r} bits per code; it must be one of {', '.join(map(str, CONTAINERS))}"
         )
     return 2**container
 
@@ -299,11 +299,11 @@ def _place_value(container: Container, place: int) -> int:
 
 
 def _named(container: Container) -> str:
-    return "base-3, five codes a byte" if container == "base3" else f"{container} bits a code"
+    return "base-3, five codes per byte" if container == "base3" else f"{container} bits per code"
 
 
 def _index(codes: Tensor, grid: Grid) -> Tensor:
-    """Place of each code in its grid, uint8, checked."""
+    """Index of each code in its grid, uint8, checked."""
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise LmcompressError(f"codes must be integers, got {codes.dtype}")
     if codes.numel():
@@ -323,7 +323,7 @@ def _index(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def _digits(packed: Tensor, row: int, container: Container) -> tuple[Tensor, Tensor]:
-    """Indices ``(..., row)`` and those of the padding, uint8, out of bytes ``(..., bytes)``."""
+    """Indices ``(..., row)`` and those of the padding, uint8, from bytes ``(..., bytes)``."""
     if container == 8:
         return packed, packed[..., :0]
     each, size = _layout(container)
@@ -344,7 +344,7 @@ def _digits(packed: Tensor, row: int, container: Container) -> tuple[Tensor, Ten
             quotient = (rest * 171) >> 9
             digits[..., place] = rest - 3 * quotient
             rest = quotient
-        # bytes above 242 leave a rest; the last digit then is one that no grid has
+        # bytes above 242 leave a remainder; the last digit is then one that no grid has
         digits[..., -1] += (3 * rest).to(torch.uint8)
     else:
         for place in range(each):
@@ -354,7 +354,7 @@ def _digits(packed: Tensor, row: int, container: Container) -> tuple[Tensor, Ten
 
 
 def _check_index(index: Tensor, padding: Tensor, grid: Grid, container: Container) -> None:
-    # a full container has no code that is wrong
+    # a full container has no invalid code
     if grid.levels < 2 ** (2 if container == "base3" else container) and index.numel():
         greatest = int(index.max())
         if greatest >= grid.levels:
@@ -365,6 +365,6 @@ def _check_index(index: Tensor, padding: Tensor, grid: Grid, container: Containe
             )
     if bool(padding.any()):
         raise CheckpointError(
-            f"what is left of a row's last byte must be 0 ({_named(container)}), got something else; the stream is "
+            f"the unused bits of a row's last byte must be 0 ({_named(container)}), got something else; the stream is "
             "damaged, or rows have another length"
         )

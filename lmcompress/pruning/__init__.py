@@ -1,4 +1,4 @@
-"""Structured pruning: what can be cut out of a model whole, how to choose it, and how to cut it."""
+"""Pruning: structured (whole units), unstructured (single weights and groups), and of the vocabulary."""
 
 from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.costs import CostModel, EnergyCost, FlopCost, ModelSizes, ParameterCost

@@ -1,4 +1,4 @@
-"""Groups of weights that a penalty makes exactly zero: their norms, a proximal step, and steering the penalty."""
+"""Group-lasso penalties that make groups of weights exactly zero: norms, the proximal step, and penalty control."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _RATE = 0.25
 
 
 def steering_factor(gap: float) -> float:
-    """Factor on a penalty whose effect is to follow a target.
+    """Multiplicative correction of a penalty whose effect should follow a target.
 
-    A factor, so that no scale has to be guessed; bounded, so that it cannot run away between two corrections.
+    A factor, so that the scale of the penalty does not matter; bounded, so that it cannot diverge between corrections.
 
     Args:
-        gap: share that is still to be pruned by now, of all that is to be pruned; negative where too much is.
+        gap: share that should be pruned by now and is not, of all that is to be pruned; negative if too much is.
 
     Returns:
         In [exp(-0.25), exp(0.25)].
@@ -35,7 +35,7 @@ def steering_factor(gap: float) -> float:
 
 
 def group_norms(views: Sequence[Tensor]) -> Tensor:
-    """Norms of groups whose members lie in several tensors.
+    """Norms of groups whose members are in several tensors.
 
     Args:
         views: tensors whose first axis is the group.
@@ -59,14 +59,14 @@ def group_norms(views: Sequence[Tensor]) -> Tensor:
 
 
 def proximal_factor(norms: Tensor, threshold: float) -> Tensor:
-    r"""What a group is multiplied by in a proximal step of the group lasso: :math:`\max(0, 1 - t / \|w_g\|)`.
+    r"""The factor of a group in a proximal step of the group lasso: :math:`\max(0, 1 - t / \|w_g\|)`.
 
     Args:
         norms: ``(groups,)`` l2 norms.
         threshold: :math:`t = \eta \lambda \sqrt{|g|}`, >= 0.
 
     Returns:
-        ``(groups,)`` in [0, 1]; exactly 0 where the norm is at most the threshold.
+        ``(groups,)`` in [0, 1]; exactly 0 if the norm is at most the threshold.
 
     Raises:
         LmcompressError: If the threshold is negative.
@@ -75,7 +75,7 @@ def proximal_factor(norms: Tensor, threshold: float) -> Tensor:
         Parikh & Boyd, *Proximal Algorithms*, 2014, section 6.5.1, for the penalty of Wen et al., *Learning Structured
         Sparsity in Deep Neural Networks*, 2016, https://arxiv.org/abs/1608.03665, equation 1. They take plain
         subgradient steps, which do not reach exact zeros; the factor :math:`\sqrt{|g|}` is that of Yuan & Lin 2006, so
-        that large groups (heads) and small ones (neurons) are pressed alike.
+        that large groups (heads) and small ones (neurons) are penalized equally.
 
     Example:
         >>> proximal_factor(torch.tensor([0.0, 1.0, 4.0]), 2.0)

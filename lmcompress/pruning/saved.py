@@ -1,4 +1,4 @@
-"""Configurations as they are written into reports."""
+"""Configurations as stored in reports."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lmcompress.errors import LmcompressError
 
 
 def saved(config: BaseModel) -> dict[str, Any]:
-    """A configuration as JSON types, without what is None.
+    """A configuration as JSON types, without None values.
 
     Args:
-        config: of any method.
+        config: a configuration of any method.
 
     Raises:
-        LmcompressError: If a criterion or ramp of the user's own cannot be found by a name.
+        LmcompressError: If a custom criterion or ramp cannot be found by a name.
     """
     try:
         return config.model_dump(mode="json", exclude_none=True)
     except PydanticSerializationError as error:
-        # pydantic keeps the message alone
+        # pydantic keeps only the message
         raise LmcompressError(str(error).partition("LmcompressError: ")[2] or str(error)) from error

@@ -1,4 +1,4 @@
-"""Quantization: what is quantized to what, and a model that computes with quantized numbers while it trains."""
+"""Quantization: configuration and plan, quantization-aware training, and post-training quantization."""
 
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized, FakeWeight

@@ -1,4 +1,4 @@
-"""Codes and scales that go with the rows of a matrix while the model is cut."""
+"""Codes and scales that follow the rows of a matrix while the model is cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lmcompress.quantization.planning import Planned
 
 @dataclass(frozen=True, eq=False)
 class FrozenCodes:
-    """What is known of the model before it is cut."""
+    """The state of the model before it is cut."""
 
     reference: list[Tensor]
     bytes_before: int
@@ -29,7 +29,7 @@ class FrozenCodes:
 
 @dataclass(frozen=True, eq=False)
 class CarriedCodes:
-    """What makes codes of plain weights again, wherever a cut has taken them."""
+    """Reconstructs codes from plain weights after a cut."""
 
     planned: Planned
     scales: Tensor
@@ -41,10 +41,10 @@ class CarriedCodes:
     error: float
 
     def rows(self, keep: Tensor) -> CarriedCodes:
-        """What belongs to some of the rows.
+        """The entries of some rows.
 
         Args:
-            keep: their numbers.
+            keep: numbers of the rows.
 
         Returns:
             A new one.
@@ -60,10 +60,10 @@ class CarriedCodes:
 
         Args:
             weight: ``(out, in)``.
-            path: of the module, for the error.
+            path: path of the module in the error.
 
         Returns:
-            The codes, and what happens to the input.
+            The codes, and the quantization of the input.
 
         Raises:
             LmcompressError: If some weights are not on the grid.
@@ -74,7 +74,7 @@ class CarriedCodes:
         again = dequantize(levels, self.scales, granularity=self.granularity, zero_points=self.zero_points)
         if not torch.equal(again.to(weight.dtype), weight.detach()):
             raise LmcompressError(
-                f"{path} must be what its codes stand for when it is packed, something has changed it since freeze(); "
+                f"{path} must have its quantized values when it is packed, something has changed it since freeze(); "
                 "finish pruning and quantization by CompressionTrainer.finish()"
             )
         quantized = Quantized(

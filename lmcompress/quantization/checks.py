@@ -1,4 +1,4 @@
-"""What cannot be trained, refused before anything is."""
+"""Checks of a quantization before training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lmcompress.quantization.planning import Plan
 
 
 def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: bool = False) -> None:
-    """Refuse what cannot be trained, before anything is.
+    """Refuse a configuration that cannot be trained.
 
     Args:
-        planned: what gets what.
-        config: with the schedule of bits.
-        cut_later: whether something else cuts the model in the same run.
+        planned: quantization of each matrix.
+        config: configuration with the schedule of bits.
+        cut_later: whether another method cuts the model in the same run.
 
     Raises:
         LmcompressError: If a quantizer does not support bits of the schedule, the schedule ends above the bits of a
@@ -43,12 +43,12 @@ def check_trainable(planned: Plan, config: QuantizationConfig, *, cut_later: boo
         if cut_later and isinstance(one.weights.grouping(), PerGroup):
             raise LmcompressError(
                 f"the granularity of {one.path} must be tensor or row in a run that prunes too, got groups of "
-                f"{one.weights.granularity}: what is left of a group is no group. Prune in a stage before"
+                f"{one.weights.granularity}: a cut group is incomplete. Prune in an earlier stage"
             )
         if cut_later and _has_no_zero(one.weights):
             raise LmcompressError(
                 f"the grid of {one.path} must have a zero in a run that prunes too, {one.weights.name} at {own} bits "
-                "has none: what is masked would not be silent. Prune in a stage before"
+                "has none: masked weights would not be 0. Prune in an earlier stage"
             )
 
 
@@ -56,8 +56,8 @@ def is_cut(methods: Sequence[Any], quantization: Any) -> bool:
     """Whether another method of the run cuts the model.
 
     Args:
-        methods: of the run, in their order.
-        quantization: the one of them that quantizes.
+        methods: methods of the run, in order.
+        quantization: the quantizing method.
 
     Raises:
         LmcompressError: If a method that cuts comes later in the list, or leaves gates between 0 and 1.
@@ -66,14 +66,14 @@ def is_cut(methods: Sequence[Any], quantization: Any) -> bool:
     for index in cutting:
         if index > list(methods).index(quantization):
             raise LmcompressError(
-                f"{methods[index].name} must come before quantization in the list of methods, got it after: what "
-                "quantization sees is what its gates have left"
+                f"{methods[index].name} must come before quantization in the list of methods, got it after: that "
+                "must see the gated model"
             )
         if getattr(methods[index], "folds", False):
             raise LmcompressError(
                 f"{methods[index].name} must end with gates of 0 and 1 in a run that quantizes too, got a schedule "
-                "whose gates end between: weights that are multiplied by those are no codes any more. Use another "
-                "schedule, or prune in a stage before"
+                "whose gates end in between: weights multiplied by those are no longer codes. Use another "
+                "schedule, or prune in an earlier stage"
             )
     return bool(cutting)
 

@@ -1,4 +1,4 @@
-"""What quantization is asked to do, as validated data: used by recipes and by the Python API alike."""
+"""The configuration of quantization as validated data, shared by recipes and the Python API."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Percentile = Annotated[float, AfterValidator(check_percentile)]
 
 
 def width(bits: Bits) -> float:
-    """Bits as a number, so that widths can be compared.
+    """Bits as a number, for comparisons.
 
     Args:
-        bits: a number of them, or ``"ternary"``.
+        bits: number of bits, or ``"ternary"``.
 
     Returns:
-        The number; of ternary log2 of 3, rounded.
+        The number; for ternary log2 of 3, rounded.
 
     Example:
         >>> width(2) > width("ternary") > width(1)
@@ -39,18 +39,18 @@ class _Part(BaseModel):
 
 
 class WeightScheme(_Part):
-    """How weights are quantized."""
+    """The quantization of weights."""
 
     quantizer: Annotated[
         str | SkipJsonSchema[InstanceOf[WeightQuantizer]],
         PlainSerializer(quantizer_name),
         Field(description="A built-in quantizer such as lsq, or module:attribute of a WeightQuantizer."),
     ] = "dynamic_scaling"
-    bits: Annotated[Bits, Field(description="1, 2, 3, 4, 8, or 'ternary'.")] = 8
+    bits: Annotated[Bits, Field(description="Bit-width of the weights: 1, 2, 3, 4, 8, or 'ternary'.")] = 8
     granularity: Annotated[
         Literal["tensor", "row"] | Annotated[int, Field(ge=1, strict=True)],
         Field(
-            description="Which weights share a scale: tensor, row (one output; of an embedding one token), or n for "
+            description="Weights that share a scale: tensor, row (one output; for an embedding one token), or n for "
             "groups of n neighbours in a row, whose length n must divide."
         ),
     ] = "tensor"
@@ -66,15 +66,15 @@ class WeightScheme(_Part):
 
     @property
     def name(self) -> str:
-        """What messages and reports call the quantizer."""
+        """The quantizer's name in messages and reports."""
         return quantizer_name(self.quantizer)
 
     def function(self) -> WeightQuantizer:
-        """The quantizer and what it needs."""
+        """The quantizer object."""
         return quantizer_for(self.quantizer, self.bits)
 
     def initial_state(self, weight: Tensor) -> Tensor | None:
-        """The quantizer's first state for a weight, or None if it has none.
+        """The quantizer's initial state for a weight, or None if it has none.
 
         Args:
             weight: ``(out, in)``, floating.
@@ -93,13 +93,13 @@ class WeightScheme(_Part):
 
         Args:
             weight: ``(out, in)``, floating.
-            state: of the quantizer, or None if it has none.
+            state: state of the quantizer, or None if it has none.
             **options: further arguments of the quantizer, such as a curvature.
         """
         return self.function().function(weight, state, bits=self.bits, granularity=self.grouping(), **options)
 
     def rounded(self, weight: Tensor) -> Quantized:
-        """A weight rounded to nearest, with the quantizer's first state and no gradient.
+        """A weight rounded to nearest, with the quantizer's initial state and no gradient.
 
         Args:
             weight: ``(out, in)``, floating.
@@ -111,39 +111,37 @@ class WeightScheme(_Part):
         return self.quantize(weight, self.initial_state(weight))
 
     def grouping(self) -> Granularity:
-        """The granularity as lmcompress.numerics has it."""
+        """The granularity as a type of lmcompress.numerics."""
         if isinstance(self.granularity, int):
             return PerGroup(self.granularity)
         return PER_TENSOR if self.granularity == "tensor" else PerRow()
 
 
 class ActivationScheme(_Part):
-    """How activations are quantized before a matmul."""
+    """The quantization of activations before a matmul."""
 
-    bits: Annotated[Literal[8, 4], Field(description="8 or 4.")] = 8
+    bits: Annotated[Literal[8, 4], Field(description="Bit-width of the activations: 8 or 4.")] = 8
     range: Annotated[
         Literal["dynamic", "static", "learned"],
-        Field(
-            description="dynamic: taken from every input; static: calibrated once; learned: calibrated, then trained."
-        ),
+        Field(description="dynamic: computed per input; static: calibrated once; learned: calibrated, then trained."),
     ] = "dynamic"
     symmetric: Annotated[
         bool | Literal["auto"],
-        Field(description="Whether levels lie around 0; auto: everywhere but after a softmax or an activation."),
+        Field(description="Whether levels are symmetric around 0; auto: except after a softmax or an activation."),
     ] = "auto"
     granularity: Annotated[
         Literal["tensor", "token"],
-        Field(description="Of dynamic ranges: one for the tensor, or one for each vector along the last axis."),
+        Field(description="For dynamic ranges: one for the tensor, or one for each vector along the last axis."),
     ] = "tensor"
     clip: Annotated[
         float | None,
         Field(
-            gt=0, allow_inf_nan=False, description="Of dynamic ranges: what is beyond ±clip is cut (TernaryBERT: 2.5)."
+            gt=0, allow_inf_nan=False, description="For dynamic ranges: clip inputs to ±clip first (TernaryBERT: 2.5)."
         ),
     ] = None
     calibration: Annotated[
         Literal["minmax", "percentile", "mse"],
-        Field(description="Of static ranges: which range of what was seen: all, percentile % of it, or least error."),
+        Field(description="For static ranges: min-max, a percentile, or the range of least squared error."),
     ] = "minmax"
     percentile: Annotated[
         Percentile, Field(description="For the calibration percentile: per cent that are not clipped.")
@@ -153,21 +151,21 @@ class ActivationScheme(_Part):
     def _belongs_together(self) -> ActivationScheme:
         if self.range != "dynamic" and (self.granularity != "tensor" or self.clip is not None):
             raise ValueError(
-                f"granularity token and clip must go with range dynamic, got range {self.range}: one range that does "
-                "not depend on the input has nothing to tell tokens apart by, and cuts by itself"
+                f"granularity token and clip must go with range dynamic, got range {self.range}: a range that does "
+                "not depend on the input is the same for all tokens, and clips by itself"
             )
         if self.range != "static" and self.calibration != "minmax":
             raise ValueError(
                 f"calibration {self.calibration} must go with range static, got range {self.range}: dynamic ranges are "
-                "not calibrated, and learned ones start as their paper says"
+                "not calibrated, and learned ones are initialized as in their paper"
             )
         return self
 
     def resolved(self, *, one_sided: bool) -> ActivationScheme:
-        """The same, with ``auto`` decided.
+        """The same scheme, with ``auto`` resolved.
 
         Args:
-            one_sided: whether the activation comes out of a softmax, a GELU or the like, mostly on one side of 0.
+            one_sided: whether the activation comes from a softmax, a GELU or the like, mostly on one side of 0.
 
         Returns:
             A scheme whose ``symmetric`` is a bool.
@@ -175,7 +173,7 @@ class ActivationScheme(_Part):
         return self if self.symmetric != "auto" else self.model_copy(update={"symmetric": not one_sided})
 
     def encoding(self) -> ActivationEncoding:
-        """How such an activation is described in a checkpoint; learned ranges end as static ones.
+        """The description of such an activation in a checkpoint; learned ranges become static ones.
 
         Returns:
             The description.
@@ -192,35 +190,35 @@ class ActivationScheme(_Part):
 
 
 class Rule(_Part):
-    """What some modules get in place of the default; of two rules that name a module the later one counts."""
+    """An override of the defaults for some modules; of two rules that match a module the later one applies."""
 
     modules: Annotated[
         str,
         Field(
             min_length=1,
             description="Names of parts (query, key, value, qkv, attention_out, ffn_in, ffn_out, embeddings, head, "
-            "embedding_projection) or paths such as h.0.mlp.c_fc or pooler.dense; * and ? stand for any.",
+            "embedding_projection) or paths such as h.0.mlp.c_fc or pooler.dense; * and ? are wildcards.",
         ),
     ]
     weights: Annotated[
-        WeightScheme | Default | None, Field(description="default: as the others; null: they stay dense.")
+        WeightScheme | Default | None, Field(description="default: as configured for all; null: they stay dense.")
     ] = "default"
     activations: Annotated[
-        ActivationScheme | Default | None, Field(description="Of their inputs; default: as the others; null: none.")
+        ActivationScheme | Default | None, Field(description="Quantization of inputs; default: as for all; null: none.")
     ] = "default"
 
     @model_validator(mode="after")
     def _inputs_go_with_weights(self) -> Rule:
         if self.weights is None and isinstance(self.activations, ActivationScheme):
             raise ValueError(
-                f"the rule for {self.modules!r} must not quantize inputs of what it leaves dense: a matmul "
+                f"the rule for {self.modules!r} must not quantize inputs of modules it leaves dense: a matmul "
                 "has integers on both sides or on none; give it weights, or leave activations out"
             )
         return self
 
 
 class QuantizationConfig(_Part):
-    """What is quantized to what; the default is QuantGPT's at 8 bits."""
+    """The quantization of weights and activations; the default is QuantGPT's at 8 bits."""
 
     weights: Annotated[
         WeightScheme | None, Field(description="Weights of every projection in the blocks; null leaves them dense.")
@@ -233,15 +231,15 @@ class QuantizationConfig(_Part):
         ActivationScheme | None, Field(description="Inputs of matmuls with quantized weights; null: none.")
     ] = ActivationScheme()
     attention: Annotated[
-        bool, Field(description="Whether queries, keys, values and attention probabilities are quantized too.")
+        bool, Field(description="Whether to quantize queries, keys, values and attention probabilities too.")
     ] = True
-    rules: Annotated[tuple[Rule, ...], Field(description="For some modules in place of the above.")] = ()
+    rules: Annotated[tuple[Rule, ...], Field(description="Overrides for some modules.")] = ()
     scale_learning_rate: Annotated[
         float,
         Field(
             gt=0,
             allow_inf_nan=False,
-            description="In training: of scales of weights that are learned; without weight decay, on the schedule of "
+            description="In training: learning rate of learned scales of weights; without weight decay, scheduled like "
             "the model's learning rate.",
         ),
     ] = 1e-3
@@ -250,38 +248,36 @@ class QuantizationConfig(_Part):
         Field(
             gt=0,
             allow_inf_nan=False,
-            description="In training: of learned ranges of activations; default: that of the model.",
+            description="In training: learning rate of learned ranges of activations; default: the model's.",
         ),
     ] = None
     bits_schedule: Annotated[
         tuple[tuple[Annotated[float, Field(ge=0, lt=1)], Bits], ...],
         Field(
-            description="In training: from which share of it on weights have how many bits, from many to few, such as "
-            "[[0.0, 8], [0.3, 4], [0.6, 2]]; no matrix has fewer than its own. Default: its own from the beginning."
+            description="In training: bit-width of weights from each share of it on, in descending order, such as "
+            "[[0.0, 8], [0.3, 4], [0.6, 2]]; no matrix gets fewer than its own. Default: its own from the beginning."
         ),
     ] = ()
     start_activations_at: Annotated[
         float,
-        Field(
-            ge=0, lt=1, description="In training: share of it after which activations are quantized, and calibrated."
-        ),
+        Field(ge=0, lt=1, description="In training: share of it after which activations are calibrated and quantized."),
     ] = 0.0
     calibration_rows: Annotated[
-        int, Field(ge=1, description="In training: rows of the training data that ranges are calibrated on.")
+        int, Field(ge=1, description="In training: number of training rows to calibrate ranges on.")
     ] = 64
-    calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 16
+    calibration_batch_size: Annotated[int, Field(ge=1, description="Batch size of the calibration rows.")] = 16
     curvature_every: Annotated[
         int,
         Field(
             ge=0,
-            description="In training with laq: optimizer steps from one look at Adam's second moments, which weigh the "
-            "errors of weights, to the next; 0: all weights count alike.",
+            description="In training with laq: optimizer steps between updates of the curvature from Adam's second "
+            "moments, which weights the errors; 0: equal weights.",
         ),
     ] = 100
     monitor: Annotated[
         bool,
         Field(
-            description="In training: also log the share of weights whose code is another than at the log before, "
+            description="In training: whether to log the share of weights whose code has changed since the last log, "
             "which takes a byte for each weight."
         ),
     ] = True
@@ -301,5 +297,5 @@ class QuantizationConfig(_Part):
         return self
 
     def attention_scheme(self) -> ActivationScheme | None:
-        """What happens within attention: as ``activations``, where ``attention`` is on."""
+        """The quantization within attention: as ``activations``, if ``attention`` is on."""
         return self.activations if self.attention else None

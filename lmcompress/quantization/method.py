@@ -1,4 +1,4 @@
-"""Quantization as a method of the trainer: weights learn to be codes, and become codes when it is finished."""
+"""Quantization-aware training as a method of the trainer; the weights are packed when it is finished."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ Batch = Mapping[str, Tensor]
 
 
 class Quantization(SteppedMethod):
-    """Quantizes weights and activations of the model that is trained.
+    """Quantizes weights and activations of the model in training.
 
-    Until :meth:`finish` the model computes with quantized numbers, and the weights that the optimizer has are what they
-    were. Scales that are learned have a learning rate of their own and no weight decay. Bits may go from many to few,
-    and activations may be left alone at first. Schedules advance by optimizer steps.
+    Until :meth:`finish` the model computes with quantized numbers, and the optimizer has the full-precision
+    weights. Learned scales have a separate learning rate and no weight decay. Bits may follow a descending schedule,
+    and activations may stay unquantized at first. Schedules advance by optimizer steps.
 
-    With pruning in the same run, codes and scales are those of the masked model: they go with the rows when it is cut,
-    for a mean taken anew of what is left would be another. So pruning must come before this in the list of methods.
+    With pruning in the same run, codes and scales are those of the masked model: they follow the rows when it is cut,
+    since a mean over the remaining ones would differ. So pruning must come before this in the list of methods.
 
     Args:
-        config: what is quantized to what, and when; default: QuantGPT's at 8 bits.
-        calibration: batches for ranges that are calibrated; default: rows of the training data.
+        config: quantization and its schedule; default: QuantGPT's at 8 bits.
+        calibration: batches for calibrated ranges; default: training rows.
 
     Attributes:
-        plan: what gets what; after :meth:`prepare`.
-        faked: what quantizes; likewise.
-        report: what was done; after :meth:`finish`.
+        plan: quantization of each matrix; set by :meth:`prepare`.
+        faked: the fake-quantized model; set by :meth:`prepare`.
+        report: the result; set by :meth:`finish`.
     """
 
     name = "quantization"
@@ -69,7 +69,7 @@ class Quantization(SteppedMethod):
         self._seconds = 0.0
 
     def prepare(self, trainer: Any) -> None:
-        """Plan, put the quantizers in, and calibrate what is calibrated at the start.
+        """Plan, add the quantizers, and calibrate what is calibrated at the start.
 
         Args:
             trainer: the trainer; its ``student`` is the model without wrappers.
@@ -96,11 +96,11 @@ class Quantization(SteppedMethod):
         trainer.add_callback(StepCallback(self))
 
     def attach(self, student: PreTrainedModel, *, cut_later: bool = False) -> None:
-        """What :meth:`prepare` does to the model, without a trainer; nothing is calibrated.
+        """The effect of :meth:`prepare` on the model, without a trainer; nothing is calibrated.
 
         Args:
             student: the model, not wrapped.
-            cut_later: whether something else cuts it between :meth:`freeze` and :meth:`finish`.
+            cut_later: whether another method cuts it between :meth:`freeze` and :meth:`finish`.
 
         Raises:
             LmcompressError: If :meth:`prepare` would refuse it.
@@ -119,10 +119,10 @@ class Quantization(SteppedMethod):
         self.faked.set_enabled(False, "activations")
         self._started = False
 
-    # what the trainer calls in every step
+    # called by the trainer in every step
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Scales of weights, and ranges of activations, that are learned; without weight decay."""
+        """Learned scales of weights and ranges of activations; without weight decay."""
         scales = [fake.state for fake in self.faked.weights.values() if isinstance(fake.state, nn.Parameter)]
         ranges = [parameter for fake in self.faked.activations.values() for parameter in fake.parameters()]
         groups: list[dict[str, Any]] = []
@@ -134,14 +134,14 @@ class Quantization(SteppedMethod):
         return groups
 
     def modules(self) -> dict[str, nn.Module]:
-        """Scales, ranges, curvatures and where the schedules are, for checkpoints."""
+        """Scales, ranges, curvatures and the state of the schedules, for checkpoints."""
         return {"scales": self.faked.state, "state": self._state}
 
     def freeze(self) -> None:
-        """Bring schedules to their end; where the model is to be cut, fix codes and scales as they are now.
+        """Complete the schedules; if the model is to be cut, fix its current codes and scales.
 
-        In that case weights become what their codes stand for, nothing is fake any more, activations are not
-        quantized until :meth:`finish`, and codes and scales go with the rows of the weights.
+        In that case weights take their quantized values, nothing is fake any more, activations are not
+        quantized until :meth:`finish`, and codes and scales follow the rows of the weights.
 
         Raises:
             LmcompressError: If a range cannot be calibrated, or weights or scales are NaN or infinite.
@@ -160,7 +160,7 @@ class Quantization(SteppedMethod):
         carried: dict[str, CarriedCodes] = {}
         for path, planned in self._matrices.items():
             quantized, weight = self.faked.quantized_matrix(path), weight_view(modules[path])
-            _ = quantized.codes  # refuses what is not finite
+            _ = quantized.codes  # refuses values that are not finite
             inputs, fixed = ranges[self.faked.inputs[path].name] if path in self.faked.inputs else (None, None)
             error = relative_error(weight, quantized.values)
             carried[path] = CarriedCodes(
@@ -182,7 +182,7 @@ class Quantization(SteppedMethod):
         self._seconds += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Pack the model: its weights become codes; and say what was done.
+        """Pack the model, turning its weights into codes, and write the report.
 
         Raises:
             LmcompressError: If a range cannot be calibrated, weights or scales are NaN or infinite, or the model was
@@ -225,26 +225,26 @@ class Quantization(SteppedMethod):
             drift=self._state.drift(self.faked),
         )
 
-    # what the callback calls
+    # called by the callback
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
-        """Take up the state of a checkpoint, if one was loaded.
+        """Load the state of a checkpoint, if there is one.
 
         Args:
             max_steps: optimizer steps of the run.
-            optimizer: that trains the model.
+            optimizer: the model's optimizer.
 
         Raises:
-            LmcompressError: If a curvature is wanted and the optimizer keeps no second moments.
+            LmcompressError: If a curvature is configured and the optimizer has no second moments.
         """
         self._max_steps, self._optimizer = max_steps, optimizer
         inner = inner_optimizer(optimizer)
         if self._curved and "betas" not in inner.defaults:
             raise LmcompressError(
                 f"the optimizer must keep second moments for laq's curvature, got {type(inner).__name__}; use "
-                "optim='adamw_torch', or curvature_every=0, by which all weights count alike"
+                "optim='adamw_torch', or curvature_every=0, which weights all errors equally"
             )
-        # what was loaded belongs to the bits of then: nothing may begin anew
+        # the loaded state belongs to the bits at that time: nothing may be reinitialized
         kept = {name: scale.detach().clone() for name, scale in self.faked.scales().items()}
         self._set_bits(int(self._state.stage))
         with torch.no_grad():
@@ -257,7 +257,7 @@ class Quantization(SteppedMethod):
         self._codes = self._codes_now()
 
     def advance(self, step: int) -> None:
-        """What is due before an optimizer step.
+        """The action due before an optimizer step.
 
         Args:
             step: optimizer steps done.
@@ -274,11 +274,11 @@ class Quantization(SteppedMethod):
             self._state.measure_curvature(self.faked, inner_optimizer(self._optimizer))
 
     def metrics(self) -> dict[str, float]:
-        """For the log: drift of scales and ranges by kind of module, and share of codes that are others than before."""
+        """For the log: drift of scales and ranges by kind of module, and the share of codes that have changed."""
         values = self._state.drift(self.faked)
         if (codes := self._codes_now()) is not None:
             if self._codes is not None:
-                # one copy from the GPU
+                # one transfer from the GPU
                 changed = torch.stack([(codes[path] != old).sum() for path, old in self._codes.items()]).sum()
                 values["quantization_codes_changed"] = float(changed) / sum(old.numel() for old in codes.values())
             self._codes = codes
@@ -291,7 +291,7 @@ class Quantization(SteppedMethod):
         return schedule[stage][1]
 
     def _set_bits(self, stage: int) -> list[nn.Parameter]:
-        """Give every matrix the bits of a stage; returns the scales that began anew."""
+        """Give every matrix the bits of a stage; returns the reinitialized scales."""
         anew = []
         for path, planned in self._matrices.items():
             fake, bits = self.faked.weights[path], self._bits_at(stage, planned.weights.bits)
@@ -306,7 +306,7 @@ class Quantization(SteppedMethod):
         for scale in self._set_bits(stage):
             scale.grad = None
             if inner is not None:
-                # the momentum of another scale
+                # the momentum belongs to another scale
                 inner.state.pop(scale, None)
         self._state.stage.fill_(stage)
         self._state.begin(self.faked.scales())
@@ -335,7 +335,7 @@ class Quantization(SteppedMethod):
         if self._given is None:
             config = self.config
             if self._trainer is None:
-                raise LmcompressError("ranges that are calibrated must have data, got none; pass calibration=")
+                raise LmcompressError("calibrated ranges need data, got none; pass calibration=")
             self._given = calibration_rows(
                 self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed
             )
@@ -370,7 +370,7 @@ class Quantization(SteppedMethod):
 
 def _max_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
     if [a.shape for a in after] != [b.shape for b in before]:
-        # hidden states of a base model lose the dimensions that were pruned
+        # hidden states of a base model lose the pruned dimensions
         return None
     error = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
     scale = max(float(b.abs().max()) for b in before)

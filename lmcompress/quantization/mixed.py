@@ -1,4 +1,4 @@
-"""Mixed precision: what each matrix alone does to the model at each width, and the widths that fit a budget."""
+"""Mixed precision: the effect of quantizing each matrix alone at each bit-width, and bit-widths that fit a budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lmcompress.quantization.planning import Planned, plan
 from lmcompress.quantization.ptq.quantize import POST_TRAINING
 
 Evaluate = Callable[[PreTrainedModel], float]
-"""From a model to one number that is less for a better one, such as a loss."""
+"""From a model to one number, lower is better, such as a loss."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class BitsRow:
     """One measurement.
 
     Attributes:
-        path: of the matrix that alone is quantized.
-        part: what the family calls it.
-        bits: to which width.
-        harm: what that does to the model: by how much ``evaluate`` is greater than for the dense model, or by default
+        path: path of the one quantized matrix.
+        part: the family's name of it.
+        bits: its bit-width.
+        harm: its effect on the model: increase of ``evaluate`` over the dense model, or by default
             the mean distance of its outputs from the dense model's.
-        size_bytes: of the matrix, packed.
-        weights: how many it has.
+        size_bytes: bytes of the matrix, packed.
+        weights: number of its weights.
     """
 
     path: str
@@ -66,20 +66,20 @@ def bits_sensitivity(
     evaluate: Evaluate | None = None,
     progress: bool = False,
 ) -> list[BitsRow]:
-    """Quantize one matrix at a time, to each width, round to nearest, and see what it does to the model.
+    """Quantize one matrix at a time, to each bit-width, round to nearest, and measure the effect on the model.
 
-    Activations stay as they are. The model is left as it was.
+    Activations are not quantized. The model is restored.
 
     Args:
-        model: of a known family, dense.
-        config: which matrices, by which quantizer and granularity; its bits do not matter.
+        model: a model of a known family, dense.
+        config: determines matrices, quantizer and granularity; its bits are ignored.
         batches: for the default measure: the divergence KL(dense ‖ quantized) of the outputs' classes or tokens, mean
-            over tokens that are no padding; of a model without logits, or with one alone, the squared error over the
+            over tokens that are not padding; for a model without logits, or with only one, the squared error over the
             squared norm.
-        bits: the widths to try.
-        evaluate: called with the model once for each row, and once for the dense model; ``batches`` are then not
-            looked at.
-        progress: shows a bar, on a terminal.
+        bits: bit-widths to try.
+        evaluate: called with the model once for each row, and once for the dense model; ``batches`` are then
+            ignored.
+        progress: whether to show a bar, on a terminal.
 
     Returns:
         A row for each matrix and width, in the order of the model.
@@ -90,14 +90,14 @@ def bits_sensitivity(
 
     Reference:
         Dong, Yao, Gholami, Mahoney & Keutzer, *HAWQ: Hessian AWare Quantization of Neural Networks with
-        Mixed-Precision*, ICCV 2019, https://arxiv.org/abs/1905.03696, who estimate by second derivatives what is
+        Mixed-Precision*, ICCV 2019, https://arxiv.org/abs/1905.03696, who estimate from second derivatives what is
         measured here; Wu, Wang, Zhang, Tian, Vajda & Keutzer, *Mixed Precision Quantization of ConvNets via
         Differentiable Neural Architecture Search*, 2018, https://arxiv.org/abs/1812.00090, for the problem.
     """
     if not bits:
         raise LmcompressError("bits must name at least one width, got none")
     if evaluate is None and batches is None:
-        raise LmcompressError("sensitivity must have batches or evaluate to measure by, got neither")
+        raise LmcompressError("sensitivity needs batches or evaluate as a measure, got neither")
     data = [] if evaluate is not None or batches is None else calibration_batches(model, batches)
     planned = plan(model, config)
     for matrix in planned.matrices:
@@ -127,12 +127,12 @@ def bits_sensitivity(
 def choose_bits(
     harms: Mapping[str, Mapping[Bits, float]], sizes: Mapping[str, Mapping[Bits, int]], budget_bytes: int
 ) -> dict[str, Bits]:
-    r"""A width for each matrix: the least sum of harms whose sizes fit the budget.
+    r"""A bit-width for each matrix: the lowest sum of harms whose sizes fit the budget.
 
     .. math:: \min_b \sum_i h_i(b_i) \quad \text{with} \quad \sum_i s_i(b_i) \le B
 
-    Harms are taken to add up, each as measured alone. The best choice is found exactly, by integer programming; of
-    choices that are equally harmless, a small one.
+    Harms are assumed to be additive, each as measured alone. The optimum is found exactly, by integer programming;
+    among equally harmless choices, a small one.
 
     Args:
         harms: by name, then by width.
@@ -140,7 +140,7 @@ def choose_bits(
         budget_bytes: B.
 
     Returns:
-        A width for each name.
+        A bit-width for each name.
 
     Raises:
         LmcompressError: If there are no names, names or bit-widths differ, a harm is not finite, or even the smallest
@@ -168,7 +168,7 @@ def choose_bits(
             "bits"
         )
     one_each = np.array([[float(name == other) for other, _ in choices] for name in harms])
-    # scales of harms and bytes lie far apart; a byte weighs next to nothing, and only where harms are alike
+    # scales of harms and bytes differ widely; the weight of bytes is tiny, and only matters between equal harms
     spread = max(float(np.ptp(harm)), np.finfo(float).tiny)
     found = milp(
         (harm - harm.min()) / spread + 1e-9 * size / size.sum(),
@@ -190,12 +190,12 @@ def mixed_precision(
     bits_per_weight: float | None = None,
     budget_bytes: int | None = None,
 ) -> QuantizationConfig:
-    """The config with a rule for each matrix, whose width is chosen by measured harm under a budget.
+    """The config with a rule for each matrix, whose bit-width is chosen by measured harm under a budget.
 
     Args:
-        model: that the rows are of.
-        config: that they were measured with.
-        rows: of :func:`bits_sensitivity`.
+        model: the model that was measured.
+        config: the config it was measured with.
+        rows: from :func:`bits_sensitivity`.
         bits_per_weight: the budget as a mean over the quantized matrices, scales included; or
         budget_bytes: the budget as bytes of the quantized matrices, scales included. One of the two.
 
@@ -233,13 +233,13 @@ def mixed_precision(
 
 def _rule(matrix: Planned, bits: Bits) -> Rule:
     weights = matrix.weights.model_copy(update={"bits": bits})
-    # what reads the embeddings' matrix is a head, which has rules of its own
+    # the embeddings' matrix is read by a head, which has rules of its own
     activations = "default" if matrix.part == EMBEDDINGS else matrix.inputs
     return Rule(modules=matrix.path, weights=weights, activations=activations)
 
 
 def _divergence(model: PreTrainedModel, own: FakeWeight, data: Sequence[Mapping[str, Tensor]]) -> float:
-    """How far the outputs are from those of the dense model, which is run beside it: to keep them takes memory."""
+    """The distance of the outputs from the dense model's, which is run again each time: storing them takes memory."""
     total, count = 0.0, 0.0
     for batch in data:
         own.enabled = False
@@ -251,7 +251,7 @@ def _divergence(model: PreTrainedModel, own: FakeWeight, data: Sequence[Mapping[
 
 
 def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-    """Logits, or the last hidden state, of tokens that are no padding; and whether they are logits of classes."""
+    """Logits, or the last hidden state, of tokens that are not padding; and whether they are logits of classes."""
     answer = model(**batch)
     classes = "logits" in answer and answer["logits"].shape[-1] > 1
     first: Tensor = answer["logits"] if "logits" in answer else answer[0]
@@ -260,7 +260,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
 
 def _distance(dense: Tensor, other: Tensor, classes: bool) -> tuple[float, float]:
-    """A sum, and what it is to be divided by."""
+    """A sum and its divisor."""
     if not classes:
         return float((other.double() - dense.double()).square().sum()), float(dense.double().square().sum())
     log_p, log_q = (F.log_softmax(logits.float(), dim=-1) for logits in (dense, other))

@@ -1,4 +1,4 @@
-"""Packing a model whose attention quantizes too."""
+"""Packing a model whose attention is quantized too."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import Role, attention_quantizers, quantize_attention
 
 FixedActivation = tuple[ActivationEncoding, InputRange | None]
-"""How an activation is quantized, and its range unless that is dynamic."""
+"""The quantization of an activation, and its range unless that is dynamic."""
 
 AttentionRanges = Mapping[nn.Module, Mapping[Role, FixedActivation]]
 """By module of attention."""
 
 
 def pack(model: PreTrainedModel, parts: Iterable[tuple[str, Packable]], attention: AttentionRanges) -> None:
-    """Put codes in the place of weights, and let attention quantize.
+    """Replace weights by codes, and quantize attention.
 
     Args:
-        model: changed in place.
+        model: modified in place.
         parts: what to pack, by path.
-        attention: how each module of attention quantizes, all alike but for the ranges; empty leaves attention dense.
+        attention: quantization of each attention module, equal except for the ranges; empty leaves attention
+            unquantized.
 
     Raises:
         LmcompressError: If :func:`~lmcompress.checkpoint.encoding.pack_model` refuses a part.

@@ -1,4 +1,4 @@
-"""Which matrices of a model are quantized to what, decided and checked before anything is touched."""
+"""The quantization of each matrix of a model, decided and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _READS_ALIKE = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Planned:
-    """What one matrix gets.
+    """The quantization of one matrix.
 
     Attributes:
-        path: its module, relative to the base model; of a task head by its own name.
-        part: what the family calls it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
+        path: its module, relative to the base model; in a task head its own name.
+        part: the family's name of it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
         block: number of its block, counted from 0, or ``None`` outside of the blocks.
-        weights: how it is quantized.
-        inputs: what happens to its input (``symmetric`` is decided); of embeddings, to the input of a head that is tied
+        weights: quantization of the weights.
+        inputs: quantization of its input (``symmetric`` is resolved); for embeddings, of the input of a head tied
             to them.
         tied: paths of other modules that have the same matrix.
     """
@@ -42,13 +42,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is quantized, and what is not and why.
+    """The quantized matrices, and the dense ones with reasons.
 
     Attributes:
-        matrices: what is, in the order of the model.
-        attention: what happens to queries, keys and values, or ``None``; probabilities get the same with ``auto``
-            decided for them.
-        dense: what stays dense and could have been quantized, or is asked for at times: path to reason.
+        matrices: quantized matrices, in the order of the model.
+        attention: quantization of queries, keys and values, or ``None``; that of probabilities is the same with
+            ``auto`` resolved for them.
+        dense: modules that stay dense and could have been quantized, or are often asked about: path to reason.
     """
 
     matrices: tuple[Planned, ...]
@@ -73,21 +73,21 @@ class Plan:
 
 
 def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
-    """Decide which module gets what; nothing is changed.
+    """Decide the quantization of each module; nothing is changed.
 
     Quantized by default are the projections of the blocks, the token embeddings, and with these a head that is tied to
-    them. Position and token type embeddings always stay dense, as do norms and biases; what else has a matrix (pooler,
-    task head, projection of embeddings) does unless a rule names it.
+    them. Position and token type embeddings always stay dense, as do norms and biases; other matrices (pooler,
+    task head, projection of embeddings) stay dense unless a rule matches them.
 
     Args:
-        model: of a known family, stock or cut.
-        config: what is wanted.
+        model: a model of a known family, stock or cut.
+        config: the configuration.
 
     Returns:
         The plan.
 
     Raises:
-        LmcompressError: If a rule names nothing or nothing that can be quantized, a group size does not divide the
+        LmcompressError: If a rule matches nothing or nothing that can be quantized, a group size does not divide the
             rows, something else has parametrized a matrix, or nothing would be quantized.
     """
     refuse_compact(model, "quantize")
@@ -103,7 +103,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
             dense[candidate.path] = weights
             dense |= {path: f"it is tied to {candidate.path}, which stays dense" for path in candidate.tied}
             continue
-        # of the embeddings it is the head that reads an activation
+        # for the embeddings it is the head that reads an activation
         readers = candidate.tied[-1:] if candidate.part == EMBEDDINGS else (candidate.path,)
         inputs = next((_activations(rules.get(path), config) for path in readers), None)
         if inputs is not None:
@@ -114,17 +114,17 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
         raise LmcompressError(
             f"nothing of this {type(model).__name__} would be quantized: "
             + "; ".join(f"{path}: {reason}" for path, reason in list(dense.items())[:4])
-            + ". Give the config weights or embeddings, or take the rules away that leave all dense"
+            + ". Give the config weights or embeddings, or remove the rules that leave all dense"
         )
     heads = any(block.num_heads for block in anatomy.blocks)
     return Plan(tuple(matrices), config.attention_scheme() if heads else None, dense)
 
 
 def stored_weight(module: nn.Module) -> Tensor | None:
-    """The parameter that a module itself holds as its weight, whatever reading ``.weight`` gives.
+    """The parameter that a module itself holds as its weight, whatever its attribute ``.weight`` returns.
 
     Args:
-        module: any.
+        module: any module.
 
     Returns:
         The parameter, or ``None``.
@@ -133,10 +133,10 @@ def stored_weight(module: nn.Module) -> Tensor | None:
 
 
 def reads_alike(part: str) -> bool:
-    """Whether the modules of this part in one block all read one tensor: query, key and value do.
+    """Whether the modules of this part in one block all read the same tensor: query, key and value do.
 
     Args:
-        part: as :attr:`Planned.part`.
+        part: a part, as in :attr:`Planned.part`.
 
     Returns:
         Whether they share their input.
@@ -145,7 +145,7 @@ def reads_alike(part: str) -> bool:
 
 
 def _candidates(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Weighted], dict[str, str]]:
-    """What could be quantized, and path to reason of what cannot."""
+    """The modules that can be quantized, and path to reason for those that cannot."""
     kept = {
         id(module): part.replace("_", " ")
         for part in ("position_embeddings", "token_type_embeddings")
@@ -164,7 +164,7 @@ def _candidates(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Weighted
         if stored_weight(candidate.module) is None:
             raise LmcompressError(
                 f"{candidate.path} must hold its weight as a plain parameter to be quantized, got a "
-                f"{type(candidate.module).__name__} without one: something else has parametrized it; take that away "
+                f"{type(candidate.module).__name__} without one: something else has parametrized it; remove that "
                 "first"
             )
     return candidates, dense
@@ -182,7 +182,7 @@ def _refuse_codes_of_their_own(rules: Sequence[Rule], candidates: Sequence[Weigh
 
 
 def _weights(candidate: Weighted, rule: Rule | None, config: QuantizationConfig) -> WeightScheme | str:
-    """The scheme, or why there is none."""
+    """The scheme, or the reason why there is none."""
     default = config.embeddings if candidate.part == EMBEDDINGS else config.weights
     if rule is not None:
         scheme = default if rule.weights == "default" else rule.weights

@@ -1,4 +1,4 @@
-"""What quantization did, as data and as a table."""
+"""The result of quantization, as data and as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmcompress.quantization.planning import Planned
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """What became of one matrix.
+    """The result for one matrix.
 
     Attributes:
         path: of its module, relative to the base model.
@@ -24,14 +24,14 @@ class QuantizedMatrix:
         quantizer: key of :data:`~lmcompress.numerics.quantizers.registry.QUANTIZERS`.
         bits: of a weight, or ``ternary``.
         granularity: ``tensor``, ``row``, or the size of a group.
-        method: how it was rounded: ``rtn``, ``gptq``, or ``awq`` where its inputs were scaled.
-        error: squared error over squared norm, of ``measured``.
-        measured: ``output``: of what the module gives on the calibration data; ``weights`` where there were none.
-        weights: how many.
-        bytes_before: of the dense matrix.
-        bytes_after: of codes, scales, zero points and static input range.
-        inputs: bits of its input, or None where that is not quantized.
-        note: why it was not done otherwise, or empty.
+        method: rounding method: ``rtn``, ``gptq``, or ``awq`` if its inputs were scaled.
+        error: squared error over squared norm of ``measured``.
+        measured: ``output``: the module's output on the calibration data; ``weights`` without data.
+        weights: number of weights.
+        bytes_before: bytes of the dense matrix.
+        bytes_after: bytes of codes, scales, zero points and static input range.
+        inputs: bits of its input, or None if that is not quantized.
+        note: why another method was used, or empty.
     """
 
     path: str
@@ -61,12 +61,12 @@ def matrix_row(
     """The row of one matrix.
 
     Args:
-        planned: what it was to get.
-        quantized: what it got.
-        method: how it was rounded.
-        error: squared error over squared norm, of ``measured``.
+        planned: its planned quantization.
+        quantized: its quantized values.
+        method: rounding method.
+        error: squared error over squared norm of ``measured``.
         measured: ``output`` or ``weights``.
-        note: why it was not done otherwise, or empty.
+        note: why another method was used, or empty.
     """
     scheme, inputs = planned.weights, planned.inputs
     fixed = 0 if inputs is None or inputs.range == "dynamic" else 4 if inputs.symmetric else 5
@@ -93,19 +93,18 @@ class QuantizationReport(TextReport):
 
     Attributes:
         method: ``rtn``, ``gptq``, ``awq``, or ``trained``.
-        config: what was asked for, as JSON types.
-        matrices: what is quantized, in the order of the model.
-        dense: path to reason, of what could have been and is not.
-        bytes_before: of all the model's tensors, tied ones once.
+        config: the configuration, as JSON types.
+        matrices: quantized matrices, in the order of the model.
+        dense: path to reason, for modules that could have been quantized and are not.
+        bytes_before: bytes of all the model's tensors, tied ones once.
         bytes_after: the same, packed.
-        hidden_error: of the last block's output on the calibration data, padding left out: squared error over squared
-            norm; None without data.
-        tokens: of the calibration data, padding left out.
+        hidden_error: error of the last block's output on the calibration data, without padding: squared error over
+            squared norm; None without data.
+        tokens: number of tokens of the calibration data, without padding.
         attention: bits of queries, keys, values and probabilities, or None.
-        seconds: wall time, training not counted.
-        packed_error: after training, the max abs difference between the outputs of the model that was trained and the
-            packed one, relative to the greatest output; None where their shapes differ. Rounding of inputs may fall the
-            other way.
+        seconds: wall time, without training.
+        packed_error: after training, the max abs difference between the outputs of the trained model and the
+            packed one, relative to the max abs output; None if their shapes differ. Inputs may round differently.
         drift: after training, the relative change of learned scales and ranges since their start, by kind of module.
     """
 
@@ -124,7 +123,7 @@ class QuantizationReport(TextReport):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a quantized weight takes on average, scales included."""
+        """Average bits per quantized weight, scales included."""
         return 8 * sum(row.bytes_after for row in self.matrices) / max(1, sum(row.weights for row in self.matrices))
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +131,7 @@ class QuantizationReport(TextReport):
         return {**asdict(self), "bits_per_weight": self.bits_per_weight}
 
     def __rich__(self) -> Table:
-        """A table for the terminal: a row for all matrices of one kind."""
+        """A table for the terminal, one row for all matrices of one kind."""
         hidden = "" if self.hidden_error is None else f" · error of the last hidden state {self.hidden_error:.2e}"
         table = Table(
             title=f"quantized ({self.method}): {_mib(self.bytes_before)} → {_mib(self.bytes_after)}",
@@ -168,7 +167,7 @@ def _alike(matrices: Iterable[QuantizedMatrix]) -> list[list[QuantizedMatrix]]:
 
 
 def _reasons(dense: dict[str, str]) -> list[str]:
-    """What stayed dense and why, a line for each reason."""
+    """The dense modules and why, one line per reason."""
     paths: dict[str, list[str]] = {}
     for path, reason in dense.items():
         paths.setdefault(reason, []).append(path)

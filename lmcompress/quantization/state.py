@@ -1,4 +1,4 @@
-"""What a checkpoint of a quantizing training keeps beside the scales."""
+"""The state of quantization-aware training in a checkpoint, besides the scales."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmcompress.quantization.fake import FakeQuantized
 
 
 class ScheduleState(nn.Module):
-    """What a checkpoint needs to go on, beside the scales themselves."""
+    """The state a checkpoint needs to resume, besides the scales themselves."""
 
     stage: Tensor
     activations: Tensor
@@ -30,7 +30,7 @@ class ScheduleState(nn.Module):
             self.register_buffer(key, torch.ones_like(curvatures[path], dtype=torch.float32))
 
     def starts(self) -> dict[str, Tensor]:
-        """Of each scale what it was when it began, by its name."""
+        """The initial value of each scale, by its name."""
         return {name: self.get_buffer(key) for key, name in self._names.items()}
 
     def curvatures(self) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class ScheduleState(nn.Module):
 
     @torch.no_grad()
     def begin(self, scales: Mapping[str, Tensor]) -> None:
-        """Take some scales as they are for their start.
+        """Record the current values of some scales as their start.
 
         Args:
             scales: by name.
@@ -50,11 +50,11 @@ class ScheduleState(nn.Module):
 
     @torch.no_grad()
     def measure_curvature(self, faked: FakeQuantized, optimizer: Any) -> None:
-        """Weight squared errors by the square root of Adam's second moments, corrected for their start.
+        """Weight squared errors by the square root of Adam's second moments, with bias correction.
 
         Args:
-            faked: whose quantizers take a curvature.
-            optimizer: that trains its weights, not wrapped.
+            faked: the fake-quantized model, whose quantizers may take a curvature.
+            optimizer: the optimizer of its weights, not wrapped.
         """
         second, eps = optimizer.defaults["betas"][1], optimizer.defaults.get("eps", 1e-8)
         for path, curvature in self.curvatures().items():
@@ -71,10 +71,10 @@ class ScheduleState(nn.Module):
 
     @torch.no_grad()
     def drift(self, faked: FakeQuantized) -> dict[str, float]:
-        """How far scales and ranges are from their start, relative to it: means by kind of module, for the log.
+        """Relative change of scales and ranges since their start: means by kind of module, for the log.
 
         Args:
-            faked: whose scales they are.
+            faked: the fake-quantized model.
         """
         parts = {matrix.path: matrix.part or matrix.path for matrix in faked.plan.matrices}
         readers = {fake.name: parts[path] for path, fake in reversed(faked.inputs.items())}

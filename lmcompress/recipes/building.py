@@ -32,7 +32,7 @@ def auto_class(task: Task) -> Any:
     """The ``AutoModelFor...`` of a task.
 
     Args:
-        task: any.
+        task: any task.
     """
     if task.kind is TaskKind.CAUSAL_LM:
         return AutoModelForCausalLM
@@ -60,11 +60,11 @@ def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
     """The recipe's own model with the head that the task needs.
 
     Args:
-        materials: of the run.
-        meta: without weights.
+        materials: materials of the run.
+        meta: whether to build it without weights.
 
     Raises:
-        LmcompressError: there is no such model, or its family is not known.
+        LmcompressError: If the model does not exist, or its family is unknown.
     """
     model, task = materials.recipe.model, materials.task
     cls = auto_class(task)
@@ -80,21 +80,21 @@ def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
         return skeleton(config, cls)
     set_seed(materials.recipe.seed)
     trained = AutoConfig.from_pretrained(model)
-    # a head for other labels is made anew
+    # a head for other labels is created anew
     other_head = bool(_head(task)) and trained.num_labels != task.num_labels
     with found(model, "model"):
         return cls.from_pretrained(model, config=config, ignore_mismatched_sizes=other_head)
 
 
 def teacher_skeleton(path: str, task: Task) -> PreTrainedModel:
-    """A teacher from outside, without weights, to check student and matches against.
+    """An external teacher, without weights, to check student and matches against.
 
     Args:
         path: folder, or name on the Hub.
-        task: of the recipe.
+        task: task of the recipe.
 
     Raises:
-        LmcompressError: there is no such model, or it has no head for the task.
+        LmcompressError: If the model does not exist, or has no head for the task.
     """
     config = _config_of(path, {})
     if not has_head_for(config, task):
@@ -108,10 +108,10 @@ def teacher_skeleton(path: str, task: Task) -> PreTrainedModel:
 
 
 def skeleton(config: PretrainedConfig, cls: Any) -> PreTrainedModel:
-    """A model without weights, of the shapes that its config names.
+    """A model without weights, in the shapes of its config.
 
     Args:
-        config: perhaps with what lmcompress did to the model.
+        config: a config, possibly of a compressed model.
         cls: an ``AutoModelFor...``.
     """
     stock_structure(config)
@@ -132,7 +132,7 @@ def is_stage(name: str) -> bool:
     """Whether a start is a stage rather than the recipe's model.
 
     Args:
-        name: of the start.
+        name: name of the start.
     """
     return name != BASE_MODEL
 

@@ -1,4 +1,4 @@
-"""What would stop a run later, found before it begins: folders, lengths, and what Transformers refuses in training."""
+"""Checks that fail before a run begins rather than later: folders, lengths, and Transformers' training arguments."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _ROBERTA_LIKE = ("roberta",)
 
 
 def check_run(recipe: Recipe, folder: Path, task: Task) -> None:
-    """Refuse what would stop a run after it has begun.
+    """Refuse anything that would stop a run after it has begun.
 
     Args:
-        recipe: validated.
-        folder: of the run.
+        recipe: validated recipe.
+        folder: folder of the run.
         task: as its rows describe it.
 
     Raises:
-        LmcompressError: If the folder cannot be written, a length is beyond a model's positions, or a stage's training
-            asks for what is not installed or what this machine cannot do.
+        LmcompressError: If the folder cannot be written, a length exceeds a model's positions, or a stage's training
+            requires a library that is not installed or a feature that this machine lacks.
     """
     check_writable(folder)
     check_lengths(recipe)
@@ -49,13 +49,13 @@ def check_run(recipe: Recipe, folder: Path, task: Task) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to.
+    """Refuse a folder that cannot be created or written to.
 
     Args:
         folder: need not exist.
 
     Raises:
-        LmcompressError: If it, or what it would be in, is a file or not writable.
+        LmcompressError: If it, or a parent, is a file or not writable.
     """
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -72,7 +72,7 @@ def check_lengths(recipe: Recipe) -> None:
     """Refuse models of the recipe whose files are damaged, and lengths that one has no positions for.
 
     Args:
-        recipe: validated.
+        recipe: validated recipe.
 
     Raises:
         LmcompressError: If the recipe's model or a teacher from outside has no weights, or fewer positions than
@@ -150,10 +150,10 @@ def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
 
 
 def positions_of(config: PretrainedConfig) -> int:
-    """The greatest number of tokens that a model takes.
+    """The maximum number of tokens of a model.
 
     Args:
-        config: of the model.
+        config: config of the model.
     """
     most = getattr(config, "max_position_embeddings", None)
     if most is None:
@@ -163,15 +163,15 @@ def positions_of(config: PretrainedConfig) -> int:
 
 
 def check_training(training: Training, task: Task) -> None:
-    """Refuse a stage's training that Transformers would refuse while it runs.
+    """Refuse a stage's training arguments that Transformers would refuse while it runs.
 
     Args:
-        training: of the stage.
-        task: for the names of its metrics.
+        training: training arguments of the stage.
+        task: determines the names of its metrics.
 
     Raises:
         LmcompressError: If a field has no such value, or names a library that is not installed, a precision that this
-            machine has not, or a metric that is not measured.
+            machine lacks, or a metric that is not measured.
     """
     for field, names in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
         given = getattr(training, field, None)
@@ -180,7 +180,7 @@ def check_training(training: Training, task: Task) -> None:
                 f"{field} has no value {given!r}{nearest(str(given), [name.value for name in names])}"
             )
     with warnings.catch_warnings():
-        # whoever trains with these arguments is told then
+        # warnings are shown when the stage is trained
         warnings.simplefilter("ignore")
         arguments = training.trainer_arguments("unused")
         _check_reports(arguments)
@@ -205,7 +205,7 @@ def _check_reports(arguments: TrainingArguments) -> None:
 def _check_precision(arguments: TrainingArguments) -> None:
     kind = arguments.device.type
     if kind == "cpu" and (arguments.fp16 or arguments.fp16_full_eval):
-        raise LmcompressError("fp16 needs a GPU, which this machine has not; leave it out, or choose bf16")
+        raise LmcompressError("fp16 needs a GPU, which this machine lacks; leave it out, or choose bf16")
     if kind == "cuda" and (arguments.bf16 or arguments.bf16_full_eval) and not torch.cuda.is_bf16_supported():
         raise LmcompressError("bf16 is not possible on this GPU; leave it out, or choose fp16")
 
@@ -218,7 +218,7 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
             f"optim: {OptimizerNames(arguments.optim).value} is not installed ({first_line(error)})"
         ) from error
     except ValueError as error:
-        # some want the model, which is there only when the stage is trained
+        # some need the model, which exists only when the stage is trained
         if "model" not in str(error):
             raise LmcompressError(f"optim: {first_line(error)}") from error
 

@@ -1,4 +1,4 @@
-"""What ``results.json`` keeps beside the scores, so that a report can say how far they can be trusted."""
+"""Data in ``results.json`` from which a report derives the uncertainty of the scores."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lmcompress.families import anatomy_of
 from lmcompress.reporting.evidence import encode
 
 PARTS = ("embeddings", "attention", "feed-forward", "head", "other")
-"""Parts of a model that bytes are counted by; ``other`` is norms, and the files beside the weights."""
+"""Parts of a model that bytes are counted by; ``other`` is norms, and the files besides the weights."""
 
 
 def evidence_of(predictions: Ragged, labels: Ragged) -> tuple[dict[str, Any], dict[str, Any]]:
     """Predictions and labels of a split in few bytes.
 
     Args:
-        predictions: as :func:`~lmcompress.evaluation.predictions_from_logits` gives them.
-        labels: of the same shape.
+        predictions: from :func:`~lmcompress.evaluation.predictions_from_logits`.
+        labels: same shape.
 
     Returns:
-        What the row of the model keeps (``predictions``), and what all rows share (``labels``; ``lengths``, in tokens
-        that count, where the rows are of tokens).
+        The entry in the model's row (``predictions``), and the entries shared by all rows (``labels``; ``lengths``, in
+        tokens that count, where the rows are of tokens).
     """
     if isinstance(predictions, np.ndarray):
         return {"predictions": encode(predictions)}, {"labels": encode(np.asarray(labels))}
@@ -44,11 +44,11 @@ def evidence_of(predictions: Ragged, labels: Ragged) -> tuple[dict[str, Any], di
 
 
 def chance_level(task: Task, labels: Ragged) -> dict[str, float]:
-    """What a model scores that has learned nothing: the best that one and the same answer to every row gets.
+    """The chance level: the best score of a constant prediction.
 
     Args:
-        task: says which metrics.
-        labels: of a split.
+        task: determines the metrics.
+        labels: labels of a split.
 
     Returns:
         Score by metric; metrics without such a level are left out.
@@ -68,7 +68,7 @@ def chance_level(task: Task, labels: Ragged) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in task.metrics:
         scores = [compute_metrics([name], answer, flat)[name] for answer in answers]
-        # the correlation of a constant is not defined: nothing was learned, so 0
+        # the correlation of a constant is undefined: nothing was learned, so 0
         score = float(min(scores) if name == "mse" else max(np.nan_to_num(scores)))
         found[name] = score
     return found
@@ -79,7 +79,7 @@ def module_bytes(folder: Path, model: PreTrainedModel) -> list[dict[str, Any]]:
 
     Args:
         folder: a checkpoint.
-        model: loaded from it, of a known family.
+        model: model loaded from it, of a known family.
 
     Returns:
         For each module with tensors ``path`` (relative to the base model), ``part`` (of :data:`PARTS`), ``block`` (a
@@ -102,14 +102,14 @@ def module_bytes(folder: Path, model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def training_log(folder: Path, file: str) -> list[dict[str, float]]:
-    """Losses by step and by term, as the trainer has logged them.
+    """Losses by step and by term, as logged by the trainer.
 
     Args:
-        folder: of a stage's model.
-        file: that describes the stage.
+        folder: folder of a stage's model.
+        file: file that describes the stage.
 
     Returns:
-        ``step``, ``loss`` and every ``loss_…`` of each entry; empty where nothing was trained.
+        ``step``, ``loss`` and every ``loss_…`` of each entry; empty if nothing was trained.
     """
     if not (folder / file).is_file():
         return []

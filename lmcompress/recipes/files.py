@@ -1,4 +1,4 @@
-"""Files of a run, written whole or not at all."""
+"""Files of a run, written atomically."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; whoever reads it meanwhile sees the old one.
+    """Write a text file; concurrent readers see the old one.
 
     Args:
-        path: of the file.
-        text: all of it.
+        path: path of the file.
+        text: its contents.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, "utf-8")
@@ -24,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
     """The same for JSON.
 
     Args:
-        path: of the file.
+        path: path of the file.
         value: JSON types; others are written as text.
     """
     write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, what it was made by, and whether that is what is asked for now."""
+"""The folder of a run: its contents, the recipe it was made by, and whether that is the current one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def stage_hashes(planned: Plan) -> dict[str, str]:
-    """A hash for each stage of all that its model depends on: its own description, the task, the model, and the
+    """A hash for each stage of everything its model depends on: its own description, the task, the model, and the
     stages before it.
 
     Args:
@@ -43,13 +43,13 @@ def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwri
     """Refuse a folder that holds something else, or stages that come from a different recipe.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         planned: the plan.
-        hashes: of its stages, as :func:`stage_hashes` gives them.
+        hashes: hashes of its stages, from :func:`stage_hashes`.
         overwrite: whether stages of a different recipe may be replaced.
 
     Raises:
-        LmcompressError: If a stage's folder holds something that is no stage, or is of another recipe.
+        LmcompressError: If a stage's folder holds something else, or is of another recipe.
     """
     for entry in planned.stages:
         name = entry.stage.name
@@ -57,14 +57,14 @@ def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwri
         checkpoints = folder / CHECKPOINTS / name
         finished, interrupted = finished_hash(target), _hash_in(checkpoints)
         if finished is None and (target.is_file() or target.is_dir() and any(target.iterdir())):
-            raise LmcompressError(f"{target} holds something that is no stage of a run; name another --output")
+            raise LmcompressError(f"{target} holds something other than a stage of a run; name another --output")
         if overwrite or hashes[name] in (finished, interrupted):
             continue
         if finished is not None or interrupted is not None:
             changed = _what_changed((target, checkpoints), entry.stage)
             raise LmcompressError(
                 f"{target} was made by a different recipe ({changed}). Name another --output to keep it, or pass "
-                "--overwrite to train that stage and those after it anew"
+                "--overwrite to train that stage and later ones again"
             )
 
 
@@ -86,16 +86,16 @@ def begin(folder: Path, recipe: Recipe) -> None:
 
 
 def checkpoint_to_resume(folder: Path, stage: Stage, digest: str, *, resume: bool) -> Path | None:
-    """Where an interrupted stage goes on from, if anywhere; marks the folder of checkpoints as this stage's.
+    """The checkpoint from which an interrupted stage resumes, if any; marks the folder of checkpoints as this stage's.
 
     Args:
-        folder: of the stage's checkpoints.
-        stage: as it is now.
-        digest: hash of all that the stage depends on.
-        resume: else the stage begins anew.
+        folder: folder of the stage's checkpoints.
+        stage: its current description.
+        digest: hash of everything the stage depends on.
+        resume: whether to resume; otherwise the stage restarts.
 
     Returns:
-        The last whole checkpoint, or None.
+        The last complete checkpoint, or None.
     """
     if folder.exists() and (_hash_in(folder) != digest or not resume):
         shutil.rmtree(folder)
@@ -105,7 +105,7 @@ def checkpoint_to_resume(folder: Path, stage: Stage, digest: str, *, resume: boo
         int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()
     }
     for _, checkpoint in sorted(numbered.items(), reverse=True):
-        # the state is written last: without it the process died while it wrote
+        # the state is written last: without it the process died while writing
         if (checkpoint / "trainer_state.json").is_file():
             return checkpoint
         shutil.rmtree(checkpoint)
@@ -122,18 +122,18 @@ def finished_hash(target: Path) -> str | None:
 
 
 def described(stage: Stage) -> dict[str, Any]:
-    """A stage as it was written, with a digest of the code of each custom part that it names.
+    """A stage as written, with a digest of the code of each custom part that it names.
 
     Args:
-        stage: of the recipe.
+        stage: a stage of the recipe.
 
     Returns:
-        JSON types; ``code`` is there where a value names a part as ``module:attribute``: digests of modules by name.
+        JSON types; ``code`` is present if a value names a part as ``module:attribute``: digests of modules by name.
     """
     # the control flag only adds another stage
     values = stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
     modules = sorted({str(value).partition(SEPARATOR)[0] for value in _leaves(values) if SEPARATOR in str(value)})
-    # validation has imported what is the module of a part
+    # validation has imported the modules of parts
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
     code = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for name, file in files.items() if file}
     return values | ({"code": code} if code else {})

@@ -1,4 +1,4 @@
-"""From YAML to a validated recipe, with errors that name the key, the line and the nearest valid name."""
+"""From YAML to a validated recipe, with errors that give the key, the line and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lmcompress.recipes.text import MAX_BYTES, read_yaml, write_yaml
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, or one of the built-in ones by its name.
+    """The recipe in a file, or a built-in one by name.
 
     Args:
-        source: path of a YAML file, or a name of :func:`builtin_recipes`.
+        source: path of a YAML file, or a name in :func:`builtin_recipes`.
         overrides: ``key.path=value`` each, as on the command line: see :func:`parse_recipe`.
 
     Raises:
-        LmcompressError: no such recipe, or it is not valid; the message names key and line.
+        LmcompressError: If there is no such recipe, or it is not valid; the message gives key and line.
     """
     path = Path(source)
     if path.is_file():
@@ -73,10 +73,10 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
         overrides: ``key.path=value`` each, the value in YAML. Stages go by name
             (``stages.student.training.max_steps=10``) or number;
             ``training.…`` is for all stages.
-        where: the file's name, for messages.
+        where: the file's name in messages.
 
     Raises:
-        LmcompressError: If it is no YAML, or has a key twice, an unknown key or a value of
+        LmcompressError: If it is not YAML, or has a duplicate key, an unknown key or a value of
             the wrong type; every problem with its line.
     """
     document, lines = read_yaml(text, where)
@@ -91,10 +91,10 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML that gives the same recipe when it is read.
+    """A recipe as YAML that reads back as the same recipe.
 
     Args:
-        recipe: any.
+        recipe: any recipe.
 
     Example:
         >>> text = "{name: a, model: m, task: {name: t}, stages: [{name: s}]}"

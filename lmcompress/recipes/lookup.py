@@ -1,4 +1,4 @@
-"""Models that a recipe or a command names: one message where there is none."""
+"""Models named by a recipe or a command: one message if there is none."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _UNREACHABLE = ("couldn't connect", "offline", "cached files", "local_files_only
 
 @contextmanager
 def found(name: str | Path, what: str) -> Iterator[None]:
-    """Turns the many ways in which Transformers says that there is no such model into one.
+    """Turns the various errors of Transformers for a missing model into one.
 
     Args:
         name: folder, or name on the Hub.
-        what: is loaded from it: ``"model"`` or ``"tokenizer"``.
+        what: kind of the loaded object: ``"model"`` or ``"tokenizer"``.
 
     Raises:
         LmcompressError: If there is no such folder, no model in it, none of that name in the local cache or on the Hub,
@@ -39,7 +39,7 @@ def found(name: str | Path, what: str) -> Iterator[None]:
 
 
 def check_model_folder(name: str | Path) -> None:
-    """Refuse a path that holds no model; what may be a name on the Hub passes.
+    """Refuse a path that holds no model; possible names on the Hub pass.
 
     Args:
         name: folder, or name on the Hub.
@@ -88,10 +88,10 @@ def check_weights(name: str | Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 300 characters; its type where it says nothing.
+    """The first line of an error's message, at most 300 characters; its type if it has none.
 
     Args:
-        error: any.
+        error: any exception.
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300]

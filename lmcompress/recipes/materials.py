@@ -1,4 +1,4 @@
-"""The rows of a recipe's task and its tokenizer: what all stages of a run share."""
+"""The rows of a recipe's task and its tokenizer, shared by all stages of a run."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ _OPERATIONS: dict[str, Callable[..., list[str]]] = {
 
 @dataclass
 class Materials:
-    """What all stages of a run share.
+    """The data shared by all stages of a run.
 
     Attributes:
         recipe: the recipe.
-        data: the task's rows as they are.
-        tokenizer: of the recipe's model and all its students.
+        data: the task's rows, untokenized.
+        tokenizer: tokenizer of the recipe's model and all its students.
     """
 
     recipe: Recipe
@@ -74,7 +74,7 @@ class Materials:
         """The same rows for models with another tokenizer.
 
         Args:
-            tokenizer: such as one with a pruned vocabulary.
+            tokenizer: a tokenizer such as one with a pruned vocabulary.
         """
         return Materials(self.recipe, self.data, tokenizer)
 
@@ -87,9 +87,9 @@ class Materials:
         """The rows as model inputs.
 
         Args:
-            augmentation: of the training texts.
+            augmentation: augmentation of the training texts.
             teacher_tokenizer: its inputs are added if it differs from the student's.
-            neighbours: of words, for ``replace``.
+            neighbours: similar words, for ``replace``.
         """
         # a tokenizer with a pruned vocabulary keeps its name
         other = None if teacher_tokenizer is None else (teacher_tokenizer.name_or_path, len(teacher_tokenizer))
@@ -108,7 +108,7 @@ class Materials:
         return self._tokenized[key]
 
     def collator(self, teacher_tokenizer: PreTrainedTokenizerBase | None = None) -> Collator:
-        """What makes batches of :meth:`rows`.
+        """The collator of :meth:`rows`.
 
         Args:
             teacher_tokenizer: as for :meth:`rows`.
@@ -120,10 +120,10 @@ def gather(recipe: Recipe) -> Materials:
     """Load and check the rows, and load or train the tokenizer.
 
     Args:
-        recipe: any.
+        recipe: any recipe.
 
     Raises:
-        LmcompressError: rows, columns or labels are not as the recipe says, or there is no such tokenizer.
+        LmcompressError: If rows, columns or labels do not match the recipe, or the tokenizer does not exist.
     """
     with _progress_bars_of_datasets_off():
         data = with_metrics(read_task(recipe.task), recipe.evaluation.metrics)
@@ -136,11 +136,11 @@ def gather(recipe: Recipe) -> Materials:
 
 
 def read_task(task: TaskSpec, data: Any = None) -> TaskData:
-    """The rows that a recipe's task names, checked; of texts for a language model all, for these are limited in blocks.
+    """The rows that a recipe's task names, checked; all texts for a language model, which is limited in blocks.
 
     Args:
-        task: of the recipe.
-        data: rows to take instead of those that it names.
+        task: task of the recipe.
+        data: rows to use instead.
     """
     loaded = load_task(
         task.name,
@@ -157,11 +157,11 @@ def check_split(data: TaskData, split: str) -> None:
     """Refuse a split that quality cannot be measured on.
 
     Args:
-        data: of the task.
-        split: its name.
+        data: data of the task.
+        split: name of the split.
 
     Raises:
-        LmcompressError: If there is no such split, or it has no labels.
+        LmcompressError: If the split does not exist, or has no labels.
     """
     where = argument("evaluation.splits")
     if split not in data.splits():
@@ -178,7 +178,7 @@ def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
 
     Args:
         path: folder, or name on the Hub.
-        task: words that come one by one need a space before them.
+        task: determines whether words need a space before them.
 
     Raises:
         LmcompressError: there is none, or one of special tokens alone.
@@ -198,19 +198,19 @@ def text_of(data: TaskData, split: str) -> str:
     """A split of a causal task as one text, for perplexity.
 
     Args:
-        data: not tokenised.
-        split: its name.
+        data: untokenized.
+        split: name of the split.
     """
     return "\n\n".join(data.splits()[split][data.task.text_columns[0]])
 
 
 def gate_batches(materials: Materials, *, count: int = 2, rows: int = 8) -> list[Any]:
-    """Real inputs for the equivalence gate: the first validation rows.
+    """Real inputs for the round-trip check: the first validation rows.
 
     Args:
-        materials: of the run.
-        count: batches.
-        rows: of each.
+        materials: materials of the run.
+        count: number of batches.
+        rows: rows per batch.
     """
     data = materials.rows().validation
     together = materials.collator()
@@ -219,13 +219,13 @@ def gate_batches(materials: Materials, *, count: int = 2, rows: int = 8) -> list
 
 
 def drawn_batches(materials: Materials, rows: int, batch_size: int, seed: int) -> list[Any]:
-    """Batches of training rows, drawn as methods of the trainer draw them.
+    """Batches of training rows, sampled in the same way as by the trainer's methods.
 
     Args:
-        materials: of the stage.
-        rows: how many, or as many as there are.
+        materials: materials of the stage.
+        rows: number of rows; all if there are fewer.
         batch_size: rows of one batch.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Returns:
         Batches on the CPU.

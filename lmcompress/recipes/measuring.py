@@ -1,4 +1,4 @@
-"""What is measured at the end of a run: quality, size and latency of all its models beside one another."""
+"""Measurements at the end of a run: quality, size and latency of all its models."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ STAGE_FILE = "stage.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table in the making.
+    """A row of the table, before it is measured.
 
     Attributes:
-        name: of the model in the table.
+        name: name of the model in the table.
         role: teacher, student, control, pruned, quantized, shared, compact or model.
-        path: where it is loaded from.
+        path: path to load it from.
         materials: rows with the model's own tokenizer.
         made_here: whether the folder was written by this run, with a report of its own.
-        training: what its training came to, as JSON types; empty where it was not trained here.
-        done: what each part did to it, by its key, as JSON types; None where it did nothing.
+        training: summary of its training, as JSON types; empty if it was not trained here.
+        done: report of each part, by its key, as JSON types; None if there is none.
     """
 
     name: str
@@ -74,12 +74,12 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
 
     Args:
         entries: at least one.
-        reference: name of what the others are compared with; it comes first.
-        notes: what a reader of the numbers must know.
+        reference: name of the model the others are compared with; it comes first.
+        notes: facts needed to interpret the numbers.
 
     Returns:
-        What ``results.json`` holds: JSON types. Beside the scores these are, so that a report can say how far they can
-        be trusted: ``chance`` (by split and metric, what one and the same answer to every row scores), ``evidence``
+        Contents of ``results.json``: JSON types. Besides the scores: ``chance`` (by split and metric, the score of a
+        constant prediction), ``evidence``
         (labels of each split, packed by :func:`~lmcompress.reporting.evidence.encode`), ``latency`` (repeats, load of
         the machine), ``picked`` (the model that the page is about), and in each row ``evidence`` (predictions, or
         negative log-likelihoods of windows), ``modules`` (bytes on disk) and ``log`` (losses by term).
@@ -124,19 +124,19 @@ def quality(materials: Materials, model: PreTrainedModel, split: str) -> dict[st
     """The metrics of a model on a split: those of the task, or perplexities.
 
     Args:
-        materials: rows with the model's own tokenizer; ``evaluation`` of their recipe says how.
+        materials: rows with the model's own tokenizer; ``evaluation`` of their recipe configures it.
         model: on any device.
-        split: its name.
+        split: name of the split.
     """
     return _examined(materials, model, split)[0]
 
 
 @dataclass
 class _Shared:
-    """What all models have in common on a split.
+    """The data that all models share on a split.
 
     Attributes:
-        chance: score of a model that has learned nothing, by metric.
+        chance: score of a constant prediction, by metric.
         evidence: labels, packed.
     """
 
@@ -147,7 +147,7 @@ class _Shared:
 def _examined(
     materials: Materials, model: PreTrainedModel, split: str
 ) -> tuple[dict[str, float], dict[str, Any], _Shared]:
-    """Metrics of a model on a split, what they were computed from, and what other models share of that."""
+    """Metrics of a model on a split, the data they were computed from, and the part shared with other models."""
     evaluation, task = materials.recipe.evaluation, materials.task
     if task.kind is TaskKind.CAUSAL_LM:
         length, limit = materials.recipe.task.max_length, materials.recipe.task.limit
@@ -164,7 +164,7 @@ def _examined(
         )
         metrics = {name: float(getattr(found, name)) for name in measured_metrics(task)}
         own = {"nll": encode(np.array(found.window_nll)), "tokens": encode(np.array(found.window_tokens))}
-        # every token as likely as any other
+        # every token equally likely
         return metrics, own, _Shared({"token_perplexity": float(model.config.vocab_size)})
     logits, labels = predict(model, materials.rows().splits()[split], materials.collator(), evaluation.batch_size)
     said = predictions_from_logits(logits, task.kind.value)
@@ -173,7 +173,7 @@ def _examined(
 
 
 def notes_of(entry: Entry) -> list[str]:
-    """What a reader of the table must know of how a model was made.
+    """Notes on how a model was made, for readers of the table.
 
     Args:
         entry: a row.
@@ -183,11 +183,11 @@ def notes_of(entry: Entry) -> list[str]:
 
 
 def update_cards(report: Mapping[str, Any], folders: Sequence[Path]) -> None:
-    """Put the table of a run into the cards and reports of its models, which were written before it was known.
+    """Add the table of a run to the cards and reports of its models, which were written earlier.
 
     Args:
-        report: of the run.
-        folders: of the models.
+        report: report of the run.
+        folders: folders of the models.
     """
     more = {"table": card_rows(report), "machine": report["machine"], "notes": report["notes"]}
     for folder in folders:
@@ -197,7 +197,7 @@ def update_cards(report: Mapping[str, Any], folders: Sequence[Path]) -> None:
 
 
 def _row(entry: Entry, model: PreTrainedModel, shared: dict[str, _Shared]) -> dict[str, Any]:
-    # the size of a model that only the Hub has is not known
+    # the size of a model on the Hub is unknown
     size = size_on_disk(entry.path) if Path(entry.path).is_dir() else None
     saved = json.loads((Path(entry.path) / REPORT_FILE).read_text("utf-8")) if entry.made_here else {}
     structure = recorded_structure(model)
@@ -245,5 +245,5 @@ def _latency(materials: Materials, models: Mapping[str, PreTrainedModel]) -> lis
 
 
 def _load() -> float | None:
-    """Processes that wanted a core in the last minute; None where the system does not say."""
+    """Load average of the last minute; None if the system does not provide it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -1,4 +1,4 @@
-"""Which metrics a task can be measured by, and which were chosen."""
+"""The metrics that fit a task, and those that were chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lmcompress.data import Task, TaskData, TaskKind
 from lmcompress.errors import LmcompressError, argument, nearest
 
 PERPLEXITIES = ("token_perplexity", "word_perplexity", "bits_per_byte")
-"""What language models are measured by, the main one first."""
+"""Metrics of language models, the main one first."""
 
 LOWER_IS_BETTER = frozenset({*PERPLEXITIES, "mse"})
 
@@ -24,10 +24,10 @@ _FITTING = {
 
 
 def fitting_metrics(task: Task) -> tuple[str, ...]:
-    """The metrics that a task can be measured by.
+    """The metrics that fit a task.
 
     Args:
-        task: any.
+        task: any task.
 
     Example:
         >>> fitting_metrics(Task("scores", "regression", ("text",), "label"))
@@ -38,24 +38,24 @@ def fitting_metrics(task: Task) -> tuple[str, ...]:
 
 
 def measured_metrics(task: Task) -> tuple[str, ...]:
-    """The metrics that a task is measured by, the main one first.
+    """The metrics of a task, the main one first.
 
     Args:
-        task: as :func:`with_metrics` gives it.
+        task: a task, from :func:`with_metrics`.
     """
     # "perplexity" stands for all of them
     return PERPLEXITIES if task.metrics == ("perplexity",) else task.metrics
 
 
 def with_metrics(data: TaskData, metrics: Sequence[str] | None) -> TaskData:
-    """The same rows, measured by other metrics.
+    """The same rows, with other metrics.
 
     Args:
-        data: of any task.
+        data: data of any task.
         metrics: the main one first; None: those of the task.
 
     Raises:
-        LmcompressError: If a metric does not fit the task, or is there twice.
+        LmcompressError: If a metric does not fit the task, or is repeated.
     """
     if metrics is None:
         return data

@@ -1,4 +1,4 @@
-"""One trained model, measured: its quality on a task, and what each of its blocks can lose."""
+"""Measurements of one trained model: its quality on a task, and the sensitivity of its blocks to pruning."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def measure_sensitivity(
 
     Args:
         model: folder, or name on the Hub.
-        task: that it was trained for; its ``limit`` makes this quick.
-        config: criterion, parts (of heads and neurons), labels and calibration rows; its target is not looked at.
-        shares: of a block's units.
-        evaluation: its first split and main metric are what quality is.
-        console: where progress goes; None: it is not shown.
+        task: task that it was trained for; its ``limit`` reduces the time.
+        config: criterion, parts (heads and neurons), labels and calibration rows; its target is ignored.
+        shares: shares of a block's units.
+        evaluation: its first split and main metric measure quality.
+        console: console for progress; None: none is shown.
 
     Returns:
         JSON types: ``model``, ``task``, ``split``, ``metric``, ``lower_is_better``, ``criterion``, ``scores`` (by part,
-        of each block) and ``rows`` (see :class:`~lmcompress.pruning.structured.sensitivity.SensitivityRow`).
+        by block) and ``rows`` (see :class:`~lmcompress.pruning.structured.sensitivity.SensitivityRow`).
 
     Raises:
-        LmcompressError: If there is no such split, the model is of another task, or the criterion refuses it.
+        LmcompressError: If the split does not exist, the model is of another task, or the criterion refuses it.
     """
     evaluation = evaluation or EvaluationSpec()
     split = evaluation.splits[0]
@@ -87,15 +87,15 @@ def evaluate_once(
 
     Args:
         model: folder, or name on the Hub.
-        task: that it was trained for.
+        task: task that it was trained for.
         evaluation: metrics, batch size, stride of perplexity.
-        split: of the task; None: ``validation``, or all of a task that is one file.
+        split: split of the task; None: ``validation``, or all of a task that is one file.
 
     Returns:
         JSON types: ``task``, ``split``, ``rows``, ``metrics`` and ``notes``.
 
     Raises:
-        LmcompressError: If there is no such split, a split is named of one file, or the model is of another task.
+        LmcompressError: If the split does not exist, a split is given for one file, or the model is of another task.
     """
     with quiet_libraries():
         named = task.name.partition("/")[0] in ("glue", "embedded")
@@ -127,7 +127,7 @@ def load_compressed(name: str, auto_class: Any = None) -> CompressedModel:
 
     Args:
         name: folder, or name on the Hub.
-        auto_class: such as ``AutoModelForCausalLM``; None: the class that wrote the checkpoint.
+        auto_class: class such as ``AutoModelForCausalLM``; None: the class that wrote the checkpoint.
 
     Raises:
         LmcompressError: If there is none.
@@ -141,7 +141,7 @@ def load_model(name: str, auto_class: Any = None) -> PreTrainedModel:
 
     Args:
         name: folder, or name on the Hub.
-        auto_class: such as ``AutoModelForCausalLM``; None: the class that wrote the checkpoint.
+        auto_class: class such as ``AutoModelForCausalLM``; None: the class that wrote the checkpoint.
     """
     return load_compressed(name, auto_class).model.eval()
 
@@ -156,7 +156,7 @@ def _ready(model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpe
     most = min(tokenizer.model_max_length, positions_of(loaded.config))
     if "max_length" not in task.model_fields_set:
         task = task.model_copy(update={"max_length": min(task.max_length, most)})
-    # the runner's way from rows to batches, for one model
+    # as the runner makes batches from rows, for one model
     recipe = Recipe(name="one", model=model, task=task, stages=(Stage(name="none"),), evaluation=evaluation)
     check_lengths(recipe)
     materials = Materials(recipe, data, tokenizer)
@@ -168,7 +168,7 @@ def _ready(model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpe
 
 
 def _whole(file: Path, task: TaskSpec, model: str) -> dict[str, Dataset]:
-    """A file as a split to evaluate; its labels are the model's, for it need not have a row of each."""
+    """A file as a split to evaluate; its labels are the model's, since it may not contain all of them."""
     rows = read_files([file])
     texts = find_text_columns(rows.column_names, task.text_columns)
     label = find_label_column(rows.column_names, texts, task.label_column, task.kind)
@@ -183,6 +183,6 @@ def _whole(file: Path, task: TaskSpec, model: str) -> dict[str, Dataset]:
 
 
 def _notes_of_whole(notes: Sequence[str]) -> list[str]:
-    """Without what was said of the training rows, which are the same."""
+    """The notes without those on the training rows, which are the same."""
     told = [note for note in notes if not note.startswith("train ")]
     return [note.replace("validation is", "what is evaluated is") for note in told]

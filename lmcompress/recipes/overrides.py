@@ -1,4 +1,4 @@
-"""Values of a recipe that are given on the command line."""
+"""Values of a recipe given on the command line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ ON_COMMAND_LINE = 0
 
 
 def override(document: dict[str, Any], text: str, lines: dict[Path_, int]) -> None:
-    """Set one value in a recipe that was read.
+    """Set one value in a parsed recipe.
 
     Args:
-        document: the recipe; changed in place.
+        document: the recipe; modified in place.
         text: ``key.path=value``, as for :func:`~lmcompress.recipes.loading.parse_recipe`.
-        lines: of its values; changed in place.
+        lines: lines of its values; modified in place.
 
     Raises:
-        LmcompressError: If it is no such text, or there is no such place.
+        LmcompressError: If the text is malformed, or the key does not exist.
     """
     path_text, equals, value_text = text.partition("=")
     keys = path_text.strip().split(".")

@@ -1,4 +1,4 @@
-"""The plan of a recipe: what each stage will train, checked against everything that can be known before training."""
+"""The plan of a recipe: the model each stage will train, checked as far as possible before training."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from lmcompress.recipes.schema import Recipe, Stage, with_controls
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage will do.
+    """The plan of one stage.
 
     Attributes:
-        stage: as the recipe has it; a control's is derived.
+        stage: the stage in the recipe; a control's is derived.
         role: teacher of another stage, student, control, what was done to it without a teacher, or a model by itself.
-        start: what its weights come from.
-        teachers: stages or models that it learns from.
-        shape: blocks, heads and widths in words; of what is pruned, those to be expected.
-        parameters: of the model; of what is pruned, those to be expected.
-        bytes_estimate: of its weights, packed where they are quantized, else in float32.
+        start: source of its weights.
+        teachers: stages or models it learns from.
+        shape: blocks, heads and widths in words; expected ones if it is pruned.
+        parameters: number of the model's parameters; the expected number if it is pruned.
+        bytes_estimate: bytes of its weights, packed if they are quantized, else in float32.
         train_rows: rows or blocks trained on, augmentation included.
-        steps: optimizer steps.
+        steps: number of optimizer steps.
         vanilla_obstacle: why stock Transformers could not load it, or None.
-        plans: what each of its methods has planned, by the key of its :class:`~lmcompress.recipes.parts.StagePart`:
-            layer maps spelled out, shapes to be expected, which matrix gets what.
+        plans: plan of each of its methods, by the key of its :class:`~lmcompress.recipes.parts.StagePart`:
+            expanded layer maps, expected shapes, quantization of each matrix.
         words: the same in sentences.
-        materials: the rows as this stage's tokenizer, perhaps with a pruned vocabulary, makes them.
+        materials: the rows with this stage's tokenizer, possibly with a pruned vocabulary.
     """
 
     stage: Stage
@@ -61,15 +61,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         recipe: the recipe.
-        materials: rows and tokenizer, as they were checked.
+        materials: checked rows and tokenizer.
         stages: in order, controls included.
-        outside_teachers: teachers that no stage trains.
-        reference: name of what the others are compared with in the end.
-        notes: what a reader of the numbers must know.
+        outside_teachers: external teachers.
+        reference: name of the model the others are compared with.
+        notes: facts needed to interpret the numbers.
     """
 
     recipe: Recipe
@@ -80,7 +80,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def materials_of(self, start: str) -> Materials:
-        """The rows as the tokenizer of a stage's start makes them.
+        """The rows with the tokenizer of a stage's start.
 
         Args:
             start: name of a stage, or the recipe's own model.
@@ -89,13 +89,13 @@ class Plan:
 
 
 def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = False) -> Plan:
-    """Check a recipe against its rows and models, and say what it will do. Nothing is trained, no weights are loaded.
+    """Check a recipe against its rows and models, and plan its stages. Nothing is trained, no weights are loaded.
 
     Args:
-        recipe: validated.
-        folder: of the run, where latency tables may lie; default: the recipe's.
-        measure: measure the latency tables that targets need and that are not there yet; else their targets are checked
-            as far as they can be.
+        recipe: validated recipe.
+        folder: folder of the run, which may hold latency tables; default: the recipe's.
+        measure: whether to measure missing latency tables that targets need; otherwise their targets are checked
+            as far as possible.
 
     Returns:
         The plan; :func:`~lmcompress.recipes.runner.run` carries it out.
@@ -118,17 +118,17 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
 
 
 def run_folder(recipe: Recipe, folder: str | Path | None = None) -> Path:
-    """Where a run goes.
+    """The folder of a run.
 
     Args:
-        recipe: may name its folder.
-        folder: if given, wins.
+        recipe: a recipe, which may name its folder.
+        folder: overrides it.
     """
     return Path(folder or recipe.output or f"runs/{recipe.name}")
 
 
 class _Planner:
-    """Goes through the stages, with the models of those before at hand, on ``meta``."""
+    """Iterates over the stages, with the models of earlier ones available, on ``meta``."""
 
     def __init__(self, recipe: Recipe, materials: Materials, folder: Path, measure: bool) -> None:
         self.recipe, self.materials, self.folder, self.measure = recipe, materials, folder, measure
@@ -141,14 +141,14 @@ class _Planner:
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """Teachers that no stage trains."""
+        """External teachers."""
         return tuple(name for name in self.models if name not in self.staged)
 
     def stage(self, stage: Stage, control_of: Stage | None) -> StagePlan:
-        """Check one stage, and remember the model it leaves.
+        """Check one stage, and store its resulting model.
 
         Args:
-            stage: of the recipe.
+            stage: a stage of the recipe.
             control_of: the stage it is the control of, if any.
         """
         try:
@@ -167,7 +167,7 @@ class _Planner:
         if stage.start in self.coded:
             raise LmcompressError(
                 f"it starts from {stage.start!r}, whose weights are codes and can be neither trained nor cut: start "
-                "from the stage before, or do both in one stage"
+                "from an earlier stage, or do both in one stage"
             )
         work = Planning(
             recipe=self.recipe,
@@ -262,11 +262,11 @@ def shape_in_words(model: CompressedModel) -> str:
 
 
 def optimizer_steps(stage: Stage, rows: int) -> int:
-    """How many steps a stage takes on one device.
+    """The number of optimizer steps of a stage on one device.
 
     Args:
-        stage: of the recipe.
-        rows: trained on.
+        stage: a stage of the recipe.
+        rows: number of training rows.
     """
     training = stage.training
     if training.max_steps >= 0:

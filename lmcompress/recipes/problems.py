@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe, in words: the key, its line, and the nearest valid name."""
+"""Pydantic's validation errors of a recipe in words: the key, its line, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lmcompress.recipes.training import Training
 
 
 def problems(error: ValidationError, lines: Mapping[Path_, int], document: Any) -> list[str]:
-    """Everything that is wrong with a recipe, one line of text each.
+    """All validation errors of a recipe, one line of text each.
 
     Args:
-        error: of :class:`~lmcompress.recipes.schema.Recipe`.
-        lines: of the values of the recipe.
-        document: as it was read.
+        error: validation error of :class:`~lmcompress.recipes.schema.Recipe`.
+        lines: lines of the recipe's values.
+        document: the parsed recipe.
     """
     found: dict[Path_, tuple[type[BaseModel] | None, Any]] = {}
     for problem in error.errors(include_url=False):
         path, model = _locate(problem["loc"], document)
-        # where a value may be of several types, the first one tells enough
+        # if a value may have several types, the first error is enough
         found.setdefault((*path, *problem.get("ctx", {}).get("path", ())), (model, problem))
     said = []
     for path, (model, problem) in found.items():
-        # ... and the branch that came furthest is the one that was meant
+        # ... and the branch that got furthest is the one that was meant
         is_of_parts = problem["type"].endswith("_type") or problem["type"] == "too_short"
         # a custom part, or else a mapping that names one
         is_of_parts = is_of_parts or str(problem["loc"][-1:]).startswith("('function-plain")
@@ -67,7 +67,7 @@ def _locate(location: Sequence[str | int], document: Any) -> tuple[Path_, type[B
     for key in location:
         options = [option for option in _unfold(annotation) if option is not type(None)]
         if len(options) > 1:
-            # pydantic names the branch of the union: by its type, or by the value of the field that tells them apart
+            # pydantic names the branch of the union: by its type, or by the value of the discriminating field
             named = [option for option in options if _branch(option) and _branch(option) in str(key)]
             named = named or [option for option in options if _kind(option) == key]
             annotation = named[-1] if named else options[0]
@@ -84,7 +84,7 @@ def _branch(option: Any) -> str:
 
 
 def _kind(option: Any) -> str | None:
-    """The word by which a schedule is told from the others."""
+    """The discriminating value of a schedule."""
     kind = getattr(option, "model_fields", {}).get("kind")
     return None if kind is None else str(kind.default)
 
@@ -103,7 +103,7 @@ def _nearest_key(key: str, model: type[BaseModel] | None) -> str:
     names = list(model.model_fields) if model else []
     if model is not Training:
         return nearest(key, names)
-    # a hundred names are no help
+    # a list of a hundred names is no help
     close = nearest(key, names).partition(" Valid are")[0]
     own = [name for name in names if name in Training.__annotations__]
     return f"{close} Valid are the fields of transformers.TrainingArguments, most of all: {', '.join(own)}"

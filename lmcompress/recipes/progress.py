@@ -1,4 +1,4 @@
-"""What a run shows while it works: headlines, and one bar per stage."""
+"""Progress of a run: headlines, and one bar per stage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SECONDS_BETWEEN_LINES = 10.0
-"""How often training is told of where there is no terminal."""
+"""Seconds between reports of training where there is no terminal."""
 
 
 class StageBar(TrainerCallback):  # type: ignore[misc]
     """A bar over the optimizer steps of one stage, with the latest loss; lines where there is no terminal.
 
     Args:
-        console: where it is drawn.
-        label: what stands before it.
+        console: console for the bar.
+        label: label of the bar.
     """
 
     def __init__(self, console: Console, label: str) -> None:
@@ -48,22 +48,22 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
         """Draw the bar.
 
         Args:
-            args: not used.
-            state: knows how many steps there are.
-            control: not used.
-            **kwargs: not used.
+            args: unused.
+            state: has the number of steps.
+            control: unused.
+            **kwargs: unused.
         """
         self.progress.start()
         self.task = self.progress.add_task(self.label, total=state.max_steps, completed=state.global_step, loss="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move on.
+        """Advance the bar.
 
         Args:
-            args: not used.
-            state: knows the step.
-            control: not used.
-            **kwargs: not used.
+            args: unused.
+            state: has the step.
+            control: unused.
+            **kwargs: unused.
         """
         self.progress.update(self.task, completed=state.global_step)
 
@@ -73,11 +73,11 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
         """Show the loss.
 
         Args:
-            args: not used.
-            state: knows the step.
-            control: not used.
-            logs: of the trainer.
-            **kwargs: not used.
+            args: unused.
+            state: has the step.
+            control: unused.
+            logs: the trainer's log.
+            **kwargs: unused.
         """
         if self.task is None or not logs or "loss" not in logs:
             return
@@ -89,16 +89,16 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
             self.console.print(f"  {self.label}: {steps}, {loss}", highlight=False)
 
     def close(self) -> None:
-        """Take the bar away, however training ended."""
+        """Remove the bar, however training ended."""
         self.progress.stop()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Transformers and datasets say nothing but errors, and draw no bars of their own, for the time."""
+    """Within the block, Transformers and datasets print only errors, without progress bars."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     data_verbosity, data_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    # what is cut or left out is noted in the report
+    # truncations and dropped rows are noted in the report
     own = logging.getLogger("lmcompress")
     level = own.level
     own.setLevel(logging.ERROR)

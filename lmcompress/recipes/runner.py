@@ -25,12 +25,12 @@ from lmcompress.reporting import write_report
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
         folder: with ``recipe.yaml``, ``results.json``, ``metrics.json``, ``report.md``, ``report.html``, ``plots/``
             and the models.
-        report: as ``results.json`` has it.
+        report: contents of ``results.json``.
         models: name of a stage to the folder of its model.
     """
 
@@ -47,23 +47,23 @@ def run(
     resume: bool = True,
     console: Console | None = None,
 ) -> RunResult:
-    """Train the recipe's stages, measure them beside each other, and write everything into one folder.
+    """Train the recipe's stages, measure their models, and write everything into one folder.
 
-    A stage that is finished is not trained again as long as what it was made from has not changed; one that was
-    interrupted goes on from its
-    last checkpoint. So the same call after a crash takes up where it was.
+    A finished stage is not trained again unless its recipe has changed; an interrupted one
+    resumes from its
+    last checkpoint. So the same call after a crash continues the run.
 
     Args:
-        recipe: validated.
+        recipe: validated recipe.
         output: folder; default: the recipe's.
-        overwrite: train stages anew that were made by a different recipe, instead of refusing.
-        resume: go on from checkpoints of an interrupted stage; else it begins anew.
-        console: where headlines and bars go.
+        overwrite: whether to retrain stages that were made by a different recipe, instead of refusing.
+        resume: whether to resume interrupted stages from their checkpoints; otherwise they restart.
+        console: console for headlines and bars.
 
     Raises:
-        LmcompressError: the recipe does not fit its rows or models (see :func:`~lmcompress.recipes.planning.plan`),
+        LmcompressError: If the recipe does not fit its rows or models (see :func:`~lmcompress.recipes.planning.plan`),
             or the folder holds
-            another recipe's stages. Both are found before anything is trained.
+            another recipe's stages. Both are checked before training.
     """
     console = console or Console()
     folder = run_folder(recipe, output)
@@ -81,7 +81,7 @@ def run(
             models[stage.stage.name] = target
             headline = f"[bold]{number}/{len(planned.stages)} {stage.stage.name}[/] ({stage.role}, {stage.shape})"
             if finished_hash(target) == hashes[stage.stage.name]:
-                console.print(f"{headline}: finished before, kept")
+                console.print(f"{headline}: already finished, kept")
                 continue
             does = f"{stage.steps:,} steps on {stage.train_rows:,} rows" if stage.steps else "without training"
             console.print(f"{headline}: {does}")

@@ -1,4 +1,4 @@
-"""What a recipe is: one model, one task, a few stages; everything in it is validated before anything runs."""
+"""The schema of a recipe: one model, one task, a few stages, all validated before anything runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Stage(SchemaPart):
-    """One training run: what it starts from, what it becomes, what it learns from.
+    """One training run: the model it starts from, the methods applied to it, and its training.
 
-    Beside those below it has a field for each of :data:`~lmcompress.recipes.parts.PARTS`.
+    Besides those below it has a field for each of :data:`~lmcompress.recipes.parts.PARTS`.
     """
 
     if TYPE_CHECKING:
@@ -41,31 +41,31 @@ class Stage(SchemaPart):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    name: Annotated[str, Field(description="Also the name of its folder: letters, digits, . _ -")]
+    name: Annotated[str, Field(description="Name of the stage and its folder: letters, digits, . _ -")]
     start: Annotated[str, Field(description="Name of an earlier stage, or model: the recipe's own.")] = BASE_MODEL
     training: Annotated[
         Training, Field(description="Fields of transformers.TrainingArguments; max_steps: 0 trains nothing.")
     ] = Training()
-    augmentation: Annotated[Augmentation | None, Field(description="More training texts.")] = None
+    augmentation: Annotated[Augmentation | None, Field(description="Augmentation of the training texts.")] = None
     save: Annotated[
         Literal["native", "vanilla", "self_loading"],
         Field(
-            description="native: import lmcompress to load it; vanilla: stock Transformers loads it; "
-            "self_loading: trust_remote_code."
+            description="Format of the checkpoint: native: import lmcompress to load it; vanilla: stock Transformers "
+            "loads it; self_loading: trust_remote_code."
         ),
     ] = "native"
     storage: Annotated[
         Literal["plain", "auto", "zstd", "huffman"],
         Field(
-            description="auto, zstd and huffman store the weights as entropy-coded streams, to the bit; smaller where "
-            "they are pruned, shared or quantized."
+            description="auto, zstd and huffman store the weights as bit-exact entropy-coded streams; smaller if "
+            "they are pruned, clustered or quantized."
         ),
     ] = "plain"
     control: Annotated[
         bool,
         Field(
-            description="Also train the same student without a teacher, from the same start, for as many steps, and "
-            "made compact, pruned and quantized in the same way."
+            description="Whether to also train the same student without a teacher, from the same start, for the same "
+            "steps, and compressed in the same way."
         ),
     ] = False
 
@@ -115,7 +115,7 @@ class Stage(SchemaPart):
         return self
 
     def parts(self) -> list[tuple[StagePart[Any], Any]]:
-        """The methods that the stage asks for, in the order in which they change its model, each with its field."""
+        """The methods of the stage, in the order in which they change its model, each with its field."""
         return [(part, spec) for part in PARTS if (spec := getattr(self, part.key)) is not None]
 
     @property
@@ -125,18 +125,18 @@ class Stage(SchemaPart):
 
 
 class Recipe(SchemaPart):
-    """A model, a task, a few stages, and what is measured in the end."""
+    """A model, a task, a few stages, and the final measurements."""
 
-    name: Annotated[str, Field(description="For reports; also the default folder, runs/<name>.")]
-    description: Annotated[str, Field(description="What it does, in a sentence or two.")] = ""
-    paper: Annotated[str | None, Field(description="Where the method comes from: authors, year, link.")] = None
+    name: Annotated[str, Field(description="Name in reports; also the default folder, runs/<name>.")]
+    description: Annotated[str, Field(description="Summary in a sentence or two.")] = ""
+    paper: Annotated[str | None, Field(description="Source of the method: authors, year, link.")] = None
     model: Annotated[
         str | FromScratch,
         Field(description="Path or name on the Hub of a pretrained model, or sizes of one with random weights."),
     ]
-    task: Annotated[TaskSpec, Field(description="What the models are trained for.")]
+    task: Annotated[TaskSpec, Field(description="Task of the models, and its data.")]
     stages: Annotated[
-        tuple[Stage, ...], Field(min_length=1, max_length=64, description="In the order in which they run.")
+        tuple[Stage, ...], Field(min_length=1, max_length=64, description="Stages, in the order in which they run.")
     ]
     evaluation: Annotated[EvaluationSpec, Field(description="What is measured at the end.")] = EvaluationSpec()
     seed: Annotated[
@@ -173,13 +173,13 @@ class Recipe(SchemaPart):
 
 
 def register_part(part: StagePart[Any]) -> None:
-    """Make a method known to recipes: :class:`Stage` gets a field for it, and it comes last of all.
+    """Register a method with recipes: :class:`Stage` gets a field for it, and it is applied last.
 
     Args:
-        part: its ``key`` is free.
+        part: the part, with an unused ``key``.
 
     Raises:
-        LmcompressError: If the stage has a field of that name.
+        LmcompressError: If the stage already has a field of that name.
     """
     if part.key in Stage.model_fields:
         raise LmcompressError(f"a stage has a field {part.key!r} already; give the part another key")
@@ -188,10 +188,10 @@ def register_part(part: StagePart[Any]) -> None:
 
 
 def unregister_part(key: str) -> None:
-    """Take a registered method out again, such as at the end of a test.
+    """Unregister a method, such as at the end of a test.
 
     Args:
-        key: of the part.
+        key: key of the part.
     """
     PARTS[:] = [part for part in PARTS if part.key != key]
     del Stage.model_fields[key]
@@ -199,7 +199,7 @@ def unregister_part(key: str) -> None:
 
 
 def _rebuild() -> None:
-    """Give :class:`Stage` a field for each part, between where it starts from and how it is trained."""
+    """Give :class:`Stage` a field for each part, between its start and its training."""
     fields = dict(Stage.model_fields)
     methods = {part.key: FieldInfo.from_annotated_attribute(part.schema, None) for part in PARTS}
     head = {name: fields.pop(name) for name in ("name", "start")}
@@ -214,13 +214,13 @@ def _misreference(message: str, *path: str | int) -> PydanticCustomError:
 
 
 def with_controls(recipe: Recipe) -> list[tuple[Stage, Stage | None]]:
-    """The stages that are run: the recipe's, each that asks for a control followed by it.
+    """The stages to run: the recipe's, each followed by its control if it asks for one.
 
     Args:
-        recipe: as it was written.
+        recipe: the recipe as written.
 
     Returns:
-        pairs of a stage and, for a control, the stage that it is the control of.
+        pairs of a stage and, for a control, the stage it is the control of.
     """
     stages: list[tuple[Stage, Stage | None]] = []
     for stage in recipe.stages:

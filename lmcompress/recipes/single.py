@@ -1,6 +1,6 @@
-"""One trained model and no recipe file: prune or quantize it without training, or draw its frontier.
+"""One trained model without a recipe file: pruned or quantized without training, or its frontier.
 
-Everything here is a recipe made on the spot, or a part of what carries one out.
+Everything here is a recipe created on the fly, or a part of running one.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def prune_recipe(
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """A recipe of one stage that prunes a trained model and trains nothing.
+    """A recipe of one stage that prunes a trained model without training.
 
     Args:
         model: folder, or name on the Hub.
-        task: that it was trained for.
-        pruning: what is cut, if anything.
-        vocabulary: how its vocabulary is pruned, if at all.
+        task: task that it was trained for.
+        pruning: structured pruning, if any.
+        vocabulary: vocabulary pruning, if any.
         save: format of the checkpoint.
-        storage: how its weights lie in the file.
-        evaluation: what is measured.
-        seed: of calibration rows and drawn labels.
+        storage: storage of its weights in the file.
+        evaluation: measurements.
+        seed: seed of calibration rows and sampled labels.
 
     Raises:
-        LmcompressError: neither pruning nor vocabulary, or no such format or storage.
+        LmcompressError: If there is neither pruning nor vocabulary, or the format or storage does not exist.
     """
     if pruning is None and vocabulary is None:
         raise LmcompressError(
@@ -83,21 +83,21 @@ def quantize_recipe(
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """A recipe of one stage that quantizes a trained model and trains nothing.
+    """A recipe of one stage that quantizes a trained model without training.
 
     Args:
         model: folder, or name on the Hub.
-        task: that it was trained for.
-        quantization: what is quantized to what, and how it is rounded.
-        storage: how its weights lie in the file.
-        evaluation: what is measured.
-        seed: of calibration rows.
+        task: task that it was trained for.
+        quantization: the quantization, including the rounding method.
+        storage: storage of its weights in the file.
+        evaluation: measurements.
+        seed: seed of calibration rows.
 
     Returns:
         The recipe.
 
     Raises:
-        LmcompressError: no such storage.
+        LmcompressError: If the storage does not exist.
     """
     return Recipe(
         name="quantize",
@@ -113,10 +113,10 @@ def plan_once(recipe: Recipe, output: Path, *, overwrite: bool = False, measure_
     """Check a recipe of :func:`prune_recipe` or :func:`quantize_recipe`, and that nothing is in its way.
 
     Args:
-        recipe: of one stage.
-        output: folder of the model to be.
+        recipe: recipe of one stage.
+        output: folder of the resulting model.
         overwrite: whether a model that lmcompress wrote there may be replaced.
-        measure_times: measure a latency table that is not there.
+        measure_times: whether to measure a missing latency table.
 
     Raises:
         LmcompressError: If :func:`~lmcompress.recipes.planning.plan` refuses it, or there is something at ``output``
@@ -127,30 +127,30 @@ def plan_once(recipe: Recipe, output: Path, *, overwrite: bool = False, measure_
     try:
         return plan(recipe, output.parent, measure=measure_times)
     except LmcompressError as error:
-        # a recipe that was made on the spot has a stage that nobody named
+        # the stage of a recipe created on the fly has no name for the user
         raise type(error)(str(error).removeprefix(f"stage {recipe.stages[0].name!r}: ")) from error
 
 
 def compress_once(
     recipe: Recipe, output: str | Path, *, overwrite: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Prune or quantize a trained model without training, save it, and measure it beside what it was.
+    """Prune or quantize a trained model without training, save it, and measure it before and after.
 
     Args:
-        recipe: of :func:`prune_recipe` or :func:`quantize_recipe`.
-        output: folder of the model to be.
-        overwrite: replace a model that lmcompress wrote there.
-        console: where headlines and progress go.
+        recipe: from :func:`prune_recipe` or :func:`quantize_recipe`.
+        output: folder of the resulting model.
+        overwrite: whether to replace a model that lmcompress wrote there.
+        console: console for headlines and progress.
 
     Returns:
-        The report, as :func:`~lmcompress.recipes.measuring.measure` gives it, of two rows: before and after.
+        The report, from :func:`~lmcompress.recipes.measuring.measure`, with two rows: before and after.
 
     Raises:
         LmcompressError: If :func:`plan_once` refuses it.
     """
     console, folder = console or Console(), Path(output)
     with quiet_libraries(), showing_progress(console):
-        console.print("checking rows, model and what is asked for")
+        console.print("checking rows, model and options")
         planned = plan_once(recipe, folder, overwrite=overwrite)
         entry = planned.stages[0]
         if "quantization" not in entry.plans:
@@ -181,17 +181,17 @@ def frontier_recipe(
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """A recipe that prunes one trained model to several targets, each with a short recovery.
+    """A recipe that prunes one trained model to several targets, each with a short fine-tuning.
 
     Args:
         model: folder, or name on the Hub.
-        task: that it was trained for.
-        targets: at least one; each is a stage of its own, from the dense model.
-        pruning: how; its target is not looked at.
-        steps: optimizer steps of recovery, with the dense model as teacher; 0: none.
-        learning_rate: of the recovery.
-        evaluation: what is measured.
-        seed: of everything.
+        task: task that it was trained for.
+        targets: at least one; each is a separate stage, from the dense model.
+        pruning: configuration of pruning; its target is ignored.
+        steps: number of recovery steps, with the dense model as teacher; 0: none.
+        learning_rate: learning rate of the recovery.
+        evaluation: measurements.
+        seed: seed of everything.
 
     Returns:
         The recipe; :func:`~lmcompress.recipes.runner.run` carries it out and draws the frontier.
@@ -230,13 +230,13 @@ def frontier_recipe(
 
 
 def target_name(target: Target) -> str:
-    """A target as the name of a stage.
+    """The name of a stage for a target.
 
     Args:
-        target: any but a shape.
+        target: any target except a shape.
 
     Raises:
-        LmcompressError: it is a shape.
+        LmcompressError: If it is a shape.
 
     Example:
         >>> target_name(Target(sparsity=0.75))

@@ -1,4 +1,4 @@
-"""What a recipe says beside its stages' methods: the model, the task, augmentation, and what is measured."""
+"""Parts of a recipe other than its stages' methods: the model, the task, augmentation, and measurements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lmcompress.errors import nearest
 from lmcompress.families import FAMILIES
 
 BASE_MODEL = "model"
-"""What a stage's ``start`` is called when it is the recipe's own model."""
+"""The value of a stage's ``start`` that stands for the recipe's own model."""
 
 
 class SchemaPart(BaseModel):
-    """A mapping of a recipe: unknown keys are refused, and nothing is changed once it is read."""
+    """A mapping of a recipe: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,26 +25,26 @@ class TokenizerSpec(SchemaPart):
 
     kind: Annotated[
         Literal["wordpiece", "bytelevel_bpe"],
-        Field(description="wordpiece: lower-casing, as BERT's; bytelevel_bpe: as GPT-2's."),
+        Field(description="Kind of tokenizer: wordpiece (lower-casing, as in BERT) or bytelevel_bpe (as in GPT-2)."),
     ]
-    vocab_size: Annotated[int, Field(ge=16, le=1 << 20, description="The most entries, special tokens included.")]
+    vocab_size: Annotated[int, Field(ge=16, le=1 << 20, description="Maximum vocabulary size, with special tokens.")]
 
 
 class FromScratch(SchemaPart):
-    """A model with random weights, for runs that start from nothing."""
+    """A model with random weights, for training from scratch."""
 
     family: Annotated[str, Field(description="Model family: bert, roberta, distilbert, electra or gpt2.")]
     hidden_size: Annotated[int, Field(ge=1, le=1 << 16, description="Width of the hidden states.")]
     layers: Annotated[int, Field(ge=1, le=256, description="Number of Transformer blocks.")]
     num_heads: Annotated[
-        int, Field(ge=1, le=256, description="Attention heads of each block; must divide hidden_size.")
+        int, Field(ge=1, le=256, description="Number of attention heads per block; must divide hidden_size.")
     ]
     intermediate_size: Annotated[
         int | None,
         Field(ge=1, le=1 << 18, description="Width of the feed-forward networks; default: four times hidden_size."),
     ] = None
-    positions: Annotated[int, Field(ge=2, le=1 << 20, description="The longest input, in tokens.")] = 512
-    tokenizer: Annotated[TokenizerSpec, Field(description="The tokenizer that is trained for it.")]
+    positions: Annotated[int, Field(ge=2, le=1 << 20, description="Maximum length of an input in tokens.")] = 512
+    tokenizer: Annotated[TokenizerSpec, Field(description="The tokenizer to train for it.")]
     config: Annotated[
         dict[str, int | float | str | bool],
         Field(description="Further fields of the family's transformers config, such as hidden_dropout_prob."),
@@ -65,14 +65,14 @@ class FromScratch(SchemaPart):
 
 
 class TaskSpec(SchemaPart):
-    """What the models are trained for, and where the rows are."""
+    """The task of the models, and the source of its rows."""
 
     name: Annotated[
         str,
         Field(
             min_length=1,
             description="glue/<task>, embedded/<name>, a folder or file, a Hub data set (owner/name:configuration), "
-            "or, with data, a name of your own.",
+            "or, with data, a name of the user's choice.",
         ),
     ]
     data: Annotated[
@@ -80,49 +80,49 @@ class TaskSpec(SchemaPart):
     ] = None
     text_columns: Annotated[
         tuple[str, ...] | None,
-        Field(min_length=1, max_length=2, description="One column or two; default: the usual names."),
+        Field(min_length=1, max_length=2, description="Text columns, one or two; default: the usual names."),
     ] = None
-    label_column: Annotated[str | None, Field(description="Default: the usual names are looked for.")] = None
-    kind: Annotated[TaskKind | None, Field(description="Default: the labels' type tells.")] = None
+    label_column: Annotated[str | None, Field(description="Label column; default: the usual names.")] = None
+    kind: Annotated[TaskKind | None, Field(description="Kind of task; default: inferred from the labels.")] = None
     splits: Annotated[
-        dict[str, str] | None, Field(description="train, validation, test: what the source calls them.")
+        dict[str, str] | None, Field(description="train, validation, test: their names in the source.")
     ] = None
     max_length: Annotated[
-        int, Field(ge=2, description="Tokens of a row; longer texts are cut. For causal_lm the size of a packed block.")
+        int, Field(ge=2, description="Maximum tokens of a row, by truncation; for causal_lm the block size.")
     ] = 128
     limit: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Maximum number of rows of each split, to try things out; for causal_lm, of packed blocks.",
+            description="Maximum number of rows of each split, for quick trials; for causal_lm, of packed blocks.",
         ),
     ] = None
 
 
 class Augmentation(SchemaPart):
-    """New training texts made from the old ones; the teacher says what they mean."""
+    """Data augmentation of the training texts; the teacher labels the new ones."""
 
     operations: Annotated[
         tuple[Literal["mask", "delete", "replace", "n_gram", "short_disorder", "long_disorder"], ...],
         Field(
             min_length=1,
-            description="One is drawn for each new text. replace: by words that the first teacher's embeddings have "
-            "near, so it needs distillation.",
+            description="Operations, one drawn for each new text. replace uses words that are near in the first "
+            "teacher's embeddings, so it needs distillation.",
         ),
     ]
-    copies: Annotated[int, Field(ge=1, le=100, description="New rows for each row.")] = 1
+    copies: Annotated[int, Field(ge=1, le=100, description="Number of new rows for each row.")] = 1
     probability: Annotated[
-        float | None, Field(ge=0, le=1, description="Of each word to be changed; default: that of the operation.")
+        float | None, Field(ge=0, le=1, description="Probability of each word to change; default: the operation's.")
     ] = None
 
     @property
     def replaces(self) -> bool:
-        """Whether words give way to near ones."""
+        """Whether words are replaced by near ones."""
         return "replace" in self.operations
 
 
 class EvaluationSpec(SchemaPart):
-    """What is measured at the end, for all stages alike."""
+    """Measurements at the end, the same for all stages."""
 
     splits: Annotated[
         tuple[str, ...], Field(min_length=1, description="Splits that quality is measured on, the main one first.")
@@ -131,7 +131,7 @@ class EvaluationSpec(SchemaPart):
         tuple[str, ...] | None,
         Field(min_length=1, description="Metrics of quality, the main one first; default: those of the task."),
     ] = None
-    batch_size: Annotated[int, Field(ge=1, description="Rows of a batch when quality is measured.")] = 64
+    batch_size: Annotated[int, Field(ge=1, description="Batch size when quality is measured.")] = 64
     latency_batches: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...],
         Field(description="Batch sizes that latency is measured at; empty: it is not measured."),
@@ -139,10 +139,10 @@ class EvaluationSpec(SchemaPart):
     sequence_length: Annotated[
         int | None,
         Field(
-            ge=1, description="Tokens of a row when latency is measured; default: the task's max_length, at most 128."
+            ge=1, description="Length of inputs when latency is measured; default: the task's max_length, at most 128."
         ),
     ] = None
-    repeats: Annotated[int, Field(ge=3, description="Timed calls of each model.")] = 20
+    repeats: Annotated[int, Field(ge=3, description="Number of timed calls of each model.")] = 20
     stride: Annotated[
         int | None, Field(ge=1, description="Perplexity: tokens between windows; default: windows do not overlap.")
     ] = None

@@ -38,14 +38,14 @@ from lmcompress.trainers import CompressionTrainer
 
 @dataclass(frozen=True)
 class _Done:
-    """What became of a stage's model, beside the model.
+    """The results of a stage besides its model.
 
     Attributes:
-        log: of the trainer.
-        steps: optimizer steps.
-        masked: outputs of the masked model before it was cut, for the batches of the round-trip check; None where it
-            was not cut, or changed since.
-        reports: what each part did, by its key.
+        log: the trainer's log.
+        steps: number of optimizer steps.
+        masked: outputs of the masked model before it was cut, for the batches of the round-trip check; None if it
+            was not cut, or has changed since.
+        reports: report of each part, by its key.
     """
 
     log: list[dict[str, Any]]
@@ -58,16 +58,16 @@ class StageRun:
     """One stage: its model, its methods, its trainer, its folder.
 
     Args:
-        planned: the whole run.
+        planned: the plan of the run.
         entry: this stage in it.
-        folder: of the run.
-        digest: hash of all that the stage depends on.
-        console: where lines and bars go.
-        resume: go on from a checkpoint, if there is one.
+        folder: folder of the run.
+        digest: hash of everything the stage depends on.
+        console: console for lines and bars.
+        resume: whether to resume from a checkpoint, if there is one.
 
     Attributes:
         target: folder of the model.
-        outcome: after :meth:`train`, what became of the stage, as JSON types: fields of
+        outcome: results of the stage, as JSON types: fields of
             :class:`~lmcompress.recipes.measuring.Entry`.
     """
 
@@ -78,22 +78,22 @@ class StageRun:
         self.stage: Stage = entry.stage
         self.folder = folder
         self.target = folder / entry.stage.name
-        # beside the model, not in it: a checkpoint is replaced as a whole
+        # next to the model, not in it: a checkpoint is replaced as a whole
         self.checkpoints = folder / CHECKPOINTS / entry.stage.name
         self.digest, self.console, self.resume = digest, console, resume
         self.outcome: dict[str, Any] = {}
 
     def train(self) -> None:
-        """Train or change the model, save it, and say in ``outcome`` what became of it."""
+        """Train or change the model, save it, and record the results in ``outcome``."""
         start = time.monotonic()
         checkpoint = None
         if self.stage.trains:
             checkpoint = checkpoint_to_resume(self.checkpoints, self.stage, self.digest, resume=self.resume)
         if checkpoint is not None:
-            self.console.print(f"  going on from {checkpoint.name}")
+            self.console.print(f"  resuming from {checkpoint.name}")
         work, prepared = self._begun()
         done = self._trained(work, checkpoint) if self.stage.trains else self._without_training(work)
-        # trainer and methods know one another; the optimizer's state need not be there while a model is reloaded
+        # trainer and methods refer to each other; the optimizer's state need not be in memory while a model is reloaded
         gc.collect()
         seconds = time.monotonic() - start
         history = [entry for entry in done.log if "loss" in entry]
@@ -105,15 +105,15 @@ class StageRun:
         max_error = self._save(work.model, done.masked, marker, reports)
         verbs = [part.verb for part, _ in self.stage.parts() if part.verb is not None]
         self.console.print(
-            f"  {seconds:.0f} s; {', '.join([*verbs, 'saved'])} to {self.target}, reloaded, greatest difference of "
-            f"any output {max_error:.2g}"
+            f"  {seconds:.0f} s; {', '.join([*verbs, 'saved'])} to {self.target}, reloaded, max abs difference of "
+            f"outputs {max_error:.2g}"
         )
 
     def _save(
         self, model: PreTrainedModel, masked: list[Tensor] | None, marker: dict[str, Any], reports: dict[str, Any]
     ) -> float:
         report = {"recipe": self.planned.recipe.name, "task": self.entry.materials.task.name, "stage": self.stage.name}
-        # outputs of the masked model are compared where they were made
+        # outputs of the masked model are compared on the device where they were computed
         compressed = CompressedModel(model if masked else model.to("cpu"), self._provenance())
         equivalence = compressed.save_pretrained(
             self.target,
@@ -129,7 +129,7 @@ class StageRun:
         return equivalence.max_error
 
     def _begun(self) -> tuple[Running, dict[str, Any]]:
-        """The stage with the model that it trains, made from its start, and what was done to make it."""
+        """The stage with the model that it trains, made from its start, and a report of how."""
         if is_stage(self.stage.start):
             model = auto_class(self.entry.materials.task).from_pretrained(self.folder / self.stage.start)
         else:
@@ -138,7 +138,7 @@ class StageRun:
             recipe=self.planned.recipe,
             stage=self.stage,
             folder=self.folder,
-            # a part that changes the vocabulary makes the same tokenizer again, from the same texts
+            # a part that changes the vocabulary creates the same tokenizer again, from the same texts
             materials=self.planned.materials_of(self.stage.start),
             model=model,
             staged={entry.stage.name: entry.materials for entry in self.planned.stages},
@@ -147,7 +147,7 @@ class StageRun:
         )
         set_seed(self.planned.recipe.seed)
         prepared = {part.key: part.prepare(spec, work) for part, spec in self.stage.parts()}
-        # whose rows are tokenized already
+        # these rows are tokenized already
         work.materials = self.entry.materials
         return work, prepared
 
@@ -178,7 +178,7 @@ class StageRun:
             before = len(work.masked)
             if (report := part.apply(spec, work)) is not None:
                 reports[part.key] = report
-                # what was masked before is no reference for what has changed since
+                # earlier masked outputs are no reference after further changes
                 del work.masked[:before]
         return _Done([], 0, work.masked or None, reports)
 
@@ -221,7 +221,7 @@ class StageRun:
     def _provenance(self) -> Provenance:
         earlier: tuple[str, ...] = ()
         if is_stage(self.stage.start):
-            # what earlier stages did to the model is in it still
+            # changes by earlier stages are still in the model
             before = recorded_compression(AutoConfig.from_pretrained(self.folder / self.stage.start))
             earlier = before.provenance.methods if before is not None else ()
         own = (part.applied for part, _ in self.stage.parts())

@@ -1,4 +1,4 @@
-"""YAML 1.2 with the line of every value: read, with all that has no place in a recipe refused, and written."""
+"""YAML 1.2 with the line of every value: parsed, refusing features that have no place in a recipe, and written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 32
 
 
 class _Constructor(SafeConstructor):
-    """Only what JSON has: a date is a text."""
+    """JSON types only: a date is a string."""
 
 
 for _tag in ("timestamp", "value"):
@@ -33,10 +33,10 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[Path_, int]]:
 
     Args:
         text: YAML.
-        where: the file's name, for messages.
+        where: the file's name in messages.
 
     Raises:
-        LmcompressError: If it is no YAML, no mapping, has a key twice, a tag, or too much in it; with the line.
+        LmcompressError: If it is not YAML or not a mapping, has a duplicate key, a tag, or too many values; with the
     """
     lines: dict[Path_, int] = {}
     reader = _reader()
@@ -61,13 +61,13 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[Path_, int]]:
 
 
 def yaml_value(text: str) -> Any:
-    """The value that a text stands for.
+    """The value of a text.
 
     Args:
         text: YAML on one line, such as ``1e-4`` or ``[1, 2]``.
 
     Raises:
-        LmcompressError: If it is no YAML.
+        LmcompressError: If it is not YAML.
     """
     try:
         return _reader().load(text)
@@ -86,7 +86,7 @@ def write_yaml(values: dict[str, Any]) -> str:
     writer.default_flow_style = False
     # declared as None
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    # exotic line ends would be written as they are, and read as spaces
+    # exotic line ends would be written unchanged, and read as spaces
     writer.allow_unicode = json.dumps(values, ensure_ascii=False).isprintable()
     writer.representer.ignore_aliases = lambda *_: True
     writer.dump(values, stream)
@@ -94,7 +94,7 @@ def write_yaml(values: dict[str, Any]) -> str:
 
 
 def dotted(path: Path_, document: Any = None) -> str:
-    """A path as an override would write it: stages by name.
+    """A path in the spelling of an override: stages by name.
 
     Args:
         path: keys and indices.

@@ -1,4 +1,4 @@
-"""How a stage is trained: fields of :class:`transformers.TrainingArguments`."""
+"""The training of a stage: fields of :class:`transformers.TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -51,42 +51,42 @@ else:
 
 
 class Training(_TransformersFields):
-    """How a stage is trained: the usual fields of transformers.TrainingArguments, and any of the others by its name."""
+    """The training of a stage: the usual fields of transformers.TrainingArguments, and any other by name."""
 
-    learning_rate: Annotated[float, Field(gt=0, description="Greatest learning rate.")] = 5e-5
-    num_train_epochs: Annotated[float, Field(gt=0, description="Passes over the training rows.")] = 3.0
+    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 5e-5
+    num_train_epochs: Annotated[float, Field(gt=0, description="Number of passes over the training rows.")] = 3.0
     max_steps: Annotated[
         int,
         Field(
             ge=-1,
-            description="Optimizer steps; overrides num_train_epochs if positive. 0: nothing is trained; the stage "
-            "only prunes, quantizes, is made compact, cuts its student out, or takes the model as it is.",
+            description="Number of optimizer steps; overrides num_train_epochs if positive. 0: no training; the stage "
+            "only prunes, quantizes, replaces layers, extracts its student, or uses the model as it is.",
         ),
     ] = -1
-    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch on each device.")] = 32
-    per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows of a batch in evaluation.")] = 64
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of an optimizer step.")] = 1
+    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Size of a micro-batch per device.")] = 32
+    per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Batch size in evaluation, per device.")] = 64
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches per optimizer step.")] = 1
     warmup_steps: Annotated[
         float, Field(ge=0, description="Steps in which the learning rate rises; below 1 a share of all steps.")
     ] = 0.1
-    weight_decay: Annotated[float, Field(ge=0, description="Of AdamW.")] = 0.01
-    lr_scheduler_type: Annotated[str, Field(description="linear, cosine, constant, constant_with_warmup, ...")] = (
+    weight_decay: Annotated[float, Field(ge=0, description="Weight decay of AdamW.")] = 0.01
+    lr_scheduler_type: Annotated[str, Field(description="Schedule: linear, cosine, constant_with_warmup, ...")] = (
         "linear"
     )
-    max_grad_norm: Annotated[float, Field(ge=0, description="Gradients are clipped to this norm; 0: not at all.")] = 1.0
-    bf16: Annotated[bool, Field(description="bfloat16 autocast.")] = False
-    logging_steps: Annotated[float, Field(gt=0, description="Steps between two entries of the log.")] = 50
+    max_grad_norm: Annotated[float, Field(ge=0, description="Gradient norm to clip to; 0: no clipping.")] = 1.0
+    bf16: Annotated[bool, Field(description="Whether to use bfloat16 autocast.")] = False
+    logging_steps: Annotated[float, Field(gt=0, description="Number of steps between log entries.")] = 50
     save_strategy: Annotated[
         Literal["no", "steps", "epoch"], Field(description="When checkpoints to resume from are written.")
     ] = "epoch"
-    save_total_limit: Annotated[int | None, Field(ge=1, description="Checkpoints kept while training.")] = 1
+    save_total_limit: Annotated[int | None, Field(ge=1, description="Number of training checkpoints to keep.")] = 1
     train_sampling_strategy: Annotated[
         Literal["random", "sequential", "group_by_length"],
-        Field(description="group_by_length saves padding: the rows of a batch are alike in length."),
+        Field(description="Sampling of rows; group_by_length puts rows of similar length in a batch, saving padding."),
     ] = "random"
 
     def arguments(self) -> dict[str, Any]:
-        """What is passed to :class:`transformers.TrainingArguments`: our defaults and what was set."""
+        """The arguments of :class:`transformers.TrainingArguments`: our defaults and the given values."""
         return {
             name: getattr(self, name)
             for name in type(self).model_fields

@@ -1,4 +1,4 @@
-"""Where a page shows what is left of a model: heads and neurons by block, bytes by part, bits by module."""
+"""The page's sections on a model's structure: heads and neurons by block, bytes by part, bits by module."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _COLUMNS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out"
 
 
 def pruning_maps(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """Heads and neurons that pruning has left in each block of each model.
+    """Remaining heads and neurons in each block of each model.
 
     Args:
-        models: of a report; controls are left out.
+        models: models of a report; controls are omitted.
     """
     return [_pruning_map(model) for model in models if model.row.get("pruning") and model.kind != "control"]
 
 
 def vocabulary_notes(models: Sequence[Model]) -> list[str]:
-    """What vocabulary pruning has done to each model.
+    """The effect of vocabulary pruning on each model.
 
     Args:
-        models: of a report.
+        models: models of a report.
     """
     return [
         f"{model.name}: Its vocabulary has {found['rows_after']:,} tokens, {found['rows_before']:,} before; "
@@ -39,10 +39,10 @@ def vocabulary_notes(models: Sequence[Model]) -> list[str]:
 
 
 def part_legend(models: Sequence[Model]) -> list[dict[str, str]]:
-    """Names and colours of the parts that bytes are shown of.
+    """Names and colours of the parts in the byte chart.
 
     Args:
-        models: of a report.
+        models: models of a report.
     """
     present = {entry["part"] for model in models for entry in model.row.get("modules") or ()}
     return [{"name": _NAMES.get(part, part), "colour": colour} for part, colour in _COLOURS.items() if part in present]
@@ -52,7 +52,7 @@ def byte_stacks(models: Sequence[Model]) -> list[dict[str, Any]]:
     """Bytes on disk of each model by part, all on one scale.
 
     Args:
-        models: of a report; controls, and models whose size is not known, are left out.
+        models: models of a report; controls, and models of unknown size, are omitted.
     """
     shown = [model for model in models if model.size and model.kind != "control"]
     most = max((model.size or 0 for model in shown), default=1)
@@ -73,11 +73,11 @@ def bit_tables(models: Sequence[Model]) -> list[dict[str, Any]]:
     """Bits of each quantized matrix, by block and place, and the parts that they are in.
 
     Args:
-        models: of a report; controls are left out.
+        models: models of a report; controls are omitted.
 
     Returns:
         For each quantized model ``name``, ``columns``, ``rows`` (a block each), ``others`` (matrices outside of the
-        blocks), ``dense`` (what stays as it was, and why).
+        blocks), ``dense`` (the dense modules, and why).
     """
     tables = []
     for model in models:
@@ -112,7 +112,7 @@ def bits_per_weight(quantization: Mapping[str, Any]) -> float:
     """Bits of codes and scales for each quantized weight.
 
     Args:
-        quantization: of a row.
+        quantization: entry of a row.
     """
     matrices = quantization["matrices"]
     return 8 * sum(m["bytes_after"] for m in matrices) / max(1, sum(m["weights"] for m in matrices))
@@ -122,7 +122,7 @@ def module_table(model: Model) -> list[dict[str, Any]]:
     """Bytes of each module of a model, in the order of the file.
 
     Args:
-        model: of a report.
+        model: model of a report.
     """
     return [
         {"path": entry["path"] or "(others)", "colour": _COLOURS[entry["part"]], "size": f"{entry['bytes']:,}"}
@@ -137,13 +137,13 @@ def _pruning_map(model: Model) -> dict[str, Any]:
         share = round(100 * block["ffn"] / max(1, block["ffn_before"]), 1)
         cells = [{"number": head, "on": head in kept} for head in range(block["heads_before"])]
         blocks.append({**block, "cells": cells, "share": share})
-    asked = f" ({100 * pruning['asked']:.1f} % asked for)" if pruning.get("asked") is not None else ""
+    asked = f" (target: {100 * pruning['asked']:.1f} %)" if pruning.get("asked") is not None else ""
     heads, heads_before = (sum(block[key] for block in blocks) for key in ("heads", "heads_before"))
     neurons, neurons_before = (sum(block[key] for block in blocks) for key in ("ffn", "ffn_before"))
     method, stock = pruning.get("method") or {}, pruning["stock"]
     text = [
         f"{100 * pruning['removed']:.1f} % of {what_is_pruned(pruning)} are pruned{asked}: "
-        f"{heads:,} of {heads_before:,} heads and {neurons:,} of {neurons_before:,} neurons stay."
+        f"{heads:,} of {heads_before:,} heads and {neurons:,} of {neurons_before:,} neurons are kept."
     ]
     if method.get("criterion"):
         text.append(f"Criterion: {method['criterion']}; ranking: {method.get('ranking')}.")

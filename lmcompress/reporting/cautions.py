@@ -1,4 +1,4 @@
-"""What a reader must know before trusting the numbers of a page."""
+"""Cautions for readers of a page's numbers."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from lmcompress.reporting.models import Model, at_chance, chance, control_of, is
 from lmcompress.reporting.wording import Metric, Report, change_text, rows_text
 
 LEVELS = ("stop", "warn", "note")
-"""Levels of a caution, the gravest first."""
+"""Levels of a caution, the most severe first."""
 
 _SPREAD = 0.25
-"""Quartiles that are further apart than this share of the median come from a busy machine, and so do medians of two
-equal models."""
+"""Relative interquartile range above which a machine counts as busy; also for medians of two equal models."""
 _FEW = 50
-"""Fewer rows than this say little."""
+"""Minimum number of rows for a reliable score."""
 _RELOAD = 1e-4
-"""A greater difference, relative to the greatest output, of a reloaded model is a failure."""
+"""Max difference, relative to the max abs output, of a reloaded model before it counts as a failure."""
 
 
 @dataclass(frozen=True)
 class Caution:
-    """A sentence beside the numbers.
+    """A sentence shown with the numbers.
 
     Attributes:
-        level: ``stop``: the numbers say nothing; ``warn``: they say less than they seem to; ``note``: to be known.
-        title: what it is, with its full stop.
-        text: what it means and what to do.
+        level: ``stop``: the numbers are meaningless; ``warn``: they are less reliable than they seem; ``note``: a fact.
+        title: short statement, with its full stop.
+        text: explanation and advice.
     """
 
     level: Literal["stop", "warn", "note"]
@@ -40,11 +39,11 @@ class Caution:
 
 
 def cautions(report: Report, models: Sequence[Model]) -> list[Caution]:
-    """All that holds for a run, the gravest first.
+    """All cautions of a run, the most severe first.
 
     Args:
-        report: of the run.
-        models: of it, the reference first.
+        report: report of the run.
+        models: its models, the reference first.
     """
     found = [
         *_chance(report, models),
@@ -65,18 +64,18 @@ def other_notes(report: Report) -> list[str]:
     """Notes of a report that are no caution.
 
     Args:
-        report: of a run.
+        report: report of a run.
     """
     return [note for note in report["notes"] if not _is_subset(note) and not _is_truncated(note)]
 
 
 def busy_machine(models: Sequence[Model]) -> Iterator[Caution]:
-    """A warning where latencies are spread, or where two equal models took unlike times.
+    """A warning if latencies are spread, or two equal models took different times.
 
-    The load of the system does not show neighbours of a virtual machine, so the times themselves are looked at.
+    The system's load does not show other guests of a virtual machine, so the times themselves are checked.
 
     Args:
-        models: of a report.
+        models: models of a report.
 
     Yields:
         At most one warning.
@@ -90,7 +89,7 @@ def busy_machine(models: Sequence[Model]) -> Iterator[Caution]:
     told = []
     if worst[0] > _SPREAD:
         where = f"{worst[1]}, {rows_text(worst[2])}"
-        told.append(f"Quartiles lie up to {100 * worst[0]:.0f} % of the median apart ({where}).")
+        told.append(f"Interquartile ranges reach {100 * worst[0]:.0f} % of the median ({where}).")
     unlike = max(_equal_models_unlike_times(models), default=None)
     if unlike is not None:
         ratio, one, other, batch = unlike
@@ -123,7 +122,7 @@ def _chance(report: Report, models: Sequence[Model]) -> Iterator[Caution]:
     if level is None:
         return
     metric = Metric.of(report)
-    same = f"one and the same answer to every row scores {metric.text(level)}"
+    same = f"a constant prediction scores {metric.text(level)}"
     if metric.lower_is_better:
         same = f"a model to which all tokens are equally likely has {metric.text(level)}"
     low = [model for model in models if at_chance(report, model)]
@@ -140,7 +139,7 @@ def _reload(models: Sequence[Model]) -> Iterator[Caution]:
         found = model.row.get("equivalence") or {}
         if found.get("relative_error", 0.0) > _RELOAD:
             text = f"{model.name}: max abs difference of outputs {found['max_error']:.1e}."
-            yield Caution("stop", "Saved is not what was trained.", text)
+            yield Caution("stop", "The saved model differs from the trained one.", text)
 
 
 def _few(report: Report, models: Sequence[Model]) -> Iterator[Caution]:
@@ -153,8 +152,8 @@ def _few(report: Report, models: Sequence[Model]) -> Iterator[Caution]:
 def _seed(models: Sequence[Model]) -> Iterator[Caution]:
     if len(models) > 1 and any((m.row.get("training") or {}).get("steps") for m in models):
         text = (
-            "Intervals say what other rows would change, not what another seed would. Run two more seeds before you "
-            "build on a difference of a point or two."
+            "Intervals show the effect of other rows, not of another seed. Run two more seeds before you "
+            "rely on a difference of a point or two."
         )
         yield Caution("warn", "One seed.", text)
 

@@ -1,4 +1,4 @@
-"""Several runs on one page: their models in one table, timed again beside one another."""
+"""Several runs on one page: their models in one table, measured again together."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from lmcompress.reporting.wording import Report
 def compare_runs(
     folders: Sequence[Path], output: Path, names: Sequence[str] | None = None, *, time_again: bool = True
 ) -> Path:
-    """Put the models of several runs side by side in one page of HTML.
+    """Put the models of several runs into one page of HTML.
 
     A model that is in several runs, such as their teacher, is shown once. Differences of scores are paired row by row
-    with the reference of the first run. Where all models are still there, they are timed again in one process, for
-    latencies of different hours cannot be compared.
+    with the reference of the first run. If all models still exist, their latencies are measured again in one process,
+    since latencies of different times cannot be compared.
 
     Args:
-        folders: of at least two runs, with ``results.json`` each.
-        output: the page; folders above it are made.
-        names: of the runs, in the same order; default: the names of their folders.
-        time_again: measure latency again; else the times of the runs are shown, and the page says so.
+        folders: folders of at least two runs, with ``results.json`` each.
+        output: path of the page; missing parent folders are created.
+        names: names of the runs, in the same order; default: the names of their folders.
+        time_again: whether to measure latency again; otherwise the runs' own times are shown, with a note.
 
     Returns:
         ``output``.
 
     Raises:
-        LmcompressError: If a folder is no run or its run is unfinished, if there are fewer than two, or if the runs
+        LmcompressError: If a folder is not a run or its run is unfinished, if there are fewer than two, or if the runs
             measured another task, split, metric, or other rows.
     """
     runs = _runs([Path(folder) for folder in folders], names)
     _check_alike(runs)
     rows, sources = _merged(runs)
-    timed, obstacle = False, "it was not asked for"
+    timed, obstacle = False, "it was not requested"
     if time_again:
         timed, obstacle = _timed(runs, rows)
     view = comparison_view(runs, rows, sources, Path(output), None if timed else obstacle)
@@ -60,11 +60,11 @@ def load_run(folder: Path, name: str | None = None) -> Run:
     """A finished run.
 
     Args:
-        folder: that :func:`~lmcompress.recipes.runner.run` has written.
-        name: default: that of the folder.
+        folder: folder written by :func:`~lmcompress.recipes.runner.run`.
+        name: name of the run; default: that of the folder.
 
     Raises:
-        LmcompressError: If it is no run, or is unfinished, or its ``results.json`` cannot be read.
+        LmcompressError: If it is not a run, or is unfinished, or its ``results.json`` cannot be read.
     """
     file = folder / "results.json"
     if not file.is_file():
@@ -120,7 +120,7 @@ def _labels(report: Report) -> list[Any] | None:
 
 
 def _merged(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """All rows under names that differ, and the run of each; what is in several runs is there once."""
+    """All rows under distinct names, and the runs of each; models in several runs are included once."""
     rows: list[dict[str, Any]] = []
     sources: dict[str, str] = {}
     for run in runs:
@@ -143,7 +143,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _timed(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> tuple[bool, str]:
-    """Time all models again, in place; whether that was possible, and why not."""
+    """Measure all models again, in place; whether that was possible, and why not."""
     entries = [entry for row in rows for entry in row["latency"]]
     if not entries:
         return False, "the runs have not measured it"
@@ -171,7 +171,7 @@ def _timed(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> tuple[bool, s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers says nothing but errors for the time."""
+    """Within the block, Transformers prints only errors."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The page of a comparison: everything that its template prints, computed from the reports of the runs."""
+"""The page of a comparison: all values of its template, computed from the reports of the runs."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Run:
 def comparison_view(
     runs: Sequence[Run], rows: Sequence[dict[str, Any]], sources: Mapping[str, str], output: Path, untimed: str | None
 ) -> dict[str, Any]:
-    """What the page of a comparison shows.
+    """The values shown on the page of a comparison.
 
     Args:
-        runs: in the order given.
-        rows: of all of them, under names that differ.
+        runs: runs in the given order.
+        rows: rows of all of them, under distinct names.
         sources: name of a row to those of its runs.
-        output: where the page will be.
-        untimed: why latency was not measured again; None where it was.
+        output: path of the page.
+        untimed: why latency was not measured again; None if it was.
 
     Returns:
-        What ``compare.html.j2`` prints.
+        Values of ``compare.html.j2``.
     """
     first = runs[0].report
     report = {**first, "rows": list(rows), "picked": None, "notes": _notes(runs)}

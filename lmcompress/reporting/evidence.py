@@ -1,4 +1,4 @@
-"""How sure a score and a difference of scores are: what ``results.json`` keeps of each row, and intervals of it."""
+"""Uncertainty of scores and their differences: per-row data in ``results.json``, and intervals from it."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def decode(packed: Mapping[str, Any]) -> Array:
 
 @dataclass(frozen=True)
 class Units:
-    """What a metric is made of: one number per row in each column, and how their means become the score.
+    """The components of a metric: one number per row in each column, and the score as a function of their means.
 
     Attributes:
         columns: ``(units,)`` float64 each.
-        combine: means of the columns, ``(resamples,)`` each, to the score.
+        combine: function from means of the columns, ``(resamples,)`` each, to the score.
         shares: whether the only column is right (1) or wrong (0).
     """
 
@@ -93,15 +93,15 @@ class Units:
 
 
 def units_of(report: Mapping[str, Any], row: Mapping[str, Any], split: str) -> Units | None:
-    """What the main metric of a row is made of.
+    """The components of a row's main metric.
 
     Args:
-        report: of a run.
-        row: of the report.
-        split: that was measured.
+        report: report of a run.
+        row: row of the report.
+        split: split that was measured.
 
     Returns:
-        The units: rows, or windows of a text; None where the results do not hold them, as those of earlier versions,
+        The units: rows, or windows of a text; None if the results lack them, as those of earlier versions,
         or for a metric that is no function of means over rows, such as ``f1_macro``.
     """
     own = (row.get("evidence") or {}).get(split)
@@ -122,10 +122,10 @@ def score_interval(units: Units | None) -> Interval | None:
     """The score and its 95 % interval over the choice of rows: Wilson's for shares, else a percentile bootstrap.
 
     Args:
-        units: of :func:`units_of`.
+        units: from :func:`units_of`.
 
     Returns:
-        The interval; None where there is nothing to compute it of, or it is not finite.
+        The interval; None if there is nothing to compute it from, or it is not finite.
 
     Reference:
         Wilson 1927, *Probable inference, the law of succession, and statistical inference*; Efron & Tibshirani 1993,
@@ -141,18 +141,18 @@ def score_interval(units: Units | None) -> Interval | None:
 
 
 def difference(own: Units | None, other: Units | None, *, relative: bool = False) -> Interval | None:
-    """The difference of two scores on the same rows, with a 95 % interval in which only rows count where they differ.
+    """The difference of two scores on the same rows, with a paired 95 % interval.
 
     For shares this is the adjusted Wald interval of paired proportions, which adds one row to either side, so that it
     has a width even where the two models never disagree.
 
     Args:
-        own: of the model.
-        other: of what it is compared with, in the same rows.
-        relative: ``own / other - 1`` in place of ``own - other``.
+        own: units of the model.
+        other: units of the model it is compared with, on the same rows.
+        relative: whether to use ``own / other - 1`` instead of ``own - other``.
 
     Returns:
-        The interval; None where one of the two is not known, or the rows are not the same.
+        The interval; None if one of the two is unknown, or the rows differ.
 
     Reference:
         Bonett & Price 2012, *Adjusted Wald confidence interval for a difference of binomial proportions based on paired

@@ -1,4 +1,4 @@
-"""The plots of the page: quality against what it costs, and losses by term."""
+"""The plots of the page: quality against cost, and losses by term."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Point:
     """A model in a plot.
 
     Attributes:
-        name: written beside it.
+        name: label of the point.
         kind: key of its marker and colour.
-        x: what it costs, with the ends of its interval.
-        y: its quality, likewise.
+        x: its cost, with the ends of its interval.
+        y: its quality, with the ends of its interval.
         strong: whether its name is bold.
     """
 
@@ -40,10 +40,10 @@ class Point:
 
 
 def pareto(points: Sequence[Point], *, lower_is_better: bool = False) -> list[Point]:
-    """The points that no other one beats in both, controls left out.
+    """The Pareto frontier: points that no other one beats in both, without controls.
 
     Args:
-        points: any.
+        points: any points.
         lower_is_better: whether quality is better the lower it is; cost always is.
 
     Returns:
@@ -70,19 +70,19 @@ def tradeoff(
     limits: tuple[float, float] = (0.0, 100.0),
     least_span: float = 6.0,
 ) -> str:
-    """Quality against cost: intervals of both, the frontier, and a band where noise of the reference would be.
+    """Quality against cost: intervals of both, the frontier, and the reference's interval as a band.
 
     Args:
         points: at least one.
-        label: of the axis of costs; it starts at 0 unless ``log``.
+        label: label of the cost axis; it starts at 0 unless ``log``.
         quality: label of the other axis.
-        size: px.
-        title: of the figure, another one for each figure of a page.
-        log: cost on a log scale, and the label says so.
-        lower_is_better: of quality.
-        band: name of the point whose interval of quality is shaded.
-        limits: that quality cannot pass.
-        least_span: of the axis of quality, so that noise does not fill the plot.
+        size: size in px.
+        title: title of the figure, unique on a page.
+        log: whether cost is on a log scale, as its label then states.
+        lower_is_better: whether lower quality values are better.
+        band: name of the point whose quality interval is shaded.
+        limits: bounds of quality.
+        least_span: minimum span of the quality axis, so that noise does not fill the plot.
 
     Returns:
         SVG.
@@ -124,15 +124,15 @@ def losses(
     limits: tuple[float, float],
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Every term of the loss as it is weighted in the sum, on a log scale; curves are named at their ends.
+    """Every weighted term of the loss on a log scale; curves are labelled at their ends.
 
     Args:
         log: entries with ``step``, ``loss`` and the terms, ``loss_…``; at least one.
-        size: px.
-        title: of the figure, another one for each figure of a page.
-        steps: of training.
-        limits: of the axis of losses, positive.
-        marks: steps at which something ends, and what.
+        size: size in px.
+        title: title of the figure, unique on a page.
+        steps: number of training steps.
+        limits: limits of the loss axis, positive.
+        marks: steps with a label.
 
     Returns:
         SVG.
@@ -171,7 +171,7 @@ def losses(
 
 
 def _quality_axis(axes: Axes, points: Sequence[Point], limits: tuple[float, float], least_span: float) -> None:
-    # an honest axis: never narrower than the least span, and never cut through an interval
+    # an honest axis: never narrower than the minimum span, and never cutting an interval
     low, high = min(p.y[1] for p in points), max(p.y[2] for p in points)
     spare = max(0.0, least_span - (high - low)) / 2 + 0.12 * (high - low)
     axes.set_ylim(max(limits[0], low - spare), min(limits[1], high + spare))
@@ -195,7 +195,7 @@ def _cost_axis(axes: Axes, points: Sequence[Point], log: bool) -> None:
 
 def _mark(axes: Axes, point: Point) -> None:
     colour, hollow = COLOURS[point.kind], point.kind == "control"
-    # a marker at the end of an axis is whole
+    # markers at the end of an axis are drawn whole
     bar: dict[str, Any] = {"color": colour, "linewidth": 1.6, "zorder": 3, "clip_on": False}
     axes.plot([point.x[0]] * 2, point.y[1:], **bar)
     axes.plot(point.x[1:], [point.y[0]] * 2, **bar)
@@ -241,7 +241,7 @@ def _name(drawing: Drawing, axes: Axes, points: Sequence[Point], best: Sequence[
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names that fit a plot: of long ones the middle is left out, as long as they differ without it."""
+    """Names that fit a plot: long ones are abbreviated in the middle, as long as they stay distinct."""
     short = {name: name if len(name) <= _LONGEST_NAME else f"{name[:10]}…{name[-10:]}" for name in names}
     return {name: words if list(short.values()).count(words) == 1 else name for name, words in short.items()}
 
@@ -249,7 +249,7 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
 def _curves(
     axes: Axes, log: Sequence[Mapping[str, float]], name: str, members: Sequence[str], bottom: float
 ) -> tuple[float, str, str]:
-    """Draw the terms of one kind; where they end, what they are called, and their colour."""
+    """Draw the terms of one kind; returns their ends, labels and colour."""
     family = name if name in ("label", "kd") else "hidden" if name.startswith("hidden") else "other"
     last = []
     for term in members:
@@ -272,7 +272,7 @@ def _name_ends(drawing: Drawing, axes: Axes, ends: Sequence[tuple[float, str, st
     places = list(wanted)
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + 13)
-    # what would stand above the plot moves down, and what is below with it
+    # labels above the plot move down, pushing those below
     places[-1] = min(places[-1], drawing.height - 20)
     for i in range(len(places) - 2, -1, -1):
         places[i] = min(places[i], places[i + 1] - 13)

@@ -1,4 +1,4 @@
-"""The result of a run in one sentence, four figures, and what follows from them."""
+"""The result of a run in one sentence, four figures, and supporting statements."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def headline(report: Report, models: Sequence[Model], picked: Model) -> Markup:
     """The result in a sentence.
 
     Args:
-        report: of a run.
-        models: of it, the reference first.
-        picked: that it is about.
+        report: report of a run.
+        models: its models, the reference first.
+        picked: the model it is about.
 
     Returns:
-        The sentence; what matters in it is emphasized, names are escaped.
+        The sentence; important parts are emphasized, names are escaped.
     """
     metric, reference = Metric.of(report), models[0]
     if at_chance(report, reference):
@@ -61,12 +61,12 @@ def headline(report: Report, models: Sequence[Model], picked: Model) -> Markup:
 
 
 def lead(report: Report, models: Sequence[Model], picked: Model) -> Markup:
-    """What stands below the headline: scores, and what the teacher is worth.
+    """The text below the headline: scores, and the gain from the teacher.
 
     Args:
-        report: of a run.
-        models: of it, the reference first.
-        picked: that the headline is about.
+        report: report of a run.
+        models: its models, the reference first.
+        picked: the model that the headline is about.
     """
     metric, reference = Metric.of(report), models[0]
     level = chance(report)
@@ -82,8 +82,8 @@ def lead(report: Report, models: Sequence[Model], picked: Model) -> Markup:
     )
     if at_chance(report, reference):
         assert level is not None
-        why = " What another model keeps of that says nothing, so no ratios are shown."
-        return told + f" A model that has learned nothing scores {metric.text(level)}." + why
+        why = " Shares of it in other models are meaningless, so no ratios are shown."
+        return told + f" A constant prediction scores {metric.text(level)}." + why
     control, worth = _worth(report, models, picked)
     if control is None or worth is None:
         return told
@@ -96,15 +96,15 @@ def lead(report: Report, models: Sequence[Model], picked: Model) -> Markup:
 
 
 def figures(report: Report, models: Sequence[Model], picked: Model) -> list[dict[str, Any]]:
-    """Up to four numbers, each with what it is relative to, and how sure it is.
+    """Up to four numbers, each with its reference and its uncertainty.
 
     Args:
-        report: of a run.
-        models: of it, the reference first.
-        picked: that they are of.
+        report: report of a run.
+        models: its models, the reference first.
+        picked: the model they describe.
 
     Returns:
-        The figures; none at chance level, and none of a model that stands alone.
+        The figures; none at chance level, and none for a single model.
     """
     reference = models[0]
     if picked.is_reference or at_chance(report, reference) or at_chance(report, picked):
@@ -114,7 +114,7 @@ def figures(report: Report, models: Sequence[Model], picked: Model) -> list[dict
         ratio = reference.size / picked.size
         relative = f"{times(ratio)} smaller than {megabytes(reference.size)}"
         found.append(
-            _figure("size on disk", megabytes(picked.size), relative, "exact: all files that loading needs", 1 / ratio)
+            _figure("size on disk", megabytes(picked.size), relative, "exact: all files needed for loading", 1 / ratio)
         )
     if batch := min(picked.latency, default=0):
         found.append(_latency_figure(reference, picked, batch, str(report["machine"].get("gpu") or "CPU")))
@@ -138,12 +138,12 @@ def figures(report: Report, models: Sequence[Model], picked: Model) -> list[dict
 
 
 def speed(model: Model, reference: Model, batch: int) -> Interval:
-    """The ratio of two medians, and the least and most that the quartiles allow.
+    """The ratio of two medians, and its bounds according to the quartiles.
 
     Args:
-        model: that was timed.
-        reference: likewise; the ratio is above 1 where it is slower.
-        batch: size.
+        model: a timed model.
+        reference: the reference; the ratio is above 1 if it is slower.
+        batch: batch size.
     """
     median, lower, upper = model.quartiles(batch)
     other, other_lower, other_upper = reference.quartiles(batch)
@@ -151,12 +151,12 @@ def speed(model: Model, reference: Model, batch: int) -> Interval:
 
 
 def speed_text(model: Model, reference: Model, batch: int) -> str:
-    """A ratio of latencies in words that do not flatter: a difference only where the quartiles do not overlap.
+    """A ratio of latencies in words: a difference only if the interquartile ranges do not overlap.
 
     Args:
-        model: that was timed.
-        reference: likewise.
-        batch: size.
+        model: a timed model.
+        reference: the reference.
+        batch: batch size.
     """
     if batch not in model.latency or batch not in reference.latency:
         return ""
@@ -167,12 +167,12 @@ def speed_text(model: Model, reference: Model, batch: int) -> str:
 
 
 def whose(reference: Model, metric: Metric, *, possessive: bool = False) -> str:
-    """The reference as the headline calls it.
+    """The reference's name in the headline.
 
     Args:
-        reference: of a report.
-        metric: that is kept.
-        possessive: only the name, with nothing of the metric.
+        reference: reference of a report.
+        metric: metric that is kept.
+        possessive: whether to return only the name, without the metric.
     """
     name = "its teacher" if reference.row["role"] == "teacher" else f"the {reference.name} model"
     return name if possessive else f"{name}’s {metric.title}"
@@ -278,7 +278,7 @@ def _figure(
     low: float | None = None,
     high: float | None = None,
 ) -> dict[str, Any]:
-    """A figure, with a bar of its share of the reference where it has one."""
+    """A figure, with a bar of its share of the reference if it has one."""
     top = max(1.05, 1.05 * (high or share or 1))
 
     def at(part: float) -> float:

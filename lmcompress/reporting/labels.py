@@ -1,4 +1,4 @@
-"""Places for the names of points in a plot, so that none lies on another, on a marker or on a line."""
+"""Placement of the labels of points in a plot, without overlaps with each other, markers or lines."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CHARACTER, _HEIGHT = 6.3, 14.0
 
 @dataclass(frozen=True)
 class Label:
-    """Where a name stands.
+    """The placement of a label.
 
     Attributes:
-        name: of the point.
-        centre: of the text, px.
-        leader: ends of the line to its point, where the text is far from it.
+        name: label of the point.
+        centre: centre of the text, px.
+        leader: ends of the line to its point, if the text is far from it.
     """
 
     name: str
@@ -30,15 +30,15 @@ class Label:
 
 
 def place(points: Mapping[str, tuple[float, float]], taken: Sequence[tuple[Box, float]], area: Box) -> list[Label]:
-    """Choose a place for each name: of 96 around its point the one that meets least of what is there.
+    """Choose a place for each label: of 96 candidates around its point the one with the least overlap.
 
-    Greedy, the most crowded points first. A place that is nearer to another point than to its own costs, so that it is
-    plain what a name belongs to.
+    Greedy, the most crowded points first. A place nearer to another point than to its own has a penalty, so that
+    labels are unambiguous.
 
     Args:
         points: name to px.
-        taken: boxes of what is drawn already, and how bad it is to lie on each.
-        area: that names must stay in.
+        taken: boxes of drawn elements, and the penalty of overlapping each.
+        area: area that labels must stay in.
 
     Returns:
         A label for each point.

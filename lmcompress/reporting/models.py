@@ -1,4 +1,4 @@
-"""The models of a report as a page shows them: kind, score with its interval, difference to the reference."""
+"""The models of a report as a page shows them: kind, score with its interval, difference from the reference."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lmcompress.reporting.tables import quality_of
 from lmcompress.reporting.wording import Metric, Report
 
 MARGIN = 0.01
-"""Loss of score that a model may have to be picked: a point."""
+"""Loss of score allowed for a pick: a point."""
 MARGIN_RELATIVE = 0.05
-"""The same where lower is better: 5 % of the reference."""
+"""The same if lower is better: 5 % of the reference."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Model:
     """A row of a report.
 
     Attributes:
-        row: as in the report.
-        name: shown.
-        kind: teacher, student, control, pruned or quantized: its colour and its shape.
-        score: of the main metric.
-        interval: of the score; None where the results do not hold what it is computed of.
-        change: difference to the reference: as a fraction of 1, or of the reference where lower is better; None of the
-            reference itself and where the rows are not known.
-        units: what the score is made of.
+        row: the row in the report.
+        name: displayed name.
+        kind: teacher, student, control, pruned or quantized: its colour and marker.
+        score: score in the main metric.
+        interval: interval of the score; None if the results lack the data for it.
+        change: difference from the reference: as a fraction of 1, or of the reference if lower is better; None for the
+            reference itself and if the rows are unknown.
+        units: components of the score.
         latency: entries by batch size.
         is_reference: whether the others are compared with it.
     """
@@ -46,19 +46,19 @@ class Model:
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk, None of a model that only the Hub has."""
+        """Bytes on disk, None for a model that is only on the Hub."""
         return self.row["size_bytes"]
 
     @property
     def parameters(self) -> int:
-        """Numbers in its weights."""
+        """Number of its parameters."""
         return int(self.row["parameters"])
 
     def quartiles(self, batch: int) -> tuple[float, float, float]:
         """Median, first and third quartile of the latency, in ms.
 
         Args:
-            batch: size that was measured.
+            batch: measured batch size.
         """
         entry = self.latency[batch]
         median = float(entry["median_ms"])
@@ -69,8 +69,8 @@ def collect(report: Report, rows: Sequence[Mapping[str, Any]] | None = None) -> 
     """The models of a report, the reference first.
 
     Args:
-        report: of a run.
-        rows: in place of the report's.
+        report: report of a run.
+        rows: rows to use instead of the report's.
     """
     rows = report["rows"] if rows is None else rows
     reference = next((row for row in rows if row["name"] == report["reference"]), rows[0])
@@ -99,10 +99,10 @@ def collect(report: Report, rows: Sequence[Mapping[str, Any]] | None = None) -> 
 
 
 def kind_of(row: Mapping[str, Any], *, is_reference: bool = False) -> str:
-    """What a page draws a row as.
+    """The kind of a row's model, which determines its colour and marker.
 
     Args:
-        row: of a report.
+        row: row of a report.
         is_reference: whether the others are compared with it.
 
     Returns:
@@ -118,10 +118,10 @@ def kind_of(row: Mapping[str, Any], *, is_reference: bool = False) -> str:
 
 
 def description(model: Model) -> str:
-    """What was done to a model, in a few words.
+    """A model's compression in a few words.
 
     Args:
-        model: of a report.
+        model: model of a report.
     """
     row = model.row
     trained = bool((row.get("training") or {}).get("steps"))
@@ -148,10 +148,10 @@ def description(model: Model) -> str:
 
 
 def what_is_pruned(pruning: Mapping[str, Any]) -> str:
-    """What the share that pruning has removed is a share of.
+    """The reference of pruning's removed share.
 
     Args:
-        pruning: of a row.
+        pruning: entry of a row.
     """
     blocks = (pruning.get("coverage") or {}).get("block_parameters")
     if pruning["unit"] == "parameters" and blocks and abs(blocks["cut"] - pruning["removed"]) < 1e-3:
@@ -160,10 +160,10 @@ def what_is_pruned(pruning: Mapping[str, Any]) -> str:
 
 
 def is_distilled(row: Mapping[str, Any]) -> bool:
-    """Whether a teacher had a part in the training of a row.
+    """Whether a teacher was used in the training of a row.
 
     Args:
-        row: of a report.
+        row: row of a report.
     """
     last = (row.get("training") or {}).get("last_log") or {}
     return any(re.match("loss_(?!label$)", key) for key in last)
@@ -173,18 +173,18 @@ def control_of(model: Model, models: Sequence[Model]) -> Model | None:
     """The model of the same shape that was trained without a teacher.
 
     Args:
-        model: that may have one.
-        models: of the report.
+        model: a model that may have one.
+        models: models of the report.
     """
     return next((m for m in models if m.kind == "control" and m.name == f"{model.name}-control"), None)
 
 
 def at_chance(report: Report, model: Model) -> bool:
-    """Whether the rows do not show that a model is better than one and the same answer to all of them.
+    """Whether a model is not significantly better than a constant prediction.
 
     Args:
-        report: with ``chance``; without it nothing is known.
-        model: of the report.
+        report: a report with ``chance``; without it the result is False.
+        model: model of the report.
     """
     level = chance(report)
     if level is None:
@@ -195,10 +195,10 @@ def at_chance(report: Report, model: Model) -> bool:
 
 
 def chance(report: Report) -> float | None:
-    """Score of a model that has learned nothing; None where it is not known.
+    """Score of a constant prediction; None if it is unknown.
 
     Args:
-        report: of a run.
+        report: report of a run.
     """
     return ((report.get("chance") or {}).get(report["split"]) or {}).get(report["metric"])
 
@@ -207,11 +207,11 @@ def pick(report: Report, models: Sequence[Model]) -> Model:
     """The model that the page is about: the smallest within the margin of the reference, else the last.
 
     Args:
-        report: may name it as ``picked``.
-        models: of the report, the reference first.
+        report: a report, which may name it as ``picked``.
+        models: its models, the reference first.
 
     Returns:
-        One of them; the reference where there is no other.
+        One of them; the reference if there is no other.
     """
     others = [m for m in models if not m.is_reference and m.kind != "control"]
     named = next((m for m in others if m.name == report.get("picked")), None)
@@ -225,8 +225,8 @@ def within_margin(report: Report, model: Model) -> bool:
     """Whether a model loses at most a point, or 5 % where lower is better.
 
     Args:
-        report: says which.
-        model: of the report.
+        report: determines which.
+        model: model of the report.
     """
     metric = Metric.of(report)
     margin = MARGIN_RELATIVE if metric.lower_is_better else MARGIN
@@ -237,7 +237,7 @@ def renamed(model: Model, name: str) -> Model:
     """The same model under another name.
 
     Args:
-        model: any.
+        model: any model.
         name: shown in place of its own.
     """
     return replace(model, name=name)
@@ -246,7 +246,7 @@ def renamed(model: Model, name: str) -> Model:
 def _plain_change(
     report: Report, row: Mapping[str, Any], reference: Mapping[str, Any], metric: Metric
 ) -> Interval | None:
-    """The difference where nothing is known of its uncertainty."""
+    """The difference, if its uncertainty is unknown."""
     if row is reference:
         return None
     mine, theirs = quality_of(report, row), quality_of(report, reference)

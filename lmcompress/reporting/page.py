@@ -1,4 +1,4 @@
-"""The page of a run: everything that its template prints, computed from the report."""
+"""The page of a run: all values of its template, computed from the report."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "token_classification": "AutoModelForTokenClassification",
 }
-"""Kind of a task to the class that loads its models, where that is not ``AutoModelForSequenceClassification``."""
+"""Kind of a task to the class that loads its models, if it is not ``AutoModelForSequenceClassification``."""
 
 
 def run_view(report: Report, folder: Path | None = None) -> dict[str, Any]:
-    """What the page of a run shows.
+    """The values shown on the page of a run.
 
     Args:
-        report: of the run; fields that reports of earlier versions lack are left out of the page.
-        folder: of the run, where its recipe and the logs of its stages are looked up.
+        report: report of the run; fields that reports of earlier versions lack are omitted.
+        folder: folder of the run, with its recipe and the logs of its stages.
 
     Returns:
-        What ``run.html.j2`` prints.
+        Values of ``run.html.j2``.
     """
     report = with_logs(report, folder)
     models = collect(report)
@@ -93,11 +93,11 @@ def run_view(report: Report, folder: Path | None = None) -> dict[str, Any]:
 
 
 def with_logs(report: Report, folder: Path | None) -> Report:
-    """A report whose rows have the logs of their training, which earlier versions left in the folders of the stages.
+    """A report with the training logs in its rows, which earlier versions left in the folders of the stages.
 
     Args:
-        report: of a run.
-        folder: of the run, if it is known.
+        report: report of a run.
+        folder: folder of the run, if known.
     """
     if folder is None:
         return report
@@ -112,10 +112,10 @@ def with_logs(report: Report, folder: Path | None) -> Report:
 
 
 def checks(models: Sequence[Model]) -> list[dict[str, str]]:
-    """What was proven of the checkpoints.
+    """The verified properties of the checkpoints.
 
     Args:
-        models: of a report.
+        models: models of a report.
 
     Returns:
         ``state`` (good, half, bad), ``text`` and ``detail`` each.
@@ -129,7 +129,7 @@ def checks(models: Sequence[Model]) -> list[dict[str, str]]:
         found.append(_check("good", f"Saved = reloaded, {len(saved)} of {len(models)} models", detail))
     errors = [(model.name, model.row["pruning"]["masked_error"]) for model in models if model.row.get("pruning")]
     if errors:
-        detail = "; ".join(f"{name}: {error:.1e} of the greatest output" for name, error in errors)
+        detail = "; ".join(f"{name}: {error:.1e} of the max abs output" for name, error in errors)
         found.append(_check("good", "Masked = cut", detail))
     for model in models:
         if quantization := model.row.get("quantization"):
@@ -147,11 +147,11 @@ def checks(models: Sequence[Model]) -> list[dict[str, str]]:
 
 
 def load_snippet(report: Report, model: Model) -> str:
-    """Python that loads a model and its tokenizer.
+    """Python code that loads a model and its tokenizer.
 
     Args:
-        report: says what its task is.
-        model: of the report.
+        report: determines the task.
+        model: model of the report.
     """
     head = AUTO_CLASSES.get(str(report["kind"]), "AutoModelForSequenceClassification")
     needed = "import lmcompress  # registers its layers\n" if _needs_library(model.row) else ""
@@ -164,7 +164,7 @@ def load_snippet(report: Report, model: Model) -> str:
 
 
 def _needs_library(row: Mapping[str, Any]) -> str | None:
-    """Why stock Transformers does not load a model, or None."""
+    """Why stock Transformers cannot load a model, or None."""
     if row.get("format") == "vanilla":
         return None
     if row.get("quantization"):

@@ -1,4 +1,4 @@
-"""Pictures of what pruning looks at: importance of heads, sensitivity of blocks."""
+"""Plots for pruning: importance of heads, sensitivity of blocks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def importance_map(scores: Sequence[Sequence[float]], file: Path, *, title: str 
     """Scores of heads as a map of blocks and heads; darker is more important.
 
     Args:
-        scores: of each block, of each of its heads; blocks may have different numbers, or none.
-        file: a PNG.
-        title: above it.
+        scores: scores of each block's heads; blocks may have different numbers, or none.
+        file: path of a PNG.
+        title: title of the plot.
 
     Returns:
         The file.
@@ -48,13 +48,13 @@ def importance_map(scores: Sequence[Sequence[float]], file: Path, *, title: str 
 def sensitivity_curves(
     rows: Sequence[Mapping[str, Any]], file: Path, *, quality: str = "quality", lower_is_better: bool = False
 ) -> Path:
-    """Quality against the share removed, one curve for each block, heads and neurons apart.
+    """Quality against the share removed, one curve per block, heads and neurons separately.
 
     Args:
         rows: :meth:`~lmcompress.pruning.structured.sensitivity.SensitivityRow.as_dict` of each measurement.
-        file: a PNG.
-        quality: what the numbers are called.
-        lower_is_better: of that number.
+        file: path of a PNG.
+        quality: name of the quality.
+        lower_is_better: whether lower quality values are better.
 
     Returns:
         The file.
@@ -77,7 +77,7 @@ def sensitivity_curves(
             axes.plot(*zip(*points, strict=True), marker=".", color=shades[index], label=f"block {block}")
         if whole:
             axes.axhline(whole[0], color="0.5", linewidth=0.8, linestyle=":")
-        axes.set(title=part, xlabel="share of the block that is gone", xlim=(0, 1.02))
+        axes.set(title=part, xlabel="pruned share of the block", xlim=(0, 1.02))
         axes.grid(alpha=0.3)
     axes = figure.axes[0]
     axes.set_ylabel(quality + (" (lower is better)" if lower_is_better else ""))
@@ -104,7 +104,7 @@ def _shades(count: int) -> Any:
 
 
 def _figure(width: float, height: float) -> Figure:
-    # no pyplot: it has global state, and looks for a screen
+    # no pyplot: it has global state, and looks for a display
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

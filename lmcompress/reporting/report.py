@@ -1,4 +1,4 @@
-"""A run's report: the same numbers as JSON for programs, Markdown for reading, HTML for showing."""
+"""A run's report: the same numbers as JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def report_markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str
     """The report in Markdown.
 
     Args:
-        report: of a run.
-        plots: paths of pictures, relative to the report.
+        report: report of a run.
+        plots: paths of plots, relative to the report.
     """
     return _environment().get_template("report.md.j2").render(r=report, table=_escaped_rows(report), plots=plots)
 
 
 def report_html(report: Mapping[str, Any], folder: Path | None = None) -> str:
-    """The report as one page of HTML that needs nothing else: style, figures and a short script are in it.
+    """The report as one self-contained page of HTML with style, figures and a short script.
 
-    What comes from data is escaped. Without the script, all is shown; it changes the theme, copies, and opens the folds
+    Data are escaped. Everything is shown without the script, which changes the theme, copies text, and opens the folds
     for printing.
 
     Args:
-        report: of a run; those of earlier versions are shown without what they do not hold.
-        folder: of the run, where its recipe and the logs of its stages are looked up.
+        report: report of a run; those of earlier versions are shown without the missing fields.
+        folder: folder of the run, with its recipe and the logs of its stages.
     """
     return render("run.html.j2", v=run_view(report, folder))
 
@@ -47,7 +47,7 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: name of a file in ``templates``.
-        **values: that it prints.
+        **values: values of the template.
     """
     environment = _environment()
     assert environment.loader is not None
@@ -59,8 +59,8 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write ``results.json``, ``metrics.json``, ``report.md``, ``report.html`` and ``plots/``.
 
     Args:
-        report: of a run.
-        folder: of the run.
+        report: report of a run.
+        folder: folder of the run.
     """
     plots = write_plots(report, folder)
     metrics = {row["name"]: row["metrics"] for row in report["rows"]}
@@ -79,8 +79,8 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[str]:
     """Quality against size and against the latency at each batch size, as SVG in ``plots/``.
 
     Args:
-        report: of a run.
-        folder: of the run.
+        report: report of a run.
+        folder: folder of the run.
 
     Returns:
         The files, relative to ``folder``; none for a single model.

@@ -1,4 +1,4 @@
-"""The parts that the page of a run and the comparison of runs share: table, plots, checks, surroundings."""
+"""The parts that the page of a run and the comparison of runs share: table, plots, checks, environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.reporting.models import Model, chance, description
 from lmcompress.reporting.wording import Metric, Report, change_text, count, megabytes, milliseconds, rows_text, times
 
 ROLES = {
-    "teacher": ("teacher", "what the others are compared with, and learn from"),
+    "teacher": ("teacher", "the reference of the others, which learn from it"),
     "student": ("student", "a smaller model that learns from labels and the teacher"),
     "pruned": ("pruned", "heads, neurons, tokens or single weights were removed"),
     "quantized": ("quantized", "weights in few bits, or clustered, packed in the file"),
@@ -31,7 +31,7 @@ def batches_of(models: Sequence[Model]) -> list[int]:
     """The batch sizes that latency was measured at.
 
     Args:
-        models: of a report.
+        models: models of a report.
     """
     return sorted({batch for model in models for batch in model.latency})
 
@@ -40,9 +40,9 @@ def table(report: Report, models: Sequence[Model], picked: Model) -> list[dict[s
     """A row for each model, as text, with the numbers that columns are sorted by.
 
     Args:
-        report: of a run.
-        models: of it, the reference first.
-        picked: that is set off.
+        report: report of a run.
+        models: its models, the reference first.
+        picked: the highlighted model.
     """
     metric, reference, batches = Metric.of(report), models[0], batches_of(models)
     span = _span([model.change for model in models if model.change])
@@ -87,10 +87,10 @@ def roles(models: Sequence[Model]) -> list[tuple[str, str, str]]:
     """Kind, name and explanation of each kind that occurs.
 
     Args:
-        models: of a report.
+        models: models of a report.
     """
     present = {model.kind for model in models}
-    reference = "what the others are compared with" if models[0].row["role"] != "teacher" else ROLES["teacher"][1]
+    reference = "the reference of the others" if models[0].row["role"] != "teacher" else ROLES["teacher"][1]
     named = ROLES | {"teacher": ("teacher" if models[0].row["role"] == "teacher" else "reference", reference)}
     return [(kind, *named[kind]) for kind in named if kind in present]
 
@@ -99,13 +99,13 @@ def tradeoffs(report: Report, models: Sequence[Model], picked: Model, *, log: bo
     """Plots of quality against size and against the latency at each batch size.
 
     Args:
-        report: of a run.
-        models: of it, the reference first.
-        picked: its name is bold.
-        log: costs on a log scale, and each plot in a wide and a narrow drawing.
+        report: report of a run.
+        models: its models, the reference first.
+        picked: the model whose name is bold.
+        log: whether costs are on a log scale, and each plot is drawn in a wide and a narrow version.
 
     Returns:
-        ``title``, ``note``, ``svgs`` each; no plots of fewer than two models.
+        ``title``, ``note``, ``svgs`` each; no plots for fewer than two models.
     """
     lengths = {e.get("sequence_length") for m in models for e in m.latency.values()} - {None}
     tokens = f" of {lengths.pop()} tokens" if len(lengths) == 1 else ""
@@ -139,10 +139,10 @@ def tradeoffs(report: Report, models: Sequence[Model], picked: Model, *, log: bo
 
 
 def tradeoff_note(report: Report, *, log: bool = False) -> str:
-    """What a reader of these plots must know.
+    """A note on reading these plots.
 
     Args:
-        report: of a run.
+        report: report of a run.
         log: whether costs are on a log scale.
     """
     metric, level = Metric.of(report), chance(report)
@@ -157,10 +157,10 @@ def tradeoff_note(report: Report, *, log: bool = False) -> str:
 
 
 def loss_panels(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """Curves of the loss of each model that was trained, by term, on one scale.
+    """Loss curves of each trained model, by term, on one scale.
 
     Args:
-        models: of a report.
+        models: models of a report.
     """
     logs = {model.name: _log(model) for model in models}
     values = [e["loss"] for log in logs.values() for e in log] + [
@@ -193,10 +193,10 @@ def loss_panels(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 
 def environment(report: Report) -> list[tuple[str, str]]:
-    """The machine, and the versions that made the numbers.
+    """The machine, and the software versions.
 
     Args:
-        report: of a run.
+        report: report of a run.
     """
     machine, latency = report["machine"], report.get("latency") or {}
     memory = machine.get("memory_gib")
@@ -217,10 +217,10 @@ def environment(report: Report) -> list[tuple[str, str]]:
 
 
 def linked(text: str) -> Markup:
-    """Text whose addresses can be clicked.
+    """Text with clickable addresses.
 
     Args:
-        text: is escaped.
+        text: plain text; it is escaped.
 
     Example:
         >>> str(linked("a < b, https://x.org/1; c"))
@@ -254,7 +254,7 @@ def _log(model: Model) -> list[dict[str, float]]:
 
 
 def _span(changes: Sequence[Interval]) -> tuple[float, float]:
-    """The ends of the scale of differences: all of the column have one."""
+    """The ends of the scale of differences: the same for all of the column."""
     ends = [end for change in changes for end in (change.low, change.high)]
     return min([0.0, *ends]) - 0.005, max([0.0, *ends]) + 0.005
 

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG that takes its colours from the page, so that one drawing serves light, dark and print."""
+"""Matplotlib figures as SVG with the colours of the page, so that one drawing serves light, dark and print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# what a figure is drawn with -> the CSS variable that takes its place, and its value where there is no page
+# colour in a figure -> the CSS variable that replaces it, and its value outside of a page
 _SLOTS = {
     "#010101": ("ink", "#17191c"),
     "#020202": ("muted", "#5a5f67"),
@@ -31,7 +31,7 @@ _SLOTS = {
     "#0e0e0e": ("t-other", "#a83e86"),
 }
 COLOURS = {name: slot for slot, (name, _) in _SLOTS.items()}
-"""Name of a CSS variable of the page to the colour that a figure is drawn with in its place."""
+"""Name of a CSS variable of the page to the colour it replaces in a figure."""
 
 # one point of matplotlib is one px of the page
 _DPI = 72
@@ -60,7 +60,7 @@ _STYLE = {
 
 
 class Drawing:
-    """A figure of a size in px of the page, whose coordinates for text and lines are px from the lower left.
+    """A figure with a size in px of the page, whose coordinates for text and lines are px from the lower left.
 
     Args:
         size: width and height.
@@ -76,10 +76,10 @@ class Drawing:
         Args:
             x: px from the left.
             y: px from the bottom.
-            words: are not read as mathematics.
+            words: text, not interpreted as mathematics.
             colour: a key of :data:`COLOURS`.
-            size: of the font, in px.
-            **style: of matplotlib's text: ``ha``, ``va``, ``fontweight``.
+            size: font size in px.
+            **style: arguments of matplotlib's text: ``ha``, ``va``, ``fontweight``.
         """
         where = (x / self.width, y / self.height)
         self.figure.text(*where, words, color=COLOURS[colour], fontsize=size, **{"va": "center"} | style)
@@ -98,7 +98,7 @@ class Drawing:
         """The figure as an element of the page; its text stays text.
 
         Args:
-            title: what a screen reader says, and what tells the figures of a page apart.
+            title: text for screen readers, and identifier of the figure.
 
         Returns:
             One ``<svg>``.
@@ -108,16 +108,16 @@ class Drawing:
         text = out.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
-        # no box behind the figure: the page is there
+        # no box behind the figure: the page is the background
         text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.S)
-        # the font of the page; matplotlib writes the shorthand or its parts, by its version
+        # the font of the page; matplotlib writes the shorthand or its parts, depending on its version
         text = re.sub(r'font: (?:(bold|\d+) )?([\d.]+)px [^;"]*', _font, text)
         text = re.sub(r'font-family: [^;"]*;? ?', "", text)
-        # a style sheet in a figure holds for the whole page
+        # a style sheet in a figure applies to the whole page
         text = text.replace(">*{stroke", ">.plot *{stroke")
         for slot, (name, _) in _SLOTS.items():
             text = text.replace(slot, f"var(--{name})")
-        # names that nothing refers to are the same in every figure of the page
+        # unused names are the same in every figure of the page
         used = set(re.findall(r'(?:"#|url\(#)([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
         head = (
@@ -131,20 +131,20 @@ class Drawing:
 
 @contextmanager
 def style(salt: str) -> Iterator[None]:
-    """How figures look, for the time.
+    """Within the block, the style of figures.
 
     Args:
-        salt: of the identifiers in the SVG, which must differ between the figures of a page.
+        salt: salt of the identifiers in the SVG, which must differ between the figures of a page.
     """
     with rc_context({**_STYLE, "svg.hashsalt": salt}):
         yield
 
 
 def standalone(svg: str) -> str:
-    """A figure of the page as a file of its own, in the colours of the light page on white.
+    """A figure of the page as a separate file, in the colours of the light page on white.
 
     Args:
-        svg: of :meth:`Drawing.svg`.
+        svg: from :meth:`Drawing.svg`.
 
     Returns:
         The text of an SVG file.

@@ -1,4 +1,4 @@
-"""The one table at the end of a run, in words that fit a terminal, a card and a page."""
+"""The table at the end of a run, for terminal, card and page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 Report = Mapping[str, Any]
-"""What ``results.json`` holds."""
+"""The contents of ``results.json``."""
 
 
 def card_rows(report: Report) -> list[dict[str, str]]:
@@ -57,7 +57,7 @@ def results_table(report: Report) -> Table:
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Latencies of models beside one another.
+    """Latencies of several models.
 
     Args:
         rows: fields of :class:`~lmcompress.evaluation.LatencyRow`, and ``verdict``.
@@ -107,7 +107,7 @@ def print_plan(plan: Any, console: Console) -> None:
 
     Args:
         plan: :class:`~lmcompress.recipes.planning.Plan`.
-        console: where.
+        console: console for the output.
     """
     data = plan.materials.data
     splits = ", ".join(f"{name} {rows.num_rows:,}" for name, rows in data.splits().items())
@@ -118,24 +118,24 @@ def print_plan(plan: Any, console: Console) -> None:
         for words in entry.words:
             console.print(f"{entry.stage.name}: {words}", highlight=False)
         loads = (
-            "stock Transformers can hold it (save: vanilla)"
+            "stock Transformers can load it (save: vanilla)"
             if entry.vanilla_obstacle is None
             else entry.vanilla_obstacle
         )
         console.print(f"{entry.stage.name}: {loads}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
-    console.print("Nothing was trained. Parameters are exact where nothing else is said, MB are of float32 or packed.")
+    console.print("Nothing was trained. Parameters are exact unless stated otherwise, MB are of float32 or packed.")
 
 
 def pruned_blocks(pruning: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What pruning has left of each block, for a table.
+    """The remaining units of each block, for a table.
 
     Args:
-        pruning: of a row of the report.
+        pruning: entry of a row of the report.
 
     Returns:
-        For each block before: ``number``, ``heads``, ``heads_before``, ``kept`` (numbers of heads, as text), ``ffn``,
+        For each original block: ``number``, ``heads``, ``heads_before``, ``kept`` (numbers of heads, as text), ``ffn``,
         ``ffn_before``.
     """
     before, after = pruning["before"]["blocks"], pruning["after"]["blocks"]
@@ -156,12 +156,12 @@ def pruned_blocks(pruning: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def shape_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Heads and neurons of each block, of models beside one another.
+    """Heads and neurons of each block, for several models.
 
     Args:
         rows: of a report: ``name`` and ``blocks``, as a :class:`~lmcompress.checkpoint.schema.BlockShape` is written.
     """
-    table = Table(caption="heads + neurons of each block; –: the block is gone")
+    table = Table(caption="heads + neurons of each block; –: the block is pruned")
     table.add_column("block", justify="right")
     for row in rows:
         table.add_column(str(row["name"]), justify="right", overflow="fold")
@@ -174,23 +174,23 @@ def shape_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def sensitivity_table(found: Mapping[str, Any]) -> Table:
-    """Quality with shares of one block's units gone: a row for each block and part.
+    """Quality with shares of one block's units pruned: a row for each block and part.
 
     Args:
-        found: of :func:`~lmcompress.recipes.one_model.measure_sensitivity`.
+        found: from :func:`~lmcompress.recipes.one_model.measure_sensitivity`.
     """
     rows = found["rows"]
     shares = sorted({row["share"] for row in rows if row["part"] != "none"})
     better = " (lower is better)" if found["lower_is_better"] else ""
     whole = next(row["quality"] for row in rows if row["part"] == "none")
     table = Table(
-        title=f"{found['metric'].replace('_', ' ')}{better} of {found['model']} with a share of one block gone",
+        title=f"{found['metric'].replace('_', ' ')}{better} of {found['model']} with a share of one block pruned",
         caption=f"{found['task']}, {found['split']}; units by {found['criterion']}; the whole model: {number(whole)}",
     )
     table.add_column("block", justify="right")
     table.add_column("part")
     for share in shares:
-        table.add_column(f"{share:.0%} gone", justify="right")
+        table.add_column(f"{share:.0%} pruned", justify="right")
     for part in ("heads", "neurons"):
         own = [row for row in rows if row["part"] == part]
         for block in sorted({row["block"] for row in own}):
@@ -204,28 +204,28 @@ def quality_of(report: Report, row: Mapping[str, Any]) -> float:
     """The main number of a row.
 
     Args:
-        report: says which it is.
-        row: of the report.
+        report: determines which it is.
+        row: row of the report.
     """
     return float(row["metrics"][report["split"]][report["metric"]])
 
 
 def metric_title(report: Report) -> str:
-    """What the main number is called.
+    """The name of the main number.
 
     Args:
-        report: of a run.
+        report: report of a run.
     """
     return "perplexity" if report["lower_is_better"] else str(report["metric"]).replace("_", " ")
 
 
 def kept(report: Report, row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """How much of the reference's quality a row keeps: per cent of a score, or by how much perplexity rises.
+    """The share of the reference's quality that a row keeps: per cent of a score, or the increase of perplexity.
 
     Args:
-        report: says whether lower is better.
-        row: of the report.
-        reference: likewise.
+        report: determines whether lower is better.
+        row: row of the report.
+        reference: row of the reference.
     """
     mine, theirs = quality_of(report, row), quality_of(report, reference)
     if theirs <= 0:
@@ -234,10 +234,10 @@ def kept(report: Report, row: Mapping[str, Any], reference: Mapping[str, Any]) -
 
 
 def number(value: float) -> str:
-    """Four digits that matter.
+    """A number with four significant digits.
 
     Args:
-        value: any.
+        value: any number.
 
     Example:
         >>> number(0.93412), number(48.2351), number(12345.6)

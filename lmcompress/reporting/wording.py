@@ -1,4 +1,4 @@
-"""Numbers in words: what a metric is called, how scores and differences are written."""
+"""Numbers in words: names of metrics, formats of scores and differences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PER_CENT = ("accuracy", "f1", "f1_macro", "f1_micro")
 
 @dataclass(frozen=True)
 class Metric:
-    """The main metric of a report, and how its numbers are written.
+    """The main metric of a report, and the format of its numbers.
 
     Attributes:
-        name: as in the report.
-        title: for readers.
-        lower_is_better: of perplexity and squared errors.
+        name: name in the report.
+        title: name for display.
+        lower_is_better: true for perplexity and squared errors.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Metric:
         """The metric of a report.
 
         Args:
-            report: of a run.
+            report: report of a run.
         """
         name = str(report["metric"])
         title = metric_title(report) if name.endswith("perplexity") else name.replace("_", " ")
@@ -42,7 +42,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by before they are shown: 100, but for perplexity and squared errors."""
+        """The factor of scores for display: 100, except for perplexity and squared errors."""
         return 1.0 if self.lower_is_better else 100.0
 
     @property
@@ -54,19 +54,19 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """The unit of a difference: points, or per cent of the reference where lower is better."""
+        """The unit of a difference: points, or per cent of the reference if lower is better."""
         return "%" if self.lower_is_better else "points"
 
     @property
     def less(self) -> str:
-        """What a column of differences is called, before the name of the reference."""
+        """The title of a column of differences, without the name of the reference."""
         return "rise over" if self.lower_is_better else "minus"
 
     def text(self, value: float) -> str:
         """A score.
 
         Args:
-            value: as in the report.
+            value: score in the report.
 
         Example:
             >>> Metric("accuracy", "accuracy", False).text(0.87466), Metric("token_perplexity", "p", True).text(34.218)
@@ -80,15 +80,15 @@ class Metric:
         """The ends of a score's interval, or nothing.
 
         Args:
-            found: of a score.
+            found: interval of a score.
         """
         return "" if found is None else f"{self.text(found.low).removesuffix(' %')} – {self.text(found.high)}"
 
     def gain(self, change: float) -> float:
-        """A difference as something that is good where it is positive.
+        """A difference with its sign set so that positive is better.
 
         Args:
-            change: score minus reference, or rise over it.
+            change: score minus reference, or increase over it.
         """
         return -change if self.lower_is_better else change
 
@@ -98,7 +98,7 @@ def signed(fraction: float, digits: int = 1) -> str:
 
     Args:
         fraction: 0.01 is a point, or a per cent.
-        digits: after the point.
+        digits: digits after the point.
 
     Example:
         >>> signed(0.0123), signed(-0.004), signed(0.0)
@@ -112,7 +112,7 @@ def change_text(change: Interval) -> str:
     """A difference and the ends of its interval.
 
     Args:
-        change: as fractions.
+        change: differences as fractions.
 
     Example:
         >>> change_text(Interval(-0.001, -0.009, 0.007))
@@ -139,7 +139,7 @@ def count(number: float) -> str:
     """A number of parameters.
 
     Args:
-        number: any.
+        number: any number.
 
     Example:
         >>> count(4_304_790), count(12_300)
@@ -155,7 +155,7 @@ def count(number: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """How many times as much.
+    """A ratio as a multiple.
 
     Args:
         ratio: positive.
@@ -190,10 +190,10 @@ def rows_text(batch: int) -> str:
 
 
 def tied(page: str) -> str:
-    """The page with no line end between a number and its unit.
+    """The page with non-breaking spaces between numbers and units.
 
     Args:
-        page: HTML; style sheets, scripts, drawings and preformatted text stay as they are.
+        page: HTML; style sheets, scripts, drawings and preformatted text are unchanged.
 
     Example:
         >>> tied("<p>3 MB</p><pre>3 MB</pre>")

@@ -1,4 +1,4 @@
-"""Smaller models out of a teacher: students of fewer blocks or widths, and compact layers in the place of matrices."""
+"""Smaller models from a teacher: students with fewer blocks or smaller widths, and compact layers."""
 
 from lmcompress.students.costs import model_flops
 from lmcompress.students.cross_layer import share_layers

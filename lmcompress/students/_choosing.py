@@ -1,4 +1,4 @@
-"""Which matrices of a model are to be made compact, and what they read on data."""
+"""The matrices of a model to replace by compact layers, and their inputs on data."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Projection(NamedTuple):
     Attributes:
         path: relative to the base model.
         block: number of its block.
-        part: what the family calls it.
-        module: that has it.
+        part: the family's name of it.
+        module: its module.
     """
 
     path: str
@@ -40,10 +40,10 @@ class Projection(NamedTuple):
 
 
 def check_ready(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot be made compact as a whole, before anything long is done.
+    """Refuse a model that cannot be made compact as a whole, before any long work.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Raises:
         LmcompressError: If it is packed or quantized by another library, parametrized, or its blocks share parameters.
@@ -78,15 +78,15 @@ def projections(
     """Matrices of the blocks that can be replaced.
 
     Args:
-        model: of a known family.
-        parts: what the family calls them, or patterns: ``*`` and ``?`` stand for any; default: all that it has.
+        model: a model of a known family.
+        parts: the family's names of them, or patterns: ``*`` and ``?`` are wildcards; default: all that it has.
         blocks: numbers of blocks, counted from 0; default: all.
 
     Returns:
-        The matrices; and by path, why others that were asked for have to stay.
+        The matrices; and by path, why other requested ones must stay.
 
     Raises:
-        LmcompressError: If there is no such part or block, nothing to replace, or a matrix that was asked for by name
+        LmcompressError: If a part or block does not exist, there is nothing to replace, or a matrix requested by name
             is compact already.
     """
     anatomy = anatomy_of(model)
@@ -120,37 +120,37 @@ def block_numbers(model: PreTrainedModel, blocks: Sequence[int] | None) -> list[
     """Numbers of blocks, checked.
 
     Args:
-        model: that has them.
+        model: the model.
         blocks: counted from 0; default: all.
 
     Returns:
         The numbers.
 
     Raises:
-        LmcompressError: If there are none, one is named twice, or one is not there.
+        LmcompressError: If there are none, one is repeated, or one does not exist.
     """
     count = len(anatomy_of(model).block_list)
     numbers = list(range(count)) if blocks is None else list(blocks)
     if not numbers or len(set(numbers)) != len(numbers) or not all(0 <= number < count for number in numbers):
-        raise LmcompressError(f"blocks must be numbers from 0 to {count - 1}, none twice, got {numbers}")
+        raise LmcompressError(f"blocks must be numbers from 0 to {count - 1}, without repetition, got {numbers}")
     return numbers
 
 
 def second_moments(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], batches: Iterable[Batch] | None
 ) -> dict[str, Tensor | None]:
-    """What modules read, as the mean of ``x xᵀ`` over real tokens.
+    """Second moments of modules' inputs, as the mean of ``x xᵀ`` over real tokens.
 
     Args:
-        model: put to evaluation mode for the time.
+        model: temporarily in evaluation mode.
         modules: by name.
-        batches: model inputs; None: nothing is known of what is read.
+        batches: model inputs; None: no statistics.
 
     Returns:
         By name ``(in, in)`` float64 on the CPU, or None for all.
 
     Raises:
-        LmcompressError: If there is no batch, or none with a token that is no padding.
+        LmcompressError: If there is no batch, or none with a token that is not padding.
     """
     if batches is None:
         return {name: None for name in modules}
@@ -176,16 +176,16 @@ def run(
     reads: Mapping[nn.Module, Callable[[Tensor, Tensor], None]],
     writes: Mapping[nn.Module, Callable[[Tensor, Tensor], None]] | None = None,
 ) -> None:
-    """Run a model over data and hand over what modules read and write.
+    """Run a model over data and pass on inputs and outputs of modules.
 
     Args:
-        model: put to evaluation mode for the time and back.
-        batches: model inputs; what the model does not take is left out.
+        model: switched to evaluation mode and back.
+        batches: model inputs; entries the model does not take are ignored.
         reads: called with a module's input and the mask ``(rows, length)``, by module.
-        writes: called with a module's output likewise.
+        writes: called with a module's output in the same way.
 
     Raises:
-        LmcompressError: If there is no batch, or none with a token that is no padding.
+        LmcompressError: If there is no batch, or none with a token that is not padding.
     """
     mask = torch.ones(0)
     handles = [

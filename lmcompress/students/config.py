@@ -1,4 +1,4 @@
-"""What is made compact in a recipe, as validated data: each entry is a call of one function of this package."""
+"""Compact layers in recipes as validated data: each entry is a call of one function of this package."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class _Replacement(BaseModel):
 
     @property
     def unknown(self) -> str | None:
-        """What a model without values cannot tell of the result, in words, or None."""
+        """The quantities that a model without values does not determine, in words, or None."""
         return None
 
 
 class OnData(_Replacement):
-    """A replacement that may be fitted on rows of the training data."""
+    """A replacement that may be fitted on training rows."""
 
-    calibration_rows: Annotated[int, Field(ge=1, description="Rows of the training data for fits on data.")] = 256
-    calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
+    calibration_rows: Annotated[int, Field(ge=1, description="Number of training rows for fits on data.")] = 256
+    calibration_batch_size: Annotated[int, Field(ge=1, description="Batch size of the calibration rows.")] = 32
 
     @property
     def needs_data(self) -> bool:
@@ -43,15 +43,15 @@ class _Projections(OnData):
         tuple[str, ...] | None,
         Field(
             min_length=1,
-            description="Names of matrices (query, key, value, qkv, attention_out, ffn_in, ffn_out); * and ? stand for "
-            "any; default: all that the family has.",
+            description="Names of matrices (query, key, value, qkv, attention_out, ffn_in, ffn_out); * and ? are "
+            "wildcards; default: all that the family has.",
         ),
     ] = None
     blocks: Annotated[
         tuple[int, ...] | None, Field(min_length=1, description="Numbers of blocks, from 0; default: all.")
     ] = None
     activations: Annotated[
-        bool, Field(description="Fit the output on rows of the training data in place of the matrix.")
+        bool, Field(description="Whether to fit the outputs on training rows instead of the matrix.")
     ] = False
 
     @property
@@ -61,17 +61,17 @@ class _Projections(OnData):
 
 
 class Factorize(_Projections):
-    """Two factors in the place of matrices; exactly one of rank, energy and parameters says how narrow."""
+    """Two factors in place of matrices; exactly one of rank, energy and parameters determines their rank."""
 
     kind: Literal["factorize"] = "factorize"
-    rank: Annotated[int | None, Field(ge=1, description="The same for all.")] = None
+    rank: Annotated[int | None, Field(ge=1, description="Rank, the same for all matrices.")] = None
     energy: Annotated[
         float | None,
         Field(description="For each matrix the lowest rank that keeps this share of the squared singular values."),
     ] = None
     parameters: Annotated[
         float | None,
-        Field(description="Share of these matrices' numbers that is kept altogether; ranks go where they matter most."),
+        Field(description="Share of these matrices' parameters to keep in total; ranks are distributed by benefit."),
     ] = None
 
     @model_validator(mode="after")
@@ -81,18 +81,18 @@ class Factorize(_Projections):
 
     @property
     def unknown(self) -> str | None:
-        """Ranks, where the singular values choose them."""
+        """Ranks, if the singular values determine them."""
         if self.rank is not None:
             return None
         shown = "the highest that save anything" if self.parameters is None else "the same share of every matrix"
-        return f"ranks follow from the singular values, which the run will see; here they are {shown}"
+        return f"ranks follow from the singular values, which the run will compute; here they are {shown}"
 
     def apply(self, model: PreTrainedModel, batches: Iterable[Batch]) -> CompactReport:
         """See :func:`~lmcompress.students.factorize`.
 
         Args:
-            model: changed in place.
-            batches: to fit on; not looked at without ``activations``.
+            model: modified in place.
+            batches: batches to fit on; ignored without ``activations``.
         """
         return factorize(
             model,
@@ -106,7 +106,7 @@ class Factorize(_Projections):
 
 
 class FactorizeEmbeddings(_Replacement):
-    """A narrow table and a matrix in the place of the token embeddings and of a head tied to them."""
+    """A narrow table and a matrix in place of the token embeddings and of a head tied to them."""
 
     kind: Literal["factorize_embeddings"] = "factorize_embeddings"
     rank: Annotated[int, Field(ge=1, description="Width of the table.")]
@@ -115,22 +115,22 @@ class FactorizeEmbeddings(_Replacement):
         """See :func:`~lmcompress.students.factorize_embeddings`.
 
         Args:
-            model: changed in place.
-            batches: not looked at.
+            model: modified in place.
+            batches: unused.
         """
         return factorize_embeddings(model, self.rank)
 
 
 class Group(_Projections):
-    """Diagonal blocks in the place of matrices, with channels shuffled between them or not."""
+    """Diagonal blocks in place of matrices, optionally with shuffled channels between them."""
 
     kind: Literal["group"] = "group"
-    groups: Annotated[int, Field(ge=2, description="How many; must divide all widths concerned.")]
+    groups: Annotated[int, Field(ge=2, description="Number of groups; must divide all widths concerned.")]
     shuffle: Annotated[
         Shuffle,
         Field(
-            description="none: neighbours, which never mix; channel: ShuffleNet's order before attention_out and "
-            "ffn_out; fitted: channels whose weights hold the most energy together."
+            description="none: adjacent channels, which never mix; channel: ShuffleNet's order before attention_out "
+            "and ffn_out; fitted: groups of channels that hold the most energy together."
         ),
     ] = "fitted"
 
@@ -138,8 +138,8 @@ class Group(_Projections):
         """See :func:`~lmcompress.students.group`.
 
         Args:
-            model: changed in place.
-            batches: to fit on; not looked at without ``activations``.
+            model: modified in place.
+            batches: batches to fit on; ignored without ``activations``.
         """
         return group(
             model,
@@ -152,11 +152,11 @@ class Group(_Projections):
 
 
 class Separate(OnData):
-    """A convolution of the values along the sequence in the place of some blocks' attention, fitted on data."""
+    """A convolution of the values along the sequence in place of some blocks' attention, fitted on data."""
 
     kind: Literal["separate"] = "separate"
     blocks: Annotated[tuple[int, ...], Field(min_length=1, description="Numbers of blocks, from 0.")]
-    kernel: Annotated[int, Field(ge=1, description="How many positions are looked at; odd, but for causal models.")]
+    kernel: Annotated[int, Field(ge=1, description="Number of positions in the kernel; odd, except for causal models.")]
     ridge: Annotated[
         float, Field(ge=0, description="Share of the values' mean square added to the normal equations.")
     ] = 1e-6
@@ -165,8 +165,8 @@ class Separate(OnData):
         """See :func:`~lmcompress.students.separate`.
 
         Args:
-            model: changed in place.
-            batches: to fit on.
+            model: modified in place.
+            batches: batches to fit on.
         """
         return separate(model, self.blocks, self.kernel, batches, ridge=self.ridge)
 
@@ -175,34 +175,34 @@ class ShareLayers(_Replacement):
     """Runs of neighbouring blocks with the same parameters; the last of all replacements."""
 
     kind: Literal["share_layers"] = "share_layers"
-    every: Annotated[int | None, Field(ge=2, description="Blocks of a run; default: all.")] = None
+    every: Annotated[int | None, Field(ge=2, description="Number of blocks in a run; default: all.")] = None
     values: Annotated[
-        Literal["first", "mean"], Field(description="Of the first block of a run, or the mean of all.")
+        Literal["first", "mean"], Field(description="Shared values: the first block's, or the mean of the run.")
     ] = "first"
 
     def apply(self, model: PreTrainedModel, batches: Iterable[Batch]) -> CompactReport:
         """See :func:`~lmcompress.students.share_layers`.
 
         Args:
-            model: changed in place.
-            batches: not looked at.
+            model: modified in place.
+            batches: unused.
         """
         return share_layers(model, every=self.every, values=self.values)
 
 
 class FoldShuffles(_Replacement):
-    """Orders of channels go into matrices beside them; what the model answers stays the same."""
+    """Permutations of channels are folded into adjacent matrices; the outputs are the same."""
 
     kind: Literal["fold_shuffles"] = "fold_shuffles"
 
     def apply(self, model: PreTrainedModel, batches: Iterable[Batch]) -> CompactReport:
-        """See :func:`~lmcompress.students.fold_shuffles`; with values, where nothing is left to fold, nothing is done.
+        """See :func:`~lmcompress.students.fold_shuffles`; with values, a no-op if nothing is left to fold.
 
         Args:
-            model: changed in place.
-            batches: not looked at.
+            model: modified in place.
+            batches: unused.
         """
-        # whether an order that was fitted is one, only values tell
+        # whether a fitted permutation is the identity depends on values
         return fold_shuffles(model) if model.device.type == "meta" else fold_where_possible(model)
 
 

@@ -1,4 +1,4 @@
-"""What a model costs as it is built, its compact layers included."""
+"""The cost of a model as built, compact layers included."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lmcompress.nn.base import Compact
 def model_flops(model: PreTrainedModel, *, batch_size: int = 1, length: int = 128) -> int:
     """Floating-point operations of one forward pass, a multiplication and an addition being two.
 
-    Products of the blocks, and what widens factorised embeddings; for a dense model what
-    :class:`lmcompress.pruning.structured.costs.FlopCost` says of its structure. Norms, softmax and activations are
-    below a percent of them, look-ups are free, and heads are left out there and here.
+    Matmuls of the blocks, and of factorized embeddings; for a dense model the same as
+    :class:`lmcompress.pruning.structured.costs.FlopCost` of its structure. Norms, softmax and activations are
+    below a percent of them, look-ups are free, and heads are excluded in both.
 
     Args:
-        model: of a known family, on any device, ``meta`` too.
+        model: a model of a known family, on any device, ``meta`` too.
         batch_size: rows.
         length: tokens of a row; attention grows with its square, local mixing does not.
 
     Returns:
-        Their number.
+        Number of FLOPs.
     """
     anatomy = anatomy_of(model)
     macs = 0
@@ -44,7 +44,7 @@ def projection_macs(module: nn.Module) -> int:
         module: dense, packed, compact, or pruned to nothing.
 
     Returns:
-        Their number.
+        Number of multiply-accumulates.
     """
     if isinstance(module, Compact):
         return module.macs

@@ -18,23 +18,23 @@ from lmcompress.students.report import Before, CompactReport
 def share_layers(
     model: PreTrainedModel, *, every: int | None = None, values: Literal["first", "mean"] = "first"
 ) -> CompactReport:
-    """Let runs of neighbouring blocks have the same parameters: smaller, and as slow as before.
+    """Let runs of neighbouring blocks share their parameters: smaller, at the same speed.
 
-    Each block is computed as it was, with the parameters of the first of its run. What is trained afterwards gets the
+    Each block is still computed, with the parameters of the first of its run. In later training these get the
     sum of the gradients of all of them. Do this last: matrices of shared blocks cannot be replaced or cut.
 
     Args:
-        model: changed in place; its config says it afterwards.
-        every: blocks of a run; default: all, as ALBERT has it.
-        values: what the shared parameters start from: the ``first`` block's, or the ``mean`` over the run, which is the
-            nearest to all of them in the sense of least squares, though not in what it computes.
+        model: modified in place, including its config.
+        every: number of blocks in a run; default: all, as in ALBERT.
+        values: initial values of the shared parameters: the ``first`` block's, or the ``mean`` over the run, which is
+            the least-squares fit to their values, though not to what they compute.
 
     Returns:
-        What was changed and what it costs.
+        The replacements and their cost.
 
     Raises:
-        LmcompressError: If a run has fewer than 2 blocks or more than there are, blocks are of different shapes, or the
-            model is packed, parametrized, or shares already.
+        LmcompressError: If a run has fewer than 2 blocks or more than exist, blocks have different shapes, or the
+            model is packed, parametrized, or shares blocks already.
 
     Reference:
         Lan et al., *ALBERT*, 2020, https://arxiv.org/abs/1909.11942, section 3.1, "Cross-layer parameter sharing".

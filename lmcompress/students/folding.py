@@ -1,4 +1,4 @@
-"""Folding orders of channels into the matrices beside them; outputs stay what they were."""
+"""Folding permutations of channels into adjacent matrices; outputs are unchanged."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lmcompress.students.report import Before, CompactReport
 
 
 def fold_shuffles(model: PreTrainedModel) -> CompactReport:
-    """Take orders of channels away that neighbouring matrices can have in themselves; outputs stay what they were.
+    """Remove permutations of channels by permuting adjacent matrices; outputs are unchanged.
 
-    Neurons of a feed-forward network have no order of their own: one in which ``ffn_in`` gives them, or ``ffn_out``
-    reads them, goes into the other matrix, be it full or grouped. Between the values and ``attention_out`` the same
-    holds as long as channels stay in their head. Orders of the residual stream stay, as every block
+    Neurons of a feed-forward network have no inherent order: a permutation of the output of ``ffn_in``, or of the input
+    of ``ffn_out``, is folded into the other matrix, full or grouped. Between the values and ``attention_out`` the same
+    holds as long as channels stay in their head. Permutations of the residual stream stay, since every block
     reads it, and so do those between two grouped matrices that need one of them.
 
     Args:
-        model: changed in place; its config says it afterwards. On ``meta`` orders are taken to be no special ones.
+        model: modified in place, including its config. On ``meta`` permutations are assumed not to be the identity.
 
     Returns:
-        What was folded.
+        The folded permutations.
 
     Raises:
-        LmcompressError: If there is no order to fold, or the model is packed or shares its blocks.
+        LmcompressError: If there is no permutation to fold, or the model is packed or shares its blocks.
     """
     report = fold_where_possible(model)
     if not report.changed:
@@ -43,13 +43,13 @@ def fold_shuffles(model: PreTrainedModel) -> CompactReport:
 
 
 def fold_where_possible(model: PreTrainedModel) -> CompactReport:
-    """What :func:`fold_shuffles` does, for a model that perhaps has no order to fold.
+    """The same as :func:`fold_shuffles`, for a model that may have no permutation to fold.
 
     Args:
-        model: as there.
+        model: the model.
 
     Returns:
-        What was folded, if anything.
+        The folded permutations, if any.
 
     Raises:
         LmcompressError: If the model is packed or shares its blocks.
@@ -83,7 +83,7 @@ def fold_where_possible(model: PreTrainedModel) -> CompactReport:
 
 
 def _fold(block: Block, writer: str, reader: str) -> list[tuple[str, str, str]]:
-    """Fold the order between two matrices: (part, side, why not) for each order that there is."""
+    """Fold the permutation between two matrices: (part, side, why not) for each permutation that exists."""
     first, second = block.get(writer), block.get(reader)
     gives = first.output_order if isinstance(first, GroupedLinear) else None
     takes = second.input_order if isinstance(second, GroupedLinear) else None
@@ -100,7 +100,7 @@ def _fold(block: Block, writer: str, reader: str) -> list[tuple[str, str, str]]:
         if not _stays(gives, within):
             return told("it takes channels out of their heads")
         if isinstance(second, GroupedLinear):
-            # what the writer gives without its order, read through both
+            # the writer's output without its permutation, read through both
             both = second.order("input")
             both = gives[both]
             if takes is None and not _same(both, torch.arange(len(both), device=both.device)):
@@ -121,14 +121,14 @@ def _fold(block: Block, writer: str, reader: str) -> list[tuple[str, str, str]]:
 
 
 def _stays(order: Tensor, within: int | None) -> bool:
-    """Whether an order leaves all channels in their heads."""
+    """Whether a permutation leaves all channels in their heads."""
     if within is None:
         return True
     return _same(order // within, torch.arange(len(order), device=order.device) // within)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two orders are one; what has no values is not."""
+    """Whether two permutations are equal; False without values."""
     return not one.is_meta and torch.equal(one, other)
 
 
@@ -145,7 +145,7 @@ def _set_bias(module: GroupedLinear, order: Tensor) -> None:
 
 
 def _move_columns(module: nn.Module, order: Tensor) -> bool:
-    """Let a full matrix read channels that come in another order, if it is one."""
+    """Let a full matrix read permuted channels, if it is one."""
     if isinstance(module, LowRankLinear):
         module = module.reduce
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
@@ -157,7 +157,7 @@ def _move_columns(module: nn.Module, order: Tensor) -> bool:
 
 
 def _move_rows(module: nn.Module, order: Tensor) -> bool:
-    """Let a full matrix give its channels in another order, if it is one."""
+    """Let a full matrix write permuted channels, if it is one."""
     if isinstance(module, LowRankLinear):
         module = module.expand
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):

@@ -1,4 +1,4 @@
-"""Diagonal blocks in the place of matrices, with channels shuffled between them; and folding the shuffles away."""
+"""Block-diagonal matrices with shuffled channels between them; and folding the shuffles away."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ def group(
     parts: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> CompactReport:
-    """Put diagonal blocks in the place of matrices of the blocks: ``1 / groups`` of their numbers and operations.
+    """Replace matrices of the blocks by block-diagonal ones: ``1 / groups`` of their parameters and operations.
 
     ========= =============================================================================================
-    shuffle   what each group reads and writes
+    shuffle   input and output channels of each group
     ========= =============================================================================================
-    none      neighbours. Groups never exchange anything but through attention's probabilities and norms
-    channel   neighbours; but ``attention_out`` and ``ffn_out`` read the channels in ShuffleNet's order, so
+    none      adjacent channels. Groups never mix except through attention probabilities and norms
+    channel   adjacent channels; but ``attention_out`` and ``ffn_out`` read the channels in ShuffleNet's order, so
               that each of their groups reads every group before them
-    fitted    the channels whose weights hold the most energy together, found by turns over rows and columns
+    fitted    the channels whose weights hold the most energy together, alternating between rows and columns
     ========= =============================================================================================
 
-    Within its place each block is the least squares fit to the matrix: its own entries, or on data the weights that
-    give the outputs best from the inputs that are left, ``W C[:, J] C[J, J]^-1`` with ``C`` the second
+    Each block is the least-squares fit to its part of the matrix: the matrix's own entries, or on data the weights that
+    best reproduce the outputs from the remaining inputs, ``W C[:, J] C[J, J]^-1`` with ``C`` the second
     moment of the input.
 
     Args:
-        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
-            are; fitted channels are taken to have an order of their own, and ``activations`` are not looked at.
+        model: modified in place once everything has been checked, including its config. On ``meta`` only shapes
+            are; fitted channels are assumed to be permuted, and ``activations`` are ignored.
         groups: a divisor of all widths concerned, at least 2.
         shuffle: see above.
         activations: batches of model inputs to fit on.
-        parts: what the family calls the matrices, or patterns such as ``ffn_*``; default: all of the blocks.
+        parts: the family's names of the matrices, or patterns such as ``ffn_*``; default: all of the blocks.
         blocks: numbers of the blocks; default: all.
 
     Returns:
-        What was changed and what it costs.
+        The replacements and their cost.
 
     Raises:
-        LmcompressError: If groups do not divide a width, the shuffle is unknown, there is no such part or block, or the
+        LmcompressError: If groups do not divide a width, the shuffle is unknown, a part or block does not exist, or the
             model is packed, parametrized or shares its blocks.
 
     Reference:
@@ -66,7 +66,7 @@ def group(
         *SqueezeBERT*, 2020, https://arxiv.org/abs/2006.11316, section 3, which groups without shuffling.
 
     Note:
-        Both train from scratch. Query, key and value of GPT-2 lie in one matrix: each is grouped by itself.
+        Both train from scratch. Query, key and value of GPT-2 are one matrix: each is grouped separately.
     """
     if shuffle not in SHUFFLES:
         raise LmcompressError(f"unknown shuffle {shuffle!r}{nearest(str(shuffle), SHUFFLES)}")
@@ -90,7 +90,7 @@ def group(
             made[one.path] = _grouped_shape(one, groups, shuffle)
         else:
             made[one.path], errors[one.path] = _grouped(one, groups, shuffle, moments[one.path])
-    # all at once: one that is refused leaves the model as it was
+    # all at once: an error leaves the model unchanged
     for path, new in made.items():
         put(model, path, new)
     record_layers(model)
@@ -99,19 +99,19 @@ def group(
 
 
 def assign_channels(energy: Tensor, groups: int, *, rounds: int = 20) -> tuple[Tensor, Tensor]:
-    """Put rows and columns of a matrix into groups of one size each, so that much of it lies where both are the same.
+    """Assign rows and columns of a matrix to equal groups, so that as much energy as possible is within groups.
 
-    Rows are assigned by what they hold in each group of columns, then columns by rows, until nothing is gained. Each
-    half takes those first that would lose the most by going elsewhere. The start is the order that there is, so the
-    answer is never worse than leaving it.
+    Rows are assigned by their energy in each group of columns, then columns by rows, until nothing is gained. Each
+    half first assigns those that would lose the most elsewhere. It starts from the existing order, so the
+    result is never worse than that.
 
     Args:
         energy: ``(rows, columns)``, at least 0.
         groups: a divisor of both.
-        rounds: at most.
+        rounds: maximum number of rounds.
 
     Returns:
-        Orders ``(rows,)`` and ``(columns,)`` int64: members of group 0 first, rising within a group.
+        Orders ``(rows,)`` and ``(columns,)`` int64: members of group 0 first, increasing within a group.
     """
     rows, columns = energy.shape
     of_rows = torch.arange(rows) // (rows // groups)
@@ -128,13 +128,13 @@ def assign_channels(energy: Tensor, groups: int, *, rounds: int = 20) -> tuple[T
 
 
 def fit_groups(weight: Tensor, row_order: Tensor, column_order: Tensor, groups: int, moment: Tensor | None) -> Tensor:
-    """Diagonal blocks that fit a matrix best for given groups.
+    """Diagonal blocks that best fit a matrix for given groups.
 
     Args:
         weight: ``(out, in)`` float64.
-        row_order: which rows, members of group 0 first.
-        column_order: which columns, likewise.
-        groups: how many.
+        row_order: order of the rows, members of group 0 first.
+        column_order: order of the columns, members of group 0 first.
+        groups: number of groups.
         moment: ``(in, in)`` second moment of the input, or None.
 
     Returns:
@@ -153,7 +153,7 @@ def fit_groups(weight: Tensor, row_order: Tensor, column_order: Tensor, groups: 
 
 
 def _grouped_shape(one: Projection, groups: int, shuffle: Shuffle) -> GroupedLinear:
-    """What :func:`_grouped` gives, where there are no values."""
+    """The result of :func:`_grouped`, without values."""
     fitted = shuffle == "fitted"
     reads = fitted or (shuffle == "channel" and one.part in _SHUFFLED)
     new = grouped_place(one.module, groups, input_order=reads, output_order=fitted or one.part == "qkv")
@@ -197,12 +197,12 @@ def _grouped(one: Projection, groups: int, shuffle: Shuffle, moment: Tensor | No
 
 
 def _by_group(energy: Tensor, of_columns: Tensor, groups: int) -> Tensor:
-    """``(rows, groups)``: what each row holds in each group of columns."""
+    """``(rows, groups)``: energy of each row in each group of columns."""
     return energy @ nn.functional.one_hot(of_columns, groups).to(energy.dtype)
 
 
 def _balanced(gains: Tensor, size: int) -> Tensor:
-    """A group for each row, ``size`` rows in each: those first that lose the most by their second choice."""
+    """A group for each row, ``size`` rows in each: first those that lose the most by their second choice."""
     ranked = gains.argsort(dim=1, descending=True, stable=True)
     top = gains.gather(1, ranked[:, :2])
     hurry = (top[:, 0] - top[:, 1]).argsort(descending=True, stable=True)

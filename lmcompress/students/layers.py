@@ -25,12 +25,12 @@ CHOICES: tuple[Choice, ...] = ("uniform", "first", "last", "skip")
 
 @dataclass(frozen=True)
 class Student:
-    """A student, and where its blocks come from.
+    """A student and the origin of its blocks.
 
     Attributes:
         model: every parameter trainable, on the teacher's device and in its dtype; shares no memory with the teacher.
-        layers: for each block of the student the teacher's block that it was made from, counted from 0;
-            empty where nothing was copied.
+        layers: for each block of the student the teacher's block it was made from, from 0;
+            empty if nothing was copied.
     """
 
     model: PreTrainedModel
@@ -38,7 +38,7 @@ class Student:
 
 
 def choose_layers(total: int, keep: int, choose: Choice = "uniform") -> tuple[int, ...]:
-    """Which blocks of a teacher a student starts from.
+    """The blocks of a teacher that a student starts from.
 
     ========= ========================================================== ====================
     choose    rule                                                       6 of 12
@@ -49,20 +49,20 @@ def choose_layers(total: int, keep: int, choose: Choice = "uniform") -> tuple[in
     skip      the last one of each of ``keep`` equal groups              1, 3, 5, 7, 9, 11
     ========= ========================================================== ====================
 
-    ``uniform`` is what the code of DistilBERT and DistilGPT2 takes ("every second" in the paper); ``first`` is where
-    BERT-PKD and TextBrewer's T6 and T3 start; ``skip`` are the blocks whose outputs the layer maps of TextBrewer and
-    TinyBERT match (2, 4, ..., 12 counted from 1), and BERT-PKD's "skip" but for the last block, which that leaves out.
+    ``uniform`` is the choice in the code of DistilBERT and DistilGPT2 ("every second" in the paper); ``first`` is that
+    of BERT-PKD and TextBrewer's T6 and T3 start; ``skip`` are the blocks whose outputs the layer maps of TextBrewer and
+    TinyBERT match (2, 4, ..., 12 counted from 1), and BERT-PKD's "skip" except for the last block, which it leaves out.
 
     Args:
-        total: blocks of the teacher.
-        keep: blocks of the student, from 1 to ``total``.
+        total: number of the teacher's blocks.
+        keep: number of the student's blocks, from 1 to ``total``.
         choose: the rule.
 
     Returns:
-        Block numbers counted from 0, rising.
+        Block numbers counted from 0, increasing.
 
     Raises:
-        LmcompressError: ``keep`` is out of range, or the rule is unknown.
+        LmcompressError: If ``keep`` is out of range, or the rule is unknown.
 
     Reference:
         Sanh et al., *DistilBERT*, 2019, https://arxiv.org/abs/1910.01108, section 2; Sun et al., *Patient Knowledge
@@ -87,18 +87,18 @@ def choose_layers(total: int, keep: int, choose: Choice = "uniform") -> tuple[in
 
 
 def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: Choice = "uniform") -> Student:
-    """A copy of the teacher with some of its blocks; embeddings and head come along.
+    """A copy of the teacher with some of its blocks; embeddings and head are copied as well.
 
     Args:
-        teacher: of a family that :mod:`lmcompress.families` knows; left as it is. Hooks on it are not copied.
-        layers: how many blocks, or which (counted from 0, in the order they are to have).
-        choose: which, where ``layers`` is a number: see :func:`choose_layers`.
+        teacher: a model of a family that :mod:`lmcompress.families` describes; not modified. Its hooks are not copied.
+        layers: number of blocks, or their numbers (from 0, in the desired order).
+        choose: rule, if ``layers`` is a number: see :func:`choose_layers`.
 
     Returns:
-        The student and the teacher's blocks it has. Its config says how many they are.
+        The student and the numbers of its blocks in the teacher. Its config has the new number of blocks.
 
     Raises:
-        LmcompressError: If the teacher lacks a block, or none is asked for.
+        LmcompressError: If the teacher lacks a block, or none is requested.
     """
     kept = chosen_layers(len(anatomy_of(teacher).blocks), layers, choose)
     student = copy.deepcopy(teacher, _without_hooks(teacher))
@@ -116,25 +116,25 @@ def chosen_layers(total: int, layers: int | Sequence[int], choose: Choice) -> tu
     """Numbers of the blocks that a student starts from.
 
     Args:
-        total: blocks of the teacher.
-        layers: how many, or which.
-        choose: which, where ``layers`` is a number.
+        total: number of the teacher's blocks.
+        layers: number of blocks, or their numbers.
+        choose: rule, if ``layers`` is a number.
 
     Raises:
-        LmcompressError: If the teacher lacks one of them, one is named twice, or there are none.
+        LmcompressError: If the teacher lacks one of them, one is repeated, or there are none.
     """
     if isinstance(layers, int):
         return choose_layers(total, layers, choose)
     kept = tuple(layers)
     if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= total:
         raise LmcompressError(
-            f"layers must be numbers from 0 to {total - 1}, at least one and none twice; got {list(kept)}"
+            f"layers must be numbers from 0 to {total - 1}, at least one and without repetition; got {list(kept)}"
         )
     return kept
 
 
 def _without_hooks(model: nn.Module) -> dict[int, Any]:
-    """A memo for ``deepcopy`` with which the copy has no hooks: a teacher's may hold tensors of its last forward."""
+    """A memo for ``deepcopy`` by which the copy has no hooks: a teacher's may hold tensors of its last forward."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""Low-rank factors in the place of matrices and of the table of words."""
+"""Low-rank factors in place of matrices and of the token embeddings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lmcompress.students.report import Before, CompactReport
 
 
 class Factors:
-    r"""The singular values and vectors of a matrix, in the metric of what it reads.
+    r"""The singular values and vectors of a matrix, in the metric of its inputs.
 
-    With :math:`C = E[x x^T] = S S^T`, the matrix of rank r that gives the least :math:`E \|W x - \hat W x\|^2` is
+    With :math:`C = E[x x^T] = S S^T`, the matrix of rank r that minimizes :math:`E \|W x - \hat W x\|^2` is
     :math:`\hat W = U_r \Sigma_r V_r^T S^{-1}` where :math:`U \Sigma V^T = W S`; without data :math:`S = I` and it is
     the truncated SVD (Eckart-Young).
 
@@ -34,8 +34,8 @@ class Factors:
         https://arxiv.org/abs/2403.07378, section 3.1 ("truncation-aware data whitening").
 
     Note:
-        SVD-LLM takes the Cholesky factor of C. The symmetric root of the eigenvalues is as good and needs no C of full
-        rank: directions that the data never shows are truncated to the rank first, and cost nothing.
+        SVD-LLM uses the Cholesky factor of C. The symmetric root by eigenvalues is equivalent and needs no C of full
+        rank: directions absent from the data are truncated first, at no cost.
     """
 
     def __init__(self, weight: Tensor, moment: Tensor | None = None) -> None:
@@ -45,7 +45,7 @@ class Factors:
         self.unwhiten: Tensor | None = None
         if moment is not None:
             values, vectors = torch.linalg.eigh(moment)
-            # what is never read keeps a little weight, so that the inverse exists
+            # inputs that never occur keep a small weight, so that the inverse exists
             values = values.clamp(min=float(values.max().clamp(min=1e-30)) * 1e-10)
             matrix = matrix @ (vectors * values.sqrt())
             self.unwhiten = (vectors / values.sqrt()).t()
@@ -55,7 +55,7 @@ class Factors:
         """Share of the squared output that a rank keeps, in [0, 1].
 
         Args:
-            rank: how many singular values stay.
+            rank: number of singular values kept.
         """
         squares = self.singular.square()
         total = float(squares.sum())
@@ -65,12 +65,12 @@ class Factors:
         """The two factors ``(out, rank)`` and ``(rank, in)`` float64, of equal norms.
 
         Args:
-            rank: from 1 to the lesser width.
+            rank: from 1 to the smaller width.
         """
         root = self.singular[:rank].sqrt()
         right = self.right[:rank] if self.unwhiten is None else self.right[:rank] @ self.unwhiten
         up, down = self.left[:, :rank] * root, root[:, None] * right
-        # with a metric, the norms differ: a step of an optimizer should move both alike
+        # with a metric, the norms differ: an optimizer step should change both equally
         balance = (up.norm() / down.norm().clamp(min=1e-30)).sqrt()
         return (up / balance, down * balance) if float(balance) > 0 else (up, down)
 
@@ -85,30 +85,31 @@ def factorize(
     parts: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> CompactReport:
-    """Put two factors in the place of matrices of the blocks: the best there are of their rank.
+    """Replace matrices of the blocks by two factors: the best approximation of their rank.
 
-    Exactly one of ``rank``, ``energy`` and ``parameters`` says how narrow. Matrices for which factors of that rank
-    would not be smaller stay as they are, and the report says which.
+    Exactly one of ``rank``, ``energy`` and ``parameters`` determines the ranks. Matrices for which factors of that rank
+    would not be smaller are unchanged, and listed in the report.
 
     Args:
-        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
+        model: modified in place once everything has been checked, including its config. On ``meta`` only shapes
             are: without values all get the same share for ``parameters``, and the highest rank that saves for
-            ``energy``; ``activations`` are not looked at.
-        rank: the same for all.
+            ``energy``; ``activations`` are ignored.
+        rank: rank, the same for all.
         energy: for each matrix the lowest rank that keeps this share of the squared singular values, in (0, 1).
-        parameters: share of these matrices' numbers that is kept altogether, in (0, 1); ranks go where they keep the
-            greatest share of energy for each number.
+        parameters: share of these matrices' parameters to keep in total, in (0, 1); ranks are distributed to keep the
+            largest share of energy per parameter.
         activations: batches of model inputs; with them the *output* on this data is fitted instead of the matrix.
-        parts: what the family calls the matrices, such as ``["ffn_in", "ffn_out"]`` or ``["ffn_*"]``; default: all
+        parts: the family's names of the matrices, such as ``["ffn_in", "ffn_out"]`` or ``["ffn_*"]``; default: all
             of the blocks.
         blocks: numbers of the blocks; default: all.
 
     Returns:
-        What was changed and what it costs.
+        The replacements and their cost.
 
     Raises:
-        LmcompressError: If not one of the three is given or it is out of range, a rank is above a matrix's or saves
-            nothing in any, there is no such part or block, or the model is packed, parametrized or shares its blocks.
+        LmcompressError: If not exactly one of the three is given or it is out of range, a rank exceeds a matrix's or
+            saves nothing in any, a part or block does not exist, or the model is packed, parametrized or shares its
+            blocks.
 
     Reference:
         Denil et al. 2013, https://arxiv.org/abs/1306.0543; see :class:`Factors` for the fit on data.
@@ -155,14 +156,14 @@ def factorize(
 
 
 def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
-    """Put a narrow table and a matrix in the place of the token embeddings, and of a head that is tied to them.
+    """Replace the token embeddings, and a head tied to them, by a narrow table and a matrix.
 
     Args:
-        model: changed in place; its config says it afterwards. On ``meta`` only shapes are.
+        model: modified in place, including its config. On ``meta`` only shapes are.
         rank: width of the table.
 
     Returns:
-        What was changed and what it costs.
+        The replacements and their cost.
 
     Raises:
         LmcompressError: If the rank is above the table's or saves nothing, or the model is packed, parametrized or
@@ -217,12 +218,12 @@ def _keep_trainable(new: nn.Module, old: Tensor) -> None:
 
 
 def check_goal(rank: int | None, energy: float | None, parameters: float | None) -> None:
-    """Refuse what does not say how narrow factors are to be.
+    """Refuse ambiguous ranks.
 
     Args:
         rank: as for :func:`factorize`.
-        energy: likewise.
-        parameters: likewise.
+        energy: as for :func:`factorize`.
+        parameters: as for :func:`factorize`.
 
     Raises:
         LmcompressError: If not exactly one of the three is given, or it is out of range.
@@ -264,13 +265,13 @@ def _check_budget(sizes: Mapping[str, tuple[int, int]], share: float) -> None:
 
 
 def _most(size: tuple[int, int]) -> int:
-    """The highest rank of which the factors of a matrix are smaller than it."""
+    """The highest rank at which the factors of a matrix are smaller than it."""
     rows, columns = size
     return (rows * columns - 1) // (rows + columns)
 
 
 def _even_rank(size: tuple[int, int], share: float | None) -> int:
-    """The rank at which a matrix keeps a share of its numbers; without one the highest that saves anything."""
+    """The rank at which a matrix keeps a share of its parameters; without one the highest that saves anything."""
     rows, columns = size
     return max(1, _most(size) if share is None else int(share * rows * columns / (rows + columns)))
 
@@ -290,7 +291,7 @@ def _spread(sizes: Mapping[str, tuple[int, int]], factors: Mapping[str, Factors]
         squares = factors[path].singular.square()
         squares = squares / squares.sum().clamp(min=1e-30)
         gains += [(float(square) / (rows + columns), path) for square in squares[1 : _most((rows, columns))]]
-    # a later singular value is never greater: taking the best first keeps each matrix's in their order
+    # singular values decrease: taking the best first keeps each matrix's in order
     for _, path in sorted(gains, key=lambda gain: -gain[0]):
         cost = sum(sizes[path])
         if used + cost <= budget:

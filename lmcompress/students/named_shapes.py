@@ -1,4 +1,4 @@
-"""Students of the shapes that papers have named."""
+"""Students with shapes named in papers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lmcompress.students.shape import Initialisation, by_shape
 
 @dataclass(frozen=True)
 class NamedShape:
-    """The shape of a student as a paper gives it, in absolute numbers.
+    """The shape of a student in a paper, in absolute numbers.
 
     Attributes:
         layers: number of blocks.
         hidden_size: width of the residual stream.
-        intermediate_size: neurons of each feed-forward network.
-        num_heads: attention heads of each block.
-        choose: which of the teacher's blocks it starts from.
+        intermediate_size: number of neurons of each feed-forward network.
+        num_heads: number of attention heads of each block.
+        choose: rule for the teacher's blocks it starts from.
     """
 
     layers: int
@@ -36,7 +36,7 @@ NAMED_SHAPES: dict[str, NamedShape] = {
     "T3": NamedShape(3, 768, 3072, 12, "first"),
     "T3-small": NamedShape(3, 384, 1536, 12, "first"),
     "T4-tiny": NamedShape(4, 312, 1200, 12, "first"),
-    # the paper does not say how many heads; 4 keep BERT's head size of 64
+    # the paper does not give the number of heads; 4 keep BERT's head size of 64
     "T12-nano": NamedShape(12, 256, 1024, 4, "first"),
     "DistilBERT": NamedShape(6, 768, 3072, 12, "uniform"),
     "DistilGPT2": NamedShape(6, 768, 3072, 12, "uniform"),
@@ -46,9 +46,9 @@ and those of Sanh et al. 2019, https://arxiv.org/abs/1910.01108."""
 
 
 def named(name: str, teacher: PreTrainedModel, *, initialise: Initialisation = "slice", seed: int = 0) -> Student:
-    """A student of one of the :data:`NAMED_SHAPES`.
+    """A student with one of the :data:`NAMED_SHAPES`.
 
-    The numbers are absolute and the class stays the teacher's: ``"DistilBERT"`` of a BERT is a BERT of six blocks
+    The numbers are absolute and the class is the teacher's: ``"DistilBERT"`` from a BERT is a BERT with six blocks
     (with token types and pooler), not a ``DistilBertModel``.
 
     Args:
@@ -61,7 +61,7 @@ def named(name: str, teacher: PreTrainedModel, *, initialise: Initialisation = "
         The student and the teacher's blocks it was cut from.
 
     Raises:
-        LmcompressError: If there is no such name, or the teacher is smaller than the shape.
+        LmcompressError: If the name does not exist, or the teacher is smaller than the shape.
     """
     shape = NAMED_SHAPES.get(name)
     if shape is None:
@@ -75,7 +75,7 @@ def named(name: str, teacher: PreTrainedModel, *, initialise: Initialisation = "
     short = [f"{what} {wanted} (the teacher has {there})" for what, (wanted, there) in sizes.items() if there < wanted]
     if short and initialise == "slice":
         raise LmcompressError(
-            f"the shape {name!r} is absolute and this teacher is smaller: it asks for {', '.join(short)}. Take a "
+            f"the shape {name!r} is absolute and this teacher is smaller: it needs {', '.join(short)}. Use a "
             "larger teacher, give numbers to by_shape, or start from initialise='random'"
         )
     return by_shape(

@@ -1,4 +1,4 @@
-"""What making a model compact changed."""
+"""The result of making a model compact."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lmcompress.students.costs import model_flops
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What was made compact, what was not and why, and what the model costs now.
+    """The replaced modules, the unchanged ones and why, and the model's new cost.
 
     Attributes:
-        changed: what each module has become, by its path relative to the base model.
-        left: why a module was left as it is, by path.
-        errors: share of what the module gave that its replacement misses, squared: of its matrix, or of its output
-            where there was data; 0 is exact.
-        parameters: of the model, tied and shared ones once: before and after.
-        flops: of one row of ``length`` tokens, before and after; see :func:`model_flops`.
-        length: tokens that ``flops`` are told for.
+        changed: the replacement of each module, by its path relative to the base model.
+        left: why a module was left unchanged, by path.
+        errors: squared error over squared norm of each replaced module: of its matrix, or of its output
+            on data if there were any; 0 is exact.
+        parameters: number of the model's parameters, tied and shared ones once: before and after.
+        flops: FLOPs of one row of ``length`` tokens, before and after; see :func:`model_flops`.
+        length: number of tokens that ``flops`` refer to.
     """
 
     changed: Mapping[str, str]
@@ -61,7 +61,7 @@ class CompactReport:
 
 @dataclass(frozen=True)
 class Before:
-    """What a model cost before it was changed."""
+    """The cost of a model before it is changed."""
 
     parameters: int
     flops: int
@@ -71,7 +71,7 @@ class Before:
         """Measure a model.
 
         Args:
-            model: of a known family.
+            model: a model of a known family.
         """
         return cls(weight_count(model), model_flops(model))
 
@@ -85,10 +85,10 @@ class Before:
         """Compare with the same model, changed.
 
         Args:
-            model: after the change.
+            model: the changed model.
             changed: see :class:`CompactReport`.
-            left: likewise.
-            errors: likewise.
+            left: see :class:`CompactReport`.
+            errors: see :class:`CompactReport`.
 
         Returns:
             The report.

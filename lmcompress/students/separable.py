@@ -1,4 +1,4 @@
-"""Local mixing in the place of attention."""
+"""Local mixing in place of attention."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lmcompress.students.report import Before, CompactReport
 def separate(
     model: PreTrainedModel, blocks: Sequence[int], kernel: int, batches: Iterable[Batch], *, ridge: float = 1e-6
 ) -> CompactReport:
-    r"""Put local mixing in the place of some blocks' attention: a convolution of its values along the sequence.
+    r"""Replace some blocks' attention by local mixing: a convolution of its values along the sequence.
 
-    Queries and keys go; value and output projections stay. Each channel's kernel and bias are the least squares fit to
-    what the heads gave for this channel on the data:
+    Queries and keys are removed; value and output projections stay. Each channel's kernel and bias are the
+    least-squares fit to the heads' output in this channel on the data:
 
     .. math:: \min_{w_c, b_c} \sum_t \big( z_{t,c} - b_c - \sum_j w_{c,j} v_{t+j-j_0,c} \big)^2
 
-    over real tokens. What attention does at fixed distances is kept, what depends on content is lost: train afterwards.
+    over real tokens. Attention at fixed distances is retained, content-dependent attention is lost: train afterwards.
     Causal models get a kernel that ends at its own position.
 
     Args:
-        model: changed in place once everything has been checked; its config says it afterwards. On ``meta`` only shapes
-            are, and ``batches`` are not looked at.
+        model: modified in place once everything has been checked, including its config. On ``meta`` only shapes
+            are, and ``batches`` are ignored.
         blocks: numbers of the blocks, counted from 0.
-        kernel: how many positions are looked at; odd, but for causal models.
-        batches: model inputs that the fit is made on.
-        ridge: share of the mean square of the values that is added to the diagonal of the normal equations.
+        kernel: number of positions in the kernel; odd, except for causal models.
+        batches: model inputs to fit on.
+        ridge: fraction of the mean square of the values that is added to the diagonal of the normal equations.
 
     Returns:
-        What was changed; the errors are shares of the squared deviation of the heads' output from its mean.
+        The replacements; the errors are shares of the squared deviation of the heads' output from its mean.
 
     Raises:
-        LmcompressError: If there is no such block, it has no heads, mixes already or has compact values, the kernel is
+        LmcompressError: If a block does not exist, has no heads, mixes already or has compact values, the kernel is
             even or as wide as the model, there are no data, or the model is packed, parametrized or shares its blocks.
 
     Reference:
@@ -74,7 +74,7 @@ def separate(
 def _fitted(
     model: PreTrainedModel, places: Mapping[int, SeparableMixing], batches: Iterable[Batch], ridge: float
 ) -> dict[int, float]:
-    """Give kernels their values; what they miss, by block."""
+    """Set the kernels; returns their errors, by block."""
     anatomy, family = anatomy_of(model), anatomy_of(model).family
     fits = {index: _Fit(place, ridge) for index, place in places.items()}
     reads, writes = {}, {}
@@ -87,7 +87,7 @@ def _fitted(
 
 
 def _take_values(old: nn.Module, place: SeparableMixing) -> None:
-    """The rows of a projection that give values, the last ones of a fused one."""
+    """The rows of a projection that compute values, the last ones of a fused one."""
     inner, rows = place.pointwise, place.out_features
     with torch.no_grad():
         weight_view(inner).copy_(weight_view(old)[-rows:])
@@ -108,11 +108,11 @@ class _Fit:
         self._values: Tensor | None = None
 
     def values(self, x: Tensor, mask: Tensor) -> None:
-        """What the projection gave, of which the last channels are values."""
+        """Record the projection's output, whose last channels are values."""
         self._values = x.reshape(*mask.shape, -1)[..., -self.place.out_features :]
 
     def context(self, x: Tensor, mask: Tensor) -> None:
-        """What the heads made of it."""
+        """Record the heads' output."""
         place, values = self.place, self._values
         if values is None:
             raise LmcompressError("attention must compute its values before its output, it did not")
@@ -130,7 +130,7 @@ class _Fit:
         self._values = None
 
     def solve(self) -> float:
-        """Put the kernels in their place; the share of the squared deviation that they miss."""
+        """Set the kernels; returns their share of the squared deviation that is not explained."""
         gram, target, taps = self._gram, self._target, self.place.kernel
         tokens = gram[:, -1, -1]
         scale = gram.diagonal(dim1=1, dim2=2)[:, :taps].mean(1).clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""Students made from a teacher: fewer of its blocks, a smaller shape, or one of the shapes that papers have named."""
+"""Students made from a teacher: fewer of its blocks, a smaller shape, or a shape named in a paper."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def by_shape(
     initialise: Initialisation = "slice",
     seed: int = 0,
 ) -> Student:
-    """A new model of the teacher's class, with a shape that a stock config can say.
+    """A new model of the teacher's class, with a shape expressible in a stock config.
 
-    With ``initialise="slice"`` every tensor is cut out of the teacher's. What is kept is chosen by squared L2 norms:
+    With ``initialise="slice"`` every tensor is sliced from the teacher's, keeping entries by squared L2 norms:
 
     - hidden dimensions: one choice for the whole model, so that the residual stream stays one space. A dimension's
       score is the sum, over the matrices that read or write it, of its share of the matrix's squared norm;
-    - heads: by the norms of their query, key, value and output weights; dimensions inside a head, if heads become
+    - heads: by the norms of their query, key, value and output weights; dimensions within a head, if heads become
       narrower: query with key by their norms together, value with output likewise;
     - neurons of the feed-forward network: by the norms of their incoming and outgoing weights together.
 
-    What is kept stays in the teacher's order, so an axis that does not shrink is copied as it is, and with only
+    Kept entries stay in the teacher's order, so an axis that does not shrink is copied unchanged, and with only
     ``layers`` given the student computes what :func:`by_layers`' does.
 
     Note:
-        A slice of the hidden size does not compute what the teacher computes: LayerNorm sees fewer dimensions and no
-        weights are rescaled. It is a place to start training from. Where the student has a tensor that the teacher
-        has not, it is random, as everything is with ``initialise="random"``.
+        A slice of the hidden size does not compute the teacher's function: LayerNorm sees fewer dimensions and no
+        weights are rescaled. It is an initialization for training. Tensors of the student that the teacher
+        lacks are random, as everything is with ``initialise="random"``.
 
     Args:
-        teacher: of a family that :mod:`lmcompress.families` knows; left as it is. ``num_labels`` is kept.
-        layers: how many blocks, or which of the teacher's; default: all.
-        hidden_size: width of the residual stream; default: the teacher's. Where ELECTRA's embeddings are as wide as
+        teacher: a model of a family that :mod:`lmcompress.families` describes; not modified. ``num_labels`` is kept.
+        layers: number of blocks, or numbers of the teacher's; default: all.
+        hidden_size: width of the residual stream; default: the teacher's. If ELECTRA's embeddings are as wide as
             its hidden states they follow.
-        intermediate_size: neurons of each feed-forward network; default: in the teacher's proportion to the width.
-        num_heads: attention heads of each block; default: as many as keep the teacher's head size, or else the
-            teacher's number.
-        choose: which blocks, where ``layers`` is a number: see :func:`choose_layers`.
+        intermediate_size: number of neurons of each feed-forward network; default: proportional to the width.
+        num_heads: number of attention heads of each block; default: as many as keep the teacher's head size, or else
+            the teacher's number.
+        choose: rule for blocks, if ``layers`` is a number: see :func:`choose_layers`.
         initialise: ``"slice"`` or ``"random"``; only random students can be larger than the teacher.
-        seed: of what is random; the global generator is left alone.
+        seed: seed of random values; the global generator is unaffected.
 
     Returns:
         The student, in evaluation mode as after ``from_pretrained``, and the teacher's blocks it was cut from.
@@ -98,10 +98,10 @@ def by_width(
 ) -> Student:
     """A student whose every width is the teacher's times one number; heads keep their size.
 
-    Parameters and products of the blocks shrink by about the square of it.
+    Parameters and matmul FLOPs of the blocks shrink by about its square.
 
     Args:
-        teacher: of a family that :mod:`lmcompress.families` knows; left as it is.
+        teacher: a model of a family that :mod:`lmcompress.families` describes; not modified.
         multiplier: in (0, 1]; heads are rounded, at least one stays, and the width follows them.
         layers: as for :func:`by_shape`.
         choose: as for :func:`by_shape`.
@@ -170,7 +170,7 @@ def _shaped_config(
     setattr(config, family.num_heads, heads)
     if ffn is None:
         ffn = max(1, round(shape.ffn * hidden / old_hidden))
-    # GPT-2's None means four times the width, and stays None where that is what is meant
+    # GPT-2's None means four times the width, and stays None if that is intended
     if config_value(old, family, "intermediate_size") is not None or ffn != 4 * hidden:
         setattr(config, family.intermediate_size, _positive("intermediate_size", ffn))
     return config
@@ -178,7 +178,7 @@ def _shaped_config(
 
 def _built(teacher: PreTrainedModel, config: PretrainedConfig, seed: int) -> PreTrainedModel:
     meta = teacher.device.type == "meta"
-    # always drawn on the CPU, so that a seed means the same student on every machine
+    # always drawn on the CPU, so that a seed gives the same student on every machine
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         torch.default_generator.manual_seed(seed)
         student: PreTrainedModel = type(teacher)(config)

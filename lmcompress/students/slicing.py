@@ -1,4 +1,4 @@
-"""Cutting a smaller model out of a larger one, by squared norms."""
+"""Slicing a smaller model from a larger one, by squared norms."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lmcompress.families import Block, anatomy_of, weight_view
 
 
 def refuse_growth(new: Block, old: Sequence[Block]) -> None:
-    """Refuse a block that is larger than those it is to be cut from.
+    """Refuse a block that is larger than those it is to be sliced from.
 
     Args:
-        new: of the student.
-        old: of the teacher.
+        new: shape of the student's block.
+        old: shapes of the teacher's blocks.
 
     Raises:
         LmcompressError: If it has more heads or neurons, or wider heads.
@@ -39,7 +39,7 @@ def slice_into(student: PreTrainedModel, teacher: PreTrainedModel, kept: Sequenc
     """Copy into a student the parts of a teacher's tensors that have the largest norms.
 
     Args:
-        student: changed in place.
+        student: modified in place.
         teacher: at least as large.
         kept: for each block of the student the teacher's block.
 
@@ -130,12 +130,12 @@ def _share(squares: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, keep: int) -> Tensor:
-    """Places of the ``keep`` highest scores on the last axis, rising; of equal scores the first ones."""
+    """Indices of the ``keep`` highest scores on the last axis, increasing; among equal scores the first ones."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
 
 
 def _cut_hidden(source: Tensor, shape: torch.Size, hidden: Tensor, name: str) -> Tensor:
-    """``source`` cut to ``shape``: outside a block's matrices, the axes that differ are of the hidden size."""
+    """``source`` sliced to ``shape``: outside a block's matrices, the axes that differ are of the hidden size."""
     for axis, (old, new) in enumerate(zip(source.shape, shape, strict=True)):
         if old != new:
             if new != len(hidden) or old <= new:

@@ -1,4 +1,4 @@
-"""The training loop, and the trainers that translate a configuration into its parts."""
+"""The training loop, and the trainers that turn a configuration into its methods."""
 
 from lmcompress.trainers.compression import CompressionTrainer
 from lmcompress.trainers.distillation import DistillationTrainer

@@ -1,4 +1,4 @@
-"""The one training loop: a ``Trainer`` whose loss is a sum of named terms, right under accumulation and DDP."""
+"""The training loop: a ``Trainer`` whose loss is a sum of named terms, correct under accumulation and DDP."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lmcompress.trainers.monitoring import check_alive, gradient_shares
 from lmcompress.trainers.sampling import length_grouped
 from lmcompress.trainers.state import describe_structure, load_state, save_state
 
-# what a teacher may take and the student not; Trainer takes columns away that the student does not know
+# inputs that a teacher may take and the student not; Trainer removes columns that the student does not know
 TEACHER_COLUMNS = ("token_type_ids", "teacher_input_ids", "teacher_attention_mask", "teacher_token_type_ids")
 
 
 @dataclass
 class _Logged:
-    """Means of one term since the last log, and in how many optimizer steps it took part."""
+    """Sum of the means of one term since the last log, and the number of optimizer steps it took part in."""
 
     total: Tensor
     measured: bool
@@ -37,27 +37,28 @@ class _Logged:
 class CompressionTrainer(Trainer):  # type: ignore[misc]
     """A :class:`~transformers.Trainer` to which compression methods add loss terms.
 
-    Without methods it trains as ``Trainer`` does, but for the denominator: every term, the loss on the labels among
-    them, is a mean over the whole optimizer step, all micro-batches and processes, so that a batch of 8 × 1 is 1 × 8.
-    (For GPT-2, ``Trainer`` 5.17 and 5.23 divide by the labels before the shift, this one by the tokens predicted.)
+    Without methods it trains as ``Trainer`` does, except for the denominator: every term, including the loss on the
+    labels, is a mean over the whole optimizer step, all micro-batches and processes, so that a batch of 8 × 1 equals 1
+    × 8. (For GPT-2, ``Trainer`` 5.17 and 5.23 divide by the labels before the shift, this one by the tokens predicted.)
 
-    Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints carry the state of the
-    methods and resume bit-exact on a CPU; what is saved in the end is the student alone.
+    Each term is logged by name (``loss_kd``, ``loss_hidden_mse_0``, …), unweighted. Checkpoints contain the state of
+    the methods and resume bit-exact on a CPU; only the student is saved at the end.
 
     Args:
         model: the student; a :class:`CompressedModel` is unwrapped.
         args: as for ``Trainer``.
-        methods: what is done to the student; in the order in which they were made.
+        methods: compression methods, in the order in which they were created.
         gradient_shares: every n optimizer steps, also log each term's share of the norm of the student's gradient
-            (``share_kd``, …); costs one more backward pass for each term then. 0: never.
+            (``share_kd``, …); costs one more backward pass for each term in that step. 0: never.
         **kwargs: as for ``Trainer``.
 
     Raises:
-        LmcompressError: If label smoothing, a loss function of one's own, or several GPUs in one process are asked
-            for, none of which the terms allow for.
+        LmcompressError: If label smoothing, a custom loss function, or several GPUs in one process are requested, none
+            of which the terms support.
     """
 
-    # terms are divided by the counts of the step; transformers asks from 5.19 on, before it divided without loss kwargs
+    # terms are divided by the counts of the step; transformers checks from 5.19 on, before it divided without loss
+    # kwargs
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -89,8 +90,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
                 f"{self.args.n_gpu} GPUs in one process would split batches behind the hooks' back: start with "
                 "'torchrun --nproc_per_node=N' or 'accelerate launch', or set CUDA_VISIBLE_DEVICES to one"
             )
-        # without this, transformers before 5.19 hands num_items_in_batch to the model and skips its own division, or
-        # not, by the model's signature
+        # without this, transformers before 5.19 passes num_items_in_batch to the model and skips its own division, or
+        # not, depending on the model's signature
         self.model_accepts_loss_kwargs = False
         self._divides_by_accumulation = not hasattr(Trainer, "loss_is_scaled_for_ga")
         if isinstance(student, PreTrainedModel):
@@ -104,9 +105,9 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         """The micro-batches of one optimizer step; counts all units in them, over all processes.
 
         Args:
-            epoch_iterator: of the data loader.
-            num_batches: how many micro-batches.
-            device: of the counts.
+            epoch_iterator: iterator of the data loader.
+            num_batches: number of micro-batches.
+            device: device of the counts.
 
         Returns:
             ``(batches, None)``.
@@ -135,13 +136,13 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted sum of all terms; in evaluation the loss on the labels alone, as ``Trainer`` has it.
+        """The weighted sum of all terms; in evaluation only the loss on the labels, as in ``Trainer``.
 
         Args:
-            model: the student, perhaps wrapped.
+            model: the student, possibly wrapped.
             inputs: one micro-batch.
-            return_outputs: also return the student's outputs.
-            num_items_in_batch: not used: units are counted in :meth:`get_batch_samples`.
+            return_outputs: whether to return the student's outputs too.
+            num_items_in_batch: unused: units are counted in :meth:`get_batch_samples`.
 
         Returns:
             The loss, or ``(loss, outputs)``.
@@ -177,7 +178,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             terms |= new
         if not terms and "labels" not in inputs:
             raise LmcompressError(
-                "there is nothing to train on: the batch has no labels and no method gave a loss term"
+                "there is nothing to train on: the batch has no labels and no method returned a loss term"
             )
         # DDP averages gradients over processes; the counts are of all processes
         scale = float(self.accelerator.num_processes)
@@ -210,7 +211,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         for method in self.methods:
             parameters = []
             for group in method.parameter_groups():
-                # a second train() comes here with the optimizer of the first
+                # a second train() arrives here with the optimizer of the first
                 if not known.intersection(map(id, group["params"])):
                     optimizer.add_param_group({"weight_decay": 0.0, **group})
                     parameters += list(group["params"])
@@ -219,10 +220,10 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the terms since the last time; refuses to go on with a term that has been dead for long.
+        """Adds the means of the terms since the last log; raises if a term has been zero for long.
 
         Args:
-            logs: what ``Trainer`` logs.
+            logs: the entry of ``Trainer``.
             start_time: as for ``Trainer``.
 
         Raises:
@@ -240,12 +241,12 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         super().log(logs) if start_time is None else super().log(logs, start_time)
 
     def freeze(self) -> None:
-        """Freeze what every method decided: the model computes from now on what it will after :meth:`finish`."""
+        """Freeze the decisions of every method: the model already computes what it will after :meth:`finish`."""
         for method in self.methods:
             method.freeze()
 
     def finish(self) -> None:
-        """Freeze what every method decided, materialize it and take the hooks away; the trainer is done then."""
+        """Freeze the decisions of every method, materialize them and remove the hooks; ends the use of the trainer."""
         self.freeze()
         for method in self.methods:
             method.finish()
@@ -253,16 +254,16 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As ``Trainer``'s, with what is a teacher's taken out of the batch, and without anything being captured.
+        """As in ``Trainer``, without a teacher's columns in the batch, and without capturing anything.
 
         Args:
-            model: the student, perhaps wrapped.
+            model: the student, possibly wrapped.
             inputs: one batch.
             prediction_loss_only: as for ``Trainer``.
             ignore_keys: as for ``Trainer``.
 
         Returns:
-            Loss, logits and labels, as ``Trainer`` has them.
+            Loss, logits and labels, as in ``Trainer``.
         """
         kept = self._student_inputs(inputs) | {k: v for k, v in inputs.items() if k in self.label_names}
         for method in self.methods:
@@ -285,11 +286,11 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         names = _parameters_of(type(self._model_for(inputs)).forward)
         other = ("labels", *self.label_names)
         kept = {k: v for k, v in inputs.items() if not k.startswith("teacher_") and k not in other}
-        # a column may be there for the teacher alone, such as BERT's token types beside a DistilBERT
+        # a column may be for the teacher only, such as BERT's token types for a DistilBERT
         return {k: v for k, v in kept.items() if k in names} if "input_ids" in names else kept
 
     def _label_term(self, outputs: Any, inputs: Mapping[str, Any], weight: float) -> Term:
-        # heads give the mean over what they count; the product with that count is the sum
+        # heads return the mean over the units they count; times that count it is the sum
         count = self._count(inputs)[UNITS.index("labels")]
         loss = outputs["loss"].float()
         # a micro-batch without a single label has a mean of 0 / 0
@@ -302,8 +303,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         for name, term in terms.items():
             if not term.total.requires_grad and term.weight > 0:
                 raise LmcompressError(
-                    f"the loss term {name!r} has no gradient: nothing that is trained reaches it. "
-                    "Are the layers it looks at frozen, or is the student the teacher itself?"
+                    f"the loss term {name!r} has no gradient: it does not depend on any trained parameter. "
+                    "Are its layers frozen, or is the student the teacher itself?"
                 )
 
     def _remember(self, terms: Mapping[str, Term], counts: Mapping[Unit, Tensor]) -> None:
@@ -341,7 +342,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             self._signature_columns += [c for c in wanted if c not in self._signature_columns]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # here, and not after the checkpoint: older checkpoints go when it is complete, and this must not come later
+        # here, and not after the checkpoint: older checkpoints are deleted when it is complete, and this must not come
+        # later
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_state(self.methods, output_dir)
@@ -369,24 +371,24 @@ def _exact(device: torch.device) -> torch.dtype:
 
 
 def _reading_of(model: Any) -> tuple[bool, bool]:
-    """Whether a token sees only those before it, and whether each position predicts the next token."""
+    """Whether a token attends only to those before it, and whether each position predicts the next token."""
     if not isinstance(model, PreTrainedModel):
         return False, False
     anatomy = anatomy_of(model)
-    # a classifier on GPT-2 is causal in its attention, but has no next token to predict
+    # a classifier on GPT-2 has causal attention, but no next token to predict
     return anatomy.family.causal, anatomy.head is not None
 
 
 def _count_vector(batch: Mapping[str, Any], causal: bool, shifted: bool) -> Tensor:
-    """How many of each unit a batch has, ``(len(UNITS),)``, in the order of ``UNITS``.
+    """Number of each unit in a batch, ``(len(UNITS),)``, in the order of ``UNITS``.
 
     Args:
         batch: on any device.
-        causal: whether a token sees only those before it.
+        causal: whether a token attends only to those before it.
         shifted: whether each position predicts the next token.
 
     Returns:
-        Counts, float64 but on MPS.
+        Counts, float64 except on MPS.
     """
     ids = batch["input_ids"] if "input_ids" in batch else next(v for v in batch.values() if isinstance(v, Tensor))
     mask = batch.get("attention_mask")

@@ -1,4 +1,4 @@
-"""DistillationTrainer: a teacher and a configuration, made into a method of the one loop."""
+"""DistillationTrainer: a teacher and a configuration, turned into a method of the training loop."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DistillationTrainer(CompressionTrainer):
 
     Args:
         model: the student.
-        teacher: a model, another source of answers, or several of them.
+        teacher: a model, another source of outputs, or several of them.
         args: as for ``Trainer``.
-        distillation: what is compared; default: logits and labels.
+        distillation: compared features and their weights; default: logits and labels.
         methods: further methods in the same run.
         **kwargs: as for :class:`CompressionTrainer`.
     """
@@ -43,11 +43,11 @@ class DistillationTrainer(CompressionTrainer):
 
 
 def taught(teacher: Teachers | None, distillation: DistillationConfig | None) -> list[Method]:
-    """The method that a trainer's ``teacher`` and ``distillation`` stand for, if there is a teacher.
+    """The method for a trainer's ``teacher`` and ``distillation``, if there is a teacher.
 
     Args:
         teacher: one or several.
-        distillation: what is compared; default: logits and labels.
+        distillation: compared features and their weights; default: logits and labels.
 
     Returns:
         One method, or none.
@@ -61,10 +61,10 @@ def taught(teacher: Teachers | None, distillation: DistillationConfig | None) ->
 
 
 def finished(report: Report | None) -> Report:
-    """The report of a method, which is there once the trainer has finished.
+    """The report of a method, available once the trainer has finished.
 
     Args:
-        report: of the method, or None.
+        report: report of the method, or None.
 
     Raises:
         LmcompressError: If there is none yet.

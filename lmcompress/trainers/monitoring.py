@@ -1,4 +1,4 @@
-"""What tells whether a term of the loss does anything: its share of the gradient, and that it is not dead."""
+"""Monitoring of loss terms: their shares of the gradient, and detection of dead terms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gradient_shares(terms: Mapping[str, Tensor], parameters: Sequence[nn.Paramet
 
     Args:
         terms: weighted, 0-d, by name.
-        parameters: with respect to which.
+        parameters: parameters to differentiate with respect to.
     """
     norms = {}
     for name, value in terms.items():
@@ -28,11 +28,11 @@ def gradient_shares(terms: Mapping[str, Tensor], parameters: Sequence[nn.Paramet
 
 
 def check_alive(name: str, silent: int) -> None:
-    """Refuse to go on with a term that has long been exactly zero.
+    """Raise if a term has been exactly zero for long.
 
     Args:
-        name: of the term.
-        silent: optimizer steps for which it has been.
+        name: name of the term.
+        silent: number of optimizer steps for which it has been zero.
 
     Raises:
         LmcompressError: If there are :data:`DEAD_STEPS` of them.
@@ -41,5 +41,5 @@ def check_alive(name: str, silent: int) -> None:
         raise LmcompressError(
             f"the loss term {name!r} has been exactly zero for {silent} steps, and so has its gradient. Usual "
             "causes: teacher and student are the same model, a softmax over a single output (use the mse loss), or "
-            "a mask that hides all tokens. Take the term out if it is meant to be zero."
+            "a mask that hides all tokens. Remove the term if it is meant to be zero."
         )

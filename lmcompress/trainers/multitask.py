@@ -28,10 +28,10 @@ class MultiTaskStudent(nn.Module):
 
     Args:
         models: by task; a task's name is also that of its folder.
-        share_backbone: let all use the base model of the first, whose weights are kept; the others' are dropped.
+        share_backbone: whether all use the base model of the first, whose weights are kept; the others' are dropped.
 
     Raises:
-        LmcompressError: If there are no models, a name is no folder, or bodies are not of one shape.
+        LmcompressError: If there are no models, a name is not a valid folder, or bodies differ in shape.
     """
 
     def __init__(self, models: Mapping[str, PreTrainedModel | CompressedModel], *, share_backbone: bool = True) -> None:
@@ -59,7 +59,7 @@ class MultiTaskStudent(nn.Module):
             The model.
 
         Raises:
-            LmcompressError: If there is no such task.
+            LmcompressError: If the task does not exist.
         """
         if task not in self.models:
             raise LmcompressError(f"there is no task {task!r}{nearest(task, self.models)}")
@@ -70,18 +70,18 @@ class MultiTaskStudent(nn.Module):
 
         Args:
             task: its name.
-            **inputs: what that model takes.
+            **inputs: inputs of that model.
 
         Returns:
-            what it gives.
+            its outputs.
         """
         return self.model_for(task)(**inputs)
 
 
 class MultiTaskDistillation(Method):
-    """A method that hands every batch to the distillation of its task; terms are named ``task/term``.
+    """A method that passes every batch to the distillation of its task; terms are named ``task/term``.
 
-    A step's loss is a mean over all that the step has of a unit, whatever its tasks.
+    A step's loss is a mean over all units of the step, whatever their tasks.
 
     Args:
         methods: by task.
@@ -114,10 +114,10 @@ class MultiTaskDistillation(Method):
         self.set_active(False)
 
     def before_forward(self, step: Step) -> None:
-        """Let the hooks of the batch's task keep something, and of no other: they may look at the same modules.
+        """Let only the hooks of the batch's task record: those of several tasks may be on the same modules.
 
         Args:
-            step: of a batch with ``"task"``.
+            step: the step, of a batch with ``"task"``.
         """
         self._task = step.inputs["task"]
         for task, method in self.methods.items():
@@ -128,16 +128,16 @@ class MultiTaskDistillation(Method):
         """The terms of the batch's task.
 
         Args:
-            step: with outputs.
+            step: the step, with outputs.
 
         Returns:
-            By ``task/term``.
+            The terms, by ``task/term``.
         """
         terms = self.methods[self._task].loss_terms(step)
         return {f"{self._task}/{name}": _renamed(self._task, term) for name, term in terms.items()}
 
     def label_weight(self, progress: float) -> float:
-        """What the loss on the labels is multiplied by in the task of this batch.
+        """Factor of the loss on the labels in the task of this batch.
 
         Args:
             progress: share of the training done.
@@ -145,35 +145,35 @@ class MultiTaskDistillation(Method):
         return self.methods[self._task].label_weight(progress)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Those of all tasks."""
+        """Parameter groups of all tasks."""
         return [group for method in self.methods.values() for group in method.parameter_groups()]
 
     def modules(self) -> dict[str, nn.Module]:
-        """Those of all tasks."""
+        """Modules of all tasks."""
         return {f"{task}/{n}": m for task, method in self.methods.items() for n, m in method.modules().items()}
 
     @property
     def max_norm(self) -> float | None:
-        """The least of all tasks'."""
+        """The minimum of all tasks'."""
         return min((method.max_norm for method in self.methods.values() if method.max_norm is not None), default=None)
 
     def set_active(self, active: bool) -> None:
-        """Nothing is kept until a batch says of which task it is.
+        """Nothing is recorded until a batch names its task.
 
         Args:
-            active: without effect.
+            active: unused.
         """
         for method in self.methods.values():
             method.set_active(False)
 
     def finish(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         for method in self.methods.values():
             method.finish()
 
 
 class MultiTaskTrainer(CompressionTrainer):
-    """The training loop for a :class:`MultiTaskStudent`; tasks are drawn by the tempered share of their rows.
+    """The training loop for a :class:`MultiTaskStudent`; tasks are sampled by the tempered share of their rows.
 
     Checkpoints and :meth:`save_model` write each task's model to a folder of its name. Evaluate the models one by one.
 
@@ -181,9 +181,9 @@ class MultiTaskTrainer(CompressionTrainer):
         model: the student.
         args: as for ``Trainer``.
         methods: usually one :class:`MultiTaskDistillation`.
-        train_datasets: tokenised rows by task.
+        train_datasets: tokenized rows by task.
         collators: by task.
-        tau: 1 draws tasks as often as they have rows, 0 all alike.
+        tau: 1 samples tasks in proportion to their rows, 0 uniformly.
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
@@ -222,7 +222,7 @@ class MultiTaskTrainer(CompressionTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             num_processes=self.args.world_size,
         )
-        # accelerate tells the epoch to the sampler of a batch sampler that it has cut for several processes
+        # accelerate passes the epoch to the sampler of a batch sampler that it has split between processes
         batches.sampler = batches  # type: ignore[attr-defined]
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
@@ -234,7 +234,7 @@ class MultiTaskTrainer(CompressionTrainer):
         return self.accelerator.prepare(loader)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write each task's model to its folder, through the round-trip check but for checkpoints on the way.
+        """Write each task's model to its folder, with a round-trip check except for training checkpoints.
 
         Args:
             output_dir: default: that of the arguments.

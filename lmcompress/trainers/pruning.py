@@ -1,4 +1,4 @@
-"""PruningTrainer: a configuration of pruning, and perhaps a teacher, made into methods of the one loop."""
+"""PruningTrainer: a configuration of pruning, and optionally a teacher, turned into methods of the training loop."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lmcompress.trainers.distillation import finished, taught
 
 
 class PruningTrainer(CompressionTrainer):
-    """Prunes ``model`` while it is trained, on labels, on a teacher, or on both.
+    """Prunes ``model`` while it is trained on labels, on a teacher, or on both.
 
-    After :meth:`train`, :meth:`finish` cuts the model and gives the report; until then pruned units are masked.
-    With a teacher, labels keep the weight that ``distillation`` says, 1 by default.
+    After :meth:`train`, :meth:`finish` cuts the model and returns the report; until then pruned units are masked.
+    With a teacher, labels have the weight given in ``distillation``, 1 by default.
 
     Args:
         model: the student.
         args: as for ``Trainer``.
-        pruning: what is pruned, how much and when.
-        teacher: a model, another source of answers, or several of them; often a copy of the model before pruning.
-        distillation: what is compared with the teacher; default: logits and labels. A match with ``student: nearest``
-            learns from the teacher's layer in the nearest block that pruning has left.
+        pruning: the parts, the target and the schedule.
+        teacher: a model, another source of outputs, or several of them; often a copy of the unpruned model.
+        distillation: compared features and their weights; default: logits and labels. A match with ``student: nearest``
+            learns from the teacher's layer in the nearest remaining block.
         methods: further methods in the same run.
         calibration: batches for scores and repair; default: rows of the training data.
         cost: a latency table, for a latency target.
@@ -62,12 +62,12 @@ class PruningTrainer(CompressionTrainer):
                 "PruningConfig(target=Target(sparsity=0.5))"
             )
         self.pruning = StructuredPruning(pruning, calibration=calibration, cost=cost)
-        # gates are hooked first: what distillation captures is what they left
+        # gates are hooked first: distillation captures gated features
         super().__init__(model, args, [self.pruning, *taught(teacher, distillation), *methods], **kwargs)
 
     @property
     def report(self) -> PruningReport:
-        """What was cut.
+        """The result of pruning.
 
         Raises:
             LmcompressError: If :meth:`finish` was not called yet.

@@ -1,4 +1,4 @@
-"""QuantizationTrainer: a configuration of quantization, and perhaps a teacher, made into methods of the one loop."""
+"""QuantizationTrainer: a configuration of quantization, and optionally a teacher, as methods of the training loop."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from lmcompress.trainers.distillation import finished, taught
 class QuantizationTrainer(CompressionTrainer):
     """Trains ``model`` while it computes with quantized numbers, on labels, on a teacher, or on both.
 
-    After :meth:`train`, :meth:`finish` packs the model and gives the report; until then its weights are float32, and
-    quantized whenever they are read. Start from the model that is to be quantized, and let a copy of it be the teacher.
+    After :meth:`train`, :meth:`finish` packs the model and returns the report; until then its weights are float32, and
+    quantized whenever they are read. Start from the model to quantize, with a copy of it as the teacher.
 
     Args:
         model: the student.
         args: as for ``Trainer``.
-        quantization: what is quantized to what, and when; default: QuantGPT's at 8 bits.
-        teacher: a model, another source of answers, or several of them.
-        distillation: what is compared with the teacher; default: :func:`default_distillation`.
+        quantization: quantization and its schedule; default: QuantGPT's at 8 bits.
+        teacher: a model, another source of outputs, or several of them.
+        distillation: compared features and their weights; default: :func:`default_distillation`.
         methods: further methods in the same run; one that prunes comes first of all.
-        calibration: batches for ranges that are calibrated; default: rows of the training data.
+        calibration: batches for calibrated ranges; default: training rows.
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: If a distillation has no teacher, or for what
-            :class:`~lmcompress.quantization.method.Quantization` refuses.
+        LmcompressError: If a distillation has no teacher, or
+            :class:`~lmcompress.quantization.method.Quantization` refuses the configuration.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class QuantizationTrainer(CompressionTrainer):
         self.quantization = Quantization(quantization, calibration=calibration)
         cutting = [method for method in methods if method.changes_shapes]
         others = [method for method in methods if method not in cutting]
-        # gates are hooked first: what is quantized, and what distillation captures, is what they left
+        # gates are hooked first: quantization and distillation see gated values
         if teacher is not None and distillation is None:
             student = model.model if isinstance(model, CompressedModel) else model
             distillation = default_distillation(student, teacher, cut=bool(cutting))
@@ -66,7 +66,7 @@ class QuantizationTrainer(CompressionTrainer):
 
     @property
     def report(self) -> QuantizationReport:
-        """What was quantized.
+        """The result of quantization.
 
         Raises:
             LmcompressError: If :meth:`finish` was not called yet.
@@ -75,17 +75,17 @@ class QuantizationTrainer(CompressionTrainer):
 
 
 def default_distillation(student: PreTrainedModel, teacher: Teachers, *, cut: bool = False) -> DistillationConfig:
-    """What a student that is quantized learns from its teacher, where nothing else is said.
+    """The default distillation of a quantized student.
 
     Causal language models: logits and contrast of tokens
     (:func:`~lmcompress.distillation.presets.quantgpt`). Others: logits, and hidden states and attention scores of every
     layer (:func:`~lmcompress.distillation.presets.ternarybert`), as far as student and teacher have the same. Labels
-    count for nothing.
+    are not used.
 
     Args:
         student: the model.
-        teacher: its teacher; of several, or of one that does not run, logits alone are taken where layers would be.
-        cut: whether the student is pruned in the same run, so that its layers and heads will not be the teacher's.
+        teacher: its teacher; with several, or one that does not run, only logits are used in place of layers.
+        cut: whether the student is pruned in the same run, so that its layers and heads will differ from the teacher's.
 
     Returns:
         The configuration.

@@ -13,19 +13,19 @@ POOL_BATCHES = 50
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """An order of rows in which the rows of a batch are of similar length and the batches come in no order at all.
+    """An order of rows in which the rows of a batch are of similar length and the batches are in random order.
 
-    Rows are shuffled, pooled by :data:`POOL_BATCHES` batches, sorted by length within the pool, cut into batches, and
+    Rows are shuffled, pooled by :data:`POOL_BATCHES` batches, sorted by length within the pool, split into batches, and
     the batches are shuffled. ``transformers``' sampler of the same purpose leaves the batches of a pool in descending
     order of length: short and long rows then alternate with a period of some fifty steps, and a BERT trained from
     scratch on short texts does not learn at all.
 
-    The order depends on the seed and the epoch alone, so a run that resumes sees the rows it would have seen.
+    The order depends only on the seed and the epoch, so a resumed run sees the same rows.
 
     Args:
-        lengths: of the rows, in tokens.
+        lengths: lengths of the rows, in tokens.
         batch_size: rows of one batch.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: If ``batch_size`` is below 1.
@@ -40,7 +40,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; accelerate calls this before each epoch.
+        """Set the epoch; accelerate calls this before each one.
 
         Args:
             epoch: counted from 0.
@@ -60,7 +60,7 @@ class LengthGroupedSampler(Sampler[int]):
             for pool in pools
             for batch in pool[self.lengths[pool].argsort(descending=True, stable=True)].split(self.batch_size)
         ]
-        # only the last batch of the last pool can be short: it stays last, or all after it would be cut askew
+        # only the last batch of the last pool can be short: it stays last, or all later ones would be misaligned
         short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         order = torch.randperm(len(batches), generator=generator).tolist()
         for batch in [*(batches[i] for i in order), *short] if order else short:
@@ -72,7 +72,7 @@ def length_grouped(rows: Any, args: TrainingArguments) -> LengthGroupedSampler:
 
     Args:
         rows: with ``input_ids``; a data set or a sequence of dictionaries.
-        args: of the run.
+        args: arguments of the run.
     """
     columns = getattr(rows, "column_names", None)
     ids = rows["input_ids"] if columns and "input_ids" in columns else (row["input_ids"] for row in rows)

@@ -1,4 +1,4 @@
-"""SharingTrainer: a configuration of weight sharing, and perhaps a teacher, made into methods of the one loop."""
+"""SharingTrainer: a configuration of weight clustering, and optionally a teacher, as methods of the training loop."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lmcompress.trainers.distillation import finished, taught
 
 
 class SharingTrainer(CompressionTrainer):
-    """Trains the values that the weights of each matrix share, on labels, on a teacher, or on both.
+    """Trains the shared values of each matrix's weights, on labels, on a teacher, or on both.
 
-    The model is clustered when the trainer is made, and shares its values from then on. After :meth:`train`,
-    :meth:`finish` gives the report.
+    The model is clustered when the trainer is created, and shares its values from then on. After :meth:`train`,
+    :meth:`finish` returns the report.
 
     Args:
-        model: the student; where it was pruned, its zeros stay.
+        model: the student; if it was pruned, its zeros stay.
         args: as for ``Trainer``.
-        sharing: how many values which matrix has; default: Deep Compression's.
-        teacher: a model, another source of answers, or several of them; often a copy of the model before.
-        distillation: what is compared with the teacher; default: logits and labels.
+        sharing: number of shared values of each matrix; default: Deep Compression's.
+        teacher: a model, another source of outputs, or several of them; often a copy of the original model.
+        distillation: compared features and their weights; default: logits and labels.
         methods: further methods in the same run.
-        calibration: batches for the sensitivity, where the configuration asks for it; default: rows of the training
-            data.
+        calibration: batches for the sensitivity, if the configuration needs it; default: training
+            rows.
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: If a distillation has no teacher, or for what
-            :class:`~lmcompress.clustering.method.WeightSharing` refuses.
+        LmcompressError: If a distillation has no teacher, or
+            :class:`~lmcompress.clustering.method.WeightSharing` refuses the configuration.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SharingTrainer(CompressionTrainer):
 
     @property
     def report(self) -> SharingReport:
-        """What shares its values.
+        """The result of clustering.
 
         Raises:
             LmcompressError: If :meth:`finish` was not called yet.

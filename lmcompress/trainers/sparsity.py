@@ -1,4 +1,4 @@
-"""SparsityTrainer: a configuration of sparsity, and perhaps a teacher, made into methods of the one loop."""
+"""SparsityTrainer: a configuration of sparsity, and optionally a teacher, turned into methods of the training loop."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lmcompress.trainers.distillation import finished, taught
 class SparsityTrainer(CompressionTrainer):
     """Prunes single weights of ``model`` while it is trained, on labels, on a teacher, or on both.
 
-    After :meth:`train`, :meth:`finish` materializes the zeros and gives the report.
+    After :meth:`train`, :meth:`finish` materializes the zeros and returns the report.
 
     Args:
-        model: the student; a model of transformers or any other module that the trainer takes.
+        model: the student; a model of transformers or any other module that the trainer accepts.
         args: as for ``Trainer``.
-        sparsity: which weights are pruned, how many, and when.
-        teacher: a model, another source of answers, or several of them; often a copy of the model before.
-        distillation: what is compared with the teacher; default: logits and labels.
+        sparsity: the share, the criterion and the schedule.
+        teacher: a model, another source of outputs, or several of them; often a copy of the original model.
+        distillation: compared features and their weights; default: logits and labels.
         methods: further methods in the same run.
         calibration: batches for scores that need data; default: rows of the training data.
         **kwargs: as for :class:`CompressionTrainer`.
 
     Raises:
-        LmcompressError: If there is no configuration, a distillation has no teacher, or for what
-            :class:`~lmcompress.pruning.unstructured.method.Sparsity` refuses.
+        LmcompressError: If there is no configuration, a distillation has no teacher, or
+            :class:`~lmcompress.pruning.unstructured.method.Sparsity` refuses the configuration.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class SparsityTrainer(CompressionTrainer):
     ) -> None:
         if sparsity is None:
             raise LmcompressError(
-                "sparsity must say how many weights go, got None; for instance SparsityConfig(sparsity=0.9)"
+                "sparsity must give the share to prune, got None; for example SparsityConfig(sparsity=0.9)"
             )
         self.sparsity = Sparsity(sparsity, calibration=calibration)
         super().__init__(model, args, [self.sparsity, *taught(teacher, distillation), *methods], **kwargs)
 
     @property
     def report(self) -> SparsityReport:
-        """What became zero.
+        """The result of pruning.
 
         Raises:
             LmcompressError: If :meth:`finish` was not called yet.

@@ -1,4 +1,4 @@
-"""What is in training checkpoints beside what ``Trainer`` writes: the state of methods, the shapes of a cut student."""
+"""Contents of training checkpoints besides ``Trainer``'s: the state of methods, the shapes of a cut student."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ STATE_FILE = "lmcompress_training_state.safetensors"
 
 
 def save_state(methods: Sequence[Method], folder: str | Path) -> None:
-    """Write the state of the methods' modules to :data:`STATE_FILE`; no file where there is none.
+    """Write the state of the methods' modules to :data:`STATE_FILE`; no file if there are none.
 
     Args:
-        methods: of the run, in their order.
-        folder: of the checkpoint.
+        methods: methods of the run, in order.
+        folder: folder of the checkpoint.
     """
     if state := _state_of(methods):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(folder) / STATE_FILE)
 
 
 def load_state(methods: Sequence[Method], folder: str | Path) -> None:
-    """Copy the state that was written into the methods' modules.
+    """Load the saved state into the methods' modules.
 
     Args:
         methods: as for :func:`save_state`.
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
         CheckpointError: If the checkpoint was written without these methods, or with others.
@@ -68,10 +68,10 @@ def _state_of(methods: Sequence[Method]) -> dict[str, Tensor]:
 
 
 def describe_structure(student: PreTrainedModel) -> None:
-    """Let the config say what the shapes are, so that every checkpoint on the way reloads.
+    """Record the shapes in the config, so that every training checkpoint reloads.
 
     Args:
-        student: perhaps cut before.
+        student: the student, possibly cut earlier.
     """
     described = CompressedModel(student).compression
     if described.structure is not None and structure_of(student) != stock_structure(student.config):

@@ -202,7 +202,7 @@ def test_the_first_version_is_read_and_kept_as_it_says():
 @pytest.mark.parametrize("version", [1, 2])
 def test_earlier_versions_have_no_encoding(version):
     old = valid() | {"format_version": version, "structure": None}
-    with pytest.raises(CheckpointError, match=f"says format version {version} and has an encoding, which came with"):
+    with pytest.raises(CheckpointError, match=f"has format version {version} and an encoding, which came with"):
         CompressionConfig.from_dict(old)
 
 
@@ -219,7 +219,7 @@ def test_an_encoding_speaks_the_language_of_lowbit():
     ("change", "message"),
     [
         (lambda e: e["weights"][0].update(container=1), "container 1 holds 2 levels, the grid has 3: at least 'base3'"),
-        (lambda e: e["weights"][0].update(zero_points=True), "zero points belong to a grid whose codes are 0 or more"),
+        (lambda e: e["weights"][0].update(zero_points=True), "zero points need a grid whose codes are 0 or more"),
         (lambda e: e["weights"][0]["grid"].update(low=-127, levels=256), "codes must fit one byte"),
         (lambda e: e["weights"][0].update(modules=["wte", "wte"]), "module wte is encoded twice"),
         (lambda e: e["weights"][0].update(modules=["h.0.attn.c_proj"]), "module h.0.attn.c_proj is encoded twice"),
@@ -248,7 +248,7 @@ def test_an_encoding_that_contradicts_itself_is_refused(change, message):
 def test_the_first_version_has_no_shapes_of_the_second(change, what):
     structure = {"head_size": 4, "blocks": [{"heads": 2, "ffn": 9}, {"heads": 1, "ffn": 24}]}
     change(structure)
-    with pytest.raises(CheckpointError, match=f"says format version 1 and has {what}, which came with version 2"):
+    with pytest.raises(CheckpointError, match=f"has format version 1 and {what}, which needs version 2"):
         CompressionConfig.from_dict({"format_version": 1, "structure": structure})
 
 

@@ -474,7 +474,7 @@ def _with_module(config, path):
         (lambda c: c["encoding"]["weights"][1]["modules"].pop(), "weight has shape .*its config says|has a tensor"),
         (lambda c: c.pop("encoding"), "has a tensor .*weight_scales, by its config there is none"),
         (lambda c: c["encoding"]["weights"][1].update(bits=4), "encoding.weights.1.bits: Extra inputs"),
-        (lambda c: c.update(format_version=2), "says format version 2 and has an encoding, which came with version 3"),
+        (lambda c: c.update(format_version=2), "has format version 2 and an encoding, which needs version 3"),
         (
             lambda c: c["encoding"].update(attention={"queries": {"bits": 8, "range": "static"}}),
             "queries_scale is missing from the checkpoint",

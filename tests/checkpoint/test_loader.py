@@ -242,7 +242,7 @@ def test_a_truncated_file_is_refused(damaged, kept):
     file.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     with pytest.raises(Exception, match="cut off|SafetensorError|header|deserializing|not a safetensors|incomplete"):
         _load(file.parent)
-    with pytest.raises(CheckpointError, match="is no whole safetensors file, it is damaged or cut off"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file, it is damaged or cut off"):
         safetensors_header(file)
 
 
@@ -270,7 +270,7 @@ def _with_header(header: bytes, body: bytes = b"") -> bytes:
 def test_a_damaged_header_is_refused(tmp_path, content):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no whole safetensors file.*fetch or copy"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file.*fetch or copy"):
         safetensors_header(file)
 
 

@@ -145,20 +145,22 @@ def test_gpt2_generates_the_same_with_and_without_cache_after_layers_and_heads_a
 def test_impossible_heads_are_refused_and_the_block_stays_whole(family, wanted):
     model = make(family)
     before = outputs(model)
-    with pytest.raises(LmcompressError, match=r"heads to keep must be at least one number in \[0, 3\], none twice"):
+    with pytest.raises(LmcompressError, match=r"heads to keep must be at least one number in \[0, 3\], not repeated"):
         keep_heads(anatomy_of(model).blocks[0], wanted)
     assert torch.equal(outputs(model), before)
 
 
 @pytest.mark.parametrize("wanted", [[], [1, 1], [-1], [FFN]], ids=str)
 def test_impossible_neurons_are_refused(family, wanted):
-    with pytest.raises(LmcompressError, match=r"neurons to keep must be at least one number in \[0, 23\], none twice"):
+    with pytest.raises(
+        LmcompressError, match=r"neurons to keep must be at least one number in \[0, 23\], not repeated"
+    ):
         keep_neurons(anatomy_of(make(family)).blocks[0], wanted)
 
 
 @pytest.mark.parametrize("wanted", [[], [1, 1], [-1], [LAYERS]], ids=str)
 def test_impossible_layers_are_refused(family, wanted):
-    with pytest.raises(LmcompressError, match=r"layers to keep must be at least one number in \[0, 2\], none twice"):
+    with pytest.raises(LmcompressError, match=r"layers to keep must be at least one number in \[0, 2\], not repeated"):
         keep_layers(make(family), wanted)
 
 
@@ -231,7 +233,7 @@ def test_why_not_vanilla_knows_widths_and_nothing(family):
     model = make(family)
     keep_hidden(model, range(HIDDEN - 2))
     assert (
-        "do not divide a hidden size of 14. Nearest that would do: a hidden size of 12 with 3 heads everywhere or 16"
+        "divide a hidden size of 14. Nearest that is expressible: a hidden size of 12 with 3 heads everywhere or 16"
         in (why_not_vanilla(structure_of(model), model.config))
     )
     keep_hidden(model, range(HIDDEN - 4))

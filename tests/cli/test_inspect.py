@@ -20,7 +20,7 @@ def test_inspect_itemises_bytes_and_tells_what_was_checked(finished, capsys):
     assert shown["saved"]["equivalence"]["max_error"] == 0
     assert cli.run_app(["inspect", str(finished / "out" / "student"), "--tensors"]) == 0
     shown = capsys.readouterr().out
-    assert "checked when it was saved" in shown and "save: vanilla" in shown and "classifier.weight" in shown
+    assert "round-trip check when saved" in shown and "save: vanilla" in shown and "classifier.weight" in shown
 
 
 def test_inspect_of_a_run_names_its_models(finished, capsys):

@@ -50,7 +50,7 @@ def test_prune_measures_before_and_after_and_says_how_to_load_it(trained, tmp_pa
     assert cli.run_app(arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "of dense" in shown and "pruned" in shown and "heads + neurons of each block" in shown
-    assert "asked for; needs lmcompress" in shown and "masked, cut, saved" in shown
+    assert "requested; needs lmcompress" in shown and "masked, cut, saved" in shown
     assert "AutoModelForSequenceClassification.from_pretrained" in shown
     assert (tmp_path / "report" / "plots" / "quality_and_size.svg").is_file()
     saved = json.loads((tmp_path / "small" / "lmcompress.json").read_text())
@@ -119,7 +119,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path,
     options = ["--sparsity", "0.3", "--rows", "36", "--batch", "1", "-o", str(tmp_path / "x")]
     assert cli.run_app(["prune", model, "--task", file, *options]) == 0
     shown = capsys.readouterr().out
-    assert "checking rows, model and what is asked for" in shown and "pruning to" in shown
+    assert "checking rows, model and options" in shown and "pruning to" in shown
     assert "  score: 1 of 2" in shown and "measuring quality, size and latency" in shown
 
 

@@ -86,7 +86,7 @@ def test_a_dry_run_refuses_a_folder_that_cannot_be_made(finished, tmp_path, caps
     (tmp_path / "out" / "teacher").mkdir(parents=True)
     (tmp_path / "out" / "teacher" / "thesis.txt").touch()
     assert cli.run_app(["run", str(finished / "tiny.yaml"), "-o", str(tmp_path / "out"), "--dry-run"]) == 2
-    assert "holds something that is no stage of a run" in capsys.readouterr().err
+    assert "holds something other than a stage of a run" in capsys.readouterr().err
 
 
 def test_messages_about_a_recipe_name_its_keys(tmp_path, capsys):

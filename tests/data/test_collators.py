@@ -86,7 +86,7 @@ def test_tokenised_rows_collate(bert, gpt2, sentences):
 def test_what_can_not_be_padded_is_refused(bert, sentences):
     bare = BertTokenizerFast(vocab=bert.get_vocab())
     bare.pad_token = None
-    with pytest.raises(LmcompressError, match="has neither a pad_token nor an eos_token to fill batches with"):
+    with pytest.raises(LmcompressError, match="has neither a pad_token nor an eos_token to pad batches with"):
         collator(TASK, bare)
     with pytest.raises(LmcompressError, match="the rows have teacher_\\* inputs, but the collator has no teacher_tok"):
         collator(TASK, bert)(inputs(bert, sentences, "teacher_"))

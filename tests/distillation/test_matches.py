@@ -381,9 +381,11 @@ def test_sums_grow_with_what_their_unit_counts(match, causal):
 def test_attention_matches_must_be_told_their_feature():
     for name in ("attention_mse", "attention_mse_mean", "attention_ce", "attention_ce_mean"):
         assert MATCHES[name].feature is None
-        with pytest.raises(LmcompressError, match=f"{name}.*must be told.*on='scores' or on='probabilities'"):
+        with pytest.raises(
+            LmcompressError, match=f"{name}.*needs the feature to compare.*on='scores' or on='probabilities'"
+        ):
             match_for(name)
-        with pytest.raises(LmcompressError, match="must be told"):
+        with pytest.raises(LmcompressError, match="needs the feature to compare"):
             MATCHES[name](feature("scores", 0), feature("scores", 1), MASK)
 
 

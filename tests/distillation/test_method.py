@@ -551,7 +551,7 @@ REFUSED = [
     refusal(message="teacher_weights has 2 values for 1 teachers", teacher_weights=(1.0, 1.0)),
     refusal("regression", message="'kl' does not fit the problem type 'regression'", loss="kl"),
     refusal("multi_label_classification", message="does not fit the problem type 'multi_label", loss="ce"),
-    refusal("regression", message="probability_shift needs one right class", probability_shift=True),
+    refusal("regression", message="probability_shift needs one correct class", probability_shift=True),
     refusal(message="number 3 is none; there are 1", emd=EmdMatch(which=3)),
 ]
 

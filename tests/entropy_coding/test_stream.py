@@ -196,7 +196,7 @@ def test_other_files_are_refused(tmp_path):
 def test_bad_requests_are_named():
     with pytest.raises(LmcompressError, match="coder must be one of auto, zstd, huffman, got 'rar'"):
         encode(torch.zeros(2), "rar")
-    with pytest.raises(LmcompressError, match="must have numbers to be coded"):
+    with pytest.raises(LmcompressError, match="must have values to be coded"):
         encode(torch.zeros(2, device="meta"))
     with pytest.raises(LmcompressError, match="at most 8 axes"):
         encode(torch.zeros((1,) * 9))

@@ -50,7 +50,7 @@ def test_on_a_gpu_the_peak_is_that_of_torch():
     ("call", "message"),
     [
         (lambda: measure_peak_memory("/", "AutoModelForCausalLLM"), "did you mean 'AutoModelForCausalLM'"),
-        (lambda: measure_peak_memory("/nowhere/at/all"), "folder must be there, '/nowhere/at/all' is not"),
+        (lambda: measure_peak_memory("/nowhere/at/all"), "folder must exist, '/nowhere/at/all' does not"),
         (lambda: peak_memory(allocate_and_free, 1, device="meta"), "on cpu and cuda, got 'meta'"),
     ],
 )

@@ -177,7 +177,7 @@ def test_ragged_logits_give_ragged_predictions():
         ),
         (lambda: predictions_from_logits(np.zeros(2), "classification"), r"shape \(2,\) are not"),
         (lambda: predictions_from_logits([np.zeros((2, 2))], "regression"), "one array, got a list"),
-        (lambda: predictions_from_logits(np.array([[np.nan, 0]]), "classification"), "hold nan"),
+        (lambda: predictions_from_logits(np.array([[np.nan, 0]]), "classification"), "contain nan"),
     ],
 )
 def test_errors_say_what_to_do(call, message):

@@ -108,7 +108,9 @@ def header(content, data=b""):
 )
 def test_a_damaged_file_is_refused(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"is no whole safetensors file.*{message}.*; fetch or copy it again"):
+    with pytest.raises(
+        CheckpointError, match=f"is not a complete safetensors file.*{message}.*; fetch or copy it again"
+    ):
         tensor_table(tmp_path)
 
 

@@ -301,7 +301,7 @@ def test_calibration_without_data_is_refused():
 
 def test_a_range_of_zero_is_refused_where_it_is_chosen():
     zeros = torch.zeros(4, 8)
-    message = r"must be wider than zero, got \[0, 0\]: calibration saw nothing but zeros"
+    message = r"must be wider than zero, got \[0, 0\]: calibration saw only zeros"
     for choose in (
         MinMax().updated(zeros).range,
         Histogram().updated(zeros).percentile_range,
@@ -311,7 +311,7 @@ def test_a_range_of_zero_is_refused_where_it_is_chosen():
     ):
         with pytest.raises(LmcompressError, match=message):
             choose()
-    with pytest.raises(LmcompressError, match="must not all be zero to start a step, got 32 of them"):
+    with pytest.raises(LmcompressError, match="must not all be zero to initialize a step, got 32 of them"):
         initial_step(zeros)
 
 

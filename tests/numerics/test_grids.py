@@ -66,7 +66,7 @@ def test_two_bits_are_ternary_around_zero_and_four_levels_in_twos_complement():
     [
         ((0, 1), "from 2 to 256 levels and a stride of 1 or more, got 1 levels"),
         ((0, 2, 0), "got 2 levels with stride 0"),
-        ((-255, 256, 2), "codes must fit one byte, signed or not, got codes from -255 to 255; take fewer bits"),
+        ((-255, 256, 2), "codes must fit one byte, signed or not, got codes from -255 to 255; use fewer bits"),
         ((-1, 256), "got codes from -1 to 254"),
     ],
 )

@@ -150,7 +150,7 @@ def test_numbers_are_scale_times_code(seed):
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 0, 16, 4.0, True, "base2", None])
 def test_bits_that_no_packing_has_are_refused(bits):
-    message = r"no packing has .* bits a code; it must be one of 1, base3, 2, 3, 4, 8"
+    message = r"no packing has .* bits per code; it must be one of 1, base3, 2, 3, 4, 8"
     with pytest.raises(LmcompressError, match=message):
         packed_shape((4, 4), bits)
     if bits is not None:
@@ -198,25 +198,25 @@ def test_streams_of_another_make_are_refused():
     with pytest.raises(CheckpointError, match="packed codes must be uint8, got torch.int8"):
         unpack(torch.zeros(1, dtype=torch.int8), (4,), STRETCHED_GRID)
     with pytest.raises(
-        CheckpointError, match=r"must have shape \(2, 1\) \(2 bits a code\) or lie in one row, got \(1, 2\)"
+        CheckpointError, match=r"must have shape \(2, 1\) \(2 bits per code\) or lie in one row, got \(1, 2\)"
     ):
         unpack(torch.zeros(1, 2, dtype=torch.uint8), (2, 4), STRETCHED_GRID)
     with pytest.raises(
-        CheckpointError, match="must be below 15 .4 bits a code., got a code of 15; the stream is damaged"
+        CheckpointError, match="must be below 15 .4 bits per code., got a code of 15; the stream is damaged"
     ):
         unpack(torch.tensor([0xF0], dtype=torch.uint8), (2,), symmetric_grid(4))
-    with pytest.raises(CheckpointError, match="must be below 255 .8 bits a code., got a code of 255"):
+    with pytest.raises(CheckpointError, match="must be below 255 .8 bits per code., got a code of 255"):
         unpack(torch.tensor([0xFF], dtype=torch.uint8), (1,), symmetric_grid(8))
 
 
 @given(st.integers(243, 255), st.integers(1, 5))
 def test_bytes_that_hold_no_five_digits_are_refused(byte, length):
-    with pytest.raises(CheckpointError, match="got a byte above 242|what is left of a row's last byte must be 0"):
+    with pytest.raises(CheckpointError, match="got a byte above 242|the unused bits of a row's last byte must be 0"):
         unpack(torch.tensor([byte], dtype=torch.uint8), (length,), TERNARY)
 
 
 def test_a_binary_stream_in_base_3_has_no_third_digit():
-    with pytest.raises(CheckpointError, match="must be below 2 .base-3, five codes a byte., got a code of 2"):
+    with pytest.raises(CheckpointError, match="must be below 2 .base-3, five codes per byte., got a code of 2"):
         unpack(torch.tensor([2], dtype=torch.uint8), (5,), BINARY_GRID, "base3")
 
 
@@ -226,7 +226,7 @@ def test_something_in_the_padding_is_refused(container):
     packed[0, -1] += 128 if container != "base3" else 81
     if container == 2:
         packed[0, -1] |= 64
-    with pytest.raises(CheckpointError, match="what is left of a row's last byte must be 0"):
+    with pytest.raises(CheckpointError, match="the unused bits of a row's last byte must be 0"):
         unpack(packed, (2, 3), BINARY_GRID, container)
 
 

@@ -600,7 +600,7 @@ def test_limits_and_percentiles_are_checked():
         asymmetric(w, torch.ones(2), bits=4, granularity=PerRow())
     for percentile in (0, -1, 100.1, float("nan")):
         for clip in (percentile_clip, percentile_limits):
-            with pytest.raises(LmcompressError, match="must be above 0 and at most 100, got .* counts per cent"):
+            with pytest.raises(LmcompressError, match="must be above 0 and at most 100, got .* is in per cent"):
                 clip(w, percentile=percentile)
 
 

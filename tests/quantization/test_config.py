@@ -31,7 +31,7 @@ def test_it_survives_json():
         (lambda: ActivationScheme(range="static", granularity="token"), "must go with range dynamic, got range static"),
         (lambda: ActivationScheme(range="learned", clip=2.5), "must go with range dynamic, got range learned"),
         (lambda: ActivationScheme(calibration="mse"), "must go with range static, got range dynamic"),
-        (lambda: Rule(modules="head", weights=None, activations=ActivationScheme()), "what it leaves dense"),
+        (lambda: Rule(modules="head", weights=None, activations=ActivationScheme()), "modules it leaves dense"),
         (lambda: QuantizationConfig(wieghts=None), "wieghts"),
     ],
 )

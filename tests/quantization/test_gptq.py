@@ -211,5 +211,5 @@ def test_what_cannot_be_is_refused():
         gptq(weight, hessian * 0, rounding(PerRow()))
     with pytest.raises(LmcompressError, match="weights must be finite"):
         gptq(weight * torch.nan, hessian, rounding(PerRow()))
-    with pytest.raises(LmcompressError, match="symmetric and positive"):
+    with pytest.raises(LmcompressError, match="symmetric positive definite"):
         gptq(weight, torch.diag(torch.tensor([1e20, -1e22, 0.0, 0.0])), rounding(PerRow()))

@@ -132,7 +132,7 @@ def test_a_curvature_needs_an_optimizer_that_has_one():
 
 def test_calibration_without_data_is_refused():
     method = attached(config(activations=ActivationScheme(range="static")))
-    with pytest.raises(LmcompressError, match="ranges that are calibrated must have data, got none"):
+    with pytest.raises(LmcompressError, match="calibrated ranges need data, got none"):
         method.finish()
 
 
@@ -168,7 +168,7 @@ def test_a_model_changed_between_freeze_and_finish_is_refused():
     method.freeze()
     with torch.no_grad():
         weight_view(anatomy_of(method._student).blocks[0].get("ffn_in")).mul_(0.7)
-    with pytest.raises(LmcompressError, match="must be what its codes stand for when it is packed"):
+    with pytest.raises(LmcompressError, match="must have its quantized values when it is packed"):
         method.finish()
 
 

@@ -120,7 +120,7 @@ def test_the_config_quantizes_within_the_budget_and_keeps_what_it_said_else():
 
 def test_what_cannot_be_is_refused():
     model = make("bert")
-    with pytest.raises(LmcompressError, match="must have batches or evaluate"):
+    with pytest.raises(LmcompressError, match="needs batches or evaluate"):
         bits_sensitivity(model)
     with pytest.raises(LmcompressError, match="at least one width, got none"):
         bits_sensitivity(model, bits=(), evaluate=lambda m: 0.0)

@@ -297,7 +297,7 @@ class TestRefusals:
             quantize(model, EIGHT, [], method="gptq")
         padding = inputs(model)
         padding["attention_mask"] = torch.zeros_like(padding["attention_mask"])
-        with pytest.raises(LmcompressError, match="must have tokens, got 1 batches of padding alone"):
+        with pytest.raises(LmcompressError, match="must have tokens, got 1 batches of padding only"):
             quantize(model, EIGHT, [padding], method="gptq")
         with pytest.raises(LmcompressError, match="must have input_ids or inputs_embeds, got attention_mask"):
             quantize(model, EIGHT, [{"attention_mask": padding["attention_mask"]}])

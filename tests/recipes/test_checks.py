@@ -41,7 +41,7 @@ def test_what_transformers_refuses_in_training_is_refused_before(fields, message
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp16 is possible")
 def test_half_precision_needs_a_gpu():
-    with pytest.raises(LmcompressError, match="fp16 needs a GPU, which this machine has not"):
+    with pytest.raises(LmcompressError, match="fp16 needs a GPU, which this machine lacks"):
         check_training(Training(fp16=True), TASK)
 
 

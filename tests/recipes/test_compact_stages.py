@@ -198,7 +198,7 @@ def test_a_compact_checkpoint_is_a_teacher_and_a_start_without_weights(compacted
         (FACTORS, "- {rank: 4}", "needs a kind"),
         (FACTORS, "- {kind: factorize, rnk: 4}", "unknown key; did you mean 'rank'"),
         ("kind: group, groups: 2,", "kind: group, groups: 1,", "greater than or equal to 2"),
-        ("    student: {layers: 2}", "    pruning: {target: {sparsity: 0.5}}", "compact and pruning.*prune in a stage"),
+        ("    student: {layers: 2}", "    pruning: {target: {sparsity: 0.5}}", "compact and pruning.*an earlier stage"),
         ("    student: {layers: 2}", "    quantization: {}", "compact and quantization.*cannot be quantized"),
         ("    student: {layers: 2}", "    sparsity: {sparsity: 0.5}", "compact and sparsity.*in a stage after it"),
         ("    student: {layers: 2}", "    sharing: {}", "compact and sharing.*in a stage after it"),

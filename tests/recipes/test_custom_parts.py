@@ -78,7 +78,7 @@ def test_a_stage_with_parts_of_ones_own_is_kept_until_their_code_changes(own_mod
     result = run(_recipe(task_folder), folder, console=Console(quiet=True))
     assert result.report["rows"][1]["pruning"]["removed"] >= 0.39
     run(_recipe(task_folder), folder, console=console)
-    assert console.file.getvalue().count("finished before, kept") == 2
+    assert console.file.getvalue().count("already finished, kept") == 2
     own_module.write_text(CODE.replace("/ 2", "/ 3"))
     # as in a new process
     del sys.modules["my_parts"]

@@ -117,7 +117,7 @@ def test_a_plan_says_shape_parameters_vocabulary_and_verdict(pruning):
         ("stages.one-shot.pruning.target={sparsity: 0.999}", "stage 'one-shot': no shape meets the target sparsity"),
         ("stages.one-shot.pruning.target={parameters: 10}", "least that can be reached is"),
         ("stages.one-shot.pruning.target={shape: {heads: 9}}", "must have at most the 4 heads"),
-        ("stages.one-shot.pruning.target={shape: {layers: 2}}", "there must be scores of them"),
+        ("stages.one-shot.pruning.target={shape: {layers: 2}}", "scores of them are needed"),
         ("stages.trained.pruning.schedule={kind: iterative, rounds: 9}", "9 rounds need at least 8 optimizer steps"),
         ("stages.trained.save=vanilla", "save: vanilla is not possible: pruned attention has no stock config"),
         ("stages.one-shot.vocabulary.splits=[test]", "vocabulary.splits names 'test'"),
@@ -200,7 +200,7 @@ def test_a_run_reports_heads_widths_coverage_and_the_error_of_the_cut(pruned):
     assert rows["one-shot"]["vocabulary"]["texts_changed"] == 0
     assert rows["one-shot"]["pruning"]["repaired"] and rows["one-shot"]["training"]["steps"] == 0
     assert rows["after"]["parameters"] == rows["one-shot"]["parameters"]
-    assert any(note.startswith("one-shot: ") and "asked for" in note for note in report["notes"])
+    assert any(note.startswith("one-shot: ") and "requested" in note for note in report["notes"])
     text = (pruned.folder / "report.md").read_text()
     assert "## What was pruned" in text and "vocabulary of" in text
     page = (pruned.folder / "report.html").read_text().replace("\u00a0", " ")

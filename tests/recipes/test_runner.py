@@ -87,7 +87,7 @@ def test_the_control_starts_where_the_student_does(finished):
 def test_a_finished_run_is_not_trained_again(copied, tiny, monkeypatch, console):
     monkeypatch.setattr(CompressionTrainer, "train", lambda *_, **__: pytest.fail("everything is there"))
     run(parse_recipe(tiny), copied, console=console)
-    assert console.file.getvalue().count("finished before, kept") == 3
+    assert console.file.getvalue().count("already finished, kept") == 3
 
 
 def test_a_changed_recipe_is_refused_and_the_change_named(copied, tiny):
@@ -105,7 +105,7 @@ def test_overwrite_trains_what_changed_and_keeps_the_rest(copied, tiny, console)
     changed = parse_recipe(tiny, ["stages.student.training.max_steps=2"])
     result = run(changed, copied, overwrite=True, console=console)
     assert [row["training"]["steps"] for row in result.report["rows"]] == [4, 2, 2]
-    assert console.file.getvalue().count("finished before, kept") == 1
+    assert console.file.getvalue().count("already finished, kept") == 1
 
 
 def test_a_change_before_a_stage_is_a_change_of_the_stage(copied, tiny):
@@ -116,7 +116,7 @@ def test_a_change_before_a_stage_is_a_change_of_the_stage(copied, tiny):
 def test_a_folder_with_something_else_in_it_is_refused(tiny, tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "thesis.txt").write_text("years of work")
-    with pytest.raises(LmcompressError, match="holds something that is no stage"):
+    with pytest.raises(LmcompressError, match="holds something other than a stage"):
         run(parse_recipe(tiny), tmp_path, overwrite=True, console=Console(quiet=True))
     assert (tmp_path / "teacher" / "thesis.txt").read_text() == "years of work"
 

@@ -46,7 +46,7 @@ def test_models_of_all_runs_are_in_one_table(runs, tmp_path):
 
 def test_runs_can_be_named(runs, tmp_path):
     text = compare_runs(runs, tmp_path / "c.html", ["uniform", "learned <b>"], time_again=False).read_text()
-    assert "uniform, learned &lt;b&gt;" in text and "It was not asked for" in text
+    assert "uniform, learned &lt;b&gt;" in text and "It was not requested" in text
 
 
 def test_without_evidence_runs_are_compared_without_intervals(runs, tmp_path):

@@ -76,7 +76,7 @@ def test_a_full_report_has_every_section():
         "What pruning has left in",
         "Where the bytes are",
         "Bits of each matrix in",
-        "Is what was saved what was measured?",
+        "Does the saved model match the measured one?",
         "Use it, do it again",
     ):
         assert heading in page.text
@@ -155,7 +155,10 @@ def test_a_quiet_run_of_many_rows_warns_of_its_seed_alone():
 def test_wide_quartiles_are_a_busy_machine():
     report = plain_report()
     report["rows"][1]["latency"][0]["upper_ms"] = 3.0
-    assert "52 % of the median apart (student, 1 row)" in _titles(report)["The machine was busy."].text
+    assert (
+        "Interquartile ranges reach 52 % of the median (student, 1 row)"
+        in _titles(report)["The machine was busy."].text
+    )
 
 
 def test_equal_models_with_unlike_times_are_a_busy_machine():
@@ -206,7 +209,10 @@ def test_a_checkpoint_that_is_not_what_was_trained_stops():
     report = plain_report()
     report["rows"][1]["equivalence"] = {"max_error": 0.031, "relative_error": 0.01}
     found = cautions(report, collect(report))[0]
-    assert (found.level, found.title) == ("stop", "Saved is not what was trained.") and "3.1e-02" in found.text
+    assert (found.level, found.title) == (
+        "stop",
+        "The saved model differs from the trained one.",
+    ) and "3.1e-02" in found.text
 
 
 def test_few_rows_are_told():

@@ -91,7 +91,7 @@ def test_a_report_says_which_heads_stay(report, pruning):
     text = report_markdown(report)
     assert "| student | 0 | 2 | 4 | 0, 3 | 40 | 64 |" in text
     assert "| student | 1 | 0 | 4 | – | 8 | 64 |" in text and "| student | 2 | 0 | 4 | – | 0 | 64 |" in text
-    assert "60.0 % of parameters gone (59.0 % asked for)" in text and "3000 tokens, 4000 before" in text
+    assert "60.0 % of parameters pruned (59.0 % requested)" in text and "3000 tokens, 4000 before" in text
 
 
 def test_blocks_of_models_stand_beside_one_another_by_their_first_number(pruning):
@@ -114,7 +114,7 @@ def test_a_sensitivity_table_has_a_row_for_each_block_and_part():
     console = Console(file=io.StringIO(), width=100)
     console.print(sensitivity_table(found | {"criterion": "l1"}))
     shown = console.file.getvalue()
-    assert "50% gone" in shown and shown.count("0.7333") == 4 and "the whole model: 0.9000" in shown
+    assert "50% pruned" in shown and shown.count("0.7333") == 4 and "the whole model: 0.9000" in shown
 
 
 @pytest.mark.parametrize("lower_is_better", [False, True])

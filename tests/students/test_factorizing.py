@@ -169,7 +169,10 @@ REFUSED = {
     "NaN": (dict(parameters=float("nan")), "parameters must be a share between 0 and 1, got nan"),
     "too few parameters": (dict(parameters=0.01), "parameters must leave at least rank 1 everywhere"),
     "an unknown part": (dict(rank=2, parts=["qkv"]), "bert has no part 'qkv'"),
-    "an unknown block": (dict(rank=2, blocks=[3]), r"blocks must be numbers from 0 to 2, none twice, got \[3\]"),
+    "an unknown block": (
+        dict(rank=2, blocks=[3]),
+        r"blocks must be numbers from 0 to 2, without repetition, got \[3\]",
+    ),
     "no data": (dict(rank=2, activations=[]), "calibration data must have at least one batch, got none"),
     "a batch of something": (
         dict(rank=2, activations=[{"x": 1}]),

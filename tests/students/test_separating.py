@@ -98,7 +98,7 @@ def test_bad_input_is_refused():
     data = batches(model)
     with pytest.raises(LmcompressError, match="kernel must be an odd number, to look equally far at both sides, got 4"):
         separate(model, [0], 4, data)
-    with pytest.raises(LmcompressError, match="blocks must be numbers from 0 to 2, none twice, got"):
+    with pytest.raises(LmcompressError, match="blocks must be numbers from 0 to 2, without repetition, got"):
         separate(model, [0, 0], 3, data)
     with pytest.raises(LmcompressError, match="calibration data must have at least one batch, got none"):
         separate(model, [0], 3, [])
@@ -107,7 +107,7 @@ def test_bad_input_is_refused():
     with pytest.raises(LmcompressError, match="block 0 must attend to be replaced, it mixes neighbours already"):
         separate(model, [0], 3, data)
     drop_heads(anatomy_of(model).blocks[1])
-    with pytest.raises(LmcompressError, match="block 1 must have heads to be replaced, pruning has left it none"):
+    with pytest.raises(LmcompressError, match="block 1 must have heads to be replaced, pruning has removed all"):
         separate(model, [1], 3, data)
     factorize(model, rank=2, parts=["value"], blocks=[2])
     with pytest.raises(LmcompressError, match="the values of block 2 must be a dense matrix to be replaced"):

@@ -109,7 +109,7 @@ def test_layers_can_be_named_in_any_order(teacher):
     assert by_layers(teacher, [2, 0]).layers == (2, 0)
     with pytest.raises(LmcompressError, match=r"numbers from 0 to 2.*got \[0, 4\]"):
         by_layers(teacher, [0, 4])
-    with pytest.raises(LmcompressError, match=r"none twice; got \[1, 1\]"):
+    with pytest.raises(LmcompressError, match=r"without repetition; got \[1, 1\]"):
         by_layers(teacher, [1, 1])
 
 

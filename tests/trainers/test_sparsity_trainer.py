@@ -299,7 +299,7 @@ def test_a_run_that_stops_early_is_finished_all_the_same(tmp_path):
 
 
 def test_what_cannot_be_trained_is_refused_before(tmp_path):
-    with pytest.raises(LmcompressError, match="sparsity must say how many weights go, got None"):
+    with pytest.raises(LmcompressError, match="sparsity must give the share to prune, got None"):
         trainer_of(tmp_path, None)
     with pytest.raises(LmcompressError, match="distillation needs a teacher"):
         trainer_of(tmp_path, CONFIGS["gradual"], distillation=DistillationConfig())

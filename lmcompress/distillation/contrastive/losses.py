@@ -1,4 +1,4 @@
-"""Losses that contrast a token, or a sequence, with others: pure functions, one value per token or sequence."""
+"""Contrastive losses of tokens or sequences: pure functions, one value per token or sequence."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lmcompress.errors import LmcompressError
 
-# the least length that a vector is divided by
+# lower bound of the norm that a vector is divided by
 EPS = 1e-6
 
 
 def info_nce(
     anchors: Tensor, positives: Tensor, candidates: Tensor, allowed: Tensor, *, temperature: float = 0.1
 ) -> Tensor:
-    r"""How badly each anchor tells its positive from the candidates.
+    r"""InfoNCE: cross-entropy of picking each anchor's positive among the candidates.
 
     .. math:: -\log \frac{e^{\cos(a_i, p_i) / \tau}}
         {e^{\cos(a_i, p_i) / \tau} + \sum_{k \in S_i} e^{\cos(a_i, c_k) / \tau}}
@@ -23,15 +23,15 @@ def info_nce(
     Args:
         anchors: ``(batch, n, d)``, any floating dtype.
         positives: same shape.
-        candidates: ``(batch, m, d)``, or ``(1, m, d)`` for the same ones in every row.
+        candidates: ``(batch, m, d)``, or ``(1, m, d)`` to share them between rows.
         allowed: ``(batch, n, m)`` booleans, which candidates are negatives of which anchor; may be broadcast.
-        temperature: :math:`\tau`, > 0; low ones look at the nearest negatives only.
+        temperature: :math:`\tau`, > 0; low values weight the nearest negatives only.
 
     Returns:
-        ``(batch, n)`` float32, in nats, > 0; exactly 0 where an anchor has no negative. Gradients flow into all three.
+        ``(batch, n)`` float32, in nats, > 0; exactly 0 for an anchor without negatives. Gradients flow into all three.
 
     Raises:
-        LmcompressError: If the shapes do not belong together, or ``temperature`` is not > 0.
+        LmcompressError: If the shapes do not fit together, or ``temperature`` is not > 0.
 
     Reference:
         van den Oord, Li & Vinyals, *Representation Learning with Contrastive Predictive Coding*, 2018,
@@ -50,21 +50,21 @@ def info_nce(
             f"{tuple(anchors.shape)}, {tuple(positives.shape)} and {tuple(candidates.shape)}; a projection brings "
             "different widths together"
         )
-    # autocast would multiply in bfloat16, which has two digits for a cosine
+    # autocast would multiply in bfloat16, which leaves two digits for a cosine
     with torch.autocast(anchors.device.type, enabled=False):
         a, p, c = (F.normalize(part.float(), dim=-1, eps=EPS) for part in (anchors, positives, candidates))
         positive = (a * p).sum(dim=-1, keepdim=True) / temperature
-        # the least finite number, not -inf: an anchor without negatives would get the gradient 0 * inf
+        # the lowest finite number, not -inf: an anchor without negatives would get the gradient 0 * inf
         others = ((a @ c.transpose(1, 2)) / temperature).masked_fill(~allowed, torch.finfo(torch.float32).min)
         return (torch.logsumexp(torch.cat([positive, others], dim=-1), dim=-1, keepdim=True) - positive).squeeze(-1)
 
 
 def other_tokens(mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
-    """Which tokens of a sequence may be negatives of which: real ones, and not the token itself.
+    """The tokens of a sequence that may be negatives of each other: real ones, except the token itself.
 
     Args:
         mask: ``(batch, length)``, 1 = real token.
-        input_ids: ``(batch, length)``; given, tokens with the same id are no negatives of one another either.
+        input_ids: ``(batch, length)``; if given, tokens with the same id are excluded too.
 
     Returns:
         ``(batch, length, length)`` booleans, row *i* for the token *i*.
@@ -83,18 +83,18 @@ def other_tokens(mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
 
 
 def sampled(allowed: Tensor, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """At most ``count`` of what is allowed in each row, chosen evenly without replacement.
+    """At most ``count`` allowed entries in each row, sampled uniformly without replacement.
 
     Args:
         allowed: ``(..., m)`` booleans.
-        count: how many are kept where there are more.
+        count: maximum number kept.
         generator: default: the global one of the device.
 
     Returns:
         The same shape.
 
     Raises:
-        LmcompressError: ``count`` is less than 1.
+        LmcompressError: If ``count`` is less than 1.
     """
     if count < 1:
         raise LmcompressError(f"the number of negatives must be at least 1, got {count}")
@@ -125,20 +125,20 @@ def token_contrast(
 
     Args:
         student: ``(batch, length, d)``, any floating dtype.
-        teacher: same shape; given without gradient, unless a projection of it is to be trained.
-        mask: ``(batch, length)``, 1 = real token; what stands at padding never matters.
+        teacher: same shape; passed without gradient unless a projection of it is trained.
+        mask: ``(batch, length)``, 1 = real token; values at padding are ignored.
         temperature: :math:`\tau`, > 0.
-        negatives: where the negatives are taken from, shaped as ``teacher``, which is the default; the student's own
+        negatives: source of the negatives, shaped as ``teacher``, the default; the student's own
             states for the ablation.
-        input_ids: ``(batch, length)``; given, a token with the same id is no negative.
-        num_negatives: how many are chosen at random for each token; default: all.
-        generator: of that choice; default: the global one of the device.
+        input_ids: ``(batch, length)``; if given, tokens with the same id are not negatives.
+        num_negatives: number sampled for each token; default: all.
+        generator: random generator of the sampling; default: the global one of the device.
 
     Returns:
         ``(batch, length)`` float32, in nats, >= 0; 0 at padding and for a token without negatives.
 
     Raises:
-        LmcompressError: If the shapes do not belong together, or a number is out of its range.
+        LmcompressError: If the shapes do not fit together, or a number is out of range.
 
     Reference:
         Tao et al., *Compression of Generative Pre-trained Language Models via Quantization*, 2022,
@@ -146,7 +146,7 @@ def token_contrast(
 
     Note:
         The paper does not say whether another occurrence of the same token may be a negative: both are possible here.
-        Its number of negatives is not used as a default, all others of the sequence are.
+        Its number of negatives is not a default here; all other tokens of the sequence are.
 
     Example:
         >>> states = torch.eye(2).unsqueeze(0)
@@ -175,13 +175,13 @@ def sequence_contrast(
         teacher: ``(batch, other length, d)``.
         mask: ``(batch, length)`` of the student, 1 = real token.
         temperature: > 0.
-        teacher_mask: of the teacher; default: ``mask``.
+        teacher_mask: mask of the teacher; default: ``mask``.
 
     Returns:
         ``(batch,)`` float32, in nats; 0 in a batch of one.
 
     Raises:
-        LmcompressError: If the shapes do not belong together, or ``temperature`` is not > 0.
+        LmcompressError: If the shapes do not fit together, or ``temperature`` is not > 0.
 
     Reference:
         Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 5 (the ablation of token against sequence level).
@@ -202,7 +202,7 @@ def sequence_contrast(
 
 
 def homogeneity(states: Tensor, mask: Tensor) -> Tensor:
-    r"""How alike the tokens of a sequence are: the mean cosine of two of them, 1 when all point one way.
+    r"""Homogeneity of the tokens of a sequence: the mean cosine of two of them, 1 if all have the same direction.
 
     .. math:: \frac{1}{n (n - 1)} \sum_{i \neq j} \cos(h_i, h_j)
         = \frac{\| \sum_i \hat h_i \|^2 - n}{n (n - 1)}, \quad \hat h = h / \|h\|
@@ -215,7 +215,7 @@ def homogeneity(states: Tensor, mask: Tensor) -> Tensor:
         ``(batch,)`` float32 in [-1, 1], without gradient; 0 for fewer than two tokens.
 
     Reference:
-        Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 3: what low bits do to a language model, as a number.
+        Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 3: the effect of low bits on a language model.
 
     Example:
         >>> homogeneity(torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]]), torch.ones(1, 3))
@@ -224,7 +224,7 @@ def homogeneity(states: Tensor, mask: Tensor) -> Tensor:
     valid = mask.bool()
     unit = F.normalize(states.detach().float().masked_fill(~valid.unsqueeze(-1), 0), dim=-1, eps=EPS)
     count = valid.sum(dim=-1).float()
-    # a token of zeros has no direction, and no cosine of 1 with itself
+    # a zero vector has no direction, and no cosine of 1 with itself
     total = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
     return total / (count * (count - 1)).clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""A contrast as a term of the loss: layers, projections and memory found, and one micro-batch compared."""
+"""A contrast as a term of the loss: its layers, projections and memory, evaluated on micro-batches."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class MemoryBank(nn.Module):
 
     .. math:: q_i = m \cdot \mathrm{slot}[v_i] + (1 - m) \cdot h_i
 
-    In an optimizer step, every occurrence of a token reads the slot as it was before the step; when the step is over
+    In an optimizer step, every occurrence of a token reads the slot as it was before the step; after the step
     (:meth:`commit`), the slot becomes the mean of all :math:`q_i` of the token, over all micro-batches and processes.
-    So a step does not depend on how its batch was cut. A slot that nobody has written holds what is read with.
+    So a step does not depend on how its batch was split. A slot that was never written holds the state that reads it.
 
     Args:
-        size: number of slots, that of the vocabulary.
-        width: of a state.
+        size: number of slots, the size of the vocabulary.
+        width: width of a state.
         momentum: m, in [0, 1).
-        device: where it lies; 4 bytes × ``size`` × ``width``.
+        device: device of the bank; 4 bytes × ``size`` × ``width``.
 
     Raises:
-        LmcompressError: If the momentum is out of its range.
+        LmcompressError: If the momentum is out of range.
 
     Reference:
-        Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 4.1. How the paper's bank is addressed is not
-        certain; one slot for each token of the vocabulary is the reading that fits into memory.
+        Tao et al. 2022, https://arxiv.org/abs/2203.10705, section 4.1. The paper leaves the addressing of its bank
+        unclear; one slot for each token of the vocabulary is the reading that fits into memory.
     """
 
     slots: Tensor
@@ -55,11 +55,11 @@ class MemoryBank(nn.Module):
         self.register_buffer("slots", torch.zeros(size, width, device=device))
         self.register_buffer("written", torch.zeros(size, dtype=torch.bool, device=device))
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        # a checkpoint is written between two steps, when nobody has said yet that the first is over
+        # a checkpoint is written between two steps, before the end of the first is known
         self.register_state_dict_pre_hook(_commit)
 
     def read(self, ids: Tensor, states: Tensor) -> Tensor:
-        """The smoothed states; gradient flows through the share ``1 - m`` that is new.
+        """The smoothed states; gradients flow through the new share ``1 - m``.
 
         Args:
             ids: ``(...)`` int64 in [0, size).
@@ -73,18 +73,18 @@ class MemoryBank(nn.Module):
         return self.momentum * old + (1 - self.momentum) * states
 
     def add(self, ids: Tensor, smoothed: Tensor) -> None:
-        """Remember what this micro-batch has read, of all processes, for :meth:`commit`.
+        """Store what this micro-batch has read, on all processes, for :meth:`commit`.
 
         Args:
             ids: ``(n,)`` int64, real tokens only.
-            smoothed: ``(n, width)``, what :meth:`read` gave for them.
+            smoothed: ``(n, width)``, result of :meth:`read` for them.
         """
         unique, place, counts = ids.unique(return_inverse=True, return_counts=True)
         sums = smoothed.new_zeros(len(unique), self.slots.shape[1]).index_add_(0, place, smoothed.detach().float())
         self._pending.append(_of_all_processes(unique, sums, counts))
 
     def commit(self) -> None:
-        """Write the means of what was added since the last time."""
+        """Write the means of everything added since the last commit."""
         if not self._pending:
             return
         ids, sums, counts = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
@@ -96,14 +96,14 @@ class MemoryBank(nn.Module):
         self.written[unique] = True
 
     def draw(self, count: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Slots at random, evenly among those that were written, with replacement.
+        """Random slots, sampled uniformly with replacement among those that were written.
 
         Args:
-            count: how many.
+            count: number of slots.
             generator: default: the global one of the device.
 
         Returns:
-            ``(ids (count,), states (count, width))``; none at all while nothing was written.
+            ``(ids (count,), states (count, width))``; both empty until something is written.
         """
         written = self.written.nonzero().squeeze(1)
         if not len(written):
@@ -117,16 +117,16 @@ class MemoryBank(nn.Module):
 
 
 class ContrastTerm(FeatureTerm):
-    """A :class:`Contrast` with everything that it needs found: layers on both sides, projections, a memory bank.
+    """A :class:`Contrast` with its layers on both sides, projections and memory bank resolved.
 
     Args:
-        contrast: what is asked for.
+        contrast: the configuration.
         student: not wrapped.
-        teacher: that ``contrast.which`` names.
-        device: where training happens; the bank is made there.
+        teacher: the teacher that ``contrast.which`` names.
+        device: training device, on which the bank is created.
 
     Raises:
-        LmcompressError: If a layer is not there, or widths differ and are not brought together.
+        LmcompressError: If a layer does not exist, or widths differ and are not projected.
     """
 
     def __init__(
@@ -152,14 +152,14 @@ class ContrastTerm(FeatureTerm):
         Args:
             student: features of the student.
             teacher: features of the teacher.
-            step: with the batch, and the progress: when it changes, an optimizer step is over.
+            step: the step, with the batch and the progress: when it changes, an optimizer step is over.
             mask: ``(batch, length)`` of the student.
 
         Returns:
-            One, by its name.
+            One term, by its name.
 
         Raises:
-            LmcompressError: If there are no token ids where they are needed.
+            LmcompressError: If token ids are needed and missing.
         """
         wanted = self.contrast
         mine, theirs = student[self.student[0]], teacher[self.teacher[0]].detach()
@@ -203,7 +203,7 @@ class ContrastTerm(FeatureTerm):
                 input_ids=unlike,
                 num_negatives=wanted.num_negatives,
             )
-        # one draw for the whole micro-batch: for every token its own would be a matrix of states for each
+        # one sample for the whole micro-batch: one per token would need a matrix of states for each
         assert self.bank is not None and wanted.num_negatives is not None
         drawn, states = self.bank.draw(wanted.num_negatives)
         padding = ~mask.bool()
@@ -216,12 +216,12 @@ class ContrastTerm(FeatureTerm):
 
 
 class Homogeneity(FeatureTerm):
-    """How alike the tokens of a sequence are in both models, as numbers to log and no loss.
+    """The homogeneity of tokens in both models, for logging only.
 
     Args:
-        contrast: whose layers are looked at; None: what the heads are given.
+        contrast: determines the layers; None: the inputs of the heads.
         student: not wrapped.
-        teacher: that ``contrast.which`` names, or the first.
+        teacher: the teacher that ``contrast.which`` names, or the first.
     """
 
     def __init__(self, contrast: Contrast | None, student: PreTrainedModel, teacher: Teacher) -> None:
@@ -236,11 +236,11 @@ class Homogeneity(FeatureTerm):
         Args:
             student: features of the student.
             teacher: features of the teacher.
-            step: with the batch.
+            step: the step, with the batch.
             mask: ``(batch, length)`` of the student.
 
         Returns:
-            Both, measured only.
+            Both terms, measured only.
         """
         states = {"student": student[self.student[0]], "teacher": teacher[self.teacher[0]]}
         masks = mask, teacher_inputs(step.inputs).get("attention_mask")
@@ -253,7 +253,7 @@ class Homogeneity(FeatureTerm):
 
 def _projections(asked: str | int, mine: int, theirs: int) -> dict[str, Projection]:
     if isinstance(asked, int):
-        # of one seed: equal widths begin with equal maps, under which a token resembles its teacher's as before
+        # same seed: equal widths start with equal projections, under which a token resembles its teacher's as before
         return {"student": Projection(mine, asked, seed=0), "teacher": Projection(theirs, asked, seed=0)}
     if asked == "none" and mine != theirs:
         raise LmcompressError(
@@ -269,7 +269,7 @@ def _commit(module: nn.Module, *_: Any) -> None:
 
 
 def _of_all_processes(ids: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What every process has, end to end in the order of the processes."""
+    """The tensors of all processes, concatenated in the order of the processes."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return ids, sums, counts
     lengths = [torch.zeros(1, dtype=torch.long, device=ids.device) for _ in range(dist.get_world_size())]
@@ -277,7 +277,7 @@ def _of_all_processes(ids: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor
     sizes = [int(length) for length in lengths]
     gathered = []
     for part in (ids, sums, counts):
-        # collectives take one shape from all
+        # collectives need the same shape on all processes
         padded = part.new_zeros(max(sizes), *part.shape[1:])
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in sizes]

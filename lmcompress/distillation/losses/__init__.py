@@ -27,16 +27,16 @@ OF_CLASSES: tuple[ProblemType, ...] = ("single_label_classification", "token_cla
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """A loss between the logits of a student and those of a teacher, and what it is for.
+    """A loss between the logits of a student and those of a teacher, with its scope.
 
     Attributes:
-        name: for messages.
+        name: name in messages.
         function: ``(student_logits (..., C), teacher_logits (..., C), *, temperature, scale_by_temperature) -> (...)``,
             one float32 value per row, with gradient to the student; ``temperature`` is a number or one per row. A
-            keyword ``beta`` is the configuration's.
-        problems: heads that it fits.
-        truncated: whether it may be given the greatest logits of a stored teacher, the rest of the probability spread
-            evenly; a loss of anything else than the softmax may not.
+            keyword ``beta`` is filled in from the configuration.
+        problems: problem types that it fits.
+        truncated: whether it accepts only the largest logits of a stored teacher, the rest of the probability spread
+            evenly; losses that use more than the softmax do not.
     """
 
     name: str
@@ -55,7 +55,7 @@ class LogitLoss:
         Args:
             student_logits: ``(..., C)``.
             teacher_logits: same shape.
-            **options: of the function.
+            **options: arguments of the function.
 
         Returns:
             ``(...)`` float32.

@@ -61,7 +61,7 @@ def soft_cross_entropy(
 
     .. math:: -T^2 \sum_c p_c \log q_c, \quad p = \mathrm{softmax}(z^t / T), q = \mathrm{softmax}(z^s / T)
 
-    Its gradient is that of :func:`kl_divergence`; its value is greater by the teacher's entropy, so it is not 0
+    Its gradient is that of :func:`kl_divergence`; its value is larger by the teacher's entropy, so it is not 0
     where the two agree.
 
     Args:
@@ -98,7 +98,7 @@ def reverse_kl(
 
     .. math:: T^2 \sum_c q_c (\log q_c - \log p_c), \quad p = \mathrm{softmax}(z^t / T), q = \mathrm{softmax}(z^s / T)
 
-    Mode-seeking: it punishes the student for mass where the teacher has none, which suits students too small
+    Mode-seeking: it penalizes the student for mass where the teacher has none, which suits students too small
     to cover every mode.
 
     Args:
@@ -138,7 +138,7 @@ def js_divergence(
     .. math:: T^2 [\beta\, \mathrm{KL}(p \| m) + (1 - \beta)\, \mathrm{KL}(q \| m)], \quad m = \beta p + (1 - \beta) q
 
     with :math:`p` the teacher's and :math:`q` the student's distribution. Bounded by :math:`T^2 \ln 2`. As ``beta``
-    nears 0 or 1 the value itself tends to 0; divided by ``beta`` or ``1 - beta`` it tends to
+    approaches 0 or 1 the value tends to 0; divided by ``beta`` or ``1 - beta`` it tends to
     :func:`kl_divergence` or :func:`reverse_kl`.
 
     Args:
@@ -177,7 +177,7 @@ def js_divergence(
 def _log_distributions(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, scale_by_temperature: bool
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Student's and teacher's log probabilities ``(..., C)`` and the factor of the result, checked."""
+    """Log probabilities ``(..., C)`` of student and teacher and the factor of the result, checked."""
     check_shapes(student_logits, teacher_logits)
     if student_logits.shape[-1] == 1:
         raise LmcompressError(
@@ -194,7 +194,7 @@ def _log_distributions(
 
 
 def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Refuse logits of unlike shapes."""
+    """Refuse logits of different shapes."""
     if student_logits.shape != teacher_logits.shape:
         raise LmcompressError(
             f"student and teacher logits must have one shape, got {tuple(student_logits.shape)} and "
@@ -203,7 +203,7 @@ def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
-    """The temperature as a float, or as a float32 tensor without gradient of the shape of the result, checked."""
+    """The temperature as a float, or as a float32 tensor without gradient in the shape of the result, checked."""
     if not isinstance(temperature, Tensor):
         # not `<= 0`: NaN must fail too
         if not temperature > 0:

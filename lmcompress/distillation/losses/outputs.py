@@ -21,7 +21,7 @@ def logit_mse(
 
     .. math:: T^2 \frac{1}{C} \sum_c (z^s_c / T - z^t_c / T)^2
 
-    With the factor (the default) that is the plain squared difference, and the temperature has no effect.
+    With the factor (the default) this is the plain squared difference, and the temperature has no effect.
 
     Args:
         student_logits: ``(..., C)``, any floating dtype; gradients flow here only.
@@ -77,7 +77,7 @@ def binary_kl(
 
     Reference:
         Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, section 2, with the sigmoid (a softmax over
-        ``(z, 0)``) in the place of the softmax.
+        ``(z, 0)``) in place of the softmax.
 
     Example:
         >>> binary_kl(torch.zeros(1, 1), torch.tensor([[3.0]]).log())  # teacher 3/4, student 1/2
@@ -105,13 +105,13 @@ def regression_mse(
 
     .. math:: \frac{1}{C} \sum_c (z^s_c - z^t_c)^2
 
-    A regression head's output is no distribution: the softmax of its one logit is 1 whatever the logit, so every
+    A regression head's output is not a distribution: the softmax of its one logit is 1 whatever the logit, so every
     loss of softened distributions has a gradient of exactly zero.
 
     Args:
         student_logits: ``(..., C)`` (usually ``C = 1``), any floating dtype; gradients flow here only.
         teacher_logits: same shape.
-        temperature: without effect, here so that all logit losses are called alike.
+        temperature: without effect, for a signature shared by all logit losses.
         scale_by_temperature: without effect.
 
     Returns:
@@ -128,15 +128,15 @@ def regression_mse(
 
 
 def probability_shift(teacher_logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Corrects a teacher that is wrong: swaps the logit of the true class with the greatest one.
+    """Corrects a teacher that is wrong: swaps the logit of the true class with the largest one.
 
-    The multiset of logits, hence the entropy of the teacher's distribution, stays; rows where the teacher is right
-    are unchanged, as are rows whose label is ``ignore_index``.
+    The multiset of logits, hence the entropy of the teacher's distribution, is unchanged; so are rows where the teacher
+    is right and rows whose label is ``ignore_index``.
 
     Args:
-        teacher_logits: ``(..., C)``, any floating dtype; left as it is.
+        teacher_logits: ``(..., C)``, any floating dtype; not modified.
         labels: ``(...)`` integer classes, or ``ignore_index``.
-        ignore_index: the label of rows to leave alone.
+        ignore_index: the label of rows to skip.
 
     Returns:
         ``(..., C)`` a new tensor of the same dtype, without gradient.
@@ -178,19 +178,19 @@ def probability_shift(teacher_logits: Tensor, labels: Tensor, ignore_index: int 
 
 
 def token_scaling(cross_entropy: Tensor, mask: Tensor, *, temperature: float = 10.0) -> Tensor:
-    r"""Weights of a sequence's tokens in the loss on logits: more where the teacher is less sure of the label.
+    r"""Token weights of the loss on logits: larger where the teacher is less certain of the label.
 
     .. math:: w_i = n \cdot \mathrm{softmax}_i(\ell_i / T)
 
     with :math:`\ell_i` the teacher's cross-entropy for the label of token *i* and *n* the number of tokens that count.
 
     Args:
-        cross_entropy: ``(batch, length)``, of the teacher, in nats.
+        cross_entropy: ``(batch, length)``, cross-entropy of the teacher, in nats.
         mask: ``(batch, length)``, which tokens count.
-        temperature: T, > 0; high ones make all tokens alike.
+        temperature: T, > 0; high values make all weights equal.
 
     Returns:
-        ``(batch, length)`` float32 without gradient, 0 where ``mask`` is; the mean over what counts is 1.
+        ``(batch, length)`` float32 without gradient, 0 where ``mask`` is; the mean over counted tokens is 1.
 
     Raises:
         LmcompressError: If the shapes differ, or ``temperature`` is not > 0.
@@ -201,7 +201,7 @@ def token_scaling(cross_entropy: Tensor, mask: Tensor, *, temperature: float = 1
 
     Note:
         The authors' weights sum to 1 in each sequence, and sequences are averaged. Here they sum to the number of
-        tokens, so that losses with and without it are of one size, and a longer sequence counts for more. With
+        tokens, so that losses with and without them have the same scale, and a longer sequence counts more. With
         sequences of one length, the two are the same.
 
     Example:
@@ -221,11 +221,11 @@ def token_scaling(cross_entropy: Tensor, mask: Tensor, *, temperature: float = 1
 
 
 def token_weights(surprise: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """:func:`token_scaling` of tokens that are laid end to end.
+    """:func:`token_scaling` of concatenated tokens.
 
     Args:
         surprise: ``(n,)``, cross-entropies of the teacher.
-        rows: ``(batch, length)`` booleans, which tokens they are of.
+        rows: ``(batch, length)`` booleans, the positions of the tokens.
         temperature: T, > 0.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Matches of intermediate features: how far the student's inside is from the teacher's, for each example.
+"""Matches of intermediate features: distances between features of student and teacher, for each example.
 
 Every match is a pure function ``f(student, teacher, mask, **options) -> (batch,)``: for each example the float32 *sum*
-over what its unit counts, so that the caller divides once by the count over the whole optimizer step. Gradients flow
-to the student only; what stands at padding never matters. Losses are 0 where student and teacher agree, but for the
-cross-entropies, which keep the teacher's entropy.
+over its unit, so that the caller divides once by the count over the whole optimizer step. Gradients flow
+to the student only; values at padding are ignored. Losses are 0 where student and teacher agree, except the
+cross-entropies, which include the teacher's entropy.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ Features = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class MatchLoss:
-    """A comparison of captured features, what it compares and what it is counted in.
+    """A comparison of captured features, with the features it accepts and its unit.
 
     Attributes:
-        name: that its terms are logged by.
+        name: name under which its terms are logged.
         function: ``f(student, teacher, mask, **options) -> (batch,)``, the float32 sum for each example, with gradient
             to the student. Keywords ``causal`` (whether the models are) and ``on`` (the feature) are filled in.
-        unit: what the sums are counted in: ``"examples"``, ``"tokens"`` or ``"pairs"``.
-        features: what it can compare; of several, one is chosen with :meth:`on`.
-        layers: how many layers of each model it takes; with 2, ``student`` and ``teacher`` are pairs of features.
+        unit: unit of the sums: ``"examples"``, ``"tokens"`` or ``"pairs"``.
+        features: features it can compare; of several, one is chosen with :meth:`on`.
+        layers: number of layers of each model; with 2, ``student`` and ``teacher`` are pairs of features.
         projectable: whether unequal widths need (and allow) a projection of the student.
     """
 
@@ -65,7 +65,7 @@ class MatchLoss:
 
     @property
     def feature(self) -> Feature | None:
-        """What it compares; None where there is a choice that has not been made."""
+        """The compared feature; None if a choice has not been made."""
         return self.features[0] if len(self.features) == 1 else None
 
     @property
@@ -74,16 +74,16 @@ class MatchLoss:
         return self._keywords - {"causal", "on"}
 
     def on(self, feature: str | None) -> MatchLoss:
-        """The same match with its feature stated.
+        """The same match with its feature set.
 
         Args:
-            feature: one of :attr:`features`; None only where there is no choice.
+            feature: one of :attr:`features`; None only if there is no choice.
 
         Returns:
             A match whose ``feature`` is set and whose function knows it.
 
         Raises:
-            LmcompressError: If the match cannot compare that feature, or there is a choice and none was made.
+            LmcompressError: If the match cannot compare that feature, or a necessary choice is missing.
 
         Example:
             >>> MATCHES["attention_ce"].on("scores").feature
@@ -93,7 +93,7 @@ class MatchLoss:
             return self
         if feature is None:
             raise LmcompressError(
-                f"the match {self.name!r} must be told what to compare: on={' or on='.join(map(repr, self.features))}"
+                f"the match {self.name!r} needs the feature to compare: on={' or on='.join(map(repr, self.features))}"
                 " (scores are before the softmax, probabilities after it)"
             )
         for known in self.features:
@@ -103,14 +103,14 @@ class MatchLoss:
         raise LmcompressError(f"the match {self.name!r} cannot compare {feature!r}{nearest(feature, self.features)}")
 
     def bound(self, *, causal: bool = False, **options: float) -> Callable[[Features, Features, Tensor], Tensor]:
-        """The function of ``(student, teacher, mask)`` alone.
+        """The function of ``(student, teacher, mask)`` only.
 
         Args:
-            causal: whether the models are causal; only matches of pairs look at it.
-            **options: of the function, see :attr:`options`.
+            causal: whether the models are causal; used by matches of pairs only.
+            **options: options of the function, see :attr:`options`.
 
         Raises:
-            LmcompressError: If no feature was stated, or an option is unknown.
+            LmcompressError: If no feature is set, or an option is unknown.
         """
         if self.feature is None:
             self.on(None)
@@ -130,16 +130,16 @@ class MatchLoss:
 
         Args:
             student: the captured feature, or a pair of them if :attr:`layers` is 2.
-            teacher: likewise.
+            teacher: the same for the teacher.
             mask: ``(batch, length)``, 1 = real token.
             causal: as in :meth:`bound`.
-            **options: of the function, see :attr:`options`.
+            **options: options of the function, see :attr:`options`.
 
         Returns:
             ``(batch,)`` float32.
 
         Raises:
-            LmcompressError: If no feature was stated, an option is unknown, or the number of layers is wrong.
+            LmcompressError: If no feature is set, an option is unknown, or the number of layers is wrong.
         """
         compare = self.bound(causal=causal, **options)
         for side, given in (("student", student), ("teacher", teacher)):
@@ -186,7 +186,7 @@ MATCHES: Registry[MatchLoss] = Registry(
 
 
 def match_for(match: str | MatchLoss, on: str | None = None) -> MatchLoss:
-    """A match with its feature stated.
+    """A match with its feature set.
 
     Args:
         match: a key of :data:`MATCHES`, ``module:attribute`` of a custom match, or a match.
@@ -196,7 +196,7 @@ def match_for(match: str | MatchLoss, on: str | None = None) -> MatchLoss:
         The match, ready to be called.
 
     Raises:
-        LmcompressError: If the match is unknown, or the feature is missing or not the match's.
+        LmcompressError: If the match is unknown, or its feature is missing or not one of the match's.
 
     Example:
         >>> match_for("attention_mse", on="scores").unit

@@ -45,10 +45,10 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor, *, eps: float 
         student: ``(batch, length, d)``, projected to the teacher's width if theirs differ.
         teacher: same shape.
         mask: ``(batch, length)``, 1 = real token.
-        eps: the least length that a vector is divided by.
+        eps: lower bound of the norm that a vector is divided by.
 
     Returns:
-        ``(batch,)`` float32 sums over tokens, each token's share in [0, 2].
+        ``(batch,)`` float32 sums over tokens, each term in [0, 2].
 
     Raises:
         LmcompressError: If the shapes differ.
@@ -72,7 +72,7 @@ def pkd(student: Tensor, teacher: Tensor, mask: Tensor, *, position: int = 0, ep
         mask: ``(batch, length)``, 1 = real token.
         position: which of the example's *real* tokens, counted from 0; negative from the end (-1, the last, for
             causal models). An example with too few tokens contributes 0.
-        eps: the least length that a vector is divided by.
+        eps: lower bound of the norm that a vector is divided by.
 
     Returns:
         ``(batch,)`` float32, one value in [0, 4] for each example.
@@ -89,7 +89,7 @@ def pkd(student: Tensor, teacher: Tensor, mask: Tensor, *, position: int = 0, ep
         tensor([2.])
     """
     student, teacher, valid = as_states("pkd", student, teacher, mask)
-    # places among real tokens, so that padding on the left does not move the position
+    # positions among real tokens, so that padding on the left does not move them
     place = valid.long().cumsum(dim=-1) - 1
     wanted = position if position >= 0 else valid.sum(dim=-1, keepdim=True) + position
     chosen = (valid & (place == wanted)).unsqueeze(-1)
@@ -160,10 +160,10 @@ def attention_ce(
         student: ``(batch, heads, length, length)``.
         teacher: same shape.
         mask: ``(batch, length)``, 1 = real token.
-        on: what came: ``"scores"``, whose softmax over real keys is taken here, or ``"probabilities"``, which are
-            taken as they are (TextBrewer takes the softmax of probabilities, and the signal almost vanishes).
+        on: the feature: ``"scores"``, whose softmax over real keys is computed here, or ``"probabilities"``, which are
+            used as they are (TextBrewer takes the softmax of probabilities, and the signal almost vanishes).
         causal: scores only of keys ``j <= i``.
-        eps: the least probability of the student inside the logarithm, for ``"probabilities"``.
+        eps: lower bound of the student's probability inside the logarithm, for ``"probabilities"``.
 
     Returns:
         ``(batch,)`` float32 sums over query tokens of the mean over heads, in nats.
@@ -188,7 +188,7 @@ def attention_ce_mean(
         mask: ``(batch, length)``, 1 = real token.
         on: ``"scores"`` or ``"probabilities"``, as in :func:`attention_ce`.
         causal: scores only of keys ``j <= i``.
-        eps: the least probability of the student inside the logarithm, for ``"probabilities"``.
+        eps: lower bound of the student's probability inside the logarithm, for ``"probabilities"``.
 
     Returns:
         ``(batch,)`` float32 sums over query tokens, in nats; at the teacher its entropy, not 0.
@@ -239,7 +239,7 @@ def as_attention(
 def check_positions(
     name: str, student_batch: int, teacher_batch: int, student_length: int, teacher_length: int, mask: Tensor
 ) -> None:
-    """Refuse features of unlike batches or lengths, and a mask of another shape."""
+    """Refuse features of different batches or lengths, and a mask of another shape."""
     if student_batch != teacher_batch:
         raise LmcompressError(f"{name} needs one batch, got {student_batch} examples and the teacher's {teacher_batch}")
     if student_length != teacher_length:
@@ -263,7 +263,7 @@ def unequal_heads(name: str, student_heads: int, teacher_heads: int) -> str:
 
 
 def pairs_of(valid: Tensor, causal: bool) -> Tensor:
-    """``(batch, length, length)`` booleans: which query/key pairs count."""
+    """``(batch, length, length)`` booleans: the query/key pairs that count."""
     pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
     return pairs.tril() if causal else pairs
 
@@ -292,6 +292,6 @@ def sum_over_queries(per_pair: Tensor) -> Tensor:
 
 def log_softmax(scores: Tensor, pairs: Tensor) -> Tensor:
     """Log softmax over the keys that count; 0 at the others."""
-    # the least finite number, not -inf: a row of padding has no key at all, and would become NaN
+    # the lowest finite number, not -inf: a row of padding has no key at all, and would become NaN
     filled = scores.masked_fill(~pairs, torch.finfo(scores.dtype).min)
     return torch.log_softmax(filled, dim=-1).masked_fill(~pairs, 0)

@@ -1,4 +1,4 @@
-"""Matches that compare relations: of two layers, of positions, of attention heads split anew."""
+"""Matches that compare relations: between two layers, between positions, between relation heads."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, causal: bool
     .. math:: \frac{1}{H} \sum_h \sum_i m_i \mathrm{KL}(T_{hi} \| S_{hi}), \quad T_{hi}, S_{hi} = \mathrm{softmax}_j
 
     Args:
-        student: ``(batch, heads, length, length)`` scores; their softmax over real keys is taken here.
+        student: ``(batch, heads, length, length)`` scores; their softmax over real keys is computed here.
         teacher: same shape.
         mask: ``(batch, length)``, 1 = real token.
         causal: only keys ``j <= i``.
@@ -112,7 +112,7 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, causal: bool
 
 
 def value_relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, causal: bool = False) -> Tensor:
-    r"""KL(teacher ‖ student) of how values relate to one another, head by head (MiniLM's value relation).
+    r"""KL(teacher ‖ student) of the relations between values, head by head (MiniLM's value relation).
 
     .. math:: \frac{1}{H} \sum_h \sum_i m_i \mathrm{KL}(R^T_{hi} \| R^S_{hi}), \quad
         R_h = \mathrm{softmax}(V_h V_h^\top / \sqrt{k})
@@ -146,12 +146,12 @@ def value_relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, causal:
 def relation_kl(
     student: Tensor, teacher: Tensor, mask: Tensor, *, relation_heads: int | None = None, causal: bool = False
 ) -> Tensor:
-    r"""KL(teacher ‖ student) of self-attention relations over heads split anew (MiniLMv2).
+    r"""KL(teacher ‖ student) of self-attention relations over regrouped heads (MiniLMv2).
 
     .. math:: \frac{1}{R} \sum_r \sum_i m_i \mathrm{KL}(R^T_{ri} \| R^S_{ri}), \quad
         R_r = \mathrm{softmax}(A_r A_r^\top / \sqrt{d_r})
 
-    with :math:`A` the queries, keys or values of all heads side by side, cut into :math:`R` relation heads of width
+    with :math:`A` the queries, keys or values of all heads side by side, split into :math:`R` relation heads of width
     :math:`d_r`. Numbers of heads and widths of student and teacher may differ.
 
     Args:
@@ -159,14 +159,14 @@ def relation_kl(
         teacher: ``(batch, heads_t, length, k_t)``, of the same kind.
         mask: ``(batch, length)``, 1 = real token.
         relation_heads: :math:`R`, a divisor of both ``heads * k``; default the teacher's number of heads. The paper
-            takes more (48 for 12 heads), which helps.
+            uses more (48 for 12 heads), which helps.
         causal: only keys ``j <= i``.
 
     Returns:
         ``(batch,)`` float32 sums over query tokens of the mean over relation heads, in nats.
 
     Raises:
-        LmcompressError: If batches or lengths differ, or a width cannot be cut into ``relation_heads``.
+        LmcompressError: If batches or lengths differ, or a width cannot be split into ``relation_heads``.
 
     Reference:
         Wang et al., *MiniLMv2*, 2021, https://arxiv.org/abs/2012.15828, section 3.
@@ -191,7 +191,7 @@ def relation_kl(
 def attention_transfer(
     student: Tensor, teacher: Tensor, mask: Tensor, *, power: float = 2.0, eps: float = 1e-6
 ) -> Tensor:
-    r"""Which positions are active: distance of normalised saliency maps of hidden states.
+    r"""Distance of normalised saliency maps of hidden states, which show the active positions.
 
     .. math:: \frac{1}{n} \sum_i m_i \left( \frac{Q^S_i}{\|Q^S\|_2} - \frac{Q^T_i}{\|Q^T\|_2} \right)^2, \quad
         Q_i = \frac{1}{d} \sum_k |h_{ik}|^p
@@ -202,8 +202,8 @@ def attention_transfer(
         student: ``(batch, length, d_s)``.
         teacher: ``(batch, length, d_t)``.
         mask: ``(batch, length)``, 1 = real token.
-        power: :math:`p`, >= 1; greater looks more at the most active neurons.
-        eps: the least norm that a map is divided by.
+        power: :math:`p`, >= 1; larger values emphasize the most active neurons.
+        eps: lower bound of the norm that a map is divided by.
 
     Returns:
         ``(batch,)`` float32, one value for each example.

@@ -1,4 +1,4 @@
-"""What a store of a teacher's answers looks like on disk: ``meta.json``, the fields of a row, keys and hashes."""
+"""The format of a store of a teacher's outputs on disk: ``meta.json``, the fields of a row, keys and hashes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ META_FILE, INDEX_FILE = "meta.json", "index.safetensors"
 KEY_BYTES = 16
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# what changes a config's text but not the teacher's answers; the shapes of a compressed teacher are in its tensors
+# entries of a config without effect on the outputs; the shapes of a compressed teacher are in its tensors
 _VOLATILE = frozenset(
     {
         "_name_or_path",
@@ -52,7 +52,7 @@ _VOLATILE = frozenset(
 def teacher_fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's config and of the names, shapes, types and bytes of all its tensors.
 
-    Left out of the config is what does not change answers (name, versions, attention implementation, names of labels),
+    Config entries that do not affect outputs are ignored (name, versions, attention implementation, names of labels),
     so that a model that was saved and loaded again has the same hash.
 
     Args:
@@ -62,7 +62,7 @@ def teacher_fingerprint(model: PreTrainedModel) -> str:
         32 hexadecimal digits.
 
     Raises:
-        LmcompressError: If the model is on ``meta`` and has no weights.
+        LmcompressError: If the model is on ``meta``, without weights.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     digest.update(json.dumps(_lasting(model.config), sort_keys=True, default=str).encode())
@@ -79,7 +79,7 @@ def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
 
     Args:
         batch: with ``input_ids``, and optionally ``attention_mask`` and ``token_type_ids``; if there is a
-            ``teacher_input_ids``, the inputs that begin with ``teacher_`` are taken instead.
+            ``teacher_input_ids``, the inputs that begin with ``teacher_`` are used instead.
 
     Returns:
         16 bytes for each row.
@@ -99,7 +99,7 @@ _Size = Annotated[int, Field(ge=1, le=1 << 31)]
 
 
 class FileInfo(_Strict):
-    """A file of the store: its size and hash as it was written."""
+    """A file of the store: its size and hash when written."""
 
     size_bytes: Annotated[int, Field(ge=0)]
     blake2b: _Hash
@@ -109,9 +109,9 @@ class FeatureInfo(_Strict):
     """A feature that is stored.
 
     Attributes:
-        kind: such as ``"hidden"``.
-        layer: counted from the beginning.
-        shape: the sizes of one row, 0 where a size is the row's length.
+        kind: kind of feature, such as ``"hidden"``.
+        layer: counted from the start.
+        shape: shape for one row, 0 where a size is the row's length.
     """
 
     kind: Annotated[str, Field(pattern=f"^({'|'.join(FEATURES)})$")]
@@ -120,19 +120,19 @@ class FeatureInfo(_Strict):
 
 
 class StoreMeta(_Strict):
-    """What ``meta.json`` says.
+    """The contents of ``meta.json``.
 
     Attributes:
-        format_version: of the files' layout.
+        format_version: version of the files' layout.
         teacher: :func:`teacher_fingerprint` of the teacher.
-        teacher_name: name or path of the teacher, for people to read.
-        layers: blocks of the teacher.
-        rows: different rows stored.
+        teacher_name: name or path of the teacher, informative only.
+        layers: number of the teacher's blocks.
+        rows: number of distinct rows stored.
         logits: whether there is one vector of logits per row or per token.
-        vocab_size: classes or words that a vector of logits has.
-        top_k: how many of them are stored, or None for all.
-        dtype: of the numbers on disk.
-        features: what is stored besides logits.
+        vocab_size: number of classes or tokens in a vector of logits.
+        top_k: number stored, or None for all.
+        dtype: dtype of the numbers on disk.
+        features: features stored in addition to logits.
         index: the index file.
         shards: the shards in order.
     """
@@ -153,7 +153,7 @@ class StoreMeta(_Strict):
 
 @dataclass(frozen=True)
 class StoredField:
-    """How one tensor of a row is laid out; 0 in ``shape`` stands for the row's length."""
+    """The layout of one tensor of a row; 0 in ``shape`` stands for the row's length."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -164,13 +164,13 @@ class StoredField:
         return 0 not in self.shape
 
     def sizes(self, lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Numbers of each row, from its length."""
+        """Number of values per row, from its length."""
         power = self.shape.count(0)
         return lengths.astype(np.int64) ** power * math.prod(size for size in self.shape if size)
 
 
 def fields_of(meta: StoreMeta) -> dict[str, StoredField]:
-    """How the tensors of a row are laid out, by name."""
+    """The layout of the tensors of a row, by name."""
     dtype = DTYPES[meta.dtype]
     start = (0,) if meta.logits == "token" else ()
     if meta.top_k is not None:
@@ -243,7 +243,7 @@ def files_of(meta: StoreMeta) -> list[tuple[str, FileInfo]]:
 
 
 def file_info(path: Path) -> FileInfo:
-    """Size and hash of a file as it is."""
+    """Current size and hash of a file."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -252,7 +252,7 @@ def file_info(path: Path) -> FileInfo:
 
 
 def open_checked(path: Path, info: FileInfo) -> Any:
-    """Open a file of tensors, if its hash is right."""
+    """Open a file of tensors if its hash is correct."""
     try:
         if file_info(path) == info:
             return safe_open(path, framework="pt")

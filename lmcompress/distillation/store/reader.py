@@ -1,4 +1,4 @@
-"""Reading a store: rows are found by their tokens, and padded as the batch is."""
+"""Reading a store: rows are found by their tokens, and padded like the batch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lmcompress.errors import LmcompressError, nearest
 
 @dataclass(frozen=True)
 class TopK:
-    """The greatest logits of a teacher, as the store gives them back.
+    """The largest logits of a teacher, as stored.
 
     Attributes:
-        values: ``(..., k)`` float32, greatest first.
-        indices: ``(..., k)`` int64, their places in the vocabulary.
+        values: ``(..., k)`` float32, largest first.
+        indices: ``(..., k)`` int64, their token ids.
         logsumexp: ``(...)`` float32, over the whole vocabulary.
-        vocab_size: its size.
+        vocab_size: size of the vocabulary.
     """
 
     values: Tensor
@@ -46,12 +46,12 @@ class TopK:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a store knows of one batch, padded as the batch is.
+    """The stored outputs for one batch, padded like the batch.
 
     Attributes:
-        logits: ``(batch, classes)`` or ``(batch, length, classes)`` float32; None where only the greatest are stored.
-        top_k: the greatest logits, or None where all are stored. At padding they describe a uniform distribution.
-        features: by kind and layer, float32, shaped as :mod:`lmcompress.activations.capture` gives them;
+        logits: ``(batch, classes)`` or ``(batch, length, classes)`` float32; None if only the largest are stored.
+        top_k: the largest logits, or None if all are stored. At padding they describe a uniform distribution.
+        features: by kind and layer, float32, shaped as by :mod:`lmcompress.activations.capture`;
             zero wherever a length axis is at padding.
     """
 
@@ -61,24 +61,24 @@ class Stored:
 
 
 def expand_top_k(values: Tensor, indices: Tensor, logsumexp: Tensor, vocab_size: int) -> Tensor:
-    r"""Logits of the whole vocabulary from the greatest ones.
+    r"""Logits of the whole vocabulary from the largest ones.
 
     .. math:: z_v = Z + \log\frac{1 - \sum_{i \in K} e^{z_i - Z}}{V - k} \ (v \notin K), \quad Z = \log\sum_v e^{z_v}
 
-    Kept tokens have exactly the probability that they had, at temperature 1; what is left is spread evenly over the
+    Stored tokens keep their exact probability at temperature 1; the rest is spread evenly over the
     others.
 
     Args:
-        values: ``(..., k)`` logits that were kept.
-        indices: ``(..., k)`` int, their places; no place twice.
-        logsumexp: ``(...)`` over all logits, kept or not.
+        values: ``(..., k)`` stored logits.
+        indices: ``(..., k)`` int, their token ids, without repetition.
+        logsumexp: ``(...)`` over all logits, stored or not.
         vocab_size: V, at least k.
 
     Returns:
         ``(..., vocab_size)`` float32, whose logsumexp is ``logsumexp`` again.
 
     Raises:
-        LmcompressError: If the shapes do not belong together.
+        LmcompressError: If the shapes do not fit together.
 
     Example:
         >>> logits = expand_top_k(torch.tensor([0.5]).log(), torch.tensor([2]), torch.tensor(0.0), 3)
@@ -92,7 +92,7 @@ def expand_top_k(values: Tensor, indices: Tensor, logsumexp: Tensor, vocab_size:
             f"{tuple(values.shape)}, {tuple(indices.shape)} and {tuple(logsumexp.shape)}"
         )
     values, total = values.float(), logsumexp.float().unsqueeze(-1)
-    # rounding may leave nothing or less; a floor keeps the rest finite, so that no loss multiplies 0 by infinity
+    # rounding may leave zero or less; a floor keeps the rest finite, so that no loss multiplies 0 by infinity
     rest = (1 - (values - total).exp().sum(-1, keepdim=True)).clamp(min=1e-12)
     others = total + rest.log() - math.log(max(vocab_size - k, 1))
     logits = others.expand(*values.shape[:-1], vocab_size).clone()
@@ -100,13 +100,13 @@ def expand_top_k(values: Tensor, indices: Tensor, logsumexp: Tensor, vocab_size:
 
 
 class TeacherStore:
-    """A teacher's answers on disk; made by :meth:`build` or :meth:`open`.
+    """A teacher's outputs on disk; created by :meth:`build` or :meth:`open`.
 
-    Shards are mapped into memory and only the rows of a batch are read. Several processes can read one store.
+    Shards are memory-mapped and only the rows of a batch are read. Several processes can read one store.
 
     Args:
-        folder: where it is.
-        meta: what it says of itself.
+        folder: folder of the store.
+        meta: its metadata.
     """
 
     def __init__(self, folder: Path, meta: layout.StoreMeta) -> None:
@@ -121,7 +121,7 @@ class TeacherStore:
         shards = index["shards"].numpy()
         self._shards = shards
         starts = np.searchsorted(shards, np.arange(len(meta.shards) + 1)) if len(meta.shards) else np.zeros(1, int)
-        # where each row begins within its shard, for every field that is laid end to end
+        # offset of each row within its shard, for every concatenated field
         self._begins: dict[str, np.ndarray[Any, Any]] = {}
         self._totals: dict[str, np.ndarray[Any, Any]] = {}
         for name, field in self._fields.items():
@@ -136,7 +136,7 @@ class TeacherStore:
 
     @property
     def features(self) -> tuple[Feature, ...]:
-        """The features that are stored."""
+        """The stored features."""
         return tuple((info.kind, info.layer) for info in self.meta.features)
 
     @classmethod
@@ -154,36 +154,36 @@ class TeacherStore:
         batch_size: int = 32,
         progress: bool = True,
     ) -> TeacherStore:
-        """Run the teacher over the data once and write what it answers.
+        """Run the teacher over the data once and write its outputs.
 
         With several processes, let one build and the others wait and :meth:`open`.
 
-        ``float16`` logits are written as differences to the row's greatest (``top_k``: to the logsumexp) with that one
-        in float32, so that the error is relative to what a softmax sees and not to an arbitrary offset.
+        ``float16`` logits are written as differences from the row's largest (``top_k``: from the logsumexp), which is
+        stored in float32, so that the error is relative to what a softmax depends on, not to an arbitrary offset.
 
         Note:
-            Rows are recognised by their tokens without padding. A teacher that does not derive its positions from
-            the mask (GPT-2 with padding on the left) answers differently where the padding differs; what is stored
-            is its answer to the row as it was padded here.
+            Rows are identified by their tokens without padding. A teacher that does not derive its positions from
+            the mask (GPT-2 with padding on the left) has outputs that depend on the padding; those for the padding used
+            here are stored.
 
         Args:
             folder: new, empty, or a store, which is replaced as a whole once everything is written.
-            teacher: on the device where it is to run; evaluation mode for the time, without gradient.
-            dataset: a map-style dataset of whatever ``collator`` takes; rows with the same tokens are stored once.
-            collator: list of rows → batch; must be the one of training in what it does to tokens, and not random.
+            teacher: on the device where it runs; temporarily in evaluation mode, without gradients.
+            dataset: a map-style dataset for ``collator``; rows with the same tokens are stored once.
+            collator: list of rows → batch; must treat tokens as the one used in training, without randomness.
             extract: runs the teacher: :func:`lmcompress.activations.capture.extract`.
-            top_k: how many logits of each vector to keep; default: all (GPT-2: 100 kB a token).
+            top_k: number of logits to store per vector; default: all (GPT-2: 100 kB per token).
             features: kinds and layers, negative layers counted from the end.
-            dtype: of the numbers on disk.
-            batch_size: rows that the teacher takes at once.
+            dtype: dtype of the numbers on disk.
+            batch_size: rows per forward pass of the teacher.
             progress: whether to show a bar.
 
         Returns:
             The store, open.
 
         Raises:
-            LmcompressError: If there is no data, a feature is unknown, ``top_k`` is out of range, an answer is NaN or
-                does not fit ``float16``, ``folder`` holds something else, or there is no space; what was there is
+            LmcompressError: If there is no data, a feature is unknown, ``top_k`` is out of range, an output is NaN or
+                does not fit ``float16``, ``folder`` holds something else, or the disk is full; previous contents are
                 kept.
         """
         if dtype not in layout.DTYPES:
@@ -192,7 +192,7 @@ class TeacherStore:
             raise LmcompressError(f"batch_size must be at least 1, got {batch_size}")
         wanted = list(dict.fromkeys(resolve(teacher, kind, layer) for kind, layer in features))
         loader = DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collator)
-        # the bar of transformers, which its verbosity settings switch off
+        # the progress bar of transformers, which its verbosity settings switch off
         batches = logging.tqdm(loader, desc="teacher", disable=not progress)
         takes = set(inspect.signature(teacher.forward).parameters)
         training = teacher.training
@@ -213,19 +213,19 @@ class TeacherStore:
 
     @classmethod
     def open(cls, folder: str | Path, *, teacher: PreTrainedModel | None = None) -> TeacherStore:
-        """Open a store, and refuse it if it is not what it says or not this teacher's.
+        """Open a store, refusing it if it is damaged or from another teacher.
 
         Sizes of all files and the index's hash are checked now, the hash of each shard when it is first read.
 
         Args:
-            folder: as :meth:`build` wrote it.
-            teacher: the one that it must come from.
+            folder: folder written by :meth:`build`.
+            teacher: the teacher it must come from.
 
         Returns:
-            The store; nothing but its index is in memory.
+            The store; only its index is in memory.
 
         Raises:
-            LmcompressError: If there is no store, or it is damaged, of a later version, or another teacher's.
+            LmcompressError: If there is no store, or it is damaged, of a later version, or from another teacher.
         """
         folder = Path(folder)
         meta = layout.read_meta(folder)
@@ -245,11 +245,11 @@ class TeacherStore:
         return cls(folder, meta)
 
     def lookup(self, batch: Mapping[str, Any], features: Iterable[Feature] = ()) -> Stored:
-        """What the teacher answered to the rows of a batch.
+        """The teacher's outputs for the rows of a batch.
 
         Args:
-            batch: as :func:`row_keys` takes it; padded on either side, to any length.
-            features: which of those stored; negative layers count from the end.
+            batch: batch for :func:`row_keys`; padded on either side, to any length.
+            features: stored features to return; negative layers count from the end.
 
         Returns:
             Logits and features on the batch's device, padded to the batch's length.
@@ -298,7 +298,7 @@ class TeacherStore:
         if missing := sum(row < 0 for row in rows):
             raise LmcompressError(
                 f"{missing} of {len(rows)} rows of the batch are not in the store {self.folder} ({len(self)} "
-                "rows): the data, the tokenizer or the greatest length have changed, or the collator changes tokens "
+                "rows): the data, the tokenizer or the maximum length have changed, or the collator changes tokens "
                 "at random. Build the store again"
             )
         return rows
@@ -332,7 +332,7 @@ class TeacherStore:
         shards, last = index["shards"].numpy(), max(len(meta.shards) - 1, 0)
         ordered = bool((np.diff(shards) >= 0).all()) and shards[0] >= 0 and shards[-1] <= last
         if not ordered or int(index["lengths"].min()) < 0:
-            raise LmcompressError(f"{path} numbers rows or shards that cannot be; build the store again")
+            raise LmcompressError(f"{path} has invalid row or shard numbers; build the store again")
         return index
 
     def _shard(self, number: int) -> Any:
@@ -352,7 +352,7 @@ class TeacherStore:
 
 
 def _at(shape: Sequence[int], kept: Tensor) -> tuple[Any, ...]:
-    """Where one row's tokens go in the padded tensor: ``kept`` on every axis that is a length."""
+    """The positions of one row's tokens in the padded tensor: ``kept`` on every axis that is a length."""
     axes = [axis for axis, size in enumerate(shape) if size == 0]
     places: list[Any] = [slice(None)] * len(shape)
     for number, axis in enumerate(axes):

@@ -1,4 +1,4 @@
-"""A teacher whose answers were written to disk before."""
+"""A teacher whose outputs were written to disk earlier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmcompress.errors import LmcompressError
 
 
 class StoredTeacher:
-    """A teacher whose answers were written to disk before.
+    """A teacher whose outputs were written to disk earlier.
 
     Args:
         store: an opened store.
@@ -30,10 +30,10 @@ class StoredTeacher:
         self._causal = False
 
     def resolve(self, kind: str, layer: int) -> Feature:
-        """A feature with its layer counted from the beginning; see :class:`Teacher`.
+        """A feature with its layer counted from the start; see :class:`Teacher`.
 
         Args:
-            kind: of feature.
+            kind: kind of feature.
             layer: negative counts from the end.
 
         Returns:
@@ -52,10 +52,10 @@ class StoredTeacher:
         return feature
 
     def shape_of(self, feature: Feature) -> tuple[int, ...]:
-        """Sizes of a feature of one row; see :class:`Teacher`.
+        """Shape of a feature for one row; see :class:`Teacher`.
 
         Args:
-            feature: resolved.
+            feature: resolved feature.
 
         Returns:
             The shape without the batch axis.
@@ -63,13 +63,13 @@ class StoredTeacher:
         return {(info.kind, info.layer): info.shape for info in self.store.meta.features}[feature]
 
     def prepare(self, features: Sequence[Feature], *, logits: bool, causal: bool, device: torch.device) -> None:
-        """Remember what will be asked for; see :class:`Teacher`.
+        """Record what will be requested; see :class:`Teacher`.
 
         Args:
-            features: resolved.
-            logits: they are always there.
-            causal: whether chunks are wanted.
-            device: answers come on the batch's device.
+            features: resolved features.
+            logits: unused, they are always stored.
+            causal: whether logits are requested in chunks.
+            device: unused, outputs are on the batch's device.
         """
         self._features.update(features)
         self._causal = causal
@@ -79,10 +79,10 @@ class StoredTeacher:
 
         Args:
             batch: the whole batch.
-            autocast: not needed.
+            autocast: unused.
 
         Returns:
-            Logits, or what gives them in chunks, and the features.
+            Logits, or a function that returns them in chunks, and the features.
         """
         found = self.store.lookup(batch, sorted(self._features))
         if found.top_k is None:
@@ -114,5 +114,5 @@ class StoredTeacher:
         return Answers(None, sparse, found.features)
 
     def release(self) -> None:
-        """Forget what was asked for; see :class:`Teacher`."""
+        """Clear the record of what was requested; see :class:`Teacher`."""
         self._features.clear()

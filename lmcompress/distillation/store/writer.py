@@ -1,4 +1,4 @@
-"""Writing a store: the teacher runs once over the data, and its answers are laid end to end in shards."""
+"""Writing a store: the teacher runs once over the data, and its outputs are concatenated in shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Extract = Callable[[PreTrainedModel, Mapping[str, Tensor], Sequence[Feature]], t
 
 
 SHARD_BYTES = 256 << 20
-# the least float16; lower logits have no probability left, and minus infinity would make losses NaN
+# the lowest float16; lower logits have zero probability anyway, and minus infinity would make losses NaN
 _LOWEST = -65504.0
 # of one row, without the batch axis
 _LENGTH_AXES = {
@@ -36,7 +36,7 @@ _LENGTH_AXES = {
 
 
 class StoreWriter:
-    """Collects rows, writes a shard whenever there is enough, and the index and ``meta.json`` at the end."""
+    """Collects rows, writes a shard whenever enough have come, and the index and ``meta.json`` at the end."""
 
     def __init__(self, folder: Path, dtype: layout.StoredDtype, top_k: int | None) -> None:
         self.folder, self.dtype, self.top_k = folder, dtype, top_k
@@ -52,7 +52,7 @@ class StoreWriter:
         self.features: tuple[layout.FeatureInfo, ...] = ()
 
     def add(self, keys: Sequence[bytes], mask: Tensor, logits: Tensor, features: Features) -> None:
-        """Take the answers to one batch; rows that are there already are left out."""
+        """Add the outputs for one batch; rows that are already stored are skipped."""
         self._describe(mask, logits, features)
         tensors = self._logit_fields(logits) | {
             layout.field_name(f): self._rounded(t, layout.field_name(f)) for f, t in features.items()
@@ -79,7 +79,7 @@ class StoreWriter:
                 self._flush()
 
     def finish(self, teacher: PreTrainedModel) -> None:
-        """Write what is left, the index and ``meta.json``."""
+        """Write the remaining rows, the index and ``meta.json``."""
         if not self.seen:
             raise LmcompressError("the dataset has no rows; a store needs at least one")
         if self.pending:
@@ -107,12 +107,12 @@ class StoreWriter:
         (self.folder / layout.META_FILE).write_text(meta.model_dump_json(indent=2) + "\n")
 
     def _describe(self, mask: Tensor, logits: Tensor, features: Features) -> None:
-        """What the answers look like: set by the first batch, the same in all others."""
+        """The shape of the outputs: set by the first batch, the same in all others."""
         length = mask.shape[1]
         if logits.dim() not in (2, 3) or (logits.dim() == 3 and logits.shape[1] != length):
             raise LmcompressError(
                 "a store takes logits of shape (batch, classes) or (batch, length, classes); for inputs of shape "
-                f"{tuple(mask.shape)} the teacher gave {tuple(logits.shape)}"
+                f"{tuple(mask.shape)} the teacher returned {tuple(logits.shape)}"
             )
         infos = []
         for (kind, layer), tensor in features.items():
@@ -135,7 +135,7 @@ class StoreWriter:
             self.logits, self.vocab_size, self.features = found
         elif found != (self.logits, self.vocab_size, self.features):
             raise LmcompressError(
-                f"the teacher's answers change shape between batches: logits of {self.vocab_size} per {self.logits}, "
+                f"the teacher's outputs change shape between batches: logits of {self.vocab_size} per {self.logits}, "
                 f"then {found[1]} per {found[0]}"
             )
         greatest = logits.detach().float().amax(-1).cpu()

@@ -1,4 +1,4 @@
-"""What a weight quantizer is, what it gives, and the steps that several of them share."""
+"""The interface and result of weight quantizers, and the steps that several of them share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ TERNARY: tuple[Bits, ...] = ("ternary", 2)
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """What a quantizer gives: the numbers, and what they are made of.
+    """The result of a quantizer: quantized values with their codes and scales.
 
     Attributes:
-        values: of the shape that came, float32, with gradient.
+        values: same shape as the input, float32, with gradient.
         scales: ``granularity.scale_shape(shape)`` float32, >= 0, without gradient.
-        zero_points: the same shape, uint8, or ``None`` where the code 0 is the number 0.
-        grid: what codes may be.
+        zero_points: the same shape, uint8, or ``None`` if the code 0 is the number 0.
+        grid: possible codes.
         granularity: which numbers share a scale.
         levels: the codes as floats, shaped as the granularity splits them; :attr:`codes` are these as bytes.
-        source: what came, without gradient.
+        source: the input, without gradient.
     """
 
     values: Tensor
@@ -40,7 +40,7 @@ class Quantized:
 
     @property
     def codes(self) -> Tensor:
-        """The codes: the shape that came, int8 where some are negative, else uint8.
+        """The codes: same shape as the input, int8 if some are negative, else uint8.
 
         Raises:
             LmcompressError: If the source or a scale is NaN or infinite.
@@ -63,7 +63,7 @@ InitialState = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """A weight quantizer and what it needs: one of the built-in ones, or your own.
+    """A weight quantizer and its properties: one of the built-in ones, or a custom one.
 
     Checkpoints hold codes, scales and the grid, never the quantizer: a packed model loads, and computes the same, where
     the code of a custom quantizer does not exist.
@@ -71,11 +71,12 @@ class WeightQuantizer:
     Attributes:
         function: ``(weight, state, *, bits, granularity) -> Quantized``.
         initial: ``(weight, *, bits, granularity) -> state``; ``None`` if there is no state.
-        learned: whether the state is a parameter that training changes; else it stays as it was made.
+        learned: whether the state is a trained parameter; otherwise it stays as initialized.
         bits: the bit-widths it supports.
-        by_rows: whether a row is quantized to the same values whatever rows are beside it, with scales by row or group;
+        by_rows: whether the values of a row are independent of the other rows, with scales by row or group;
             an embedding then quantizes only the rows that a batch looks up.
-        takes_percentile: whether ``initial`` takes ``percentile``, of a :class:`~lmcompress.quantization.WeightScheme`.
+        takes_percentile: whether ``initial`` takes ``percentile``, from a
+            :class:`~lmcompress.quantization.WeightScheme`.
         takes_curvature: whether ``function`` takes ``curvature``, by which squared errors are weighted.
 
     Example:
@@ -100,10 +101,10 @@ def check_finite(x: Tensor, name: str = "weights") -> None:
 
     Args:
         x: any floating tensor.
-        name: what to call it in the error.
+        name: name of the tensor in the error.
 
     Raises:
-        LmcompressError: If some are NaN or infinite.
+        LmcompressError: If there are NaN or infinite values.
     """
     finite = torch.isfinite(x)
     if not bool(finite.all()):
@@ -115,13 +116,13 @@ def check_finite(x: Tensor, name: str = "weights") -> None:
 
 
 def check_state(state: Tensor, weight: Tensor, granularity: Granularity, name: str) -> Tensor:
-    """A state, or scales, as they came.
+    """A state, or scales, with the shape checked.
 
     Args:
-        state: of the quantizer.
-        weight: whose it is.
-        granularity: which weights share one number of it.
-        name: what to call it in the error.
+        state: state of the quantizer.
+        weight: the weight it belongs to.
+        granularity: which weights share one entry.
+        name: name of the state in the error.
 
     Raises:
         LmcompressError: If it has another shape than ``granularity.scale_shape(weight.shape)``.
@@ -145,7 +146,7 @@ def clipped(
         alpha: ``granularity.scale_shape(weight.shape)``, the clip.
         grid: symmetric.
         granularity: which weights share a clip.
-        inside: what the gradient of the clip is for weights within it.
+        inside: gradient of the clip for weights within it.
         pass_outside: whether weights beyond the clip get a gradient.
     """
     rule = Rule(grid, float(grid.high), -1.0, 1.0, inside, pass_outside)
@@ -170,14 +171,14 @@ def by_rule(weight: Tensor, unit: Tensor, rule: Rule, granularity: Granularity) 
 def from_levels(
     weight: Tensor, split: Tensor, levels: Tensor, scale: Tensor, grid: Grid, granularity: Granularity
 ) -> Quantized:
-    """Values of given codes and scales, with a straight-through gradient.
+    """Values from given codes and scales, with a straight-through gradient.
 
     Args:
         weight: any shape, floating.
         split: the weight as the granularity splits it, with gradient.
-        levels: the codes, shaped alike.
-        scale: broadcasting over them.
-        grid: of the codes.
+        levels: the codes, in the same shape.
+        scale: broadcasts over them.
+        grid: grid of the codes.
         granularity: which weights share a scale.
     """
     values = straight_through(split, levels * scale).reshape(weight.shape)
@@ -190,10 +191,10 @@ def nearest_levels(split: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
     Args:
         split: weights as the granularity splits them.
-        scale: broadcasting over them, >= 0.
-        grid: what codes may be.
+        scale: broadcasts over them, >= 0.
+        grid: possible codes.
     """
-    # x / infinity is 0: where the scale is 0 all is 0
+    # x / infinity is 0: where the scale is 0 all values are 0
     return grid.nearest(split / torch.where(scale > 0, scale, torch.inf))
 
 
@@ -202,9 +203,9 @@ def affine_levels(split: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Ten
 
     Args:
         split: weights as the granularity splits them.
-        scale: broadcasting over them, >= 0.
-        zero: the zero points, broadcasting likewise.
-        grid: from 0 up.
+        scale: broadcasts over them, >= 0.
+        zero: the zero points, same broadcasting.
+        grid: grid from 0 up.
     """
     levels = (split / torch.where(scale > 0, scale, torch.inf)).round_().add_(zero)
     return levels.clamp_(grid.low, grid.high).add_(0.0)

@@ -1,4 +1,4 @@
-"""Weight quantizers whose scale follows from the weights: LAQ, TWN, TBT and binary."""
+"""Weight quantizers whose scale is computed from the weights: LAQ, TWN, TBT and binary."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def laq(
     curvature: Tensor | None = None,
     iterations: int = 10,
 ) -> Quantized:
-    r"""Loss-aware quantization: the scale and codes with the least (weighted) squared error, found in turns.
+    r"""Loss-aware quantization: scale and codes of least (weighted) squared error, by alternating minimization.
 
     .. math:: \min_{\alpha, b} \sum_i d_i (w_i - \alpha b_i)^2: \quad
         b = Q(w / \alpha), \quad \alpha = \frac{\sum_i d_i b_i w_i}{\sum_i d_i b_i^2}
 
-    from :math:`b = \mathrm{sign}(w)`, until α moves by less than a thousandth. At 1 bit that is the first step alone.
-    From 3 bits on, where ten turns from there do not arrive, they start at the best of eight between mean and greatest
-    magnitude. The gradient goes straight through.
+    from :math:`b = \mathrm{sign}(w)`, until α changes by less than a thousandth. At 1 bit the first step is enough.
+    From 3 bits on, where ten iterations from there do not converge, they start at the best of eight between mean and
+    largest magnitude. The gradient passes straight through.
 
     Args:
         weight: any shape, floating.
-        state: none.
+        state: unused.
         bits: 1, 2, 3, 4, 8 or ``"ternary"``.
         granularity: which weights share a scale.
         curvature: d, ``weight``'s shape, >= 0, such as the square root of Adam's second moments; ``None`` is 1
             everywhere, as in the public code.
-        iterations: the most alternations of scale and codes.
+        iterations: maximum number of alternations of scale and codes.
 
     Returns:
         Values and codes.
@@ -58,7 +58,7 @@ def laq(
 
     Note:
         The public code (BinaryBERT's) divides by Σ d\|b\|. Where codes are only -1, 0 and 1 that is the same; with more
-        levels it is no least-squares solution, and α shrinks turn by turn.
+        levels it is not a least-squares solution, and α shrinks with every iteration.
 
     Reference:
         Hou & Kwok, *Loss-aware Weight Quantization of Deep Networks*, ICLR 2018, https://arxiv.org/abs/1802.08635,
@@ -78,7 +78,7 @@ def laq(
     def total(x: Tensor) -> Tensor:
         return (x if d is None else d * x).sum(dim=axes, keepdim=True)
 
-    # of all zeros, or of none, the mean is no number; their scale is 0
+    # for rows of zeros, or empty ones, the mean is NaN; their scale is 0
     alpha = (total(w.abs()) / total(torch.ones_like(w))).nan_to_num(nan=0.0)
     if grid.levels > 3:
         alpha = _best_start(w, alpha, granularity.spread(max_abs(weight, granularity), weight.shape), grid, total)
@@ -96,16 +96,16 @@ def laq(
 def twn(
     weight: Tensor, state: None = None, *, bits: Bits = "ternary", granularity: Granularity = PER_TENSOR
 ) -> Quantized:
-    r"""Ternary weight networks: a threshold at 0.7 times the mean magnitude, and the mean of what is above.
+    r"""Ternary weight networks: a threshold at 0.7 times the mean magnitude, and the mean of the magnitudes above it.
 
     .. math:: \Delta = 0.7\, \mathrm{mean}|w|, \quad \alpha = \mathrm{mean}\{|w_i| : |w_i| > \Delta\}, \quad
         w_q \in \{-\alpha, 0, \alpha\}
 
-    The gradient goes straight through.
+    The gradient passes straight through.
 
     Args:
         weight: any shape, floating.
-        state: none.
+        state: unused.
         bits: ``"ternary"``, or 2, which is the same.
         granularity: which weights share threshold and scale.
 
@@ -126,7 +126,7 @@ def twn(
     split = granularity.split(weight.float())
     w = split.detach()
     threshold = granularity.spread(0.7 * mean_abs(w.reshape(weight.shape), granularity), weight.shape)
-    # for NaN neither holds; it must not turn into a 0
+    # NaN satisfies neither condition; it must not turn into a 0
     levels = torch.where(w.isnan(), w, (w > threshold).float() - (w < -threshold).float())
     axes = granularity.axes(w.dim())
     count = levels.abs().sum(dim=axes, keepdim=True)
@@ -137,17 +137,17 @@ def twn(
 def tbt(
     weight: Tensor, state: None = None, *, bits: Bits = "ternary", granularity: Granularity = PER_TENSOR
 ) -> Quantized:
-    r"""Ternary with a scale of 4/3 of the mean magnitude, and nothing to learn.
+    r"""Ternary with a scale of 4/3 of the mean magnitude, without learned state.
 
     .. math:: w_q = \alpha \cdot \mathrm{round}(\mathrm{clip}(w / \alpha, -1, 1)), \quad
         \alpha = \tfrac{4}{3}\, \mathrm{mean}|w|
 
-    so thresholds lie at 2/3 of the mean: for weights spread evenly over a range, those of the least squared error. The
-    gradient goes straight through.
+    so thresholds are at 2/3 of the mean: those of least squared error for uniformly distributed weights. The
+    gradient passes straight through.
 
     Args:
         weight: any shape, floating.
-        state: none.
+        state: unused.
         bits: ``"ternary"``, or 2, which is the same.
         granularity: which weights share a scale; the paper's is :class:`PerRow`.
 
@@ -174,11 +174,11 @@ def tbt(
 
 
 def binary(weight: Tensor, state: None = None, *, bits: Bits = 1, granularity: Granularity = PER_TENSOR) -> Quantized:
-    r"""The sign, times the mean magnitude: the scale of the least squared error. The gradient goes straight through.
+    r"""The sign times the mean magnitude, the scale of least squared error. The gradient passes straight through.
 
     Args:
         weight: any shape, floating; 0 counts as positive.
-        state: none.
+        state: unused.
         bits: 1.
         granularity: which weights share a scale.
 
@@ -204,7 +204,7 @@ def binary(weight: Tensor, state: None = None, *, bits: Bits = 1, granularity: G
 
 
 def _best_start(w: Tensor, low: Tensor, high: Tensor, grid: Grid, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """The clip of the least error among eight, evenly spaced in their logarithms, from ``low`` to ``high``."""
+    """The clip of least error among eight, logarithmically spaced from ``low`` to ``high``."""
     best, least = low, torch.full_like(low, torch.inf)
     for step in range(8):
         alpha = low ** (1 - step / 7) * high ** (step / 7)

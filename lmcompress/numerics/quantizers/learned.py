@@ -34,16 +34,16 @@ def dynamic_scaling(
     .. math:: \frac{\partial \ell}{\partial \gamma} = \frac{\|w\|_1}{N} \sum_i \frac{\partial \ell}{\partial w_{q,i}}
         \begin{cases} Q(u_i) & |w_i| \ge \alpha \\ Q(u_i) - w_i / \alpha & |w_i| < \alpha \end{cases}
 
-    so all weights teach γ, in proportion to how great the module's weights are. The mean magnitude is data: it gives no
-    gradient to the weight. 2 bits is ternary, with its thresholds at ±α/2.
+    so all weights contribute to γ's gradient, in proportion to the module's mean magnitude, which is constant: it has
+    no gradient to the weight. 2 bits is ternary, with its thresholds at ±α/2.
 
     Args:
         weight: ``(out, in)`` or any other shape, floating.
-        gamma: the state, float; γ counts as 1e-5 where it is less.
+        gamma: the state, float; values below 1e-5 count as 1e-5.
         bits: 2, 3, 4, 8 or ``"ternary"``.
         granularity: which weights share a γ.
-        pass_outside: whether weights beyond ±α get the gradient of their quantized value, as those within; else they
-            get none, as with :func:`pact`.
+        pass_outside: whether weights beyond ±α get the gradient of their quantized value, like those within; otherwise
+            they get none, as with :func:`pact`.
 
     Returns:
         Values and codes.
@@ -53,8 +53,8 @@ def dynamic_scaling(
             rows.
 
     Note:
-        The paper says no more of the weight's gradient than that it is the quantized weight's, which is the default
-        here. Public code of others (TSLD's) cuts it beyond ±α, and lets a little through mean\|w\|.
+        The paper only states that the weight's gradient is the quantized weight's, which is the default
+        here. Public code of others (TSLD's) zeroes it beyond ±α, and passes a little through mean\|w\|.
 
     Reference:
         Tao, Hou, Zhang, Shang, Jiang, Liu, Luo & Wong, *Compression of Generative Pre-trained Language Models via
@@ -74,8 +74,8 @@ def initial_gamma(weight: Tensor, *, bits: Bits | None = None, granularity: Gran
     """Ones: the clip of :func:`dynamic_scaling` starts at the mean magnitude.
 
     Args:
-        weight: whose scales they are.
-        bits: without effect, here so that all states are made alike.
+        weight: the weight.
+        bits: unused, for a signature shared by all initial states.
         granularity: which weights share a γ.
 
     Returns:
@@ -89,17 +89,17 @@ def initial_gamma(weight: Tensor, *, bits: Bits | None = None, granularity: Gran
 
 
 def pact(weight: Tensor, clip: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSOR) -> Quantized:
-    r"""A learned clip that only the weights it cuts teach.
+    r"""A learned clip whose gradient comes only from the weights it clips.
 
     .. math:: \frac{\partial \ell}{\partial \alpha} = \sum_{|w_i| \ge \alpha}
         \frac{\partial \ell}{\partial w_{q,i}} \mathrm{sign}(w_i)
 
-    Weights that are cut get no gradient, the others that of their quantized value. The grid is that of
+    Clipped weights get no gradient, the others that of their quantized value. The grid is that of
     :func:`dynamic_scaling`.
 
     Args:
         weight: any shape, floating.
-        clip: the state α, float; counts as 1e-5 where it is less.
+        clip: the state α, float; values below 1e-5 count as 1e-5.
         bits: 2, 3, 4, 8 or ``"ternary"``.
         granularity: which weights share a clip.
 
@@ -111,8 +111,8 @@ def pact(weight: Tensor, clip: Tensor, *, bits: Bits, granularity: Granularity =
             rows.
 
     Note:
-        The paper's is for activations that are not negative; this is its symmetric form, which QuantGPT compares with.
-        It puts a penalty on α, which is not here.
+        The paper's is for non-negative activations; this is its symmetric form, which QuantGPT compares with.
+        The paper's penalty on α is omitted.
 
     Reference:
         Choi, Wang, Venkataramani, Chuang, Srinivasan & Gopalakrishnan, *PACT: Parameterized Clipping Activation for
@@ -128,11 +128,11 @@ def pact(weight: Tensor, clip: Tensor, *, bits: Bits, granularity: Granularity =
 
 
 def initial_clip(weight: Tensor, *, bits: Bits | None = None, granularity: Granularity = PER_TENSOR) -> Tensor:
-    """The greatest magnitude: :func:`pact` starts with nothing cut but the greatest weight, which teaches the clip.
+    """The largest magnitude: :func:`pact` starts with only the largest weight clipped, which gives the clip a gradient.
 
     Args:
         weight: any shape, floating.
-        bits: without effect, here so that all states are made alike.
+        bits: unused, for a signature shared by all initial states.
         granularity: which weights share a clip.
 
     Returns:
@@ -153,11 +153,11 @@ def lsq(weight: Tensor, step: Tensor, *, bits: Bits, granularity: Granularity = 
     .. math:: \frac{\partial w_q}{\partial s} = \frac{1}{\sqrt{N Q_P}} \begin{cases} -Q_N & w/s \le -Q_N \\
         \mathrm{round}(w/s) - w/s & -Q_N < w/s < Q_P \\ Q_P & w/s \ge Q_P \end{cases}
 
-    The weight's gradient is that of its quantized value within the range, 0 without.
+    The weight's gradient is that of its quantized value within the range, 0 outside.
 
     Args:
         weight: any shape, floating.
-        step: the state s, float; counts as 1e-5 where it is less.
+        step: the state s, float; values below 1e-5 count as 1e-5.
         bits: 2, 3, 4, 8, or ``"ternary"`` ({-1, 0, 1}).
         granularity: which weights share a step.
 
@@ -169,9 +169,9 @@ def lsq(weight: Tensor, step: Tensor, *, bits: Bits, granularity: Granularity = 
             rows.
 
     Note:
-        N is the number of weights that share the step, so that the factor does for rows and groups what it does for
-        tensors in the paper; ParetoQ's code has the whole tensor's there. The levels at 2 bits are -2, -1, 0, 1 times
-        the step, as the paper has them: bad for weights, use :func:`elastic`.
+        N is the number of weights that share the step, so that the factor has the same effect for rows and groups as
+        for tensors in the paper; ParetoQ's code uses the whole tensor's. The levels at 2 bits are -2, -1, 0, 1 times
+        the step, as in the paper: bad for weights, use :func:`elastic`.
 
     Reference:
         Esser, McKinstry, Bablani, Appuswamy & Modha, *Learned Step Size Quantization*, ICLR 2020,
@@ -188,7 +188,7 @@ def lsq(weight: Tensor, step: Tensor, *, bits: Bits, granularity: Granularity = 
 
 
 def initial_step(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSOR) -> Tensor:
-    r"""The paper's first step for :func:`lsq`: :math:`2 \cdot \mathrm{mean}|w| / \sqrt{Q_P}`.
+    r"""The paper's initial step for :func:`lsq`: :math:`2 \cdot \mathrm{mean}|w| / \sqrt{Q_P}`.
 
     Args:
         weight: any shape, floating.
@@ -211,17 +211,17 @@ def initial_step(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_T
 
 
 def elastic(weight: Tensor, alpha: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSOR) -> Quantized:
-    r"""ParetoQ's quantizer for each width: a sign, stretched grids around 0, then LSQ.
+    r"""ParetoQ's quantizer for each bit-width: a sign, stretched grids around 0, then LSQ.
 
     .. math:: w_q = \alpha \frac{\mathrm{round}(k \cdot \mathrm{clip}(w / \alpha, -0.99, 0.99) - h) + h}{k}
 
     ternary: :math:`k = 3/2, h = 0`, levels ±2/3 and 0 of α; 2 bits: :math:`k = 2, h = 1/2`, levels ±1/4 and ±3/4. At 1
     bit α·sign(w), with ±1 for the range. The gradient of α is that of :func:`lsq`, with :math:`Q_P = 1` in the factor;
-    at 1 bit it is the sign alone. At 3 and 4 bits this *is* :func:`lsq`, the state its step, with another start.
+    at 1 bit it is the sign only. At 3 and 4 bits this *is* :func:`lsq`, the state its step, initialized differently.
 
     Args:
         weight: any shape, floating.
-        alpha: the state, float; counts as 1e-5 where it is less.
+        alpha: the state, float; values below 1e-5 count as 1e-5.
         bits: 1, ``"ternary"``, 2, 3 or 4.
         granularity: which weights share an α.
 
@@ -234,7 +234,7 @@ def elastic(weight: Tensor, alpha: Tensor, *, bits: Bits, granularity: Granulari
 
     Note:
         The factor counts the weights that share α, see :func:`lsq`. A weight of exactly 0 counts as positive at 1 bit,
-        where the authors' code makes a third level of it.
+        where the authors' code has a third level for it.
 
     Reference:
         Liu et al., *ParetoQ: Scaling Laws in Extremely Low-bit LLM Quantization*, 2025,
@@ -260,12 +260,12 @@ def elastic(weight: Tensor, alpha: Tensor, *, bits: Bits, granularity: Granulari
 
 
 def initial_elastic(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSOR) -> Tensor:
-    """ParetoQ's start: mean magnitude at 1 bit, the greatest at ternary and 2, over the greatest code at 3 and 4.
+    """ParetoQ's initial state: mean magnitude at 1 bit, the largest at ternary and 2, over the highest code at 3 and 4.
 
     Args:
         weight: any shape, floating.
         bits: 1, ``"ternary"``, 2, 3 or 4; a state belongs to its bits.
-        granularity: which weights share one.
+        granularity: which weights share a state.
 
     Returns:
         ``granularity.scale_shape(weight.shape)`` float32.

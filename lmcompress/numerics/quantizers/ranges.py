@@ -1,4 +1,4 @@
-"""Ranges of evenly spaced levels: percentiles, and the least squared error."""
+"""Ranges of uniform quantizers: percentiles, and least squared error."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lmcompress.numerics.quantizers.uniform import asymmetric
 def percentile_clip(
     weight: Tensor, *, bits: Bits | None = None, granularity: Granularity = PER_TENSOR, percentile: float = 99.9
 ) -> Tensor:
-    """The least of the weights' magnitudes that ``percentile`` % of them do not exceed: a clip for :func:`symmetric`.
+    """The ``percentile`` of the weights' magnitudes: a clip for :func:`symmetric`.
 
     Args:
         weight: any shape, floating.
-        bits: without effect, here so that all states are made alike.
+        bits: unused, for a signature shared by all initial states.
         granularity: which weights share a clip.
-        percentile: above 0, at most 100, which is the greatest magnitude.
+        percentile: above 0, at most 100, which is the largest magnitude.
 
     Returns:
         ``granularity.scale_shape(weight.shape)`` float32.
@@ -55,9 +55,9 @@ def percentile_clip(
 
 
 def mse_clip(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSOR) -> Tensor:
-    """The clip with the least squared error: for :func:`symmetric`.
+    """The clip of least squared error, for :func:`symmetric`.
 
-    Looks at shares of the greatest magnitude from 1 down to 1/64, each 16 % below the last, until errors rise, then at
+    Tries shares of the largest magnitude from 1 down to 1/64, each 16 % below the last, until errors rise, then
     four on either side of the best, 4 % apart.
 
     Args:
@@ -66,7 +66,7 @@ def mse_clip(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSO
         granularity: which weights share a clip.
 
     Returns:
-        ``granularity.scale_shape(weight.shape)`` float32, never worse than the greatest magnitude.
+        ``granularity.scale_shape(weight.shape)`` float32, never worse than the largest magnitude.
 
     Raises:
         LmcompressError: If bits are not supported, weights are NaN or infinite, or the group size does not divide the
@@ -92,13 +92,13 @@ def mse_clip(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSO
 def percentile_limits(
     weight: Tensor, *, bits: Bits | None = None, granularity: Granularity = PER_TENSOR, percentile: float = 99.9
 ) -> Tensor:
-    """A range for :func:`asymmetric`: of ``100 - percentile`` % of the weights one half lies below, one half above.
+    """A range for :func:`asymmetric` that excludes ``100 - percentile`` % of the weights, half below and half above.
 
     Args:
         weight: any shape, floating.
-        bits: without effect, here so that all states are made alike.
+        bits: unused, for a signature shared by all initial states.
         granularity: which weights share a range.
-        percentile: above 0, at most 100, which is least and greatest.
+        percentile: above 0, at most 100, which is minimum and maximum.
 
     Returns:
         ``(2, *granularity.scale_shape(weight.shape))`` float32.
@@ -115,7 +115,7 @@ def percentile_limits(
 
 
 def mse_limits(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TENSOR) -> Tensor:
-    """The range for :func:`asymmetric` with the least squared error, among those that shrink both ends alike.
+    """The range of least squared error for :func:`asymmetric`, among those that shrink both ends proportionally.
 
     Args:
         weight: any shape, floating.
@@ -143,20 +143,20 @@ def mse_limits(weight: Tensor, *, bits: Bits, granularity: Granularity = PER_TEN
 
 
 def search_shares(error: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
-    """For each scale the share of its range, in [1/64, 1], whose error is least.
+    """For each scale the share of its range, in [1/64, 1], of least error.
 
     Args:
         error: ``shares -> errors``, tensors of the shape of ``ones``.
-        ones: of the shape wanted.
+        ones: ones in the desired shape.
 
     Returns:
-        The shares; 1 where no other is better.
+        The shares; 1 if no other is better.
     """
     best, least = ones, error(ones)
     for power in range(1, 25):
         now = error(ones * 2 ** (-power / 4))
         best, least = torch.where(now < least, ones * 2 ** (-power / 4), best), torch.minimum(now, least)
-        # what is cut grows as ranges shrink, and is by now more than the whole error of the best
+        # clipping errors grow as ranges shrink, and already exceed the whole error of the best
         if bool((now > 2 * least).all()):
             break
     coarse = best
@@ -168,7 +168,7 @@ def search_shares(error: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
 
 
 def check_percentile(percentile: float) -> float:
-    """A percentile as it came.
+    """A percentile, checked.
 
     Args:
         percentile: in per cent.
@@ -178,13 +178,13 @@ def check_percentile(percentile: float) -> float:
     """
     if not 0 < percentile <= 100:
         raise LmcompressError(
-            f"percentile must be above 0 and at most 100, got {percentile}; it counts per cent, so 99.9, not 0.999"
+            f"percentile must be above 0 and at most 100, got {percentile}; it is in per cent, so 99.9, not 0.999"
         )
     return percentile
 
 
 def _per_scale(weight: Tensor, granularity: Granularity, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """A statistic ``(rows, numbers) -> (rows,)`` of the numbers that share a scale; 0 where there are none."""
+    """A statistic ``(rows, numbers) -> (rows,)`` of the numbers that share a scale; 0 for empty groups."""
     shape = granularity.scale_shape(weight.shape)
     if weight.numel() == 0:
         return torch.zeros(shape, dtype=torch.float32, device=weight.device)
@@ -192,9 +192,9 @@ def _per_scale(weight: Tensor, granularity: Granularity, f: Callable[[Tensor], T
 
 
 def _rank(rows: Tensor, percentile: float) -> Tensor:
-    """The least number of each row that ``percentile`` % of it do not exceed."""
+    """The smallest number of each row that ``percentile`` % of it do not exceed."""
     # kthvalue and not quantile, which refuses more than 16 million numbers
     count = rows.shape[-1]
-    # 99.9 / 100 * 1000 is a little more than 999
+    # 99.9 / 100 * 1000 is slightly more than 999
     place = math.ceil(percentile * count / 100 - 1e-6)
     return rows.kthvalue(min(max(place, 1), count), dim=-1).values

@@ -34,15 +34,15 @@ QUANTIZERS: Registry[WeightQuantizer] = Registry(
     lambda part: isinstance(part, WeightQuantizer),
     "a lmcompress.numerics.quantizers.base.WeightQuantizer",
 )
-"""The built-in weight quantizers by name; ``resolve`` also finds one of your own by ``module:attribute``."""
+"""The built-in weight quantizers by name; ``resolve`` also finds custom ones by ``module:attribute``."""
 
 
 def quantizer_for(quantizer: str | WeightQuantizer, bits: Bits) -> WeightQuantizer:
-    """The quantizer that a name or an object stands for, if it supports a bit-width.
+    """The quantizer of this name, or the given one, if it supports a bit-width.
 
     Args:
-        quantizer: a key of :data:`QUANTIZERS`, ``module:attribute`` of your own, or a quantizer.
-        bits: the bit-width wanted.
+        quantizer: a key of :data:`QUANTIZERS`, ``module:attribute`` of a custom one, or a quantizer.
+        bits: the bit-width.
 
     Raises:
         LmcompressError: If the name is unknown or cannot be imported, or the quantizer does not support these bits.
@@ -64,10 +64,10 @@ def quantizer_for(quantizer: str | WeightQuantizer, bits: Bits) -> WeightQuantiz
 
 @cache
 def quantizer_name(quantizer: str | WeightQuantizer) -> str:
-    """What reports call a quantizer: the name that finds it, or, if none does, that of its function.
+    """The name of a quantizer in reports: the one that finds it, or, if none does, that of its function.
 
     Args:
-        quantizer: a name, which is returned as it is, or a quantizer.
+        quantizer: a name, which is returned unchanged, or a quantizer.
     """
     if isinstance(quantizer, str):
         return quantizer

@@ -1,4 +1,4 @@
-"""Evenly spaced levels around 0, or over a range with a whole zero point."""
+"""Uniform quantizers: levels around 0, or over a range with an integer zero point."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from lmcompress.numerics.quantizers.base import (
 def symmetric(
     weight: Tensor, clip: Tensor | None = None, *, bits: Bits, granularity: Granularity = PER_TENSOR
 ) -> Quantized:
-    r"""Levels spaced evenly between ±α, which is the greatest magnitude now, or given.
+    r"""Uniform levels between ±α, the largest magnitude or a given clip.
 
     .. math:: w_q = s \cdot \mathrm{clip}(\mathrm{round}(w / s), -n, n), \quad s = \alpha / n, \quad n = 2^{b-1} - 1
 
-    The gradient goes straight through, but for weights beyond a given clip. A clip is not learned: :func:`pact` learns.
+    The gradient passes straight through, except for weights beyond a given clip. The clip is not learned; see
+    :func:`pact`.
 
     Args:
         weight: any shape, floating.
-        clip: α, >= 0, such as :func:`percentile_clip` or :func:`mse_clip` gave it; ``None`` takes the greatest
-            magnitude of this very weight (min-max).
+        clip: α, >= 0, such as from :func:`percentile_clip` or :func:`mse_clip`; ``None`` uses the largest
+            magnitude of this weight (min-max).
         bits: 2, 3, 4, 8 or ``"ternary"``.
         granularity: which weights share a scale.
 
@@ -70,17 +71,17 @@ def symmetric(
 def asymmetric(
     weight: Tensor, limits: Tensor | None = None, *, bits: Bits, granularity: Granularity = PER_TENSOR
 ) -> Quantized:
-    r"""Levels spaced evenly over a range that need not be centred, with a whole zero point.
+    r"""Uniform levels over a range that need not be centred, with an integer zero point.
 
     .. math:: w_q = s \cdot (\mathrm{clip}(\mathrm{round}(w / s) + z, 0, m) - z), \quad s = \frac{h - l}{m}, \quad
         z = \mathrm{round}(-l / s), \quad m = 2^b - 1
 
-    The range is widened to hold 0, so that 0 stays 0 and matmuls need integers only. The gradient goes straight
-    through, but for weights beyond a given range.
+    The range is widened to include 0, so that 0 stays 0 and matmuls need integers only. The gradient passes straight
+    through, except for weights beyond a given range.
 
     Args:
         weight: any shape, floating.
-        limits: ``(2, *granularity.scale_shape(weight.shape))``, l and h; ``None`` takes the least and greatest weight.
+        limits: ``(2, *granularity.scale_shape(weight.shape))``, l and h; ``None`` uses the minimum and maximum weight.
         bits: 2, 3, 4, 8 or ``"ternary"`` (three levels).
         granularity: which weights share a scale.
 
@@ -113,13 +114,13 @@ def asymmetric(
 
 
 def affine(x: Tensor, low: Tensor, high: Tensor, grid: Grid, granularity: Granularity, *, cut: bool) -> Quantized:
-    """Numbers on an unsigned grid over given ranges, widened to hold 0.
+    """Numbers on an unsigned grid over given ranges, widened to include 0.
 
     Args:
         x: any shape, floating.
         low: ``granularity.scale_shape(x.shape)`` float32.
         high: the same.
-        grid: from 0 up.
+        grid: grid from 0 up.
         granularity: which numbers share a range.
         cut: whether numbers beyond the range get no gradient.
 
@@ -127,7 +128,7 @@ def affine(x: Tensor, low: Tensor, high: Tensor, grid: Grid, granularity: Granul
         Values, codes and zero points.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    # each end by itself: their difference may overflow
+    # each end separately: their difference may overflow
     scales = high / grid.high - low / grid.high
     zero_points = torch.where(scales > 0, grid.nearest(-low / scales), 0.0)
     scale, zero = granularity.spread(scales, x.shape), granularity.spread(zero_points, x.shape)
@@ -137,7 +138,7 @@ def affine(x: Tensor, low: Tensor, high: Tensor, grid: Grid, granularity: Granul
     if cut:
         outside = (split < granularity.spread(low, x.shape)) | (split > granularity.spread(high, x.shape))
     values = straight_through(split, (levels - zero) * scale, outside)
-    # a zero point that is NaN is no byte; `codes` says why
+    # a zero point that is NaN does not fit a byte; `codes` reports why
     whole = zero_points.nan_to_num(nan=0.0).to(torch.uint8)
     return Quantized(values.reshape(x.shape), scales, whole, grid, granularity, levels, x.detach())
 
@@ -150,18 +151,18 @@ def nearest_codes(
     granularity: Granularity = PER_TENSOR,
     zero_points: Tensor | None = None,
 ) -> Tensor:
-    """Codes of weights on a grid whose scales are fixed, for methods that round one column after another.
+    """Codes of weights on a grid with fixed scales, for methods that round one column after another.
 
     Args:
         weight: any shape, floating.
         scales: ``granularity.scale_shape(weight.shape)``, >= 0.
-        grid: what codes may be.
+        grid: possible codes.
         granularity: which weights share a scale.
-        zero_points: of ``scales``'s shape, or ``None``.
+        zero_points: same shape as ``scales``, or ``None``.
 
     Returns:
-        ``weight``'s shape, int8 or uint8: of weights that :func:`~lmcompress.numerics.packing.dequantize` gave, the
-        codes that it was given.
+        ``weight``'s shape, int8 or uint8: for weights returned by :func:`~lmcompress.numerics.packing.dequantize`, the
+        original codes.
 
     Raises:
         LmcompressError: If scales have another shape, weights are NaN or infinite, or the group size does not divide

@@ -18,7 +18,7 @@ from lmcompress.pruning.structured.units import Part, Units, assembled
 
 
 class _Means:
-    """Sums in float64 by key, and how much they are of."""
+    """Sums in float64 by key, and their counts."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[Part, int], Tensor] = {}
@@ -36,10 +36,10 @@ class _Means:
 def from_activations(
     model: PreTrainedModel, criterion: Criterion, parts: Sequence[Part], data: CalibrationData
 ) -> Units:
-    """Scores by a criterion that needs activations, attention, or what goes through blocks.
+    """Scores by a criterion that needs activations, attention, or inputs and outputs of blocks.
 
     Args:
-        model: of a known family, in evaluation mode.
+        model: a model of a known family, in evaluation mode.
         criterion: called with activations of valid tokens.
         parts: units to score.
         data: calibration data.
@@ -99,7 +99,7 @@ def _tap_activations(taps: Taps, part: Part, feed: Feed) -> None:
         elif part == "heads" and block.num_heads:
             taps.on_input(block.get("attention_out"), partial(vectors, index, block.head_size))
         elif part == "hidden":
-            # what the matrices of a block read, which in every family is normalised
+            # the inputs of a block's matrices, which are normalised in every family
             reader = block.get("qkv" if block.family.qkv else "query")
             for module in (reader, block.get("ffn_in")):
                 taps.on_input(module, partial(feed, ("hidden", 0)))

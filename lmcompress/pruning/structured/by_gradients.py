@@ -22,7 +22,7 @@ from lmcompress.pruning.structured.units import Part, Units, assembled
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Without gradients of parameters: those of gates need less memory, and nobody's ``.grad`` changes."""
+    """Without gradients of parameters: those of gates need less memory, and no ``.grad`` changes."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -41,15 +41,15 @@ def from_gradients(
     labels: Labels,
     seed: int,
 ) -> Units:
-    """Scores by a criterion that needs the gradients of gates, or products of weights and gradients.
+    """Scores by a criterion that needs gradients of gates, or inner products of weights and gradients.
 
     Args:
-        model: of a known family, in evaluation mode.
+        model: a model of a known family, in evaluation mode.
         criterion: called with the gradients of each example's own loss.
         parts: units to score.
         data: calibration data.
-        labels: given, or drawn from the model's own answer.
-        seed: of drawn labels.
+        labels: given, or drawn from the model's own distribution.
+        seed: seed of drawn labels.
 
     Raises:
         LmcompressError: If no label counts.
@@ -81,7 +81,7 @@ def from_gradients(
                     sums[key] = sums[key] + weighted if key in sums else weighted
     if not examples:
         raise LmcompressError(
-            "calibration data must have labels that count, got none but -100; criteria without gradients, or "
+            "calibration data must have labels that count, got only -100; criteria without gradients, or "
             'labels="self", need no labels'
         )
     return assembled(model, parts, {key: total / examples for key, total in sums.items()})
@@ -96,7 +96,7 @@ def _objectives(
 
 
 def _gradients(objective: Objective, leaves: Mapping[Any, Tensor], *, retain: bool) -> dict[Any, Tensor]:
-    # an example without a label has a loss that is 0 or NaN by itself; its weight keeps it out
+    # the loss of an example without labels is 0 or NaN; its weight excludes it
     with torch.enable_grad():
         loss = objective.loss[objective.weight > 0].sum()
     if not loss.requires_grad:
@@ -117,7 +117,7 @@ def _by_unit(
         if criterion.needs == "gates":
             found |= {key: criterion.function(g) for key, g in gradients.items() if key[0] == part}
             continue
-        # the gradient of a gate on what a matrix reads is the product of that matrix's columns with their gradients
+        # the gradient of a gate on a matrix's input is the inner product of that matrix's columns with their gradients
         if part in ("heads", "attention"):
             found |= {key: criterion.function([g]) for key, g in gradients.items() if key[0] == part}
             continue
@@ -132,7 +132,7 @@ def _by_unit(
 
 
 class _FirstMatrices:
-    """Ones on the output of the first matrix of every feed-forward network, apart for each example."""
+    """Ones on the output of the first matrix of every feed-forward network, separate for each example."""
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         self.leaves: list[Tensor] = []
@@ -141,14 +141,14 @@ class _FirstMatrices:
         self.handles = [module.register_forward_hook(self._times(index)) for index, module in enumerate(modules)]
 
     def fresh(self, rows: int) -> None:
-        """New leaves for the examples of a batch."""
+        """Create new leaves for the examples of a batch."""
         self.leaves = [torch.ones(rows, width, device=self._device, requires_grad=True) for width in self._widths]
 
     def _times(self, index: int) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             leaf = self.leaves[index]
             rows = output.shape[0] // leaf.shape[0]
-            # distinct rows of one example, such as the choices of a question, share its leaf
+            # several rows of one example, such as the choices of a question, share its leaf
             value = leaf.repeat_interleave(rows, 0).to(output.dtype)
             return output * value.reshape(len(value), *(1,) * (output.dim() - 2), -1)
 

@@ -19,7 +19,7 @@ def from_weights(model: PreTrainedModel, criterion: Criterion, parts: Sequence[P
     """Scores by a criterion that needs weights.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         criterion: called with the coupled weights of each tensor of units.
         parts: units to score.
     """

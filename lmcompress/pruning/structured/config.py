@@ -1,4 +1,4 @@
-"""Configuration of structured pruning, validated: used by recipes and by the Python API alike."""
+"""The configuration of structured pruning as validated data, shared by recipes and the Python API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcompress.schedules import Event, Gradual, HardThresholding, Iterative, On
 
 Repair = Literal["none", "bias", "least_squares", "least_squares_in_order"]
 DEFAULT_CRITERION = "fisher"
-"""What scores units where nothing is said: it kept most at every sparsity in ``benchmarks/pruning.py``."""
+"""The default criterion: it kept the highest quality at every sparsity in ``benchmarks/pruning.py``."""
 
 
 class _Part(BaseModel):
@@ -23,7 +23,7 @@ class _Part(BaseModel):
 
 
 class Learned(Phase):
-    """A phase in which masks are learnt while the target rises."""
+    """A phase in which masks are learned while the target rises."""
 
     kind: str
     end: Annotated[
@@ -34,13 +34,13 @@ class Learned(Phase):
     ] = 0.5
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.
 
         Returns:
-            One event, which is final.
+            One event, the final one.
 
         Raises:
             LmcompressError: If the phase has no step.
@@ -53,33 +53,31 @@ class HardConcrete(Learned):
     """Hard-concrete L0 gates, driven to the target by a Lagrangian (CoFi)."""
 
     kind: Literal["hard_concrete"] = "hard_concrete"
-    learning_rate: Annotated[float, Field(gt=0, description="Of the gates; constant.")] = 0.05
+    learning_rate: Annotated[float, Field(gt=0, description="Learning rate of the gates; constant.")] = 0.05
     multiplier_learning_rate: Annotated[
-        float, Field(gt=0, description="Of the Lagrange multipliers, which ascend; constant.")
+        float, Field(gt=0, description="Learning rate of the Lagrange multipliers, which ascend; constant.")
     ] = 0.05
-    drop: Annotated[float, Field(ge=0, lt=1, description="Share of gates that begin closed.")] = 0.05
+    drop: Annotated[float, Field(ge=0, lt=1, description="Share of gates that are closed initially.")] = 0.05
 
 
 class Movement(Learned):
-    """Scores learnt by movement, with a sigmoid threshold and straight-through gradients (nn_pruning)."""
+    """Scores learned by movement, with a sigmoid threshold and straight-through gradients (nn_pruning)."""
 
     kind: Literal["movement"] = "movement"
-    learning_rate: Annotated[float, Field(gt=0, description="Of the scores; constant.")] = 0.02
+    learning_rate: Annotated[float, Field(gt=0, description="Learning rate of the scores; constant.")] = 0.02
     threshold: Annotated[
-        float, Field(gt=0, lt=0.5, description="What the sigmoid of a score must exceed at the end; rises from 0.")
+        float, Field(gt=0, lt=0.5, description="Final threshold of the sigmoid of a score; rises from 0.")
     ] = 0.1
-    penalty: Annotated[float, Field(gt=0, description="Weight of the mean sigmoid of the scores, at first.")] = 1.0
-    steer: Annotated[bool, Field(description="Raise and lower the penalty so that the mask follows the target.")] = True
+    penalty: Annotated[float, Field(gt=0, description="Initial weight of the mean sigmoid of the scores.")] = 1.0
+    steer: Annotated[bool, Field(description="Whether to adjust the penalty so the mask follows the target.")] = True
 
 
 class GroupLasso(Learned):
     """A penalty on the norms of heads and neurons, with a proximal step after each optimizer step (SSL)."""
 
     kind: Literal["group_lasso"] = "group_lasso"
-    penalty: Annotated[float, Field(gt=0, description="Strength, in units of the learning rate, at first.")] = 1.0
-    steer: Annotated[bool, Field(description="Raise and lower the strength so that exact zeros follow the target.")] = (
-        True
-    )
+    penalty: Annotated[float, Field(gt=0, description="Initial strength, in units of the learning rate.")] = 1.0
+    steer: Annotated[bool, Field(description="Whether to adjust the strength so that zeros follow the target.")] = True
 
 
 Schedule = Annotated[
@@ -89,19 +87,19 @@ Schedule = Annotated[
 
 
 class PruningConfig(_Part):
-    """What is pruned, how much, by what criterion and when."""
+    """The parts to prune, the target, the criterion and the schedule."""
 
     target: Target
     parts: Annotated[
         tuple[Part, ...],
-        Field(min_length=1, description="What may be pruned: heads, neurons, attention, ffn, layers, hidden."),
+        Field(min_length=1, description="Parts that may be pruned: heads, neurons, attention, ffn, layers, hidden."),
     ] = ("heads", "neurons")
     schedule: Schedule = OneShot()
     criterion: Annotated[
         Annotated[str | Criterion, PartField(CRITERIA)] | None,
         Field(
-            description="What scores units: fisher (the default), taylor_gates, l1, random, …, or module:attribute of "
-            "a Criterion of your own; not with schedules that learn their scores or have their own (iht)."
+            description="Criterion that scores units: fisher (the default), taylor_gates, l1, random, …, or "
+            "module:attribute of a custom Criterion; not with schedules that learn scores or have their own (iht)."
         ),
     ] = None
     scores: Annotated[
@@ -113,42 +111,42 @@ class PruningConfig(_Part):
     ] = "calibration"
     score_memory: Annotated[
         float,
-        Field(gt=0, le=1, description="scores: training only: what is kept of the running scores at each step."),
+        Field(gt=0, le=1, description="For scores: training: decay of the running scores at each step."),
     ] = 0.98
     labels: Annotated[
         Literal["given", "self"],
         Field(
-            description="Gradients for calibration scores: of the labels' loss, or of labels the model draws itself."
+            description="Labels for the gradients of calibration: given, or self, sampled from the model's predictions."
         ),
     ] = "given"
     calibration_rows: Annotated[
-        int, Field(ge=1, description="Rows of the training data for scores and repair, where no batches are given.")
+        int, Field(ge=1, description="Number of training rows for scores and repair, if no batches are given.")
     ] = 256
-    calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
+    calibration_batch_size: Annotated[int, Field(ge=1, description="Batch size of the calibration rows.")] = 32
     ranking: Annotated[
         Ranking,
         Field(
-            description="What is compared with what: all units (global), those of one block (per_layer), those of one "
-            "kind (isomorphic), or all by their share of the mean of their like in their block (relative)."
+            description="Scope of the comparison: all units (global), those of a block (per_layer), those of one kind "
+            "(isomorphic), or all units by score over the mean score of their kind in their block (relative)."
         ),
     ] = "global"
-    order: Annotated[Order, Field(description="By score alone, or sub-layer by sub-layer, the costliest first.")] = (
+    order: Annotated[Order, Field(description="By score only, or one sub-layer at a time, the costliest first.")] = (
         "score"
     )
     multiple_of: Annotated[
         int,
-        Field(ge=1, description="Neurons and hidden dimensions go in groups, so that counts are multiples of this."),
+        Field(ge=1, description="Group size of neurons and hidden dimensions: counts become multiples of it."),
     ] = 1
     keep_at_least: Annotated[
         dict[Part, Annotated[int, Field(ge=0)]],
-        Field(description="Units that always stay: heads and neurons of each block, others of the model."),
+        Field(description="Minimum number of units kept: heads and neurons of each block, others of the model."),
     ] = {}
     repair: Annotated[
         Repair,
         Field(
-            description="After the last pruning, re-fit output projections in closed form (least_squares; or one "
-            "after the other on the inputs that they will have, least_squares_in_order), or add to their biases what "
-            "removed units gave on the mean (bias)."
+            description="After the last pruning, re-fit output projections in closed form (least_squares; or "
+            "sequentially, on the inputs after pruning, least_squares_in_order), or add the mean contribution of "
+            "removed units to their biases (bias)."
         ),
     ] = "none"
     seed: Annotated[int, Field(ge=0, lt=1 << 32, description="Of calibration rows, drawn labels and gate noise.")] = 0
@@ -212,22 +210,22 @@ class PruningConfig(_Part):
 
     @property
     def chosen_criterion(self) -> Criterion:
-        """The criterion as an object, with the default filled in."""
+        """The criterion as an object, including the default."""
         return CRITERIA.resolve(self.criterion or DEFAULT_CRITERION)
 
     @property
     def criterion_name(self) -> str:
-        """Name of the criterion, with the default filled in."""
+        """The name of the criterion, including the default."""
         return self.criterion if isinstance(self.criterion, str) else self.chosen_criterion.name
 
     @property
     def own_scores(self) -> bool:
-        """Whether the schedule scores units by itself, without a criterion."""
+        """Whether the schedule scores units itself, without a criterion."""
         return isinstance(self.schedule, (HardThresholding, Learned))
 
     @property
     def needs_data(self) -> bool:
-        """Whether scores or repair need calibration data apart from training."""
+        """Whether scores or repair need calibration data in addition to training."""
         scored = not self.own_scores and self.scores == "calibration" and self.chosen_criterion.needs_data
         return scored or self.repair != "none"
 

@@ -1,4 +1,4 @@
-"""What a shape costs: parameters, floating-point operations, energy, or time measured on this machine.
+"""The cost of a shape: parameters, floating-point operations, energy, or time measured on this machine.
 
 Every cost model answers for a :class:`~lmcompress.checkpoint.schema.Structure` alone, so that thousands of shapes can
 be asked about without a model: what they need of the model is read once, as :class:`ModelSizes`.
@@ -25,14 +25,14 @@ _Number = TypeVar("_Number", float, Tensor)
 
 
 class CostModel(Protocol):
-    """What a shape costs."""
+    """A cost model."""
 
     @property
     def unit(self) -> str:
-        """Of the number, for people."""
+        """Unit of the cost, for display."""
 
     def cost(self, structure: Structure) -> float:
-        """The cost of a model of these shapes; never less for a shape that has more.
+        """The cost of a model of these shapes; monotone in every count.
 
         Args:
             structure: the shapes.
@@ -41,14 +41,14 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """All that analytic costs need to know of a model; families and modules are left behind.
+    """The sizes that analytic costs depend on, independent of families and modules.
 
     Attributes:
         structure: the model's shapes.
         hidden: width of the residual stream.
         qkv_bias: whether query, key and value have biases.
         ffn_bias: whether the first matrix of the feed-forward network has one.
-        block_vectors: parameters of a block for each hidden dimension that no head and no neuron owns: norms and
+        block_vectors: parameters of a block per hidden dimension that belong to no head and no neuron: norms and
             biases of the two output projections.
         outside: parameters outside the blocks, as coefficients of 1, width and width².
     """
@@ -65,7 +65,7 @@ class ModelSizes:
         """Read from a model.
 
         Args:
-            model: of a known family, on any device, ``meta`` too.
+            model: a model of a known family, on any device, ``meta`` too.
         """
         anatomy, structure, hidden = anatomy_of(model), structure_of(model), anatomy_of(model).hidden_size
         qkv_bias, ffn_bias = _has_bias(anatomy, "heads"), _has_bias(anatomy, "neurons")
@@ -75,10 +75,10 @@ class ModelSizes:
         return cls(structure, hidden, qkv_bias, ffn_bias, vectors, _outside(anatomy))
 
     def width(self, structure: Structure) -> int:
-        """Width of the residual stream in a structure that may not name it.
+        """Width of the residual stream of a structure, also if it does not name it.
 
         Args:
-            structure: cut from this model's.
+            structure: a structure cut from this model's.
         """
         return structure.hidden or self.hidden
 
@@ -86,7 +86,7 @@ class ModelSizes:
         """Parameters of one block.
 
         Args:
-            shape: its heads and neurons.
+            shape: heads and neurons of the block.
             hidden: width of the residual stream.
         """
         size = self.structure.head_size
@@ -100,8 +100,8 @@ class ParameterCost:
     """Number of parameters.
 
     Attributes:
-        sizes: of the model.
-        scope: ``encoder`` counts the blocks, as sparsity is counted since CoFi; ``whole`` adds embeddings and head,
+        sizes: sizes of the model.
+        scope: ``encoder`` counts the blocks, as in CoFi and later work; ``whole`` adds embeddings and head,
             tied ones once.
     """
 
@@ -119,13 +119,13 @@ class ParameterCost:
         return sum(self.sizes.block_parameters(shape, hidden) for shape in structure.blocks) + self.outside(hidden)
 
     def outside(self, hidden: _Number) -> _Number:
-        """What is counted outside the blocks: nothing, or embeddings and head.
+        """Parameters outside the blocks that are counted: none, or embeddings and head.
 
         Args:
             hidden: width of the residual stream, or its expectation, a 0-d tensor.
 
         Returns:
-            A number of the same kind.
+            A number or tensor, as ``hidden``.
         """
         constant, linear, square = self.sizes.outside if self.scope == "whole" else (0, 0, 0)
         return constant + hidden * (linear + square * hidden)
@@ -135,10 +135,10 @@ class ParameterCost:
 class FlopCost:
     """Floating-point operations of the blocks in one forward pass, a multiplication and an addition being two.
 
-    Matrix products only: norms, softmax and activations are below a percent of them, and embeddings are look-ups.
+    Matmuls only: norms, softmax and activations are below a percent of them, and embeddings are look-ups.
 
     Attributes:
-        sizes: of the model.
+        sizes: sizes of the model.
         batch_size: rows.
         length: tokens of a row; attention grows with its square.
     """
@@ -149,7 +149,7 @@ class FlopCost:
     unit: str = "FLOPs"
 
     def cost(self, structure: Structure) -> float:
-        """Operations of a model of these shapes.
+        """FLOPs of a model of these shapes.
 
         Args:
             structure: the shapes.
@@ -159,7 +159,7 @@ class FlopCost:
 
 @dataclass(frozen=True)
 class EnergyCost:
-    r"""Energy of the blocks in one forward pass, after Yang et al.: computing, and moving what is computed with.
+    r"""Energy of the blocks in one forward pass, after Yang et al.: arithmetic plus data movement.
 
     .. math:: E = E_{comp} + E_{data}, \quad E_{data} = \sum_{level} accesses \times energy \; per \; access
 
@@ -169,11 +169,11 @@ class EnergyCost:
 
     Note:
         The paper optimises the dataflow of its accelerator layer by layer. Perfect reuse above the buffer, as here, is
-        the lower bound of that; it keeps what matters for the ranking, namely that weights which are read once for
+        the lower bound of that; it keeps what matters for the ranking: weights that are read once for
         few tokens cost far more than their arithmetic.
 
     Attributes:
-        sizes: of the model.
+        sizes: sizes of the model.
         batch_size: rows.
         length: tokens of a row.
 
@@ -199,7 +199,7 @@ class EnergyCost:
         for shape in structure.blocks:
             inner = shape.heads * structure.head_size
             weights = 4 * hidden * inner + 2 * hidden * shape.ffn
-            # in and out of the matrices, then the attention's probabilities, written and read
+            # input and output of the matrices, then the attention probabilities, written and read
             activations = tokens * (8 * inner + 2 * shape.ffn + 6 * hidden + 2 * shape.heads * self.length)
             total += (1 + 3 * register) * _macs(self, structure, shape)
             total += buffer * (weights + activations) + dram * (weights + 2 * tokens * hidden)
@@ -213,7 +213,7 @@ def _macs(cost: FlopCost | EnergyCost, structure: Structure, shape: BlockShape) 
 
 
 def _has_bias(anatomy: Anatomy, part: Literal["heads", "neurons"]) -> bool:
-    """Of the first block that has any such unit; where none has, it does not matter."""
+    """The value of the first block that has any such unit; if none has, it does not matter."""
     for block in anatomy.blocks:
         if part == "heads" and block.num_heads:
             return block.get("qkv" if block.family.qkv else "query").bias is not None
@@ -227,7 +227,7 @@ def _outside(anatomy: Anatomy) -> tuple[int, int, int]:
     try:
         axes = {id(parameter): axes for parameter, axes in hidden_axes(anatomy.model).values()}
     except LmcompressError:
-        # with modules of somebody else's, hidden dimensions cannot be cut, and so nothing outside ever changes
+        # with foreign modules, hidden dimensions cannot be cut, and so nothing outside ever changes
         axes = {}
     coefficients = [0, 0, 0]
     for parameter in anatomy.model.parameters():
@@ -238,15 +238,15 @@ def _outside(anatomy: Anatomy) -> tuple[int, int, int]:
 
 
 def secant_costs(sizes: ModelSizes, cost: CostModel, parts: Collection[Part]) -> Units:
-    """What each unit saves on the mean when all of its kind in its place go: its slope between all and none.
+    """The mean saving per unit when all of its kind in its place are cut: the slope between all and none.
 
-    Not the saving of the one unit: on a measured table that is often nothing, where the steps of the hardware are
-    coarser, and a unit that saves nothing would never go. Of hidden dimensions, the slope between all and half.
+    The saving of a single unit is often zero on a measured table, where the hardware's steps are
+    coarser, and a unit that saves nothing would never be pruned. For hidden dimensions, the slope between all and half.
 
     Args:
-        sizes: of the model.
-        cost: any.
-        parts: which units.
+        sizes: sizes of the model.
+        cost: a cost model.
+        parts: parts to price.
 
     Returns:
         float64 on the CPU, never 0.
@@ -273,7 +273,7 @@ def secant_costs(sizes: ModelSizes, cost: CostModel, parts: Collection[Part]) ->
             found[part] = tuple(filled([without(i, name) / max(1, n)] * n) for i, n in enumerate(counts))
         elif part == "hidden":
             half = max(1, counts[0] // 2)
-            # a table of latencies cannot answer, and says so
+            # a table of latencies cannot price these, and raises
             found[part] = filled([saved(hidden=half) / max(1, counts[0] - half)] * counts[0])
         elif part == "layers":
             single = counts[0] == 1

@@ -1,9 +1,9 @@
-r"""How important a unit is, as pure functions of tensors, which :mod:`~lmcompress.pruning.structured.scoring` calls.
+r"""Importance criteria as pure functions of tensors, called by :mod:`~lmcompress.pruning.structured.scoring`.
 
-A *unit* is what is cut whole: a head, a neuron of the feed-forward network, a sub-layer, a block, a dimension of the
-residual stream. Its *coupled group* is everything that goes with it: of a head the rows of query, key and value (with
-biases) and the columns of the output projection; of a neuron the row of the first matrix, its bias, and the column of
-the second. A greater score means that the unit stays longer.
+A *unit* is cut as a whole: a head, a neuron of the feed-forward network, a sub-layer, a block, a dimension of the
+residual stream. Its *coupled group* is everything that is cut with it: for a head the rows of query, key and value
+(with biases) and the columns of the output projection; for a neuron the row of the first matrix, its bias, and the
+column of the second. Units with higher scores are kept longer.
 
 ==================== ============================= ========================== =====================================
 criterion            paper                         needs                      parts
@@ -20,18 +20,18 @@ criterion            paper                         needs                      pa
                      al. 2024, section 2.1
 ``activation_        Luo & Wu 2017, section 3      activations                heads, neurons
 entropy``
-``attention_         Luo & Wu 2017 carried over    queries and keys           heads
-entropy``            to attention
+``attention_         Luo & Wu 2017 adapted to      queries and keys           heads
+entropy``            attention
 ``wanda``            Sun et al. 2023, eq. 1,       weights and activations    heads, neurons
                      summed over the group
 ``block_influence``  Men et al. 2024, eq. 1        inputs, outputs of blocks  layers
 ``random``           the control                   nothing                    all
 ==================== ============================= ========================== =====================================
 
-*Labels or self*: the gradient is that of the loss on the labels, or on labels that the model draws from its own answer
+*Labels or self*: the gradient is that of the loss on the labels, or on labels sampled from the model's own predictions
 (see :func:`lmcompress.pruning.structured.scoring.score`).
 
-**Absolute values are taken example by example.** Of a mean over a batch they would depend on the batch's size:
+**Absolute values are taken per example.** Taken of a batch mean they would depend on the batch size:
 gradients of two examples that pull a gate in opposite directions would cancel.
 """
 
@@ -56,8 +56,8 @@ def l1_norm(group: Tensor) -> Tensor:
 
     Reference:
         Li, Kadav, Durdanovic, Samet & Graf, *Pruning Filters for Efficient ConvNets*, ICLR 2017,
-        https://arxiv.org/abs/1608.08710, section 3.1. There the group is the filter alone; here what follows it is in
-        it too, since it is cut as well.
+        https://arxiv.org/abs/1608.08710, section 3.1. There the group is only the filter; here it includes the weights
+        that read it, since they are cut as well.
 
     Example:
         >>> l1_norm(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
@@ -88,11 +88,11 @@ def l2_norm(group: Tensor) -> Tensor:
 def taylor_gates(gradient: Tensor) -> Tensor:
     r"""First-order change of the loss when a gate closes, :math:`|\partial L / \partial \xi|` for each example.
 
-    The gate of a hidden dimension is one factor on what all matrices read of it, see
+    The gate of a hidden dimension is a factor of the inputs of all matrices that read it, see
     :meth:`~lmcompress.pruning.structured.gates.Gates.read_with`.
 
     Args:
-        gradient: ``(batch, units)``; of each example's own loss, by gates that are 1.
+        gradient: ``(batch, units)``; of each example's own loss, with respect to gates that are 1.
 
     Returns:
         The same shape, float32, >= 0; the score is the mean over examples.
@@ -113,19 +113,20 @@ def taylor_weights(products: Sequence[Tensor]) -> Tensor:
 
     .. math:: \sum_M \Big| \sum_{w \in M_u} w \, \partial L / \partial w \Big|
 
-    over the matrices M that hold the unit u: of a head the output projection, of a neuron the first matrix (with its
+    over the matrices M that contain the unit u: for a head the output projection, for a neuron the first matrix (with
+        its
     bias) and the second.
 
     Args:
-        products: for each matrix ``(batch, units)``, the inner product of the unit's weights with their gradients by
+        products: for each matrix ``(batch, units)``, the inner products of the unit's weights with their gradients of
             each example's own loss.
 
     Returns:
         ``(batch, units)`` float32, >= 0; the score is the mean over examples.
 
     Note:
-        TextPruner takes the absolute value of the gradient of a batch's mean, so that its scores depend on the batch's
-        size, and leaves the first matrix out unless widths are to be even. Here neither is so.
+        TextPruner takes the absolute value of the gradient of a batch's mean, so that its scores depend on the batch
+        size, and omits the first matrix unless widths must be even. Neither is the case here.
 
     Reference:
         Yang, Cui & Chen, *TextPruner*, ACL 2022 demo, https://arxiv.org/abs/2203.15996, and its code.
@@ -141,11 +142,12 @@ def fisher(gradient: Tensor) -> Tensor:
     r"""Second-order change of the loss when a gate closes: half the squared gradient, for each example.
 
     Optimal Brain Damage's saliency :math:`h_{kk} u_k^2 / 2` of a gate, whose value u is 1, with the curvature h taken
-    as the diagonal of the Fisher information, :math:`E[(\partial L/\partial m)^2]`. With labels drawn from the model's
-    own answer (``labels="self"``) this *is* the Fisher information; with given labels it is the empirical one.
+    as the diagonal of the Fisher information, :math:`E[(\partial L/\partial m)^2]`. With labels sampled from the
+    model's own predictions (``labels="self"``) this *is* the Fisher information; with given labels it is the empirical
+    one.
 
     Args:
-        gradient: ``(batch, units)``; of each example's own loss, by gates that are 1.
+        gradient: ``(batch, units)``; of each example's own loss, with respect to gates that are 1.
 
     Returns:
         The same shape, float32, >= 0; the score is the mean over examples.
@@ -162,14 +164,14 @@ def fisher(gradient: Tensor) -> Tensor:
 
 
 def movement(product: Tensor) -> Tensor:
-    r"""Whether training moves a unit's weights away from zero: :math:`-\sum_w w \, \partial L / \partial w`.
+    r"""Movement of a unit's weights towards zero in training: :math:`-\sum_w w \, \partial L / \partial w`.
 
-    The one criterion with a sign, to be summed over steps as it is: a unit whose weights shrink has a negative score.
-    Nothing is made absolute, so the gradient of a batch's mean loss serves as well as that of each example.
+    The only signed criterion, summed over steps: a unit whose weights shrink has a negative score.
+    No absolute value is taken, so the gradient of a batch's mean loss is as good as that of each example.
 
     Args:
         product: any shape; inner product of the unit's weights with their gradients. For a unit with a gate of 1 on
-            its output that is the gate's gradient.
+            its output this is the gate's gradient.
 
     Returns:
         The same shape, float32.
@@ -190,11 +192,11 @@ def apoz(activations: Tensor, *, epsilon: float = 0.01) -> Tensor:
 
     Args:
         activations: ``(tokens, neurons)``, after the activation function; valid tokens only.
-        epsilon: magnitudes up to it count as zero. After ReLU 0 is the paper's definition; GELU and SiLU are exactly
-            zero almost nowhere, so that the same question needs a small number.
+        epsilon: magnitudes up to it count as zero. After ReLU 0 is the paper's definition; GELU and SiLU are almost
+            never exactly zero, so that a small number is needed.
 
     Returns:
-        ``(neurons,)`` float32 in [0, 1]; *high* means idle, so the score is 1 minus it.
+        ``(neurons,)`` float32 in [0, 1]; *high* means inactive, so the score is 1 minus it.
 
     Reference:
         Hu, Peng, Tai & Tang, *Network Trimming*, 2016, https://arxiv.org/abs/1607.03250, eq. 1.
@@ -207,10 +209,10 @@ def apoz(activations: Tensor, *, epsilon: float = 0.01) -> Tensor:
 
 
 def mean_activation(activations: Tensor) -> Tensor:
-    """Mean size of what a unit puts out: the magnitude of a neuron, the Euclidean norm of a head.
+    """Mean magnitude of a unit's output: absolute value for a neuron, Euclidean norm for a head.
 
     Args:
-        activations: ``(tokens, units)``, or ``(tokens, units, size)`` where a unit's output is a vector.
+        activations: ``(tokens, units)``, or ``(tokens, units, size)`` if a unit's output is a vector.
 
     Returns:
         ``(units,)`` float32.
@@ -233,17 +235,17 @@ def mean_activation(activations: Tensor) -> Tensor:
 def activation_entropy(pooled: Tensor, *, bins: int = 100) -> Tensor:
     r"""Entropy of a unit's activation over examples, :math:`-\sum_i p_i \log p_i` over the bins of a histogram.
 
-    A unit that answers all examples alike tells nothing about them, and its entropy is low.
+    A unit with the same activation for all examples carries no information about them, and its entropy is low.
 
     Args:
         pooled: ``(examples, units)``, each example's mean over its valid tokens.
-        bins: of equal width, between the unit's own least and greatest value.
+        bins: number of bins of equal width, between the unit's own minimum and maximum.
 
     Returns:
         ``(units,)`` float32 in nats, in [0, log(bins)].
 
     Note:
-        The number of bins is not in the paper. Since each unit has its own range, entropy does not see the scale of an
+        The paper does not give the number of bins. Since each unit has its own range, entropy ignores the scale of an
         activation, and fewer examples than bins bound it by the logarithm of their number.
 
     Raises:
@@ -260,7 +262,7 @@ def activation_entropy(pooled: Tensor, *, bins: int = 100) -> Tensor:
     examples, units = pooled.shape
     if bins < 2 or examples < 2:
         raise LmcompressError(
-            f"activation entropy must have at least 2 bins and 2 examples, got {bins} and {examples}: one value has no "
+            f"activation entropy needs at least 2 bins and 2 examples, got {bins} and {examples}: one value has no "
             "distribution"
         )
     values = pooled.double()
@@ -274,23 +276,23 @@ def activation_entropy(pooled: Tensor, *, bins: int = 100) -> Tensor:
 
 
 def attention_entropy(probabilities: Tensor, mask: Tensor, *, causal: bool) -> Tensor:
-    """How evenly a head spreads its attention, as a share of what is possible, for each example.
+    """Normalized entropy of a head's attention for each example.
 
-    1 is a head that looks at everything alike, 0 one that looks at one token. **Which way it ranks:** even heads carry
-    little that a bias could not, so the score is 1 minus this value, and focused heads stay. (For activations Luo & Wu
-    rank the other way round: there low entropy says little.)
+    1 is a head that attends to all tokens equally, 0 one that attends to one token. **Ranking:** uniform heads compute
+    little more than a bias could, so the score is 1 minus this value, and focused heads are kept. (For activations Luo
+    & Wu rank the other way round: there low entropy means little information.)
 
     Args:
         probabilities: ``(batch, heads, queries, keys)``.
         mask: ``(batch, length)`` bool, True for valid tokens.
-        causal: whether a query sees only the keys up to itself.
+        causal: whether a query sees only the keys up to its own position.
 
     Returns:
         ``(batch, heads)`` float64, sums over the valid queries that see at least two keys, and their number
-        ``(batch,)``, side by side as ``(batch, heads + 1)``; dividing is for whoever has all examples.
+        ``(batch,)``, concatenated as ``(batch, heads + 1)``; the caller divides once it has all examples.
 
     Reference:
-        Luo & Wu 2017, https://arxiv.org/abs/1706.05791, carried over to attention; for the reading of low-entropy heads
+        Luo & Wu 2017, https://arxiv.org/abs/1706.05791, adapted to attention; for the reading of low-entropy heads
         as specialised: Voita et al. 2019, https://arxiv.org/abs/1905.09418, section 4.
 
     Example:
@@ -299,7 +301,7 @@ def attention_entropy(probabilities: Tensor, mask: Tensor, *, causal: bool) -> T
         tensor([[1., 2.]], dtype=torch.float64)
     """
     visible = mask.double().cumsum(dim=-1) if causal else mask.double().sum(dim=-1, keepdim=True).expand(mask.shape)
-    # with one key in sight there is no choice, and the greatest possible entropy is 0
+    # with one visible key there is no choice, and the maximum entropy is 0
     counted = mask & (visible >= 2)
     entropy = torch.special.entr(probabilities.double()).sum(dim=-1)
     share = entropy / visible.clamp_min(2).log()[:, None, :]
@@ -308,7 +310,7 @@ def attention_entropy(probabilities: Tensor, mask: Tensor, *, causal: bool) -> T
 
 
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """``|w| * ||x||``: how much each weight adds to the output at most.
+    """``|w| * ||x||``: an upper bound of each weight's contribution to the output.
 
     Args:
         weight: ``(out, in)``.
@@ -330,7 +332,7 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 minus the cosine between what goes into a block and what comes out, for each token.
+    """1 minus the cosine between a block's input and output, for each token.
 
     Args:
         before: ``(..., width)``, the block's input.
@@ -353,10 +355,10 @@ def block_influence(before: Tensor, after: Tensor) -> Tensor:
 
 
 def random_scores(units: int, generator: torch.Generator) -> Tensor:
-    """Scores that know nothing: the control that every other criterion must beat.
+    """Random scores: the control that every other criterion must beat.
 
     Args:
-        units: how many.
+        units: number of units.
         generator: on the CPU, so that a seed gives the same units on every machine.
 
     Returns:
@@ -370,7 +372,7 @@ def random_scores(units: int, generator: torch.Generator) -> Tensor:
 
 
 def normalize_by_layer(scores: Tensor) -> Tensor:
-    """Scores of one block over their Euclidean norm, so that blocks with large gradients do not keep everything.
+    """Scores of one block divided by their Euclidean norm, so that blocks with large gradients do not dominate.
 
     Args:
         scores: ``(units,)`` of one block.

@@ -26,7 +26,7 @@ from lmcompress.pruning.structured.surgery import census, coverage, cut, fold
 from lmcompress.pruning.structured.units import Units
 
 TOLERANCE = 1e-5
-"""Max abs difference allowed between outputs of masked and cut model in float32, relative to the greatest output."""
+"""Max abs difference of outputs allowed between masked and cut model in float32, relative to the max abs output."""
 
 _REPAIRS = {
     "bias": compensate_bias, "least_squares": least_squares, "least_squares_in_order": least_squares_in_order
@@ -34,14 +34,14 @@ _REPAIRS = {
 
 
 class Finish:
-    """What is known of a model before it is cut, and its end.
+    """The state of a model before it is cut, and the final steps of pruning.
 
     Args:
-        model: that will be cut.
-        config: what is pruned.
+        model: the model to cut.
+        config: the configuration.
 
     Raises:
-        LmcompressError: If the criterion, or another part of the user's own, has no name to report.
+        LmcompressError: If the criterion, or another custom part, has no name for the report.
     """
 
     def __init__(self, model: PreTrainedModel, config: PruningConfig) -> None:
@@ -55,7 +55,7 @@ class Finish:
         """Re-fit what reads pruned units, as configured.
 
         Args:
-            mask: bool, True stays.
+            mask: bool, True is kept.
             batches: calibration data.
 
         Raises:
@@ -75,14 +75,14 @@ class Finish:
 
         Args:
             gates: with ``values`` set; removed.
-            values: of the gates.
-            mask: bool, True stays.
-            batches: to compare on; random ones if there are none.
-            goal: of the target.
-            seconds: that choosing took; those of cutting are added.
+            values: values of the gates.
+            mask: bool, True is kept.
+            batches: batches to compare on; random ones if there are none.
+            goal: goal of the target.
+            seconds: time spent on choosing; that of cutting is added.
 
         Raises:
-            EquivalenceError: If the cut model gives other outputs than the masked one.
+            EquivalenceError: If the outputs of the cut model differ from the masked one's.
             LmcompressError: If nothing was cut.
         """
         started = time.perf_counter()
@@ -91,7 +91,7 @@ class Finish:
         covered = coverage(self._census, census(self._model))
         if covered["unchanged"]:
             raise LmcompressError(
-                "nothing was pruned, though a mask said so; please report this with the configuration"
+                "nothing was pruned, although the mask has pruned units; please report this with the configuration"
             )
         return PruningReport(
             before=self._before,
@@ -111,7 +111,7 @@ class Finish:
 
 
 def _cut_behind(model: PreTrainedModel, gates: Gates, values: Units, mask: Units, batches: Sequence[Batch]) -> float:
-    """Cut a gated model; the max abs difference of outputs, relative to the greatest."""
+    """Cut a gated model; the max abs difference of outputs, relative to the max abs output."""
     probes = list(batches[:2]) or random_batches(model)
     reference = outputs_of(model, probes)
     gates.remove()
@@ -129,7 +129,7 @@ def _cut_behind(model: PreTrainedModel, gates: Gates, values: Units, mask: Units
     if not relative <= allowed:
         raise EquivalenceError(
             f"the cut model differs from the masked one by {error:.3g} ({relative:.3g} relative, allowed "
-            f"{allowed:.3g}). If the model answers NaN, training diverged; otherwise please report this with the "
+            f"{allowed:.3g}). If the model returns NaN, training diverged; otherwise please report this with the "
             "configuration"
         )
     return relative

@@ -1,4 +1,4 @@
-"""Gates: numbers that the units of a model are multiplied by, through hooks, while its weights stay as they are."""
+"""Gates: factors on the units of a model, applied by hooks, while its weights are unchanged."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units,
 class Gates(Hooked):
     """Multiplies the units of a model by values; nothing of the attention kernel is touched.
 
-    What a value multiplies, and what 0 means, is what :class:`~lmcompress.pruning.structured.units.Units` says of a
-    mask. Between 0 and 1:
+    The place of each value, and the meaning of 0, are those of a mask in
+    :class:`~lmcompress.pruning.structured.units.Units`. Between 0 and 1:
 
     - ``heads``, ``neurons``: the input of the projection that reads them;
     - ``attention``, ``ffn``: the output of the sub-layer's last projection, bias included;
-    - ``layers``: the block's output is ``v`` of what it computes and ``1 - v`` of its input;
-    - ``hidden``: the output of everything of the stream's width: embeddings (where no norm follows them), writes into
+    - ``layers``: the block's output is ``v`` times its result plus ``1 - v`` times its input;
+    - ``hidden``: the outputs of all modules of the stream's width: embeddings (if no norm follows them), writes into
       the stream, norms, and the dense layers of that width in the task's head. A norm averages over the dimensions
-      whose value is not 0 only, as CoFi's ``CoFiLayerNorm`` does.
+      whose value is not 0, as in CoFi's ``CoFiLayerNorm``.
 
-    So one hidden value multiplies the same dimension again and again on its way through the blocks, and the slope at 1
-    is that of a high power: many times what its removal changes. Scores take another value, of
-    :meth:`read_with`, which multiplies what each matrix reads, once.
+    So a hidden value multiplies the same dimension repeatedly on its way through the blocks, and the slope at 1
+    is that of a high power: many times the effect of its removal. Scores use another value, of
+    :meth:`read_with`, which multiplies the input of each matrix once.
 
-    At first every value is 1, and the model's outputs are bit-exact. Gates go by block number and hold hooks
-    on modules: take them away before the model is cut.
+    Initially every value is 1, and the model's outputs are bit-exact. Gates go by block number and hold hooks
+    on modules: remove them before the model is cut.
 
     Args:
-        model: of a known family; hooks are put on its modules.
-        parts: which units get values.
+        model: a model of a known family; hooks are put on its modules.
+        parts: parts whose units get values.
 
     Raises:
-        LmcompressError: If there is no such part, or none is named.
+        LmcompressError: If a part does not exist, or none is named.
 
     Reference:
         Xia, Zhong & Chen, *Structured Pruning Learns Compact and Accurate Models*, 2022,
@@ -50,7 +50,7 @@ class Gates(Hooked):
         One?*, 2019, https://arxiv.org/abs/1905.10650, equation 2.
 
     Note:
-        CoFi leaves the width of the pooler's output alone. Here it goes with the stream, because a stock config has
+        CoFi does not prune the pooler's output. Here it follows the stream, because a stock config has
         one number for both.
     """
 
@@ -63,7 +63,7 @@ class Gates(Hooked):
         self._shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
         self._parts: tuple[Part, ...] = ones.parts()
         self._values = ones
-        # a part is left alone, bit-exact and at no cost, until somebody sets it
+        # a part is unchanged, bit-exact and at no cost, until its values are set
         self._active: set[Part] = set()
         self._some_hidden_gone = False
         self._reads: Tensor | None = None
@@ -75,21 +75,21 @@ class Gates(Hooked):
             self._attach_hidden(model)
 
     def set(self, values: Units) -> None:
-        """Give the units other values; parts that are None in ``values`` keep theirs.
+        """Set the values of units; parts that are None in ``values`` keep theirs.
 
         Args:
-            values: floats or bools, ``(n,)`` or, one row per example, ``(batch, n)``; with or without gradient. Where a
-                model sees several rows per example (multiple choice), each of them gets the example's values. Tensors
-                are moved to the model's device, and kept, not copied, where they are there.
+            values: floats or bools, ``(n,)`` or, one row per example, ``(batch, n)``; with or without gradient. If a
+                model has several rows per example (multiple choice), each of them gets the example's values. Tensors
+                are moved to the model's device; those already there are kept, not copied.
 
         Raises:
-            LmcompressError: If these gates are not of a part, or the shape is another.
+            LmcompressError: If these gates do not include a part, or a shape differs.
         """
         for part in values.parts():
             if part not in self._parts:
                 raise LmcompressError(
                     f"values must be of parts that the gates are of, {', '.join(self._parts)}, got {part}; "
-                    "name it when the gates are made"
+                    "name it when the gates are created"
                 )
         check_units(values, self._shapes, "values", batched=True)
         moved = values.map(lambda tensor: tensor.to(self._model.device))
@@ -100,34 +100,34 @@ class Gates(Hooked):
             self._some_hidden_gone = bool((moved.hidden.detach() == 0).any())
 
     def read_with(self, values: Tensor) -> None:
-        """Multiply what matrices read from the residual stream, until :meth:`set` is called.
+        """Multiply the inputs of matrices that read the residual stream, until :meth:`set` is called.
 
-        Where all values are 1 the gradient by one of them is, to first order and with the other sign, the change of the
-        loss if nobody reads the dimension, which is all that its removal does but for the means of norms.
+        If all values are 1, the gradient of one of them is, to first order and with the opposite sign, the change of
+        the loss if no matrix reads the dimension, which is the effect of its removal except on the means of norms.
 
         Args:
             values: ``(n,)`` or ``(batch, n)``, as for :meth:`set`.
 
         Raises:
-            LmcompressError: If these gates are not of ``hidden``, or the shape is another.
+            LmcompressError: If these gates do not include ``hidden``, or the shape differs.
         """
         if "hidden" not in self._parts:
             raise LmcompressError(
                 f"values that are read must be of gates of hidden, got gates of {', '.join(self._parts)}; "
-                "name it when the gates are made"
+                "name it when the gates are created"
             )
         check_units(Units(hidden=values), self._shapes, "values", batched=True)
         self._reads = values.to(self._model.device)
 
     def values(self) -> Units:
-        """The values now, on the model's device."""
+        """The current values, on the model's device."""
         return self._values
 
     def ones_per_example(self, batch_size: int) -> Units:
-        """Set every value to 1, apart for each example, as leaves that take gradients.
+        """Set every value to 1, separately for each example, as leaves that require gradients.
 
-        After ``loss.backward()`` with a loss that is a sum over examples, the gradient of row ``i`` is what example
-        ``i`` alone would give. Those of ``hidden`` multiply what is read from the stream, see :meth:`read_with`.
+        After ``loss.backward()`` with a loss that is a sum over examples, the gradient of row ``i`` is that of example
+        ``i`` alone. Those of ``hidden`` multiply the inputs read from the stream, see :meth:`read_with`.
 
         Args:
             batch_size: examples in the next batch.
@@ -142,10 +142,10 @@ class Gates(Hooked):
         return ones
 
     def set_for_scores(self, values: Units) -> None:
-        """Give the units these values, such that gradients by them are fit for scores.
+        """Set the values so that their gradients can be used as scores.
 
-        As :meth:`set`, but for ``hidden``: its values are held fixed, and their gradient is that of a factor of 1 on
-        what is read from the stream.
+        As :meth:`set`, except for ``hidden``: its values are constant, and their gradient is that of a factor of 1 on
+        the inputs read from the stream.
 
         Args:
             values: as for :meth:`set`; those of ``hidden`` with gradient.
@@ -158,7 +158,7 @@ class Gates(Hooked):
             return
         held = values.hidden.detach()
         self.set(values.updated(hidden=held))
-        # also where scores are set up without gradients; exactly 1, whatever the value
+        # also if scores are computed without gradients; exactly 1, whatever the value
         with torch.enable_grad():
             self.read_with(1 + (values.hidden - held))
 
@@ -189,7 +189,7 @@ class Gates(Hooked):
             given = args[0] if args else kwargs["hidden_states"]
             computed = output[0] if isinstance(output, tuple) else output
             value = _shaped(self._one("layers", index), computed)
-            # this way round it is exact at 0 and at 1
+            # this form is exact at 0 and at 1
             mixed = computed * value + given * (1 - value)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
@@ -233,7 +233,7 @@ def gated_hidden(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose outputs hidden gates multiply, each once.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
         Norms, and projections that write, of the stream's width; embeddings where no norm follows them.
@@ -255,7 +255,7 @@ def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
     """The modules with a matrix that reads the residual stream, each once.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
         Projections of blocks and of the task's head whose inputs are of the stream's width.
@@ -272,7 +272,7 @@ def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
 def _along_the_stream(
     model: PreTrainedModel, wanted: Callable[[nn.Module, str, tuple[int, ...]], bool]
 ) -> list[nn.Module]:
-    """The modules of which a parameter is wanted, by its module, name and axes of the stream's width, each once."""
+    """The modules with relevant parameters, by module, name and axes of the stream's width, each once."""
     owners = dict(model.named_modules())
     found: list[nn.Module] = []
     for name, (_, axes) in hidden_axes(model).items():
@@ -289,7 +289,7 @@ def _times(x: Tensor, value: Tensor) -> Tensor:
 
 def _shaped(value: Tensor, x: Tensor) -> Tensor:
     """``(n,)`` or ``(batch, n)``, such that it broadcasts against ``x`` ``(batch, ..., n)``, in its dtype."""
-    # a model may lie on several devices
+    # a model may be spread over several devices
     value = value.to(device=x.device, dtype=x.dtype)
     if value.dim() == 1:
         return value
@@ -299,14 +299,14 @@ def _shaped(value: Tensor, x: Tensor) -> Tensor:
         if rows % value.shape[0]:
             raise LmcompressError(
                 f"gates have values for {value.shape[0]} examples, the model was given {rows} rows; set values for the "
-                "batch that follows, and use shared ones, of shape (n,), where batches differ"
+                "next batch, or use shared ones, of shape (n,), if batches differ"
             )
         value = value.repeat_interleave(rows // value.shape[0], 0)
     return value.reshape(value.shape[0], *(1,) * (x.dim() - 2), value.shape[-1])
 
 
 def _norm(x: Tensor, module: nn.LayerNorm, value: Tensor) -> Tensor:
-    """LayerNorm over the dimensions whose value is not 0; what it says of the others is to be multiplied by 0."""
+    """LayerNorm over the dimensions whose value is not 0; its output in the others must be multiplied by 0."""
     keep = _shaped(value.detach() != 0, x.float())
     count = keep.sum(-1, keepdim=True)
     centred = (x.float() - (x * keep).sum(-1, keepdim=True) / count) * keep

@@ -1,4 +1,4 @@
-"""Targets as numbers: what is counted, how much of it must go, a part of the way there, and the mask that does it."""
+"""Targets as numbers: the cost counted, the share to remove, intermediate targets, and the mask that meets one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lmcompress.pruning.structured.units import Part, Units, masked_structure, u
 
 @dataclass(frozen=True)
 class Goal:
-    """What a target is counted in, and how much of it is to go.
+    """The cost a target is counted in, and the share to remove.
 
     Attributes:
         counted: the cost model.
-        dense: cost of the model as it is.
-        removed: share of that which is to go, in (0, 1).
+        dense: cost of the unpruned model.
+        removed: share of it to remove, in (0, 1).
     """
 
     counted: CostModel
@@ -34,27 +34,27 @@ class Goal:
     removed: float
 
     def share_removed(self, structure: Structure) -> float:
-        """Share of the cost that a structure is without.
+        """Share of the cost that a structure saves.
 
         Args:
-            structure: cut from the model's.
+            structure: a structure cut from the model's.
         """
         return 1 - self.counted.cost(structure) / self.dense
 
 
 def goal_of(target: Target, sizes: ModelSizes, cost: CostModel | None = None) -> Goal:
-    """Read a target as a share of a cost.
+    """A target as a share of a cost.
 
     Args:
-        target: any; a shape is counted in parameters of the blocks.
-        sizes: of the model.
-        cost: a latency table for latency targets; operations at a batch and length of one's own.
+        target: a target; a shape is counted in parameters of the blocks.
+        sizes: sizes of the model.
+        cost: a latency table for latency targets; FLOPs at a given batch size and length.
 
     Returns:
         The goal.
 
     Raises:
-        LmcompressError: If a latency target has no table, or the model meets the target already.
+        LmcompressError: If a latency target has no table, or the model already meets the target.
     """
     structure = sizes.structure
     counted = counted_in(target, sizes, cost)
@@ -71,27 +71,27 @@ def goal_of(target: Target, sizes: ModelSizes, cost: CostModel | None = None) ->
         removed = 1 - (target.parameters or target.latency_ms or 0.0) / dense
     if removed <= 0:
         raise LmcompressError(
-            f"the model meets the target {target.kind}={getattr(target, target.kind)} as it is ({dense:.6g} "
+            f"the model already meets the target {target.kind}={getattr(target, target.kind)} ({dense:.6g} "
             f"{counted.unit}): nothing would be cut"
         )
     return Goal(counted, dense, removed)
 
 
 def partial_target(target: Target, share: float, sizes: ModelSizes, goal: Goal) -> Target | None:
-    """A target on the way to another.
+    """An intermediate target.
 
     Args:
-        target: at the end of the way.
-        share: of the way, in (0, 1]; 1 gives the target itself.
-        sizes: of the model before anything was pruned.
-        goal: that of the target.
+        target: the final target.
+        share: share of the way, in (0, 1]; 1 returns the target itself.
+        sizes: sizes of the model before pruning.
+        goal: goal of the target.
 
     Returns:
-        Of the same kind; None where that is so near to the beginning that nothing would be cut. Of a shape, layers and
-        what depends on their number come last, in one piece.
+        Of the same kind; None if it is so near to the beginning that nothing would be cut. For a shape, layers and
+        quantities that depend on their number come last, in one step.
 
     Raises:
-        LmcompressError: If ``share`` lies outside (0, 1].
+        LmcompressError: If ``share`` is outside (0, 1].
     """
     if not 0 < share <= 1:
         raise LmcompressError(f"the share of the way to a target must be in (0, 1], got {share}")
@@ -116,8 +116,8 @@ def expected_costs(sizes: ModelSizes, cost: CostModel) -> UnitCosts:
     """The cost of units, for the expectation over gates: exact for parameters, slopes between all and none otherwise.
 
     Args:
-        sizes: of the model.
-        cost: any.
+        sizes: sizes of the model.
+        cost: a cost model.
 
     Returns:
         On the CPU, float32.
@@ -151,16 +151,16 @@ def choose(
     gone: Units | None = None,
     per_cost: bool = True,
 ) -> Units:
-    """The mask that meets a target, with what is pruned already staying pruned.
+    """The mask that meets a target; pruned units stay pruned.
 
     Args:
-        config: ranking, order, multiples and what must stay.
-        scores: of the units; greater stays longer.
-        sizes: of the model before anything was pruned.
-        target: how much.
+        config: configuration with ranking, order, multiples and minimum counts.
+        scores: scores of the units; higher ones are kept longer.
+        sizes: sizes of the model before pruning.
+        target: the target.
         cost: a latency table for latency targets.
-        gone: a mask whose False units may not come back.
-        per_cost: whether scores are worth that much per unit of cost (criteria), or as they are (probabilities).
+        gone: a mask whose False units must not be reactivated.
+        per_cost: whether scores are divided by cost (criteria), or used as they are (probabilities).
 
     Returns:
         A bool mask on the CPU.
@@ -171,7 +171,7 @@ def choose(
     scores = scores.map(lambda tensor: tensor.detach().double().cpu())
     _refuse_constant(scores, zeros=not per_cost)
     if not per_cost:
-        # what select divides by
+        # the divisor used by select
         counted = cost or goal_of(target, sizes, cost).counted
         scores = scores.zip(secant_costs(sizes, counted, scores.parts()), torch.mul)
     mask = select(
@@ -191,10 +191,10 @@ def choose(
 
 
 def along_chains(open_probability: Units) -> Units:
-    """Probabilities that units count at all: each times those of the sub-layer and the layer that it lies in.
+    """Probabilities that units count at all: each times those of its sub-layer and its layer.
 
     Args:
-        open_probability: of each gate by itself.
+        open_probability: probability of each gate alone.
 
     Returns:
         The products, in the same parts.
@@ -213,18 +213,18 @@ def along_chains(open_probability: Units) -> Units:
 
 
 def feasible(config: PruningConfig, sizes: ModelSizes, cost: CostModel | None = None) -> Structure:
-    """Refuse a target that no shape can meet, before anything long is done.
+    """Refuse a target that no shape can meet, before any long work.
 
     Args:
-        config: with the target.
-        sizes: of the model.
+        config: configuration with the target.
+        sizes: sizes of the model.
         cost: a latency table for latency targets.
 
     Returns:
-        A shape that meets it (which units go is another question).
+        A shape that meets it (the choice of units is another question).
 
     Raises:
-        LmcompressError: If no shape meets the target, or the model meets it already.
+        LmcompressError: If no shape meets the target, or the model already meets it.
     """
     mask = choose(config, _in_order(sizes, config.parts), sizes, config.target, cost=cost, per_cost=False)
     return masked_structure(sizes.structure, mask)
@@ -237,7 +237,7 @@ def _times(tensor: Tensor, factors: list[Tensor]) -> Tensor:
 
 
 def _in_order(sizes: ModelSizes, parts: tuple[Part, ...]) -> Units:
-    """Scores that tell units apart and prefer none."""
+    """Distinct scores without preference."""
     shapes = unit_shapes(sizes.structure, sizes.hidden)
     state = {
         (f"{part}.{i}" if part in ("heads", "neurons") else part): (torch.arange(n, dtype=torch.float64) + 1) / (n + 1)
@@ -261,7 +261,7 @@ def _partial_shape(shape: Shape, share: float, sizes: ModelSizes) -> Target | No
         if counts is None or (shape.layers is not None and isinstance(counts, tuple)):
             return None
         each = (counts,) * len(blocks) if isinstance(counts, int) else counts
-        # a block with fewer already keeps what it has: only the final target says that it is wrong
+        # a block with fewer already keeps what it has: only the final target reports an error
         return tuple(read(b) - round(share * max(0, read(b) - n)) for b, n in zip(blocks, each, strict=True))
 
     heads, ffn = between(shape.heads, lambda block: block.heads), between(shape.ffn, lambda block: block.ffn)
@@ -278,7 +278,7 @@ def _refuse_constant(scores: Units, *, zeros: bool) -> None:
     for part in scores.parts():
         joined = torch.cat(scores.tensors(part))
         if zeros and not bool(joined.any()):
-            continue  # the group lasso has taken all of them
+            continue  # the group lasso has removed all of them
         if len(joined) > 1 and bool((joined == joined[0]).all()):
             raise LmcompressError(
                 f"scores of {part} must differ, all {len(joined)} are {float(joined[0]):.4g}: they would prune at "

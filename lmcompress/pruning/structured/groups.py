@@ -1,4 +1,4 @@
-"""The coupled weights of heads and neurons, as views of the parameters: what is changed through them is the model."""
+"""The coupled weights of heads and neurons, as views of the parameters: changes to them change the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmcompress.pruning.structured.units import Units
 
 GroupPart = Literal["heads", "neurons"]
 Side = Literal["in", "out"]
-"""What feeds a unit (query, key and value rows; the first matrix), and what reads it (columns of the projections)."""
+"""Weights that feed a unit (query, key and value rows; the first matrix), or read it (columns of the projections)."""
 
 GROUP_PARTS: tuple[GroupPart, ...] = ("heads", "neurons")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -31,17 +31,17 @@ def unit_views(
     """The weights that are cut together with each head or neuron of a block.
 
     Args:
-        block: of a model of any family.
+        block: a block of any model.
         part: heads or neurons.
         sides: ``in``, ``out``, or both.
-        pick: from a parameter to the tensor of its shape to view: itself, or a moment that an optimizer keeps of it;
-            parameters for which it gives None are left out.
+        pick: from a parameter to the tensor of its shape to view: itself, or an optimizer's moment of it;
+            parameters for which it returns None are skipped.
 
     Returns:
-        Views whose first axis is the unit, of any number of further axes; changing them changes what was picked.
+        Views whose first axis is the unit, with any further axes; changing them changes the picked tensors.
 
     Raises:
-        LmcompressError: If it is another part.
+        LmcompressError: If the part is neither.
     """
     if part not in ("heads", "neurons"):
         raise LmcompressError(f"coupled weights must be of heads or neurons, got {part!r}: other parts have no groups")
@@ -49,7 +49,7 @@ def unit_views(
     heads, size = block.num_heads, block.head_size
 
     def add(module: nn.Module, split: Callable[[Tensor], Tensor], out: bool) -> None:
-        # past the module's own way, by which a fake-quantized one gives what its weight is quantized to
+        # bypasses the module's attribute, which in a fake-quantized one is the quantized weight
         stored = module._parameters.get("weight")
         weight = pick(module.get_parameter("weight") if stored is None else stored)
         if weight is not None:
@@ -79,9 +79,9 @@ def unit_norms(model: PreTrainedModel, parts: Collection[GroupPart], sides: Coll
     """l2 norms of the coupled weights of every head and neuron.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         parts: heads, neurons, or both.
-        sides: which of the weights.
+        sides: weights that feed units, that read them, or both.
 
     Returns:
         Norms, float32; a block without units has an empty tensor.
@@ -95,15 +95,15 @@ def unit_norms(model: PreTrainedModel, parts: Collection[GroupPart], sides: Coll
 
 
 def zero_units(model: PreTrainedModel, parts: Collection[GroupPart] = ("heads", "neurons")) -> Units:
-    """What :func:`~lmcompress.pruning.structured.surgery.cut` may take out without changing an answer: units that are
-    all zero.
+    """Units that :func:`~lmcompress.pruning.structured.surgery.cut` can remove without changing the output: those
+    that are all zero.
 
-    However they became so, such as by a group lasso on rows or columns of single matrices
-    (:class:`lmcompress.pruning.unstructured.GroupSparsity`): a unit is pruned if all that reads it is 0, or all that
-    feeds it, biases included (activations of these families are 0 at 0).
+    Whatever made them zero, such as a group lasso on rows or columns of single matrices
+    (:class:`lmcompress.pruning.unstructured.GroupSparsity`): a unit is pruned if all weights that read it, or all that
+    feed it, are 0, biases included (activations of these families are 0 at 0).
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         parts: heads, neurons, or both.
 
     Returns:
@@ -124,16 +124,15 @@ def shrink_(
 ) -> None:
     r"""One proximal step of the group lasso on every head and neuron, in place: small groups become exactly 0.
 
-    The moments that an optimizer keeps of a group that became 0 are set to 0 too, so that the momentum of a dead group
-    does not carry it on.
+    An optimizer's moments of a group that became 0 are set to 0 too, so that momentum does not reactivate it.
 
     Args:
-        model: changed in place.
+        model: modified in place.
         parts: heads, neurons, or both.
         step: :math:`\eta \lambda`, learning rate times strength; the threshold of a group of n weights is
             :math:`\eta \lambda \sqrt n`.
-        optimizer: that trains the model.
-        norms: those of :func:`unit_norms`, where they are known.
+        optimizer: the model's optimizer.
+        norms: result of :func:`unit_norms`, if known.
 
     Reference:
         Wen et al., 2016, https://arxiv.org/abs/1608.03665, equation 1, with the proximal step for the subgradient.
@@ -149,7 +148,7 @@ def shrink_(
             for view in views:
                 view.mul_(_broadcast(factor.to(view), view))
             died.append((block, part, (factor == 0) & (norm > 0)))
-    # one look for all, or a GPU would be waited for at every block
+    # one transfer for all, instead of waiting for the GPU at every block
     if optimizer is not None and died and bool(torch.cat([units for _, _, units in died]).any()):
         for block, part, units in died:
             _forget(block, part, ("in", "out"), ~units, optimizer)
@@ -162,17 +161,18 @@ def silence_(
     sides: Collection[Side] = ("in", "out"),
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Set the weights of masked heads, neurons and sub-layers to 0, and what an optimizer remembers of them.
+    """Set the weights of masked heads, neurons and sub-layers to 0, with the optimizer's moments of them.
 
     A unit whose weights are 0 on both sides has no gradient, without moments the optimizer does not move it, and
-    weight decay leaves 0 at 0: it stays as it is. With ``sides=("out",)`` it is silent too, but can be reactivated:
-    what reads it restarts from 0 and has a gradient as soon as its gate is open.
+    weight decay leaves 0 at 0: it stays pruned. With ``sides=("out",)`` it has no effect either, but can be
+        reactivated:
+    the weights that read it restart from 0 and have a gradient as soon as its gate is open.
 
     Args:
-        model: changed in place.
-        mask: bool; False units are silenced. Layers and hidden dimensions are left to their gates.
-        sides: of heads and neurons.
-        optimizer: whose moments of both sides are set to 0.
+        model: modified in place.
+        mask: bool; False units are zeroed. Layers and hidden dimensions are left to their gates.
+        sides: sides of heads and neurons to zero.
+        optimizer: its moments of both sides are set to 0.
     """
     for index, block in enumerate(anatomy_of(model).blocks):
         for part in GROUP_PARTS:

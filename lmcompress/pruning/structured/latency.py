@@ -29,21 +29,21 @@ Points = tuple[tuple[int, float], ...]
 
 
 class LatencyTable(BaseModel):
-    """Measured times of sub-layers by their width, which add up to the time of a model; the idea is ZipLM's.
+    """Measured times of sub-layers by width, whose sum is the time of a model, as in ZipLM.
 
     Attributes:
-        machine: processor or GPU, and threads, that it was measured on.
-        dtype: of the weights.
+        machine: processor or GPU, and threads, of the measurement.
+        dtype: dtype of the weights.
         batch_size: rows.
         length: tokens of a row.
-        model_type: family.
+        model_type: model family.
         hidden: width of the residual stream.
         head_size: width of a head.
-        heads: milliseconds of an attention by its heads, of which 0 is the first.
-        ffn: milliseconds of a feed-forward network by its neurons, likewise.
-        block_ms: of what is left of a block without heads and neurons.
-        base_ms: of everything outside the blocks.
-        unit: of the answers.
+        heads: milliseconds of attention by number of heads, from 0.
+        ffn: milliseconds of a feed-forward network by number of neurons, from 0.
+        block_ms: milliseconds of the rest of a block, without heads and neurons.
+        base_ms: milliseconds of everything outside the blocks.
+        unit: unit of the cost.
 
     Reference:
         Kurtic, Frantar & Alistarh, *ZipLM: Inference-Aware Structured Pruning of Language Models*, NeurIPS 2023,
@@ -75,25 +75,25 @@ class LatencyTable(BaseModel):
 
     @property
     def key(self) -> str:
-        """What a table is found by in a file."""
+        """The key of a table in a file."""
         return table_key(
             self.machine, self.dtype, self.batch_size, self.length, f"{self.model_type}-{self.hidden}x{self.head_size}"
         )
 
     def cost(self, structure: Structure) -> float:
-        """Milliseconds of one forward pass, interpolated between the counts that were measured.
+        """Milliseconds of one forward pass, interpolated between the measured counts.
 
         Args:
             structure: the shapes.
 
         Raises:
-            LmcompressError: If hidden size or head size are not the table's, or there are more heads or neurons.
+            LmcompressError: If hidden size or head size differ from the table's, or there are more heads or neurons.
         """
         if structure.hidden not in (None, self.hidden) or structure.head_size != self.head_size:
             raise LmcompressError(
                 f"this latency table is of hidden size {self.hidden} with heads of {self.head_size}, got "
                 f"{structure.hidden or self.hidden} with {structure.head_size}: times do not carry over; measure a "
-                "model of that width, or aim at flops_share where hidden dimensions are pruned"
+                "model of that width, or target flops_share if hidden dimensions are pruned"
             )
         blocks = sum(
             self.block_ms + _interpolated(self.heads, shape.heads, "heads") + _interpolated(self.ffn, shape.ffn, "ffn")
@@ -102,10 +102,10 @@ class LatencyTable(BaseModel):
         return self.base_ms + blocks
 
     def save(self, path: str | Path) -> None:
-        """Put the table into a JSON file, beside those of other machines, types, batches and lengths.
+        """Add the table to a JSON file, next to those of other machines, types, batches and lengths.
 
         Args:
-            path: made if it is not there; a table with the same key is replaced.
+            path: created if it does not exist; a table with the same key is replaced.
 
         Raises:
             LmcompressError: If there is a file that holds no latency tables.
@@ -120,11 +120,11 @@ class LatencyTable(BaseModel):
 
     @classmethod
     def find(cls, path: str | Path, model: PreTrainedModel, *, batch_size: int, length: int) -> LatencyTable | None:
-        """As :meth:`load`, but None where the file is not there or has no such table.
+        """As :meth:`load`, but None if the file does not exist or has no such table.
 
         Args:
-            path: as :meth:`save` wrote it.
-            model: its dtype, device and widths are looked for.
+            path: file written by :meth:`save`.
+            model: determines dtype, device and widths.
             batch_size: rows.
             length: tokens of a row.
 
@@ -137,34 +137,34 @@ class LatencyTable(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, *, batch_size: int, length: int) -> LatencyTable:
-        """The table of this machine for a model, out of a file.
+        """The table of this machine for a model, from a file.
 
         Args:
-            path: as :meth:`save` wrote it.
-            model: its dtype, device and widths are looked for.
+            path: file written by :meth:`save`.
+            model: determines dtype, device and widths.
             batch_size: rows.
             length: tokens of a row.
 
         Raises:
-            LmcompressError: If the file is missing or holds no latency tables, or not this one; the message lists those
-                it has.
+            LmcompressError: If the file is missing, holds no latency tables, or not this one; the message lists the
+                existing ones.
         """
         tables = _read_tables(Path(path))
         key = table_key(_machine_name(model.device), _dtype_name(model), batch_size, length, _widths(model))
         if key not in tables:
             raise LmcompressError(
                 f"{str(path)!r} must have a latency table for {key!r}, it has: {', '.join(map(repr, sorted(tables)))}. "
-                "Times are good only where they were measured: make one here with measure_latency"
+                "Times are only valid where they were measured: create one here with measure_latency"
             )
         return tables[key]
 
 
 def table_key(machine_name: str, dtype: str, batch_size: int, length: int, widths: str) -> str:
-    """What a table is found by in a file.
+    """The key of a table in a file.
 
     Args:
         machine_name: processor or GPU, and threads.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         batch_size: rows.
         length: tokens of a row.
         widths: family, hidden size and head size.
@@ -182,26 +182,26 @@ def measure_latency(
     repeats: int = 15,
     warmup: int = 2,
 ) -> LatencyTable:
-    """Time a model's sub-layers at several widths, on the machine and device where the model is.
+    """Measure a model's sub-layers at several widths, on the model's machine and device.
 
-    Whole models are timed, not sub-layers by themselves: copies of this one in which every attention has n heads,
-    or every feed-forward network n neurons. All of them live in one process and are timed in turn, call by call,
-    and medians are compared, so that a machine that slows down or is busy does so for all. Times are made not to fall
-    as a width grows.
+    Whole models are timed, not single sub-layers: copies of this one in which every attention has n heads,
+    or every feed-forward network n neurons. All of them are in one process and timed in turn, call by call,
+    and medians are compared, so that slowdowns and load affect all equally. Times are made monotone
+    in the width.
 
     Args:
-        model: dense, of a known family; it is not changed.
+        model: dense, of a known family; not modified.
         batch_size: rows.
         length: tokens of a row.
-        points: widths of each kind that are measured beside 0; smallest width (one head, 1/32 of the neurons) and all
+        points: number of widths of each kind besides 0; the smallest (one head, 1/32 of the neurons) and the full width
             are among them.
-        copies: blocks of the narrower models; more are nearer to the caches of the real model and take more memory.
-            Embeddings are shared.
+        copies: number of blocks of the narrower models; more are closer to the cache behaviour of the real model and
+            take more memory. Embeddings are shared.
         repeats: timed calls of each.
-        warmup: calls before those.
+        warmup: untimed calls before those.
 
     Returns:
-        The table. It predicts the time of the dense model as measured.
+        The table. It reproduces the measured time of the dense model.
 
     Raises:
         LmcompressError: If there are fewer than 2 points, no copies, or a block without heads or neurons, or as
@@ -213,7 +213,7 @@ def measure_latency(
         raise LmcompressError(f"points must be >= 2 and copies >= 1, got {points} and {copies}")
     if len(heads) != 1 or len(ffn) != 1 or 0 in heads | ffn:
         raise LmcompressError(
-            f"a latency table must be measured on a model whose blocks are alike, got heads {sorted(heads)} and FFN "
+            f"a latency table must be measured on a model with equal blocks, got heads {sorted(heads)} and FFN "
             f"widths {sorted(ffn)}; measure the dense model that this one was cut from"
         )
     (most_heads,), (most_ffn,) = heads, ffn
@@ -234,7 +234,7 @@ def measure_latency(
     ffn_points = _points(times, "ffn", ffn_counts, small)
     own = head_points[-1][1] + ffn_points[-1][1]
     block = max(own, (times["dense"] - times["one block"]) / (depth - 1)) if depth > 1 else own
-    # the dense model's time is the one that speed-ups are told against: the table must give it as it is
+    # speed-ups are relative to the dense model's time: the table must reproduce it exactly
     block = min(block, times["dense"] / depth)
     shrink = min(1.0, block / own) if own > 0 else 1.0
     return LatencyTable(
@@ -265,7 +265,7 @@ def _grid(most: int, least: int, points: int) -> list[int]:
 
 def _points(times: dict[str, float], kind: str, counts: Sequence[int], copies: int) -> Points:
     raw = np.array([(times[f"{kind} {count}"] - times[f"{kind} 0"]) / copies for count in counts])
-    # half way between the least and the greatest curve that never falls: noise goes both ways
+    # halfway between the lowest and the highest monotone curve: noise goes both ways
     rising = (np.maximum.accumulate(raw) + np.minimum.accumulate(raw[::-1])[::-1]) / 2
     return tuple((count, float(ms)) for count, ms in zip(counts, np.maximum(rising - rising[0], 0), strict=True))
 

@@ -1,4 +1,4 @@
-"""Units as one flat vector."""
+"""Units flattened into one vector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmcompress.pruning.structured.units import Part, Units
 
 
 class Layout:
-    """Where each unit lies in one flat vector, so that thousands of gates are one tensor to the optimizer.
+    """The position of each unit in one flat vector, so that thousands of gates are one tensor to the optimizer.
 
     Args:
         shapes: number of units of each tensor of each part.
@@ -27,7 +27,7 @@ class Layout:
         """The layout of given units.
 
         Args:
-            units: any.
+            units: units of any values.
         """
         return cls({part: [t.shape[-1] for t in units.tensors(part)] for part in units.parts()})
 
@@ -41,7 +41,7 @@ class Layout:
             Units that share the vector's memory and its gradient.
 
         Raises:
-            LmcompressError: If the vector is of another size.
+            LmcompressError: If the vector has another size.
         """
         if vector.shape[-1] != self.size:
             raise LmcompressError(f"the vector must have {self.size} entries, got {vector.shape[-1]}")
@@ -54,7 +54,7 @@ class Layout:
         return Units.from_state_dict(state)
 
     def join(self, units: Units) -> Tensor:
-        """The vector that :meth:`split` would split into the units; a copy.
+        """The inverse of :meth:`split`, as a copy.
 
         Args:
             units: with this layout's parts.

@@ -15,7 +15,7 @@ from lmcompress.pruning.structured.units import Part, Units
 LOW, HIGH = -0.1, 1.1
 TEMPERATURE = 2 / 3
 LOG_ALPHA_LIMIT = math.log(100.0)
-"""CoFi clamps ``log_alpha`` to ± this after every step, so that no gate is ever out of reach of its gradient."""
+"""CoFi clamps ``log_alpha`` to ± this after every step, so that no gate leaves the reach of its gradient."""
 
 _SHARPNESS = 0.8
 
@@ -29,7 +29,7 @@ def hard_concrete_sample(
         \gamma))
 
     Args:
-        log_alpha: any shape, floating; the larger, the more open. Computed in float32.
+        log_alpha: any shape, floating; larger is more open. Computed in float32.
         uniform: the same shape, noise in (0, 1); the caller draws it.
         temperature: :math:`\beta`.
         low: :math:`\gamma < 0`.
@@ -86,7 +86,7 @@ def hard_concrete_open(
 
 
 def hard_concrete_value(log_alpha: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
-    r"""What a gate that stays is worth without noise: :math:`\sigma(0.8 \log\alpha / \beta)`, never exactly 0.
+    r"""Noise-free value of a gate that is kept: :math:`\sigma(0.8 \log\alpha / \beta)`, never exactly 0.
 
     Args:
         log_alpha: any shape.
@@ -107,23 +107,23 @@ def hard_concrete_value(log_alpha: Tensor, *, temperature: float = TEMPERATURE) 
 
 
 def initial_log_alpha(drop: float) -> float:
-    """The ``log_alpha`` from which gates start: ``logit(1 - drop)``, within ± :data:`LOG_ALPHA_LIMIT`.
+    """The initial ``log_alpha`` of gates: ``logit(1 - drop)``, within ± :data:`LOG_ALPHA_LIMIT`.
 
     Args:
-        drop: share of gates to start with closed, in [0, 1); 0 gives the limit.
+        drop: share of gates that are closed initially, in [0, 1); 0 gives the limit.
 
     Returns:
         One number for all gates.
 
     Raises:
-        LmcompressError: If ``drop`` lies outside [0, 1).
+        LmcompressError: If ``drop`` is outside [0, 1).
 
     Example:
         >>> round(initial_log_alpha(0.05), 3)
         2.944
     """
     if not 0 <= drop < 1:
-        raise LmcompressError(f"the share of gates to start with closed must be in [0, 1), got {drop}")
+        raise LmcompressError(f"the share of gates that are closed initially must be in [0, 1), got {drop}")
     return LOG_ALPHA_LIMIT if drop == 0 else min(LOG_ALPHA_LIMIT, max(-LOG_ALPHA_LIMIT, math.log((1 - drop) / drop)))
 
 
@@ -131,11 +131,11 @@ def without_expected_zeros(values: Tensor, open_probability: Tensor) -> Tensor:
     """Values with as many of the smallest set to 0 as are expected to be closed.
 
     Args:
-        values: ``(n,)`` of gates.
+        values: ``(n,)``, values of gates.
         open_probability: ``(n,)``, see :func:`hard_concrete_open`.
 
     Returns:
-        ``(n,)``, without gradient; of equal values the later ones go first.
+        ``(n,)``, without gradient; among equal values the later ones are set to 0 first.
 
     Reference:
         Xia, Zhong & Chen, *CoFi*, 2022, the authors' ``_deterministic_z``.
@@ -152,9 +152,9 @@ def without_expected_zeros(values: Tensor, open_probability: Tensor) -> Tensor:
 
 
 def lagrangian(sparsity: Tensor, target: float, linear: Tensor, quadratic: Tensor) -> Tensor:
-    r"""What pulls the expected sparsity to its target: :math:`\lambda_1 (\hat s - t) + \lambda_2 (\hat s - t)^2`.
+    r"""The penalty on the expected sparsity's deviation: :math:`\lambda_1 (\hat s - t) + \lambda_2 (\hat s - t)^2`.
 
-    Minimised over the gates, maximised over the multipliers, so that either side of the target is paid for.
+    Minimized over the gates, maximized over the multipliers, so that deviations on either side are penalized.
 
     Args:
         sparsity: 0-d, expected share removed, with gradient.
@@ -178,7 +178,7 @@ def lagrangian(sparsity: Tensor, target: float, linear: Tensor, quadratic: Tenso
 
 
 def threshold_mask(scores: Tensor, threshold: float) -> Tensor:
-    r"""1 where :math:`\sigma(S) > \tau`, else 0; the gradient goes straight through to the scores.
+    r"""1 where :math:`\sigma(S) > \tau`, else 0; the gradient passes straight through to the scores.
 
     Args:
         scores: any shape.
@@ -210,7 +210,7 @@ def movement_penalty(scores: Tensor) -> Tensor:
         0-d float32 in (0, 1), with gradient.
 
     Reference:
-        Sanh, Wolf & Rush, 2020, https://arxiv.org/abs/2005.07683, section 4; the mean for the sum, as nn_pruning.
+        Sanh, Wolf & Rush, 2020, https://arxiv.org/abs/2005.07683, section 4; the mean for the sum, as in nn_pruning.
 
     Example:
         >>> movement_penalty(torch.zeros(5))
@@ -221,10 +221,10 @@ def movement_penalty(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """What units cost, as a polynomial that is linear in every count: a product for every chain of gates.
+    """The cost of units as a polynomial that is linear in every count: one product for every chain of gates.
 
     A block costs ``heads × (per_head · D + per_head_fixed) + neurons × (per_neuron · D + per_neuron_fixed) +
-    per_layer · D``, with D the width of the residual stream; and nothing once the block is pruned.
+    per_layer · D``, with D the width of the residual stream; and zero once the block is pruned.
 
     Attributes:
         per_head, per_head_fixed: ``(blocks,)``.
@@ -244,7 +244,7 @@ class UnitCosts:
         """The same on another device.
 
         Args:
-            device: where to.
+            device: the device.
         """
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return UnitCosts(hidden=self.hidden, **tensors)
@@ -253,14 +253,14 @@ class UnitCosts:
 def expected_cost(open_probability: Units, costs: UnitCosts, heads: Sequence[int], neurons: Sequence[int]) -> Tensor:
     """Expected cost of the blocks when every gate is open independently with its probability.
 
-    A head counts with the product of its own gate, its attention's, its layer's, and the sum of the hidden gates;
-    a neuron likewise.
+    A head is weighted by the product of its own gate, its attention's, its layer's, and the sum of the hidden gates;
+    a neuron in the same way.
 
     Args:
         open_probability: in [0, 1]; parts that are None are open.
-        costs: of the units.
-        heads: of each block.
-        neurons: of each block.
+        costs: costs of the units.
+        heads: number of heads of each block.
+        neurons: number of neurons of each block.
 
     Returns:
         0-d float32, with gradient; in the unit of ``costs``.

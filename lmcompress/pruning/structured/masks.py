@@ -1,4 +1,4 @@
-"""What a mask says of whole blocks."""
+"""The effect of a mask on whole blocks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def survivors(mask: Units, structure: Structure) -> list[int]:
     """Numbers, from 1, of the blocks that still compute something.
 
     Args:
-        mask: bool, True stays; heads and neurons may have one entry for all of a block.
-        structure: of the model before it is cut.
+        mask: bool, True is kept; heads and neurons may have one entry for all of a block.
+        structure: structure of the model before it is cut.
     """
 
     def alive(sub_layer: Part, units: Part, index: int) -> bool:
@@ -30,10 +30,10 @@ def survivors(mask: Units, structure: Structure) -> list[int]:
 
 
 def leaves_gaps(mask: Units) -> bool:
-    """Whether a sub-layer that stays loses heads or neurons.
+    """Whether a remaining sub-layer loses heads or neurons.
 
     Args:
-        mask: bool, True stays.
+        mask: bool, True is kept.
     """
     return any(
         _open(mask, index, "layers", sub_layer) and not bool(kept.all())
@@ -43,11 +43,11 @@ def leaves_gaps(mask: Units) -> bool:
 
 
 def kept_heads(mask: Units, structure: Structure) -> list[list[int]]:
-    """Numbers of the heads that stay, for each block.
+    """Numbers of the remaining heads, for each block.
 
     Args:
-        mask: bool, True stays.
-        structure: of the model before it is cut.
+        mask: bool, True is kept.
+        structure: structure of the model before it is cut.
     """
     kept = []
     for index, block in enumerate(structure.blocks):
@@ -57,7 +57,7 @@ def kept_heads(mask: Units, structure: Structure) -> list[list[int]]:
 
 
 def with_something(mask: Units) -> Units:
-    """A mask that keeps the first layer and hidden dimension where noise had closed all: shapes must have some.
+    """A mask that keeps the first layer and hidden dimension if noise has closed all: shapes must have some.
 
     Args:
         mask: bool.

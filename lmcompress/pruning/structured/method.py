@@ -29,31 +29,31 @@ from lmcompress.pruning.structured.units import Units
 from lmcompress.schedules import Event
 
 _Held = Literal["nothing", "mask", "evaluation", "other"]
-"""What the gates were given last."""
+"""The latest values of the gates."""
 
 
 class StructuredPruning(SteppedMethod):
-    """Prunes heads, neurons, sub-layers, layers or hidden dimensions of the model that is trained.
+    """Prunes heads, neurons, sub-layers, layers or hidden dimensions of the model in training.
 
-    Until :meth:`finish`, pruned units are masked: their gates are 0, and (but for layers and hidden dimensions,
-    which gates alone close) their weights and the optimizer's moments of them are set to 0, so that neither momentum
+    Until :meth:`finish`, pruned units are masked: their gates are 0, and (except for layers and hidden dimensions,
+    which only gates close) their weights and the optimizer's moments of them are set to 0, so that neither momentum
     nor weight decay nor a gradient can reactivate them.
 
-    Schedules advance by optimizer steps. What a schedule does in a step is its
+    Schedules advance by optimizer steps. A schedule's action in a step is defined by its
     :class:`~lmcompress.pruning.structured.schedules.Strategy`.
 
     Args:
-        config: what is pruned, how much, and when.
+        config: the parts, the target and the schedule.
         calibration: batches for scores and repair; default: rows of the training data.
         cost: a latency table, for a latency target.
 
     Attributes:
-        report: what was done; after :meth:`finish`.
-        planned: a structure that meets the target; after :meth:`prepare`.
+        report: the result; set by :meth:`finish`.
+        planned: a structure that meets the target; set by :meth:`prepare`.
     """
 
     name = "pruning"
-    # gates and multipliers are few, and their learning rates their own
+    # gates and multipliers are few, with their own learning rates
     max_norm: float | None = 0.0
     changes_shapes = True
 
@@ -76,13 +76,13 @@ class StructuredPruning(SteppedMethod):
 
         Raises:
             LmcompressError: If no shape meets the target, the model is quantized by another library, calibration rows
-                that will be needed cannot be had or have no labels, the criterion is one of your own without a name, or
-                the best checkpoint is to be loaded at the end.
+                that will be needed are not available or have no labels, the criterion is a custom one without a name,
+                or the best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
             raise LmcompressError(
                 "load_best_model_at_end must be false with pruning: the weights of an earlier checkpoint do not fit "
-                "the final mask. Evaluate checkpoints of the stage after, once the model is cut"
+                "the final mask. Evaluate checkpoints of the next stage, once the model is cut"
             )
         self._trainer = trainer
         student: PreTrainedModel = trainer.student
@@ -93,11 +93,11 @@ class StructuredPruning(SteppedMethod):
         trainer.add_callback(StepCallback(self))
 
     def attach(self, student: PreTrainedModel, device: torch.device) -> None:
-        """What :meth:`prepare` does to the model, without a trainer.
+        """The effect of :meth:`prepare` on the model, without a trainer.
 
         Args:
             student: the model, not wrapped.
-            device: where it trains.
+            device: training device.
 
         Raises:
             LmcompressError: If no shape meets the target, or the model is quantized by another library.
@@ -120,13 +120,13 @@ class StructuredPruning(SteppedMethod):
         """Whether gates end between 0 and 1, so that weights are multiplied by them in the end."""
         return STRATEGIES[self.config.schedule.kind].folds
 
-    # what the trainer calls in every step
+    # called by the trainer in every step
 
     def before_forward(self, step: Step) -> None:
-        """Give the gates their values for this micro-batch.
+        """Set the gates for this micro-batch.
 
         Args:
-            step: the step; which layers are left is put into its ``shared``, for distillation.
+            step: the step; the remaining layers are stored in its ``shared``, for distillation.
         """
         if self.strategy.set_gates(step):
             self._gates_hold = "other"
@@ -137,36 +137,36 @@ class StructuredPruning(SteppedMethod):
             step.shared["surviving_layers"] = survivors
 
     def loss_terms(self, step: Step) -> dict[str, Term]:
-        """The Lagrangian of hard-concrete gates, or the penalty of movement scores; nothing otherwise.
+        """The Lagrangian of hard-concrete gates, or the penalty of movement scores; otherwise none.
 
         Args:
-            step: with the student's outputs.
+            step: the step, with the student's outputs.
 
         Returns:
-            ``sparsity`` while gates or scores are learnt.
+            ``sparsity`` while gates or scores are learned.
         """
         return self.strategy.loss_terms(step) if self._learning else {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Gates or scores, and multipliers, which ascend; with learning rates of their own and no weight decay."""
+        """Gates or scores, and multipliers, which ascend; with separate learning rates and no weight decay."""
         return self.strategy.parameter_groups()
 
     def modules(self) -> dict[str, nn.Module]:
-        """Gates, scores, multipliers, masks and where the schedule is, for checkpoints."""
+        """Gates, scores, multipliers, masks and the state of the schedule, for checkpoints."""
         return {"state": self.run.state}
 
     def set_active(self, active: bool) -> None:
-        """Take noise and what collects gradients out of the gates while the model is evaluated.
+        """Remove noise and gradient collection from the gates while the model is evaluated.
 
         Args:
             active: whether the next forward passes train.
         """
-        # once, not for each batch: nothing moves while the model is evaluated
+        # once, not for each batch: nothing changes while the model is evaluated
         if not active and self.strategy.soft and self._gates_hold != "evaluation":
             self._put("evaluation")
 
     def freeze(self) -> None:
-        """Make the mask final and put it on the gates: what :meth:`finish` cuts is what the model computes from now on.
+        """Make the mask final and apply it to the gates: the model already computes what :meth:`finish` cuts.
 
         Raises:
             LmcompressError: If training has not begun.
@@ -183,7 +183,7 @@ class StructuredPruning(SteppedMethod):
 
         Raises:
             LmcompressError: If nothing was pruned, or training has not begun.
-            EquivalenceError: If the cut model gives other outputs than the masked one.
+            EquivalenceError: If the outputs of the cut model differ from the masked one's.
         """
         if self.report is not None:
             return
@@ -191,27 +191,27 @@ class StructuredPruning(SteppedMethod):
         run, target = self.run, self.config.target
         if bool(run.state.mask.all()):
             raise LmcompressError(
-                f"nothing was pruned, but {target.kind}={getattr(target, target.kind)} was asked for; please report "
+                f"nothing was pruned, but the target is {target.kind}={getattr(target, target.kind)}; please report "
                 "this"
             )
         values, probes = run.layout.split(run.state.values.detach()), run.calibration_data or []
         self.report = self._end.cut(run.gates, values, run.mask(), probes, run.goal, self._seconds)
 
-    # what the callback calls
+    # called by the callback
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
         """Lay out the schedule; read a checkpoint's state, if one was loaded.
 
         Args:
             max_steps: optimizer steps of the run.
-            optimizer: that trains the model.
+            optimizer: the model's optimizer.
 
         Raises:
             LmcompressError: If there are too few steps for the schedule, or the optimizer cannot ascend.
         """
         run, schedule = self.run, self.config.schedule
         run.optimizer = optimizer
-        # everything from here on is decided by what is in the state, so that a run that resumes decides alike
+        # all later decisions depend only on the state, so that a resumed run decides in the same way
         self.strategy.begin()
         self._events = schedule.events(max_steps)
         run.first, run.last = round(schedule.begin * max_steps), self._events[-1].step
@@ -220,7 +220,7 @@ class StructuredPruning(SteppedMethod):
         self._surviving = survivors(run.mask(), run.sizes.structure) if self._some_pruned else None
 
     def advance(self, step: int) -> None:
-        """What is due before an optimizer step.
+        """The action due before an optimizer step.
 
         Args:
             step: optimizer steps done.
@@ -245,7 +245,7 @@ class StructuredPruning(SteppedMethod):
             self.strategy.after_optimizer_step()
 
     def end(self, max_steps: int) -> None:
-        """Make the mask final, if the run went to its end.
+        """Make the mask final if the run is complete.
 
         Args:
             max_steps: optimizer steps of the run.
@@ -254,20 +254,20 @@ class StructuredPruning(SteppedMethod):
             self._finalise()
 
     def metrics(self) -> dict[str, float]:
-        """Share of the cost that is pruned and that was to be pruned by now, for the log."""
+        """Share of the cost that is pruned and that is due by now, for the log."""
         past = self._events[: self._done]
         planned = self.run.goal.removed * (past[-1].share or 0.0) if past else 0.0
         shares = {"pruning_removed": self.strategy.removed(), "pruning_target": self.strategy.wanted(planned)}
         return shares | (self.strategy.metrics() if self._learning else {})
 
-    # below: nobody else's business
+    # private below
 
     @property
     def _learning(self) -> bool:
         return self.run.begun and not self.run.finished
 
     def _set_done(self, events: int) -> None:
-        # a number too, so that nobody waits for a GPU to read it
+        # also as a number, so that reading it does not wait for a GPU
         self._done = events
         self.run.state.done.fill_(events)
         self.run.finished = bool(self._events) and events >= len(self._events)
@@ -308,7 +308,7 @@ class StructuredPruning(SteppedMethod):
             mask = self.strategy.final_mask(self._chosen(self.config.target, gone))
             values = self.strategy.final_values(mask)
             if self.config.repair != "none":
-                # what stays is seen open, and no batch finds values that were made for the rows of another
+                # remaining units are seen open, and no batch gets values made for the rows of another
                 now = self.strategy.values().zip(mask, lambda value, kept: torch.maximum(value, kept.to(value)))
                 run.gates.set(now)
                 self._gates_hold = "other"
@@ -335,5 +335,5 @@ def _refuse_unlabelled(model: PreTrainedModel, config: PruningConfig, batches: S
     if config.needs_labels and anatomy_of(model).head is None and any("labels" not in batch for batch in batches):
         raise LmcompressError(
             f"the criterion {config.criterion_name} must have labels, the calibration rows have none; add a column "
-            "'labels', or let the model answer for itself with labels: self"
+            "'labels', or use the model's own predictions with labels: self"
         )

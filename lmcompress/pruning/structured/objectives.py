@@ -1,4 +1,4 @@
-"""One loss for each example, on given labels or on labels that the model draws from its own answer."""
+"""Per-example losses, on given labels or on labels sampled from the model's own predictions."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lmcompress.families import anatomy_of
 
 Labels = Literal["given", "self"]
 IGNORED = -100
-"""The label of a token that does not count."""
+"""The label of a token that is ignored."""
 
-# up to this number of classes every label's loss is taken, weighted by its probability, rather than one drawn
+# up to this number of classes every label's loss is used, weighted by its probability, instead of a sampled one
 _FEW_CLASSES = 8
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of each example, and how much it counts in a mean over examples.
+    """A loss of each example, and its weight in a mean over examples.
 
     Attributes:
         loss: ``(batch,)`` float32, with gradient.
-        weight: ``(batch,)`` float32, without; the weights of an example's objectives sum to 1, or to 0 where it has no
+        weight: ``(batch,)`` float32, without; the weights of an example's objectives sum to 1, or to 0 if it has no
             label.
     """
 
@@ -38,16 +38,16 @@ class Objective:
 
 
 def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Tensor]) -> Objective:
-    """The loss on the labels, for each example as if it were a batch by itself.
+    """The loss on the labels, for each example as if it were a batch of its own.
 
-    Cross-entropy for classes, the mean over an example's labels where tokens have them; mean squared error for one
+    Cross-entropy for classes, the mean over an example's labels if tokens have them; mean squared error for one
     output (or ``problem_type="regression"``); the mean of binary cross-entropies for float labels in several columns.
-    Causal language models predict the next token: without ``labels`` the text is its own.
+    Causal language models predict the next token: without ``labels`` the text itself is used.
 
     Args:
-        model: whose outputs these are.
-        outputs: with ``logits``.
-        batch: with ``labels``.
+        model: the model.
+        outputs: its outputs, with ``logits``.
+        batch: inputs with ``labels``.
 
     Raises:
         LmcompressError: If there are no labels, or no logits.
@@ -58,13 +58,13 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
         labels = batch["input_ids"].masked_fill(~valid_tokens(batch), IGNORED)
     if labels is None:
         raise LmcompressError(
-            f"this criterion must have labels in every batch, got {', '.join(batch)}; add a column 'labels', or let "
-            'the model answer for itself with labels="self"'
+            f"this criterion needs labels in every batch, got {', '.join(batch)}; add a column 'labels', or use "
+            'the model\'s own predictions with labels="self"'
         )
     logits = _logits(outputs)
     if logits is None:
         raise LmcompressError(
-            f"{type(model).__name__} must give logits to have a loss on labels, it gives {', '.join(outputs)}; use "
+            f"{type(model).__name__} must return logits to have a loss on labels, it returns {', '.join(outputs)}; use "
             'labels="self", or a model with a head'
         )
     if logits.dim() == 3:
@@ -82,26 +82,26 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
 def own_objectives(
     model: PreTrainedModel, outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator
 ) -> list[Objective]:
-    r"""Losses on labels drawn from the model's own answer, for calibration without labels.
+    r"""Losses on labels sampled from the model's own predictions, for calibration without labels.
 
-    The loss against the model's own probabilities is of no use: at the model itself its gradient is zero. But the loss
-    on a label y that is *drawn* from them, :math:`-\log p(y)`, has a gradient whose mean is zero and whose second
-    moment is the Fisher information, that is, the curvature of the divergence between the model and what it becomes
-    when a gate moves (Kwon et al. 2022 take the same quantity on given labels). So:
+    The loss against the model's own probabilities is useless: at the model itself its gradient is zero. But the loss
+    on a label y *sampled* from them, :math:`-\log p(y)`, has a gradient whose mean is zero and whose second
+    moment is the Fisher information, that is, the curvature of the divergence between the model and the model with
+    a gate changed (Kwon et al. 2022 use the same quantity on given labels). So:
 
-    - up to 8 classes: every label, weighted by its probability, which is the expectation itself; more: one is drawn;
-    - tokens: one label is drawn for each valid token, of causal models for each that is predicted; mean over them;
-    - several labels at once: each is drawn to be there or not;
-    - regression: the answer is the mean of a Gaussian of variance 1, and the draw is one standard deviation off, up or
-      down. For one output the gradient is then that of the output itself, and nothing is random;
-    - a model without head: the same, for each number of its last hidden state; mean over valid tokens.
+    - up to 8 classes: every label, weighted by its probability, which is the exact expectation; more: one is sampled;
+    - tokens: one label is sampled for each valid token, in causal models for each predicted one; mean over them;
+    - multi-label: each label is sampled independently;
+    - regression: the output is the mean of a Gaussian of variance 1, and the sample is one standard deviation off, up
+      or down. For one output the gradient is then that of the output itself, without randomness;
+    - a model without head: the same, for each element of its last hidden state; mean over valid tokens.
 
     Args:
-        model: whose outputs these are.
-        outputs: with ``logits`` or ``last_hidden_state``.
-        batch: labels are not looked at, except to tell several labels at once by their dtype.
-        generator: on the CPU; it is asked for numbers example by example, and as many as that example has valid tokens,
-            so that draws do not depend on batches or padding.
+        model: the model.
+        outputs: its outputs, with ``logits`` or ``last_hidden_state``.
+        batch: labels are ignored, except that their dtype identifies multi-label tasks.
+        generator: on the CPU; used example by example, once per valid token,
+            so that samples do not depend on batches or padding.
 
     Raises:
         LmcompressError: If the outputs have neither logits nor hidden states.
@@ -111,8 +111,8 @@ def own_objectives(
         hidden = outputs.get("last_hidden_state")
         if hidden is None:
             raise LmcompressError(
-                f"{type(model).__name__} must give logits or last_hidden_state, it gives {', '.join(outputs)}: there "
-                "is nothing to draw labels from; use a criterion without gradients"
+                f"{type(model).__name__} must return logits or last_hidden_state, got {', '.join(outputs)}: there "
+                "is nothing to sample labels from; use a criterion without gradients"
             )
         return [_evenly(_signed_sum(hidden, mask, generator))]
     if logits.dim() == 3:
@@ -175,7 +175,7 @@ def _uniform_per_token(mask: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """By the inverse of the cumulative distribution."""
+    """Sampling by the inverse of the cumulative distribution."""
     cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
     return drawn.clamp_max(logits.shape[-1] - 1)

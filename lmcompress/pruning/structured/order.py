@@ -22,9 +22,9 @@ Order = Literal["score", "cost"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 KEEP_AT_LEAST: dict[Part, int] = {"heads": 1, "neurons": 1, "attention": 0, "ffn": 0, "layers": 1, "hidden": 1}
-"""Units of each part that always stay: heads and neurons of every block, of the others in the model."""
+"""Minimum number of units kept of each part: heads and neurons of every block, others of the model."""
 
-# parts whose units cost the same in one place, so that there the least score always goes first
+# parts whose units have equal costs in one place, so that the lowest score there always goes first
 _ALIKE: tuple[Part, ...] = ("heads", "neurons", "hidden")
 
 # rounds in which order="cost" goes through the layers
@@ -35,19 +35,19 @@ NEVER = torch.iinfo(torch.long).max
 
 @dataclass
 class Groups:
-    """Units that are cut together, all lists one after another, in each list the least score first.
+    """Groups of units that are cut together, all lists concatenated, in each list the lowest score first.
 
     Attributes:
-        members: for each tensor of the scores, the number of the group of each unit; -1 for one that always stays, -2
-            for one that is pruned already.
-        part: of each group, as a number in PARTS.
-        source: number of the tensor that each group is of.
+        members: for each tensor of the scores, the group number of each unit; -1 for units that always stay, -2
+            for pruned ones.
+        part: part of each group, as a number in PARTS.
+        source: number of the tensor of each group.
         value: score per cost of each group.
-        mean: for each tensor, the mean score per cost of what is not pruned.
-        share: position of each group in its tensor's list, those that are pruned already before it, in (0, 1].
-        totals: groups of each part, by its number in PARTS, those that always stay and those that are pruned too.
-        gone: groups of each part that are gone already.
-        costs: for each tensor, the cost of all of it.
+        mean: for each tensor, the mean score per cost of the remaining units.
+        share: position of each group in its tensor's list, after the pruned ones, in (0, 1].
+        totals: number of groups of each part, by its number in PARTS, including fixed and pruned ones.
+        gone: number of pruned groups of each part.
+        costs: for each tensor, its total cost.
     """
 
     members: list[Tensor]
@@ -64,15 +64,15 @@ class Groups:
 def group_units(
     scores: Units, left: Units, sizes: ModelSizes, cost: CostModel, multiple_of: int, keep: Mapping[Part, int]
 ) -> Groups:
-    """Put units that are cut together into groups.
+    """Group units that are cut together.
 
     Args:
-        scores: of the units.
-        left: bool, False where a unit is pruned already.
-        sizes: of the model.
-        cost: that scores are divided by.
+        scores: scores of the units.
+        left: bool, False if a unit is pruned already.
+        sizes: sizes of the model.
+        cost: cost by which scores are divided.
         multiple_of: size of the groups of neurons and hidden dimensions.
-        keep: units of each part that always stay.
+        keep: minimum number of units of each part.
     """
     members: list[Tensor] = []
     parts: list[Tensor] = []
@@ -92,13 +92,13 @@ def group_units(
         places = there.nonzero().flatten()
         per_cost = (tensor.detach().cpu().double() / unit_costs)[places]
         by_score = per_cost.argsort(stable=True)
-        # the first group is the small one: what stays after it is a multiple
+        # the first group is the small one: the remaining count is a multiple
         first = len(places) % size
         index = torch.empty(len(places), dtype=torch.long)
         index[by_score] = (torch.arange(len(places)) - first).div(size, rounding_mode="floor") + (first > 0)
         count, every = -(-len(places) // size), -(-len(tensor) // size)
         removable = max(0, len(places) - keep[part])
-        # groups that would go below what must stay are left alone
+        # groups that would go below the minimum are kept
         ends = torch.bincount(index, minlength=count).cumsum(0)
         free = int((ends <= removable).sum())
         means = torch.zeros(count, dtype=torch.float64).scatter_reduce_(0, index, per_cost, "mean", include_self=False)
@@ -122,8 +122,8 @@ def steps_of(groups: Groups, ranking: Ranking, order: Order) -> Tensor:
     """Step at which each group is cut, from 0.
 
     Args:
-        groups: of :func:`group_units`.
-        ranking: what is compared with what.
+        groups: from :func:`group_units`.
+        ranking: scope of the comparison.
         order: by score, or sub-layer by sub-layer by cost.
     """
     if order == "cost":
@@ -131,14 +131,14 @@ def steps_of(groups: Groups, ranking: Ranking, order: Order) -> Tensor:
         rank = torch.empty_like(costs)
         rank[costs.argsort(descending=True, stable=True)] = torch.arange(len(costs), dtype=torch.float64)
         rounds = (groups.share * _ROUNDS - 1e-9).floor()
-        # within a round and a sub-layer, the least score first
+        # within a round and a sub-layer, the lowest score first
         return _positions(rounds * len(costs) + rank[groups.source] + groups.share / 2)
     if ranking == "global":
         return _positions(groups.value)
     if ranking == "relative":
         return _positions(groups.value / groups.mean.clamp_min(torch.finfo(torch.float64).tiny)[groups.source])
     if ranking == "per_layer":
-        # what has the same place in its list goes at the same time, or the first blocks would lose more
+        # groups at the same place in their lists are cut together, or the first blocks would lose more
         return torch.unique(groups.share.round(decimals=12), return_inverse=True)[1]
     share = torch.zeros_like(groups.value)
     for part in groups.part.unique():
@@ -155,22 +155,22 @@ def _positions(keys: Tensor) -> Tensor:
 
 
 class Plan:
-    """The order in which groups go, and the mask after n steps."""
+    """The order in which groups are cut, and the mask after n steps."""
 
     def __init__(self, scores: Units, groups: Groups, steps: Tensor) -> None:
         self.last = int(steps.max()) if len(steps) else -1
         self._scores = scores
         self._alike = [part in _ALIKE for part, _, _ in scores.items()]
-        # those that are pruned went before everything; those that always stay never go; both are read from the end
+        # pruned groups come before everything; fixed ones are never cut; both are read from the end
         extended = torch.cat([steps, torch.tensor([-1, NEVER])])
         self._when = [extended[members] for members in groups.members]
 
     def mask(self, step: int) -> Units:
-        """What stays when everything before ``step`` has gone."""
+        """The remaining units once everything before ``step`` is cut."""
         return self._build([when >= step for when in self._when])
 
     def without(self, step: int) -> Plan:
-        """The same order, in which what goes at ``step`` always stays, and what is alike and better with it."""
+        """The same order, in which the group at ``step`` always stays, and better ones of its kind with it."""
         other = copy.copy(self)
         other._when = [
             torch.where(when >= step if alike and bool((when == step).any()) else when == step, NEVER, when)
@@ -179,7 +179,7 @@ class Plan:
         return other
 
     def with_step(self, mask: Units, step: int) -> Units | None:
-        """The mask with what goes at ``step`` put back; None where something alike and better would still be pruned."""
+        """The mask with the group at ``step`` restored; None if a better one of its kind would still be pruned."""
         tensors = []
         for (_, _, kept), when, alike in zip(mask.items(), self._when, self._alike, strict=True):
             back = when == step

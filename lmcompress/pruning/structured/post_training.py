@@ -32,28 +32,28 @@ def prune(
     progress: bool = False,
     before_cut: Callable[[PreTrainedModel], object] | None = None,
 ) -> PruningReport:
-    """Score, choose, perhaps repair, and cut, without training: the schedules one_shot and iterative.
+    """Score, choose, optionally repair, and cut, without training: the schedules one_shot and iterative.
 
-    With ``iterative``, each round is scored with what is pruned already masked. The model is changed at the end only:
-    whatever is refused leaves it as it was, but for a repair.
+    With ``iterative``, each round scores the model with the pruned units masked. The model changes only at the end:
+    any error leaves it as it was, except for a repair.
 
     Args:
         model: cut in place.
-        config: what is pruned, and how; shares of training in its schedule do not matter here.
-        batches: calibration data, labels included where the criterion needs them; none for criteria of weights alone.
+        config: the configuration; shares of training in its schedule are ignored.
+        batches: calibration data, with labels if the criterion needs them; none for criteria of weights only.
         cost: a latency table, for a latency target.
-        progress: show a bar while scoring.
-        before_cut: called with the masked model before it is cut, for instance to keep its outputs for the round-trip
+        progress: whether to show a bar while scoring.
+        before_cut: called with the masked model before it is cut, for example to keep its outputs for the round-trip
             check of :meth:`~lmcompress.model.CompressedModel.save_pretrained`.
 
     Returns:
-        What was done.
+        The result.
 
     Raises:
         LmcompressError: If the schedule needs training, no shape meets the target, the model is quantized by another
-            library, the criterion is one of your own without a name, or as
+            library, the criterion is a custom one without a name, or as
             :func:`~lmcompress.pruning.structured.scoring.score`.
-        EquivalenceError: If the cut model gives other outputs than the masked one.
+        EquivalenceError: If the outputs of the cut model differ from the masked one's.
     """
     inner = model.model if isinstance(model, CompressedModel) else model
     if config.trains:
@@ -76,7 +76,7 @@ def prune(
             scores = calibrated(inner, config, data, progress=progress)
             new = choose(config, scores, sizes, target, cost=cost, gone=mask)
             if number == rounds:
-                # of the dense model: what earlier rounds pruned is compensated too
+                # of the dense model: units pruned in earlier rounds are compensated too
                 gates.set(new.map(lambda tensor: torch.ones(len(tensor))))
                 end.repair(new, data)
             mask = new

@@ -1,4 +1,4 @@
-"""From scores to a mask: how much to cut, and where."""
+"""From scores to a mask: the number of units to cut, and their places."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lmcompress.pruning.structured.order import (
 from lmcompress.pruning.structured.targets import Shape, Target, counted_in
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, masked_structure, unit_shapes
 
-# of what is cut last, so much is tried again one by one, where the last piece was a large one
+# this many of the last cuts are retried one by one if the last group was a large one
 _PUT_BACK = 200
-# a budget is met well enough when no more than this share of it is left, and large pieces are
+# a budget is met when at most this share of it is left, and large groups are
 # avoided at most this number of times
 _NEAR, _TRIES = 0.04, 16
 
@@ -41,44 +41,45 @@ def select(
     cost: CostModel | None = None,
     gone: Units | None = None,
 ) -> Units:
-    """The mask that meets a target by cutting the units of the least score.
+    """The mask that meets a target by cutting the units with the lowest scores.
 
-    - ``ranking="global"``: all units in one list by score per cost. A part whose scores are of another scale than
-      another's (heads beside neurons under :func:`~lmcompress.pruning.structured.criteria.apoz`) then goes first as a
+    - ``ranking="global"``: all units in one list by score per cost. A part whose scores have a different scale from
+      another's (heads and neurons under :func:`~lmcompress.pruning.structured.criteria.apoz`) is then cut first as a
       whole.
     - ``"per_layer"``: the same share of every block, for widths that stay even.
-    - ``"isomorphic"``: units are compared with their like only, heads with heads and neurons with neurons, in all
+    - ``"isomorphic"``: units are compared only with their kind, heads with heads and neurons with neurons, in all
       blocks; each part loses the same share. Fang et al. 2024, https://arxiv.org/abs/2407.04616.
-    - ``"relative"``: all units in one list, by score over the mean of its like in its block (over all, of parts that
-      have one number per block), so that neither scales nor costs of blocks and parts count. For scores that do not
-      add up to a change of the loss; it is how torch-pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900)
-      ranks globally.
+    - ``"relative"``: all units in one list, by score over the mean of its kind in its block (over all, for parts that
+      have one number per block), so that scales and costs of blocks and parts do not matter. For scores that do not
+      add up to a change of the loss; torch-pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900)
+      ranks globally in this way.
 
-    With ``order="cost"`` the sub-layers take turns in ten rounds, the most costly first, each losing a tenth of
-    its units a round until the target is met, so that costly ones lose more: the order of Yang et al. 2017, section 3.
+    With ``order="cost"`` the sub-layers take turns in ten rounds, the costliest first, each losing a tenth of
+    its units per round until the target is met, so that costly ones lose more: the order of Yang et al. 2017, section
+        3.
 
     Args:
-        scores: of the parts that may be cut; greater stays longer.
-        sizes: of the model that was scored.
-        target: how much.
-        ranking: what is compared with what.
+        scores: scores of the parts that may be cut; higher ones are kept longer.
+        sizes: sizes of the scored model.
+        target: the target.
+        ranking: scope of the comparison.
         order: by score, or sub-layer by sub-layer by cost.
-        multiple_of: neurons and hidden dimensions go in groups so that counts which change are multiples of this.
-        keep_at_least: units of each part that stay, over :data:`KEEP_AT_LEAST`.
-        cost: that scores are divided by, and that a latency target is read from; a
-            :class:`~lmcompress.pruning.structured.latency.LatencyTable` then. Default: what the target is counted in.
-        gone: a mask of an earlier round, of the same parts: units that are False there are never in the result, and
-            count in every share as cut already.
+        multiple_of: group size of neurons and hidden dimensions: counts that change are multiples of it.
+        keep_at_least: minimum number of units of each part, overriding :data:`KEEP_AT_LEAST`.
+        cost: cost that scores are divided by, and that a latency target is read from; a
+            :class:`~lmcompress.pruning.structured.latency.LatencyTable` then. Default: the target's own unit.
+        gone: mask of an earlier round, of the same parts: units that are False there are never in the result, and
+            count as cut in every share.
 
     Returns:
-        A bool mask of the parts that have scores; True stays. Its cost is at most the target's. Where the last piece is
-        so large (a block, say) that the target would be missed by more than 4 %, it stays and smaller ones go in its
-        place, if there are any; ``per_layer`` keeps its even widths instead.
+        A bool mask of the parts that have scores; True is kept. Its cost is at most the target's. If the last group is
+        so large (a block, say) that the target would be missed by more than 4 %, it is kept and smaller ones are cut
+        instead, if there are any; ``per_layer`` keeps its even widths instead.
 
     Raises:
-        LmcompressError: If no shape meets the target (the message says the least that can be reached), the model meets
-            it already, a latency target has no table, scores are not of the model's shapes or NaN, or an argument is
-            out of range.
+        LmcompressError: If no shape meets the target (the message gives the lowest cost that can be reached), the model
+            already meets it, a latency target has no table, scores do not fit the model's shapes or are NaN, or an
+            argument is out of range.
     """
     _check(scores, sizes, ranking, order, multiple_of, keep_at_least)
     keep = {**KEEP_AT_LEAST, **(keep_at_least or {})}
@@ -104,7 +105,7 @@ def select(
     low = _first_step(plan, lambda mask: reached(mask) <= budget)
     if low == 0 and gone is None:
         raise LmcompressError(
-            f"the model meets the target {target.kind}={getattr(target, target.kind)} as it is: nothing would be cut"
+            f"the model already meets the target {target.kind}={getattr(target, target.kind)}: nothing would be cut"
         )
     if ranking == "per_layer" and order == "score":
         return plan.mask(low)
@@ -133,7 +134,7 @@ def _check(
             if bool((tensor < 0).any()):
                 raise LmcompressError(
                     f"scores must be >= 0 to be compared with their mean, got {float(tensor.min()):.4g} for {part} in "
-                    f"block {block}: take another ranking than relative"
+                    f"block {block}: use another ranking than relative"
                 )
     if order not in ORDERS:
         raise LmcompressError(f"unknown order {order!r}{nearest(order, ORDERS)}")
@@ -150,7 +151,7 @@ def _check(
 def _budget(
     target: Target, sizes: ModelSizes, cost: CostModel | None
 ) -> tuple[CostModel, float, Callable[[float], str]]:
-    """What the target is counted in, how much of it may stay, and the same for a message."""
+    """The cost that the target is counted in, its budget, and a formatter for messages."""
     counted = counted_in(target, sizes, cost)
     dense = counted.cost(sizes.structure)
     if target.latency_ms is not None:
@@ -158,7 +159,7 @@ def _budget(
     if target.parameters is not None:
         return counted, target.parameters, lambda value: f"{value:.0f} parameters"
     if target.sparsity is not None:
-        # a hair of tolerance: 1 - 0.9 is not 0.1
+        # a small tolerance: 1 - 0.9 is not 0.1
         budget = (1 - target.sparsity) * dense * (1 + 1e-9)
         return counted, budget, lambda value: f"a sparsity of {1 - value / dense:.4f}"
     share = target.flops_share or target.latency_share or 0.0
@@ -179,12 +180,12 @@ def _left(scores: Units, sizes: ModelSizes, gone: Units | None) -> Units:
 
 
 def _last(scores: Tensor, left: Tensor) -> Tensor:
-    """Scores in which those that are pruned already are the least."""
+    """Scores in which pruned units are the lowest."""
     return scores.detach().cpu().double().masked_fill(~left, float("-inf"))
 
 
 def _first_step(plan: Plan, fits: Callable[[Units], bool]) -> int:
-    """The least number of steps after which the mask fits; costs fall from step to step."""
+    """The smallest number of steps after which the mask fits; costs fall from step to step."""
     low, high = 0, plan.last + 1
     while low < high:
         middle = (low + high) // 2
@@ -193,10 +194,10 @@ def _first_step(plan: Plan, fits: Callable[[Units], bool]) -> int:
 
 
 def _around_large_pieces(plan: Plan, low: int, reached: Callable[[Units], float], budget: float) -> tuple[Plan, int]:
-    """Where the last piece was so large that the budget is missed from below, keep it and go on with smaller ones."""
+    """If the last group was so large that the budget is undershot, keep it and continue with smaller ones."""
     best = reached(plan.mask(low)), plan, low
     for _ in range(_TRIES):
-        # before the first step lies what is pruned already
+        # pruned units come before the first step
         if best[0] >= (1 - _NEAR) * budget or low == 0:
             break
         plan = plan.without(low - 1)
@@ -209,7 +210,7 @@ def _around_large_pieces(plan: Plan, low: int, reached: Callable[[Units], float]
 
 
 def _put_back(mask: Units, plan: Plan, step: int, fits: Callable[[Units], bool]) -> Units:
-    """Give back, the best first, what the last and largest piece made unnecessary to cut."""
+    """Restore, the best first, the units whose cut the last and largest group made unnecessary."""
     for earlier in range(step - 2, max(-1, step - 2 - _PUT_BACK), -1):
         tried = plan.with_step(mask, earlier)
         if tried is not None and fits(tried):
@@ -232,7 +233,7 @@ def _select_shape(scores: Units, sizes: ModelSizes, shape: Shape) -> Units:
     for part, wanted in asked.items():
         if wanted is not None and getattr(scores, part) is None:
             raise LmcompressError(
-                f"the target shape names {part}, so there must be scores of them, got those of "
+                f"the target shape names {part}, so scores of them are needed, got those of "
                 f"{', '.join(scores.parts())}; score that part too"
             )
     layers = torch.ones(len(structure.blocks), dtype=torch.bool)
@@ -247,7 +248,7 @@ def _select_shape(scores: Units, sizes: ModelSizes, shape: Shape) -> Units:
         each = (counts,) * len(staying) if isinstance(counts, int) else counts
         if len(each) != len(staying):
             raise LmcompressError(
-                f"the target shape must name {part} for each of the {len(staying)} layers that stay, got {len(each)}"
+                f"the target shape must name {part} for each of the {len(staying)} remaining layers, got {len(each)}"
             )
         wanted_of = dict(zip(staying, each, strict=True))
         parts[part] = tuple(
@@ -260,7 +261,7 @@ def _select_shape(scores: Units, sizes: ModelSizes, shape: Shape) -> Units:
         parts["hidden"] = _top(scores.hidden, shape.hidden, "hidden dimensions")
     mask = Units().updated(**parts)
     if all(bool(tensor.all()) for _, _, tensor in mask.items()):
-        raise LmcompressError("the model has the target shape already: nothing would be cut")
+        raise LmcompressError("the model already has the target shape: nothing would be cut")
     return mask
 
 
@@ -268,6 +269,6 @@ def _top(scores: Tensor, count: int, what: str) -> Tensor:
     if count > len(scores):
         raise LmcompressError(f"the target shape must have at most the {len(scores)} {what} there are, got {count}")
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    # the last of equals goes, as in torch's stable sort
+    # among equals the last is cut, as in torch's stable sort
     mask[scores.detach().cpu().double().argsort(descending=True, stable=True)[:count]] = True
     return mask

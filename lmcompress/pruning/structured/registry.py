@@ -1,4 +1,4 @@
-"""The criteria by name, and what each is fed with."""
+"""The criteria by name, and the inputs of each."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Criterion:
     ``products``   ``(list of (batch, units)) -> (batch, units)``, weights · gradients by matrix   mean of examples
     ``activations``  ``(activations (tokens, units[, size])) -> (units,)``, a mean over tokens     mean of tokens
     ``pooled``     ``(means (examples, units)) -> (units,)``, of all examples at once
-    ``norms``      ``(weight (out, in), norm (in,)) -> (out, in)``, of what reads the units        sum of columns
+    ``norms``      ``(weight (out, in), norm (in,)) -> (out, in)``, of weights that read the units sum of columns
     ``attention``  ``(probabilities, mask, causal=) -> (batch, heads + 1)``, sums and count        mean
     ``blocks``     ``(before (tokens, d), after (tokens, d)) -> (tokens,)``                        mean of tokens
     ============== =============================================================================== ==============
 
     Attributes:
-        name: for messages and reports.
+        name: name in messages and reports.
         needs: see the table.
-        parts: parts that it can score.
-        function: see the table; a greater score stays longer.
-        signed: whether the score is a sum of values of both signs, which has a meaning with given labels only.
-        flip: whether a greater value means that a unit is pruned sooner; the score is then 1 minus the value.
+        parts: parts it can score.
+        function: see the table; units with higher scores are kept longer.
+        signed: whether the score is a sum of values of both signs, which is meaningful only with given labels.
+        flip: whether units with higher values are pruned sooner; the score is then 1 minus the value.
 
     Example:
         >>> spread = Criterion("spread", "weights", ("heads", "neurons"), lambda group: group.std(dim=1))
@@ -78,7 +78,7 @@ class Criterion:
 
     @property
     def sums_in_training(self) -> bool:
-        """Whether training can sum it on its way (``scores: training``): it reads the gradients of gates alone."""
+        """Whether training can accumulate it (``scores: training``): it uses only the gradients of gates."""
         return self.needs == "gates"
 
 
@@ -105,9 +105,9 @@ CRITERIA: Registry[Criterion] = Registry(
     lambda part: isinstance(part, Criterion),
     "a lmcompress.pruning.Criterion",
 )
-"""The criteria by name; one of your own is a :class:`Criterion`, or its name ``module:attribute``.
+"""The criteria by name; a custom one is a :class:`Criterion`, or its name ``module:attribute``.
 
-Another ``epsilon`` or number of bins: ``replace(criterion, function=partial(...))``.
+To change ``epsilon`` or the number of bins: ``replace(criterion, function=partial(...))``.
 """
 
 
@@ -115,6 +115,6 @@ def criteria_for(parts: Collection[Part]) -> str:
     """Names of the built-in criteria that can score given parts, for messages.
 
     Args:
-        parts: all of which must be scored.
+        parts: parts that all must be scored.
     """
     return ", ".join(name for name, criterion in CRITERIA.items() if set(parts) <= set(criterion.parts))

@@ -1,4 +1,4 @@
-"""Compensating what a mask prunes, in closed form, without training."""
+"""Closed-form compensation of pruned units, without training."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lmcompress.pruning.unstructured.scoring import Batch
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did to one sub-layer.
+    """The effect of a repair on one sub-layer.
 
     Attributes:
         block: its block, from 0.
         part: ``heads`` (the output projection of attention) or ``neurons`` (the second matrix of the feed-forward
             network).
-        error_before: of the sub-layer's output on the calibration data, once the mask is applied: squared error over
-            the squared norm of what the dense sub-layer adds to its bias.
+        error_before: error of the sub-layer's output on the calibration data with the mask applied: squared error over
+            the squared norm of the dense sub-layer's output without its bias.
         error_after: the same with the repair.
     """
 
@@ -44,30 +44,30 @@ class Repaired:
 def least_squares(
     model: PreTrainedModel, mask: Units, batches: Iterable[Batch], *, damping: float = 1e-4
 ) -> list[Repaired]:
-    r"""Re-fit every output projection that loses inputs, so that those that stay stand in for those that go.
+    r"""Re-fit every output projection that loses inputs, so that the remaining ones compensate the pruned ones.
 
     For inputs X of the dense model, split into those that are kept (with a column of ones for the bias) and removed,
 
     .. math:: \min_\Delta \| X_r W_r - X_k \Delta \|^2 + \lambda \|\Delta\|^2, \qquad
         \Delta = (X_k^T X_k + \lambda I)^{-1} X_k^T X_r W_r
 
-    is added to the weights and the bias that stay. The ridge pulls towards the weights as they were, not towards zero,
+    is added to the remaining weights and the bias. The ridge pulls towards the original weights, not towards zero,
     so that on the calibration data no sub-layer is ever worse than without repair. Normal equations are summed over
     batches in float64: memory is that of one ``(width, width)`` matrix per sub-layer. One pass.
 
     Args:
-        model: dense, with the shapes of the mask; changed in place. Columns of what goes become zero, so that it
-            computes what it will once it is :func:`~lmcompress.pruning.structured.surgery.cut` (of whole sub-layers,
-            blocks and hidden dimensions, only once they are).
-        mask: bool, True stays. ``heads`` and ``neurons`` are repaired; sub-layers and blocks that go are left out.
-        batches: calibration data; padding does not count.
+        model: dense, with the shapes of the mask; modified in place. Columns of pruned units become zero, so that it
+            computes the result of :func:`~lmcompress.pruning.structured.surgery.cut` (for whole sub-layers,
+            blocks and hidden dimensions, only after that).
+        mask: bool, True is kept. ``heads`` and ``neurons`` are repaired; pruned sub-layers and blocks are skipped.
+        batches: calibration data; padding is ignored.
         damping: λ as a share of the mean square of the inputs.
 
     Returns:
-        What was done, for each sub-layer that loses some of its inputs.
+        The result for each sub-layer that loses some of its inputs.
 
     Raises:
-        LmcompressError: If the mask is of another shape or prunes no head and no neuron, damping is not positive or too
+        LmcompressError: If the mask has another shape or prunes no head and no neuron, damping is not positive or too
             small for the data, or there are no calibration data.
 
     Reference:
@@ -101,21 +101,21 @@ def least_squares(
 def least_squares_in_order(
     model: PreTrainedModel, mask: Units, batches: Iterable[Batch], *, damping: float = 1e-4
 ) -> list[Repaired]:
-    r"""As :func:`least_squares`, sub-layer by sub-layer, each on the inputs that it will really have.
+    r"""As :func:`least_squares`, sub-layer by sub-layer, each on its actual inputs after pruning.
 
     Inputs are those of the pruned model, repaired up to there, and targets are the outputs of the dense one, so that
-    each sub-layer also compensates what earlier ones have lost, and those that lose nothing themselves are re-fitted
-    too. It needs a copy of the model and two forward passes over the data for each sub-layer, and is worth that where
+    each sub-layer also compensates the losses of earlier ones, and those that lose nothing themselves are re-fitted
+    too. It needs a copy of the model and two forward passes over the data for each sub-layer, which pays off if
     much is cut.
 
     Args:
-        model: as in :func:`least_squares`; changed in place.
-        mask: bool, True stays; all parts are applied while fitting.
+        model: as in :func:`least_squares`; modified in place.
+        mask: bool, True is kept; all parts are applied while fitting.
         batches: calibration data, iterated many times: a list, not a generator.
         damping: λ as a share of the mean square of the inputs.
 
     Returns:
-        What was done, for each sub-layer that has inputs left; errors are against the dense model's output, with the
+        The result for each sub-layer that has inputs left; errors are relative to the dense model's output, with the
         inputs of the pruned one.
 
     Raises:
@@ -148,20 +148,20 @@ def least_squares_in_order(
 
 
 def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch]) -> list[Repaired]:
-    """Put the mean of what goes into the bias of what read it.
+    """Add the mean contribution of pruned units to the bias of the projection that read them.
 
     The cheapest repair: it never makes a sub-layer worse on the calibration data, and cannot overfit them.
 
     Args:
-        model: dense, with the shapes of the mask; changed in place, as by :func:`least_squares`.
-        mask: bool, True stays.
-        batches: calibration data; padding does not count.
+        model: dense, with the shapes of the mask; modified in place, as by :func:`least_squares`.
+        mask: bool, True is kept.
+        batches: calibration data; padding is ignored.
 
     Returns:
-        What was done, for each sub-layer that loses some of its inputs.
+        The result for each sub-layer that loses some of its inputs.
 
     Raises:
-        LmcompressError: If the mask is of another shape or prunes no head and no neuron, an output projection has no
+        LmcompressError: If the mask has another shape or prunes no head and no neuron, an output projection has no
             bias, or there are no calibration data.
 
     Reference:
@@ -171,8 +171,8 @@ def compensate_bias(model: PreTrainedModel, mask: Units, batches: Iterable[Batch
     for layer in layers:
         if layer.module.bias is None:
             raise LmcompressError(
-                f"the output projection of {layer.part} in block {layer.block} must have a bias to take the mean of "
-                "what goes, it has none; use least_squares"
+                f"the output projection of {layer.part} in block {layer.block} must have a bias to absorb the mean of "
+                "pruned units, it has none; use least_squares"
             )
     sums = [torch.zeros(0)] * len(layers)
     counts, before, squares = [0] * len(layers), [0.0] * len(layers), [0.0] * len(layers)
@@ -216,7 +216,7 @@ def _look(
 
 
 class _SubLayer:
-    """An output projection, and which of its inputs stay."""
+    """An output projection and its remaining inputs."""
 
     def __init__(self, block: int, part: Part, name: str, module: nn.Module, kept: Tensor) -> None:
         self.block, self.part, self.name, self.module, self.kept = block, part, name, module, kept
@@ -236,12 +236,12 @@ class _SubLayer:
         return torch.cat([weight, _exact(bias.detach())[None]]) if isinstance(bias, Tensor) else weight
 
     def fit(self, gram: Tensor, cross: Tensor, before: float, square: float, damping: float) -> Repaired:
-        """Solve the normal equations for the change of what stays, and make it."""
+        """Solve the normal equations for the change of the remaining weights, and apply it."""
         ridge = damping * float(gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram)).to(gram))
         if int(failed) or not bool(gram.isfinite().all()):
             raise LmcompressError(
-                f"inputs of {self.part} in block {self.block} must not depend on one another exactly or be infinite "
+                f"inputs of {self.part} in block {self.block} must not be linearly dependent or infinite "
                 f"where damping is only {damping}; raise damping, or use more calibration data"
             )
         change = torch.cholesky_solve(cross, factor)
@@ -252,7 +252,7 @@ class _SubLayer:
 
     @torch.no_grad()
     def change(self, columns: Tensor, bias: Tensor | None) -> None:
-        """Add to the columns that stay (none: leave them) and to the bias; zero those that go."""
+        """Add to the remaining columns (None leaves them) and to the bias; zero the pruned ones."""
         weight = weight_view(self.module)
         kept = self.kept.to(weight.device)
         changed = _exact(weight)
@@ -266,7 +266,7 @@ class _SubLayer:
 
     def report(self, before: float, after: float, square: float) -> Repaired:
         scale = square if square > 0 else 1.0
-        # rounding can leave a hair less than nothing
+        # rounding can make it slightly negative
         return Repaired(self.block, self.part, max(0.0, before) / scale, max(0.0, after) / scale)
 
 
@@ -297,7 +297,7 @@ class _InOrder:
 
 
 def _sub_layers(model: PreTrainedModel, mask: Units) -> list[_SubLayer]:
-    """The output projections that stay and have inputs, in the order in which the model runs them."""
+    """The remaining output projections that have inputs, in the order in which the model runs them."""
     anatomy = anatomy_of(model)
     check_units(mask, unit_shapes(structure_of(model), anatomy.hidden_size), "a mask")
     for part, _, tensor in mask.items():
@@ -325,7 +325,7 @@ def _losing(model: PreTrainedModel, mask: Units) -> list[_SubLayer]:
     losing = [layer for layer in _sub_layers(model, mask) if not bool(layer.kept.all())]
     if not losing:
         raise LmcompressError(
-            "a mask must take some heads or neurons out of a sub-layer that stays, got none: there is nothing to repair"
+            "a mask must prune some heads or neurons of a remaining sub-layer, got none: there is nothing to repair"
         )
     return losing
 
@@ -336,5 +336,5 @@ def _check_damping(damping: float) -> None:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """A copy in float64, on the CPU where the device has none."""
+    """A copy in float64, on the CPU if the device has no float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

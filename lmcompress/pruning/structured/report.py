@@ -1,4 +1,4 @@
-"""What pruning did, as data and as a table."""
+"""The result of pruning, as data and as a table."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lmcompress.checkpoint.schema import Structure
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What was cut, of how much, and whether the cut model is the masked one.
+    """Counts before and after pruning, and the difference between the cut and the masked model.
 
     Attributes:
-        before: shapes before.
-        after: shapes after.
+        before: original shapes.
+        after: pruned shapes.
         coverage: counts of every part and of parameters before and after (see
             :func:`~lmcompress.pruning.structured.surgery.coverage`).
-        target: what was asked for, as JSON types.
-        unit: what the target is counted in.
-        removed: share of that which is pruned.
-        asked: share of it that was asked for.
+        target: the requested target, as JSON types.
+        unit: unit of the target's cost.
+        removed: pruned share of the cost.
+        asked: requested share.
         method: schedule, criterion, ranking and repair, as JSON types.
-        masked_error: max abs difference between the outputs of the masked and the cut model, relative to the greatest
+        masked_error: max abs difference between the outputs of the masked and the cut model, relative to the max abs
             output.
-        repaired: of each sub-layer that was re-fitted, its error before and after.
+        repaired: for each re-fitted sub-layer, its error before and after.
         stock: whether the result loads without lmcompress, why not, and the nearest shape that would.
-        seconds: wall time of scoring, choosing and cutting, training not counted.
-        kept_heads: of each block before, the numbers of the heads that are left.
+        seconds: wall time of scoring, choosing and cutting, without training.
+        kept_heads: for each original block, the numbers of the remaining heads.
     """
 
     before: Structure
@@ -56,7 +56,7 @@ class PruningReport:
     def __rich__(self) -> Table:
         """A table for the terminal: one row for each part and one for each block."""
         table = Table(
-            title=f"pruned: {self.removed:.1%} of {self.unit} ({self.asked:.1%} asked for)",
+            title=f"pruned: {self.removed:.1%} of {self.unit} ({self.asked:.1%} requested)",
             caption=f"masked against cut: {self.masked_error:.1e} · "
             + ("loads with stock transformers" if self.stock.get("loads") else "needs lmcompress to load"),
         )

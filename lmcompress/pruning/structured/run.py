@@ -1,4 +1,4 @@
-"""A pruning run: what its schedule decides with, and what a training checkpoint keeps of it."""
+"""A pruning run: the inputs of its schedule's decisions, and the state in a training checkpoint."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lmcompress.schedules import phase_share
 
 
 class PruningState(nn.Module):
-    """Everything that decides what is masked, and how far the schedule is.
+    """Everything that determines the mask, and the progress of the schedule.
 
     Args:
         size: number of units.
 
     Attributes:
-        mask: ``(units,)`` bool, True stays.
-        values: ``(units,)`` float32, of the gates.
+        mask: ``(units,)`` bool, True is kept.
+        values: ``(units,)`` float32, values of the gates.
         scores: ``(units,)`` float32, running sums of ``scores: training``.
-        penalty: 0-d float32, strength of a penalty that is steered.
-        done: 0-d int64, events of the schedule that have happened.
-        seen: 0-d int64, 1 once ``scores`` holds something.
+        penalty: 0-d float32, strength of an adjusted penalty.
+        done: 0-d int64, number of events of the schedule so far.
+        seen: 0-d int64, 1 once ``scores`` holds values.
         learned: ``(units,)`` float32, ``log_alpha`` or movement scores.
         multipliers: ``(2,)`` float32, of the Lagrangian.
     """
@@ -58,19 +58,19 @@ class PruningState(nn.Module):
 
 
 class PruningRun:
-    """The model that is pruned, the goal, the state, and where training is.
+    """The model to prune, the goal, the state, and the progress of training.
 
     Args:
-        config: what is pruned, how much, and when.
+        config: the parts, the target and the schedule.
         student: the model, not wrapped; gets gates.
-        device: where it trains.
+        device: training device.
         cost: a latency table, for a latency target.
-        trainer: None where nothing is trained by one.
+        trainer: None without a trainer.
         calibration: batches for scores and repair; None: rows of the trainer's data.
 
     Attributes:
         step: optimizer steps done.
-        micro: forward passes since.
+        micro: forward passes since then.
         first: step at which the schedule begins; None before training.
         last: step of the schedule's last event.
         finished: whether the mask is final.
@@ -116,12 +116,12 @@ class PruningRun:
         """Share of the goal's cost that a mask removes.
 
         Args:
-            mask: bool, True stays.
+            mask: bool, True is kept.
         """
         return self.goal.share_removed(masked_structure(self.sizes.structure, mask))
 
     def calibration(self) -> list[Batch]:
-        """Batches for scores and repair, on the device; drawn once."""
+        """Batches for scores and repair, on the device; sampled once."""
         if self.calibration_data is None:
             config = self.config
             if self.trainer is None:

@@ -1,4 +1,4 @@
-"""Scores: a model and calibration data through a criterion, one number for each unit."""
+"""Importance scores of units: a criterion applied to a model and calibration data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lmcompress.pruning.structured.objectives import Labels
 from lmcompress.pruning.structured.registry import CRITERIA, Criterion, criteria_for
 from lmcompress.pruning.structured.units import PARTS, PER_BLOCK, Part, Units, check_units, full, unit_shapes
 
-# scores that differ by less, relative to the greatest, differ by rounding alone
+# scores that differ by less, relative to the largest, differ by rounding only
 _EQUAL = 1e-6
 
 
@@ -37,30 +37,30 @@ def score(
     seed: int = 0,
     progress: bool = False,
 ) -> Units:
-    """How important each unit of a model is.
+    """Importance scores of a model's units, one number per unit.
 
-    Absolute values and squares are taken for each example, and means over examples or valid tokens: the scores do not
-    depend on how the examples are put into batches, nor on padding. The model runs in evaluation mode and is left as it
-    was.
+    Absolute values and squares are taken for each example, and means over examples or valid tokens: the scores are
+    independent of batches and padding. The model runs in evaluation mode and is left
+    unchanged.
 
     Args:
-        model: of a known family, on any device.
-        criterion: a name in :data:`~lmcompress.pruning.structured.registry.CRITERIA`, ``module:attribute`` of one of
-            your own, or a :class:`~lmcompress.pruning.structured.registry.Criterion`.
+        model: a model of a known family, on any device.
+        criterion: a name in :data:`~lmcompress.pruning.structured.registry.CRITERIA`, ``module:attribute`` of a custom
+            one, or a :class:`~lmcompress.pruning.structured.registry.Criterion`.
         parts: units to score.
-        batches: calibration data; not needed where the criterion looks at weights alone.
-        labels: for criteria with gradients, ``given`` takes those of the batches (a causal language model without any
-            takes its text), ``self`` draws them from the model's own answer, see
+        batches: calibration data; not needed if the criterion uses only weights.
+        labels: for criteria with gradients, ``given`` uses those of the batches (a causal language model without any
+            uses its text), ``self`` samples them from the model's own predictions, see
             :func:`~lmcompress.pruning.structured.objectives.own_objectives`; that works for regression too.
-        seed: of what is drawn.
-        progress: shows a bar, on a terminal, where the number of batches is known.
+        seed: seed of the sampling.
+        progress: whether to show a bar, on a terminal, if the number of batches is known.
 
     Returns:
-        Float32 on the CPU, in the parts asked for; greater is more important.
+        Float32 on the CPU, in the requested parts; higher is more important.
 
     Raises:
         LmcompressError: If criterion or part are unknown, or do not go together; there are no calibration data, tokens
-            or labels; the model's own labels are asked for with a criterion whose sign matters; scores are of other
+            or labels; the model's own labels are requested with a signed criterion; scores have other
             shapes, NaN or infinite (the message names the block), or all equal in a part, which would prune at random.
     """
     chosen = CRITERIA.resolve(criterion)
@@ -87,10 +87,10 @@ def score(
 def calibrated(
     model: PreTrainedModel, config: PruningConfig, batches: Iterable[Batch], *, progress: bool = False
 ) -> Units:
-    """Scores as a configuration asks for them.
+    """Scores as configured.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         config: criterion, parts, labels and seed.
         batches: calibration data.
         progress: as for :func:`score`.
@@ -103,10 +103,10 @@ def calibrated(
 
 
 def normalized(scores: Units) -> Units:
-    """Scores of heads and neurons over their Euclidean norm in their block, as Michel et al. take them.
+    """Scores of heads and neurons over their Euclidean norm in their block, as in Michel et al.
 
     Args:
-        scores: of any parts; the other parts stay as they are.
+        scores: scores of any parts; the other parts are unchanged.
     """
     changed: dict[str, tuple[Tensor, ...]] = {}
     for part in PER_BLOCK:
@@ -116,14 +116,14 @@ def normalized(scores: Units) -> Units:
 
 
 def check_scores(scores: Units, name: str) -> None:
-    """Refuse scores that say nothing.
+    """Refuse scores without information.
 
     Args:
-        scores: of any parts.
-        name: of the criterion, for the message.
+        scores: scores of any parts.
+        name: name of the criterion in the message.
 
     Raises:
-        LmcompressError: If a score is NaN or infinite, or all scores of a part are equal, zero for instance.
+        LmcompressError: If a score is NaN or infinite, or all scores of a part are equal, zero for example.
     """
     for part, block, tensor in scores.items():
         bad = ~tensor.isfinite()
@@ -143,7 +143,7 @@ def check_scores(scores: Units, name: str) -> None:
         if len(values) > 1 and float(values.max() - values.min()) <= _EQUAL * float(values.abs().max()):
             raise LmcompressError(
                 f"scores must differ, got {float(values[0]):.4g} from {name} for all {len(values)} {part}: they would "
-                "be pruned at random; take another criterion, or more calibration data"
+                "be pruned at random; use another criterion, or more calibration data"
             )
 
 
@@ -165,5 +165,5 @@ def _check_request(criterion: Criterion, parts: Collection[Part], batches: Itera
     if criterion.signed and labels == "self":
         raise LmcompressError(
             f"{criterion.name} must have given labels, got labels='self': it adds gradients with their signs, and over "
-            "labels that the model draws itself these cancel; use taylor_gates or fisher"
+            "labels sampled from the model's own predictions these cancel; use taylor_gates or fisher"
         )

@@ -1,4 +1,4 @@
-"""Sensitivity: what a model loses when one block loses a share of its heads, or of its neurons."""
+"""Sensitivity: the quality lost when one block loses a share of its heads, or of its neurons."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class SensitivityRow:
     """One measurement.
 
     Attributes:
-        part: ``heads`` or ``neurons``; ``none`` is the model as it is.
-        block: from 0; -1 for the model as it is.
-        share: of the block's units that was asked to go.
-        removed: units that went.
-        units: units of the block.
-        quality: what ``evaluate`` said.
+        part: ``heads`` or ``neurons``; ``none`` is the unpruned model.
+        block: from 0; -1 for the unpruned model.
+        share: requested share of the block's units to remove.
+        removed: number of units removed.
+        units: number of units of the block.
+        quality: result of ``evaluate``.
     """
 
     part: str
@@ -56,19 +56,19 @@ def sensitivity(
     shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     progress: bool = False,
 ) -> list[SensitivityRow]:
-    """Quality against the share removed, one block at a time, heads and neurons each by themselves.
+    """Quality against the share removed, one block at a time, heads and neurons separately.
 
-    Nothing is cut: units of the least score are gated, and the gates are taken away afterwards, whatever happens.
+    Nothing is cut: the units with the lowest scores are gated, and the gates are removed afterwards.
 
     Args:
-        model: of a known family.
-        scores: of ``heads``, ``neurons`` or both; other parts are not looked at.
-        evaluate: called with the model once for each row; :func:`mean_loss` makes one of batches.
-        shares: of a block's units, each in (0, 1].
-        progress: shows a bar, on a terminal.
+        model: a model of a known family.
+        scores: scores of ``heads``, ``neurons`` or both; other parts are ignored.
+        evaluate: called with the model once for each row; :func:`mean_loss` creates one from batches.
+        shares: shares of a block's units, each in (0, 1].
+        progress: whether to show a bar, on a terminal.
 
     Returns:
-        First the model as it is, then a row for each part, block and share. Shares that round to the same number of
+        First the unpruned model, then a row for each part, block and share. Shares that round to the same number of
         units are measured once.
 
     Raises:
@@ -100,7 +100,7 @@ def sensitivity(
 
 
 def mean_loss(batches: Iterable[Batch]) -> Evaluate:
-    """A function that says a model's mean loss over the examples of some batches.
+    """A function that returns a model's mean loss over the examples of some batches.
 
     Args:
         batches: with labels, or those of a causal language model.
@@ -122,7 +122,7 @@ def mean_loss(batches: Iterable[Batch]) -> Evaluate:
                 total += float(objective.loss[counts].double().sum())
                 count += float(counts.sum())
         if not count:
-            raise LmcompressError("batches must have labels that count, got none but -100")
+            raise LmcompressError("batches must have labels that count, got only -100")
         return total / count
 
     return evaluate

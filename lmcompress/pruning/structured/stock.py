@@ -18,7 +18,7 @@ class StockVerdict:
     Attributes:
         loads: whether it does.
         reason: why not, in one clause; None if it does.
-        nearest: the shape with the least more that would; the shape itself if it does.
+        nearest: the shape with the smallest additions that would; the shape itself if it does.
     """
 
     loads: bool
@@ -27,11 +27,11 @@ class StockVerdict:
 
 
 def stock_verdict(structure: Structure, config: PretrainedConfig) -> StockVerdict:
-    """Whether stock Transformers will load a model of these shapes; to be asked before training.
+    """Whether stock Transformers can load a model of these shapes; for checks before training.
 
     Args:
-        structure: the shapes wanted.
-        config: the stock config of the model that is to be cut.
+        structure: the desired shapes.
+        config: the stock config of the model to cut.
     """
     family = family_of(config)
     hidden = structure.hidden or int(config_value(config, family, "hidden_size"))

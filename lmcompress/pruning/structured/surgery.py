@@ -1,4 +1,4 @@
-"""Surgery: cutting a model by a mask, folding gate values into its weights, and counting what that changed."""
+"""Surgery: cutting a model by a mask, folding gate values into its weights, and counting the changes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from lmcompress.pruning.structured.units import Units, check_units, masked_struc
 
 
 def cut(model: PreTrainedModel, mask: Units) -> None:
-    """Take out of a model what a mask says, so that it computes what it would with the mask as gates.
+    """Remove the masked units of a model, so that it computes what it would with the mask as gates.
 
-    The model's config says the new shapes afterwards, so that any ``save_pretrained`` writes a checkpoint that reloads;
-    where blocks were dropped, it says which ones are left. Tied weights stay tied. Hooks on projections that are cut
+    The model's config has the new shapes afterwards, so that any ``save_pretrained`` writes a checkpoint that reloads;
+    if blocks were dropped, it records the remaining ones. Tied weights stay tied. Hooks on projections that are cut
     are lost with them: remove gates first.
 
     Args:
-        model: changed in place, once everything has been checked.
-        mask: bool, True stays, of the shapes that the model has now. What it means: see
+        model: modified in place, once everything has been checked.
+        mask: bool, True is kept, in the model's current shapes. Its meaning: see
             :class:`~lmcompress.pruning.structured.units.Units`.
 
     Raises:
@@ -51,11 +51,11 @@ def cut(model: PreTrainedModel, mask: Units) -> None:
     silenced = _silenced(model, mask)
     if all(bool(tensor.all()) for _, _, tensor in mask.items()) or (same_shapes(before, after) and not silenced):
         raise LmcompressError(
-            "a mask must take something out, got one that keeps every unit that is there; nothing would be cut"
+            "a mask must prune something, got one that keeps every remaining unit; nothing would be cut"
         )
     layers = _kept(mask.layers) if mask.layers is not None else list(range(len(anatomy.blocks)))
     if mask.hidden is not None and not bool(mask.hidden.all()):
-        # first: it is what can be refused
+        # first: it is the part that can be refused
         keep_hidden(model, _kept(mask.hidden))
     with torch.no_grad():
         for index in layers:
@@ -78,10 +78,10 @@ def cut(model: PreTrainedModel, mask: Units) -> None:
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot be cut, before anything long is done with it.
+    """Refuse a model that cannot be cut, before any long work on it.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Raises:
         LmcompressError: If it is quantized by another library, packed, or has compact layers.
@@ -90,32 +90,32 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     recorded = recorded_compression(model.config)
     if recorded is not None and recorded.encoding is not None:
         raise LmcompressError(
-            "cannot cut a model whose weights are packed: prune first, then quantize what is left, or cut the dense "
+            "cannot cut a model whose weights are packed: prune first, then quantize the result, or cut the dense "
             "model that lmcompress.checkpoint.encoding.unpacked(model) gives"
         )
     if getattr(model.config, "quantization_config", None) is not None and recorded is None:
         raise LmcompressError(
             "cannot cut a model that is quantized by another library: its packed weights have no units. Prune the "
-            "model first, then quantize what is left"
+            "model first, then quantize the result"
         )
 
 
 def fold(model: PreTrainedModel, values: Units) -> None:
-    """Multiply gate values into the weights, so that the model computes without gates what it did with them.
+    """Multiply gate values into the weights, so that the model without gates computes the same.
 
     A value of 0 for a block, or for a hidden dimension, cannot be a weight: the model computes the same once these are
     :func:`cut`, which ``cut(model, values.map(torch.Tensor.bool))`` does afterwards, together with all others that are
     0.
 
     Args:
-        model: changed in place.
-        values: floats or bools, one of each unit, of the shapes that the model has now. Those of ``layers`` are 0 or 1.
+        model: modified in place.
+        values: floats or bools, one for each unit, in the model's current shapes. Those of ``layers`` are 0 or 1.
 
     Raises:
-        LmcompressError: If shapes differ, a value is not finite, or a block is only partly there.
+        LmcompressError: If shapes differ, a value is not finite, or a value of a layer is neither 0 nor 1.
 
     Note:
-        Where the output matrix of a causal language model is tied to its embeddings, folded hidden values are in that
+        If the output matrix of a causal language model is tied to its embeddings, folded hidden values are in that
         matrix and not in the norm before it: logits are the same, hidden states after that norm are not.
     """
     anatomy = anatomy_of(model)
@@ -145,14 +145,14 @@ def fold(model: PreTrainedModel, values: Units) -> None:
 
 
 def census(model: PreTrainedModel) -> dict[str, Any]:
-    """How many of everything a model has, to be compared by :func:`coverage`.
+    """Counts of a model's units and parameters, for comparison by :func:`coverage`.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
 
     Returns:
-        JSON types: ``layers``, ``heads``, ``neurons`` (of all blocks), ``attention`` and ``ffn`` (blocks that have any
-        of them), ``hidden``; ``parameters`` (tied ones once) and ``block_parameters``; ``blocks``, a list of the shape
+        JSON types: ``layers``, ``heads``, ``neurons`` (of all blocks), ``attention`` and ``ffn`` (blocks that have
+        any), ``hidden``; ``parameters`` (tied ones once) and ``block_parameters``; ``blocks``, a list of the shape
         of each.
     """
     anatomy, structure = anatomy_of(model), recorded_structure(model)
@@ -170,15 +170,15 @@ def census(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def coverage(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What was cut, of how much.
+    """Pruned counts and shares.
 
     Args:
-        before: the :func:`census` of the model as it was.
-        after: the same of the model as it is.
+        before: the :func:`census` of the original model.
+        after: that of the current model.
 
     Returns:
         JSON types: for each number of the census ``{"before": ..., "after": ..., "cut": ...}``, the last as a share in
-        [0, 1]; ``sparsity``, the pruned share of the parameters of blocks; ``blocks``, the shapes that are left;
+        [0, 1]; ``sparsity``, the pruned share of the parameters of blocks; ``blocks``, the remaining shapes;
         and ``unchanged``, whether nothing was cut.
     """
     counts = [name for name in before if name != "blocks"]
@@ -199,7 +199,7 @@ def coverage(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 
 def _record(model: PreTrainedModel, blocks: tuple[BlockShape, ...]) -> None:
     set_stock_shapes(model.config, structure_of(model))
-    # read again: what the stock config says now, the structure need not
+    # read again: shapes that the stock config now expresses are not in the structure
     structure = structure_of(model)
     structure = structure.model_copy(update={"blocks": blocks})
     old = recorded_compression(model.config)
@@ -209,7 +209,7 @@ def _record(model: PreTrainedModel, blocks: tuple[BlockShape, ...]) -> None:
 
 
 def _silenced(model: PreTrainedModel, mask: Units) -> bool:
-    """Whether the mask takes a bias out of a block that has no heads or neurons left anyway."""
+    """Whether the mask removes a bias of a block that has no heads or neurons left anyway."""
     blocks = anatomy_of(model).blocks
     for part, name in ((mask.attention, "attention_out"), (mask.ffn, "ffn_out")):
         for block, stays in zip(blocks, part if part is not None else (), strict=False):
@@ -230,7 +230,7 @@ def _fold_hidden(model: PreTrainedModel, values: Tensor) -> None:
     tied = head is not None and head.weight is embeddings.weight
     norm = anatomy_of(model).base.get_submodule(family.final_norm) if family.final_norm and tied else None
     for module in gated_hidden(model):
-        # the tied matrix has the values already, by which what the norm says is multiplied
+        # the tied matrix already has the values that the norm's output is multiplied by
         if module is norm:
             continue
         value = _like(values, module)

@@ -1,4 +1,4 @@
-"""How much to prune: a share, a number, or a shape."""
+"""Pruning targets: a share, a number, or a shape."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lmcompress.pruning.structured.latency import LatencyTable
 
 
 class Shape(BaseModel):
-    """A shape to be reached; what is not named stays as it is.
+    """A target shape; unnamed parts are unchanged.
 
     Attributes:
         layers: number of blocks.
-        heads: of every block, or of each block that stays, in order.
-        ffn: neurons of every block, or of each block that stays, in order.
+        heads: heads of every block, or of each remaining block, in order.
+        ffn: neurons of every block, or of each remaining block, in order.
         hidden: width of the residual stream.
     """
 
@@ -36,14 +36,14 @@ class Shape(BaseModel):
 
 
 class Target(BaseModel):
-    """How much to prune: exactly one of these.
+    """A pruning target: exactly one of these.
 
     Attributes:
-        sparsity: share of the parameters of the blocks that goes; embeddings do not count, as since CoFi.
-        parameters: of the whole model, at most.
-        flops_share: share of the blocks' floating-point operations that stays, at most.
-        latency_share: share of the model's time that stays, at most, by a table measured on this machine.
-        latency_ms: time of one forward pass, at most, by the same table.
+        sparsity: share of the parameters of the blocks to remove; embeddings do not count, as in CoFi and later work.
+        parameters: maximum number of parameters of the whole model.
+        flops_share: maximum share of the blocks' floating-point operations to keep.
+        latency_share: maximum share of the model's latency to keep, by a table measured on this machine.
+        latency_ms: maximum time of one forward pass, by the same table.
         shape: the shape itself.
     """
 
@@ -66,17 +66,17 @@ class Target(BaseModel):
 
     @property
     def kind(self) -> str:
-        """Name of the one that is given."""
+        """Name of the target's kind."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
 
 def counted_in(target: Target, sizes: ModelSizes, cost: CostModel | None = None) -> CostModel:
-    """The cost that a target is counted in; of a shape, parameters of the blocks.
+    """The cost that a target is counted in; for a shape, parameters of the blocks.
 
     Args:
-        target: any.
-        sizes: of the model.
-        cost: a latency table for latency targets; operations at a batch and length of one's own.
+        target: a target.
+        sizes: sizes of the model.
+        cost: a latency table for latency targets; FLOPs at a given batch size and length.
 
     Raises:
         LmcompressError: If a latency target has no table.
@@ -85,7 +85,7 @@ def counted_in(target: Target, sizes: ModelSizes, cost: CostModel | None = None)
         if not isinstance(cost, LatencyTable):
             raise LmcompressError(
                 f"{target.kind} must come with cost=, a LatencyTable measured on this machine, got "
-                f"{'none' if cost is None else type(cost).__name__}; make one with measure_latency, or aim at "
+                f"{'none' if cost is None else type(cost).__name__}; create one with measure_latency, or target "
                 "flops_share"
             )
         return cost

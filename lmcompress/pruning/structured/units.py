@@ -23,17 +23,17 @@ PER_BLOCK: tuple[Part, ...] = ("heads", "neurons")
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """One number for each unit of a model that can be cut: a mask (bool, True stays), a score, a gate value, a cost.
+    """One number for each unit of a model that can be cut: a mask (bool, True is kept), a score, a gate value, a cost.
 
-    A part that nobody looks at is None; in a mask, all of it stays. What False means in a mask:
+    A part that is not used is None; a mask keeps all of it. The meaning of False in a mask:
 
     - ``heads[b][h]``: the head's output, the columns of the attention's output projection that read it, is zero;
-    - ``neurons[b][j]``: the activation that enters the second matrix of the feed-forward network is zero;
-    - ``attention[b]``, ``ffn[b]``: the output of the sub-layer's last projection, bias included, is zero; what comes
-      after it (dropout, residual connection, LayerNorm) stays;
+    - ``neurons[b][j]``: the input of the second matrix of the feed-forward network from this neuron is zero;
+    - ``attention[b]``, ``ffn[b]``: the output of the sub-layer's last projection, bias included, is zero; the modules
+      after it (dropout, residual connection, LayerNorm) stay;
     - ``layers[b]``: the output of the block is its input;
     - ``hidden[d]``: dimension d of the residual stream is cut from embeddings, matrices, norms and the inside of the
-      task's head; norms average over the dimensions that are left.
+      task's head; norms average over the remaining dimensions.
 
     Attributes:
         heads: one tensor for each block, ``(heads of the block,)``.
@@ -43,7 +43,7 @@ class Units:
         layers: ``(blocks,)``.
         hidden: ``(hidden size,)``.
 
-    Gate values for each example have one axis more, the batch, in front.
+    Per-example gate values have a batch axis in front.
     """
 
     heads: tuple[Tensor, ...] | None = None
@@ -79,7 +79,7 @@ class Units:
                 yield part, index, tensor
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Units:
-        """Every tensor through a function.
+        """A function applied to every tensor.
 
         Args:
             f: from tensor to tensor.
@@ -90,10 +90,10 @@ class Units:
         return _build({part: [f(tensor) for tensor in self.tensors(part)] for part in self.parts()})
 
     def zip(self, other: Units, f: Callable[[Tensor, Tensor], Tensor]) -> Units:
-        """Every tensor with that of other units, through a function.
+        """A function applied to every pair of tensors of these and other units.
 
         Args:
-            other: of the same model; parts that only one of the two has are left out.
+            other: units of the same model; parts that only one of the two has are dropped.
             f: from two tensors to one.
 
         Returns:
@@ -121,7 +121,7 @@ class Units:
             **parts: new values by part.
 
         Raises:
-            LmcompressError: If there is no such part.
+            LmcompressError: If a part does not exist.
         """
         for name in parts:
             _known(name)
@@ -133,7 +133,7 @@ class Units:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Units:
-        """The units that :meth:`state_dict` was made of.
+        """The inverse of :meth:`state_dict`.
 
         Args:
             state: tensors by name.
@@ -151,7 +151,7 @@ class Units:
         for part, tensors in found.items():
             if sorted(tensors) != list(range(len(tensors))):
                 raise LmcompressError(
-                    f"{part} must be there for every block from 0, got blocks {sorted(tensors)}: the state is not whole"
+                    f"{part} must exist for every block from 0, got blocks {sorted(tensors)}: the state is incomplete"
                 )
         return _build({part: [tensors[i] for i in range(len(tensors))] for part, tensors in found.items()})
 
@@ -162,19 +162,19 @@ def full(
     value: float | bool = True,
     dtype: torch.dtype = torch.bool,
 ) -> Units:
-    """Units of a model's shapes as they are now, all of one value.
+    """Units of a model's current shapes, all with one value.
 
     Args:
-        model: of a known family.
-        parts: which parts; the others are None.
-        value: of every unit.
-        dtype: of the tensors.
+        model: a model of a known family.
+        parts: parts to include; the others are None.
+        value: value of every unit.
+        dtype: dtype of the tensors.
 
     Returns:
         Tensors on the CPU.
 
     Raises:
-        LmcompressError: If there is no such part.
+        LmcompressError: If a part does not exist.
     """
     shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
     for part in parts:
@@ -184,7 +184,7 @@ def full(
 
 
 def unit_shapes(structure: Structure, hidden: int) -> dict[Part, tuple[int, ...]]:
-    """How many units each tensor of each part has.
+    """Number of units of each tensor of each part.
 
     Args:
         structure: shapes of the model.
@@ -202,16 +202,16 @@ def unit_shapes(structure: Structure, hidden: int) -> dict[Part, tuple[int, ...]
 
 
 def check_units(units: Units, shapes: Mapping[Part, tuple[int, ...]], what: str, *, batched: bool = False) -> None:
-    """Refuse units that are not of a model's shapes.
+    """Refuse units that do not have a model's shapes.
 
     Args:
-        units: to look at.
-        shapes: as :func:`unit_shapes` gives them.
-        what: what to call the units in the message.
+        units: units to check.
+        shapes: from :func:`unit_shapes`.
+        what: name of the units in the message.
         batched: whether tensors may have a batch axis in front.
 
     Raises:
-        LmcompressError: If a part has tensors of other numbers or shapes than the model.
+        LmcompressError: If the tensors of a part differ in number or shape from the model's.
     """
     for part in units.parts():
         tensors, wanted = units.tensors(part), shapes[part]
@@ -224,20 +224,20 @@ def check_units(units: Units, shapes: Mapping[Part, tuple[int, ...]], what: str,
             expected = tuple((n,) for n in wanted)
             raise LmcompressError(
                 f"{what} of {part} must have the model's shapes {_shapes(expected, part)}, got {_shapes(found, part)}; "
-                "take them from the model as it is now, for instance with full(model, parts)"
+                "take them from the current model, for example with full(model, parts)"
             )
 
 
 def masked_structure(structure: Structure, mask: Units) -> Structure:
-    """The shapes that a model has once it is cut by a mask; looks at no model.
+    """The shapes of a model once it is cut by a mask, computed without a model.
 
     Args:
-        structure: the shapes before.
-        mask: bool, True stays.
+        structure: the original shapes.
+        mask: bool, True is kept.
 
     Returns:
-        The shapes after. A block whose attention or feed-forward network is masked as a whole has 0 heads or neurons.
-        Where blocks are dropped, those that stay carry the number of the block they were.
+        The new shapes. A block whose attention or feed-forward network is masked as a whole has 0 heads or neurons.
+        If blocks are dropped, the remaining ones carry their original numbers.
 
     Raises:
         LmcompressError: If the mask is not bool, has other shapes, or keeps no block or no hidden dimension.
@@ -248,7 +248,7 @@ def masked_structure(structure: Structure, mask: Units) -> Structure:
     width = len(mask.hidden) if mask.hidden is not None and structure.hidden is None else structure.hidden or 0
     check_units(mask, unit_shapes(structure, width), "a mask")
     if mask.layers is not None and not mask.layers.any():
-        raise LmcompressError("a mask must keep at least one of the layers, got none; a model without blocks is none")
+        raise LmcompressError("a mask must keep at least one of the layers, got none; a model needs a block")
     if mask.hidden is not None and not mask.hidden.any():
         raise LmcompressError("a mask must keep at least one hidden dimension, got none")
     dropped = mask.layers is not None and not bool(mask.layers.all())
@@ -288,7 +288,7 @@ def _shapes(shapes: tuple[tuple[int, ...], ...], part: str) -> str:
 
 
 def assembled(model: PreTrainedModel, parts: Sequence[Part], values: Mapping[tuple[Part, int], Tensor]) -> Units:
-    """Units of the model's shapes from values by part and block; a block that has none has no units."""
+    """Units of the model's shapes from values by part and block; a block without any has no units."""
     blocks = len(anatomy_of(model).blocks)
     made: dict[str, Tensor | tuple[Tensor, ...]] = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""Unstructured pruning, of single weights and groups: what to prune, when, and how the rest compensates."""
+"""Unstructured pruning of single weights and groups: criteria, schedules, and compensation by the remaining weights."""
 
 from lmcompress.pruning.unstructured.config import SparsityConfig, SparsityRule, Surgery
 from lmcompress.pruning.unstructured.criteria import CRITERIA, Criterion

@@ -1,4 +1,4 @@
-"""Pruning whose error the weights that stay compensate: SparseGPT's optimal brain surgeon, layer by layer."""
+"""Pruning whose error the remaining weights compensate: SparseGPT's optimal brain surgeon, layer by layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lmcompress.pruning.unstructured.planning import Planned, choose
 from lmcompress.pruning.unstructured.scoring import look
 
 Choose = Callable[[Tensor, int], Tensor]
-"""``(scores (out, columns), number of the first column) -> bool of that shape``, True where the weight stays."""
+"""``(scores (out, columns), number of the first column) -> bool of that shape``, True where the weight is kept."""
 
 BLOCK = 128
 _STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("ffn_out",))
@@ -29,34 +29,35 @@ _STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("
 def compensate(
     weight: Tensor, hessian: Tensor, choose: Choose, *, damping: float = 0.01, block_size: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
-    r"""Prune weights column by column; the columns that are left compensate what they did to the output.
+    r"""Prune weights column by column; the later columns compensate the error of the output.
 
     With H = XᵀX of the inputs and :math:`H^{-1} = U^T U`, U upper triangular, removing :math:`w_j` costs
-    :math:`w_j^2 / U_{jj}^2`, which is the score that ``choose`` sees, and for each column j in turn
+    :math:`w_j^2 / U_{jj}^2`, the score passed to ``choose``, and for each column j in turn
 
     .. math:: e = w_j (1 - m_j) / U_{jj}, \qquad w_k \leftarrow w_k - e\, U_{jk} \quad (k > j)
 
-    Rows that are better off without are left as they are, so that the result is never worse than the mask alone in the
+    Rows that would have a larger error are left uncompensated, so that the result is never worse than the mask alone in
     error of :func:`~lmcompress.activations.hessian.output_error`.
 
     Args:
         weight: ``(out, in)``, floating.
         hessian: ``(in, in)``, Σ x xᵀ over the module's inputs, any scale.
-        choose: what stays; asked once for each block of columns, of weights that have taken over what went before.
-        damping: share of the mean of H's diagonal that is added to the diagonal, > 0.
+        choose: selects the weights to keep; called once per block of columns, with weights that compensate earlier
+            ones.
+        damping: fraction of the mean of H's diagonal that is added to the diagonal, > 0.
         block_size: columns of a block.
 
     Returns:
         ``(out, in)`` float32 with exact zeros, and the mask.
 
     Raises:
-        LmcompressError: If the Hessian is of another shape, not finite, or without any input, a weight is NaN or
+        LmcompressError: If the Hessian has another shape, is not finite or is all zero, a weight is NaN or
             infinite, or damping or block size is not > 0.
 
     Reference:
         Frantar & Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*, ICML 2023,
         https://arxiv.org/abs/2301.00774, algorithm 1, sections 3.2 to 3.4; Hassibi & Stork, *Optimal Brain Surgeon*,
-        1993, for the score and the update. They do not look back at rows that come out worse.
+        1993, for the score and the update. They do not check for rows whose error grows.
 
     Example:
         >>> both = torch.tensor([[2.0, 2.0], [2.0, 2.0]])  # two inputs that are always the same
@@ -89,15 +90,15 @@ def compensate(
 
 
 def choosing(sparsity: float, pattern: Unstructured | NOfM | Blocks, kept: Tensor | None = None) -> tuple[Choose, int]:
-    """SparseGPT's choice: in each block of columns the same share goes.
+    """SparseGPT's choice: the same share of each block of columns is pruned.
 
     Args:
         sparsity: share to remove, as for :func:`~lmcompress.pruning.unstructured.patterns.masks_of`.
-        pattern: where zeros may lie.
-        kept: ``(out, in)`` bool: False where a weight is pruned already; those stay pruned whatever their score.
+        pattern: pattern of the zeros.
+        kept: ``(out, in)`` bool: False for pruned weights, which stay pruned whatever their score.
 
     Returns:
-        What :func:`compensate` asks, and how many columns it must ask of.
+        The ``choose`` of :func:`compensate`, and the number of columns it must be called with.
     """
     done = [0, 0]
 
@@ -123,13 +124,13 @@ def choosing(sparsity: float, pattern: Unstructured | NOfM | Blocks, kept: Tenso
 
 
 def given(mask: Tensor) -> Choose:
-    """The choice of a mask that is known.
+    """The choice given by a known mask.
 
     Args:
         mask: ``(out, in)`` bool.
 
     Returns:
-        What :func:`compensate` asks.
+        The ``choose`` of :func:`compensate`.
     """
     return lambda scores, first: mask[:, first : first + scores.shape[1]]
 
@@ -143,19 +144,19 @@ def compensated(
     kept: Tensor,
     chosen: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Prune one matrix as configured, on what is known of its inputs.
+    """Prune one matrix as configured, using the statistics of its inputs.
 
     Args:
         one: the matrix.
         weight: ``(out, in)``.
-        hessian: ``(in, in)``, Σ x xᵀ over its inputs; None where each row is read by itself.
-        config: pattern, damping.
-        share: of the way to the target.
-        kept: ``(out, in)`` bool, False where a weight is pruned already.
+        hessian: ``(in, in)``, Σ x xᵀ over its inputs; None for embeddings, whose rows are read one at a time.
+        config: configuration with pattern and damping.
+        share: share of the way to the target.
+        kept: ``(out, in)`` bool, False for pruned weights.
         chosen: ``(out, in)`` bool, the mask of a criterion; None: SparseGPT's choice.
 
     Returns:
-        ``(out, in)`` float32, None where the weights that stay do not change, and the mask.
+        ``(out, in)`` float32, None if the remaining weights do not change, and the mask.
 
     Raises:
         LmcompressError: As :func:`compensate`.
@@ -174,19 +175,19 @@ def compensated(
 
 
 Prune = Callable[[Planned, Tensor | None], None]
-"""``(matrix, Σ x xᵀ of its inputs or None where nothing reaches it)``: prunes the matrix in place."""
+"""``(matrix, Σ x xᵀ of its inputs or None if it receives none)``: prunes the matrix in place."""
 
 
 def in_order(model: nn.Module, planned: Sequence[Planned], batches: Iterable[Mapping[str, Any]], prune: Prune) -> None:
     """Prune matrices one after another, each on the outputs of those before it.
 
-    In a known family block by block (query, key and value, then what they feed); in other models in the order in which
-    the model has its modules. Embeddings have no sum that others could compensate, and come first.
+    In a known family block by block (query, key and value, then the modules they feed); in other models in the order of
+    the model's modules. Embeddings have no sum that other weights could compensate, and come first.
 
     Args:
-        model: in any mode; afterwards it is in the same.
-        planned: its matrices.
-        batches: what the model is called with.
+        model: in any mode, which is restored.
+        planned: matrices to prune.
+        batches: inputs of the model.
         prune: called once for each matrix.
 
     Raises:
@@ -239,7 +240,7 @@ def _by_blocks(
 
 
 class _Moments:
-    """Second moments of what a module reads."""
+    """Second moments of a module's inputs."""
 
     def __init__(self, planned: Planned) -> None:
         self._module = planned.at.module

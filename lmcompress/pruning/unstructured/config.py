@@ -1,4 +1,4 @@
-"""Configuration of unstructured pruning, validated: used by recipes and by the Python API alike."""
+"""The configuration of unstructured pruning as validated data, shared by recipes and the Python API."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class _Part(BaseModel):
 
 
 class Surgery(Phase):
-    """Cut and splice: weights are trained behind the mask, and are reactivated when they have grown (Guo et al. 2016).
+    """Cut and splice: weights are trained behind the mask, and reactivated when they have grown (Guo et al. 2016).
 
-    With ``quality``, thresholds are those of the paper: μ + quality · σ of the magnitudes of each matrix when surgery
-    begins, and then fixed. With ``sparsity`` they follow the weights, so that the pruned share rises to it along
-    the ramp, and is exact in the end.
+    With ``quality``, thresholds are the paper's: μ + quality · σ of the magnitudes of each matrix when surgery
+    begins, and fixed from then on. With ``sparsity`` they follow the weights, so that the pruned share rises to it
+    along the ramp, and is exact at the end.
     """
 
     kind: Literal["surgery"] = "surgery"
@@ -39,20 +39,20 @@ class Surgery(Phase):
         ),
     ] = 0.1
     gamma: Annotated[
-        float, Field(ge=0, description="At step t the mask is looked at with probability (1 + gamma t)^-power.")
+        float, Field(ge=0, description="At step t the mask is updated with probability (1 + gamma t)^-power.")
     ] = 1e-4
-    power: Annotated[float, Field(ge=0, description="See gamma.")] = 1.0
+    power: Annotated[float, Field(ge=0, description="Exponent of the probability; see gamma.")] = 1.0
     every: Annotated[
         int,
-        Field(ge=1, description="Optimizer steps between two looks; with sparsity, each of them ranks all weights."),
+        Field(ge=1, description="Optimizer steps between two updates; with sparsity, each of them ranks all weights."),
     ] = 1
     ramp: Annotated[
         Annotated[str | Ramp, PartField(RAMPS)] | None,
-        Field(description="With sparsity: how the share rises within the phase; null: the whole of it from the start."),
+        Field(description="With sparsity: ramp of the share within the phase; null: the full share from the start."),
     ] = "cubic"
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.
@@ -76,21 +76,21 @@ Schedule = Annotated[
 def _share(value: float | None) -> float | None:
     if value is not None and not 0 <= value < 1:
         raise ValueError(
-            f"sparsity must be in [0, 1), got {value}; at 1 nothing of a matrix would be left: what is to go whole is "
-            "for structured pruning"
+            f"sparsity must be in [0, 1), got {value}; at 1 nothing of a matrix is left: to remove whole units use "
+            "structured pruning"
         )
     return value
 
 
 class SparsityRule(_Part):
-    """What some matrices get in place of the default; of two rules that name a matrix the later one counts."""
+    """An override of the defaults for some matrices; of two rules that match a matrix the later one applies."""
 
     modules: Matrices
     sparsity: Annotated[
         float | None,
-        Field(description="Share of the weights that is pruned, ranked by themselves; without quality, null: none is."),
+        Field(description="Share of these weights to prune, ranked separately; null without quality: none is pruned."),
     ] = None
-    quality: Annotated[float | None, Field(description="As in the configuration, for these matrices.")] = None
+    quality: Annotated[float | None, Field(description="Threshold for these matrices, as in the configuration.")] = None
 
     @field_validator("sparsity")
     @classmethod
@@ -105,37 +105,37 @@ class SparsityRule(_Part):
 
 
 class SparsityConfig(_Part):
-    """Which single weights are pruned, how many, by what criterion and when."""
+    """The share, the criterion and the schedule by which single weights are pruned."""
 
     sparsity: Annotated[
-        float | None, Field(description="Share of the weights of the matrices that is pruned, in [0, 1).")
+        float | None, Field(description="Share of the weights of the matrices to prune, in [0, 1).")
     ] = None
     quality: Annotated[
         float | None,
         Field(
-            description="In place of sparsity: the threshold of each matrix in standard deviations of its weights (Han "
+            description="Instead of sparsity: the threshold of each matrix in standard deviations of its weights (Han "
             "et al.); with the schedule surgery the c of μ + c·σ, of either sign."
         ),
     ] = None
-    pattern: Annotated[Pattern, Field(description="Where zeros may lie; n_of_m says how many there are, too.")] = (
+    pattern: Annotated[Pattern, Field(description="Pattern of the zeros; n_of_m also determines their number.")] = (
         Unstructured()
     )
     criterion: Annotated[
         str | Criterion,
         PartField(CRITERIA),
         Field(
-            description="What scores weights: magnitude, obd (exact second order, for classifiers of few classes), "
-            "fisher, taylor, movement, wanda, sparsegpt or random; or module:attribute of a Criterion of your own."
+            description="Criterion that scores weights: magnitude, obd (exact second order, for classifiers with few "
+            "classes), fisher, taylor, movement, wanda, sparsegpt, random; or module:attribute of a custom Criterion."
         ),
     ] = "magnitude"
     scope: Annotated[
         Scope | None,
         Field(
-            description="Within what weights are compared: global (all matrices without a rule of their own), layer, "
-            "or row (of one output); default: what suits the criterion."
+            description="Scope of the comparison: global (all matrices without a rule of their own), layer, "
+            "or row (of one output); default: the criterion's own."
         ),
     ] = None
-    rules: Annotated[tuple[SparsityRule, ...], Field(description="For some matrices in place of the above.")] = ()
+    rules: Annotated[tuple[SparsityRule, ...], Field(description="Overrides for some matrices.")] = ()
     schedule: Schedule = OneShot()
     train_removed: Annotated[
         bool | None,
@@ -145,20 +145,20 @@ class SparsityConfig(_Part):
         ),
     ] = None
     keep_zeros: Annotated[
-        bool, Field(description="Whether weights that are exactly 0 before stay so, such as those of a stage before.")
+        bool, Field(description="Whether weights that are already exactly 0 stay 0, such as those of an earlier stage.")
     ] = False
     compensation: Annotated[
         bool,
         Field(
-            description="Whether what is left of each row takes over, in closed form, what removed weights did to the "
-            "output on calibration data (SparseGPT); one_shot and iterative only."
+            description="Whether the remaining weights of each row compensate, in closed form, the effect of removed "
+            "ones on the output on calibration data (SparseGPT); one_shot and iterative only."
         ),
     ] = False
-    damping: Annotated[float, Field(gt=0, description="Of compensation: share of the mean added to the diagonal.")] = (
+    damping: Annotated[float, Field(gt=0, description="For compensation: share of the mean added to the diagonal.")] = (
         0.01
     )
     calibration_rows: Annotated[
-        int, Field(ge=1, description="Rows of the training data for scores that need data, where no batches are given.")
+        int, Field(ge=1, description="Number of training rows for scores that need data, if no batches are given.")
     ] = 256
     calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
     seed: Annotated[
@@ -177,8 +177,8 @@ class SparsityConfig(_Part):
         criterion, name = self.chosen_criterion, self.criterion_name
         if self.train_removed and criterion.needs_data and not criterion.in_training:
             raise ValueError(
-                f"train_removed goes with magnitude, movement or random, got {name!r}, which asks the masked model of "
-                "weights that it does not have"
+                f"train_removed goes with magnitude, movement or random, got {name!r}, which needs "
+                "weights that the masked model does not have"
             )
         if self.scope == "row" and not isinstance(self.pattern, Unstructured):
             raise ValueError(f"scope row needs single weights, got the pattern {self.pattern.kind}")
@@ -192,51 +192,51 @@ class SparsityConfig(_Part):
         return self
 
     def _check_amount(self) -> None:
-        """How much goes is said once, and in a way that fits the criterion and the pattern."""
+        """The share is given once, in a way that fits the criterion and the pattern."""
         given = [q for q in (self.quality, *(rule.quality for rule in self.rules)) if q is not None]
         if self.sparsity is not None and self.quality is not None:
             raise ValueError(f"either sparsity or quality must be given, got {self.sparsity} and {self.quality}")
         if isinstance(self.pattern, NOfM):
             if self.sparsity is not None or given or any(rule.sparsity is not None for rule in self.rules):
                 raise ValueError(
-                    f"the pattern {self.pattern.n}:{self.pattern.m} says how many weights stay: leave sparsity and "
-                    "quality out; a rule without them leaves its matrices dense"
+                    f"the pattern {self.pattern.n}:{self.pattern.m} determines how many weights are kept: leave "
+                    "sparsity and quality out; a rule without them leaves its matrices dense"
                 )
         elif self.sparsity is None and not given and not any(rule.sparsity is not None for rule in self.rules):
-            raise ValueError("sparsity, quality or a rule with one of them must say how much is to be pruned, got none")
+            raise ValueError("sparsity, quality or a rule with one of them must give the share to prune, got none")
         if not given:
             return
         if not self._by_magnitude or not isinstance(self.pattern, Unstructured):
             raise ValueError(
                 f"quality is a threshold of single magnitudes, got criterion {self.criterion_name} and pattern "
-                f"{self.pattern.kind}: say how much by sparsity"
+                f"{self.pattern.kind}: give the share by sparsity"
             )
         if self.schedule.kind == "iht" or self.scope not in (None, "layer"):
             raise ValueError("quality is a threshold of each matrix, it fits neither iht nor another scope than layer")
         if self.schedule.kind != "surgery" and any(not q > 0 for q in given):
-            raise ValueError(f"quality must be > 0 but with the schedule surgery, got {min(given)}")
+            raise ValueError(f"quality must be > 0 except with the schedule surgery, got {min(given)}")
         if self.compensation:
             raise ValueError("compensation needs sparsity or a pattern, got quality")
 
     def _check_schedule(self) -> None:
-        """What surgery and hard thresholding do not go with."""
+        """Combinations that surgery and hard thresholding exclude."""
         if self.schedule.kind == "surgery":
             if not self._by_magnitude:
-                raise ValueError(f"the schedule surgery goes by magnitude, got criterion {self.criterion_name!r}")
+                raise ValueError(f"the schedule surgery ranks by magnitude, got criterion {self.criterion_name!r}")
             if not isinstance(self.pattern, Unstructured) or self.scope == "row":
-                raise ValueError("surgery looks at single weights of a matrix or of all: use no pattern, nor scope row")
+                raise ValueError("surgery ranks single weights of a matrix or of all: use no pattern, nor scope row")
             if self.train_removed is False:
                 raise ValueError(
-                    "surgery trains what is pruned, or nothing could be reactivated: leave train_removed out"
+                    "surgery trains pruned weights, or nothing could be reactivated: leave train_removed out"
                 )
         if self.schedule.kind == "iht":
             if self.chosen_criterion.in_training:
                 raise ValueError(
-                    f"iht scores the weights as they are when a cycle begins, {self.criterion_name} is a sum over all "
-                    "steps before: use magnitude, wanda, fisher or taylor"
+                    f"iht scores the weights at the start of a cycle, {self.criterion_name} is a sum over all "
+                    "earlier steps: use magnitude, wanda, fisher or taylor"
                 )
             if self.train_removed:
-                raise ValueError("iht restarts what is reactivated from 0: leave train_removed out")
+                raise ValueError("iht restarts reactivated weights from 0: leave train_removed out")
 
     @property
     def _by_magnitude(self) -> bool:
@@ -254,15 +254,15 @@ class SparsityConfig(_Part):
 
     @property
     def removed_is_trained(self) -> bool:
-        """Whether pruned weights are trained behind the mask, with the default filled in."""
+        """Whether pruned weights are trained behind the mask, including the default."""
         if self.train_removed is None:
             return self.schedule.kind == "surgery" or self.chosen_criterion.in_training
         return self.train_removed
 
     @property
     def needs_data(self) -> bool:
-        """Whether rows of the training data are read apart from training."""
-        # a sum over training is what training itself shows
+        """Whether training rows are read in addition to training."""
+        # a sum over training comes from training itself
         return self.compensation or (self.chosen_criterion.needs_data and not self.chosen_criterion.in_training)
 
     @property
@@ -271,7 +271,7 @@ class SparsityConfig(_Part):
         return self.schedule.trains
 
     def events(self, max_steps: int) -> list[Event]:
-        """What happens in a run, by step.
+        """The events of a run, by step.
 
         Args:
             max_steps: optimizer steps of the run.

@@ -1,7 +1,7 @@
-"""Which weights matter least: scores of single weights, the lowest of which are removed first.
+"""Scores of single weights; weights with the lowest scores are pruned first.
 
 =============== ================================ ============================================== ===============
-criterion       source                           looks at                                       compared within
+criterion       source                           uses                                           compared within
 =============== ================================ ============================================== ===============
 ``magnitude``   Han et al. 2015                  weights                                        the matrix
 ``obd``         LeCun et al. 1989                curvature: exact Gauss-Newton, all classes     the model
@@ -33,26 +33,26 @@ Needs = Literal["nothing", "weights", "examples", "classes", "inputs", "moments"
 
 @dataclass(frozen=True)
 class Criterion:
-    """A function that scores weights, and what it needs.
+    """A function that scores weights, and its inputs.
 
     ============ ================================================================================ ===============
     needs        ``function``; ``weight`` is ``(out, in)`` with inputs, else as stored            then
     ============ ================================================================================ ===============
     ``nothing``  ``(weight, generator) -> scores`` of the weight's shape
     ``weights``  ``(weight) -> scores``
-    ``examples`` ``(weight, gradient) -> summand``, by each example's own loss on its label       sum of examples
-    ``classes``  ``(weight, gradient) -> summand``, by each log-probability of each example       sum, weighted
+    ``examples`` ``(weight, gradient) -> summand``, from each example's own loss on its label     sum of examples
+    ``classes``  ``(weight, gradient) -> summand``, from each log-probability of each example     sum, weighted
                                                                                                   by probability
     ``inputs``   ``(weight, norm (in,)) -> scores``, of norms of inputs over tokens
     ``moments``  none: it chooses while it compensates, from the second moments of inputs
     ============ ================================================================================ ===============
 
     Attributes:
-        name: for messages and reports.
+        name: name in messages and reports.
         needs: see the table.
-        function: see the table; float32, a greater score stays longer.
-        scope: within what scores are compared, where nothing else is said.
-        finish: ``(weight, sum) -> scores``, for sums of which the weight is a factor.
+        function: see the table; float32, weights with higher scores are kept longer.
+        scope: default scope of the comparison.
+        finish: ``(weight, sum) -> scores``, for sums that have the weight as a factor.
         in_training: whether it is a sum over the steps of training, from the gradient of each batch, and the pruned
             weights are trained behind the mask. Without training, the sum is that over ``examples``.
 
@@ -73,7 +73,7 @@ class Criterion:
         for value, valid in ((self.needs, get_args(Needs)), (self.scope, get_args(Scope))):
             if value not in valid:
                 raise LmcompressError(
-                    f"the criterion {self.name} has {value!r}, which is not known{nearest(value, valid)}"
+                    f"the criterion {self.name} has {value!r}, which is unknown{nearest(value, valid)}"
                 )
         if self.in_training and self.needs != "examples":
             raise LmcompressError(f"the criterion {self.name} must need examples to be a sum over training")
@@ -105,11 +105,11 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def obd(weight: Tensor, curvature: Tensor) -> Tensor:
-    r"""How much the loss grows when a weight is deleted at a minimum: :math:`h_{kk} w_k^2 / 2`.
+    r"""Increase of the loss when a weight is deleted at a minimum: :math:`h_{kk} w_k^2 / 2`.
 
     Args:
         weight: any shape.
-        curvature: the same shape: the diagonal of the second derivatives, >= 0, a mean over examples.
+        curvature: the same shape: diagonal of the Hessian, >= 0, a mean over examples.
 
     Returns:
         The same shape, float32, >= 0.
@@ -125,11 +125,11 @@ def obd(weight: Tensor, curvature: Tensor) -> Tensor:
 
 
 def squared_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    r"""What the curvature by a weight is summed from, :math:`(\partial L / \partial w)^2`.
+    r"""The summand of a weight's curvature, :math:`(\partial L / \partial w)^2`.
 
     Args:
-        weight: not looked at.
-        gradient: of the loss of an example, or of a log-probability.
+        weight: unused.
+        gradient: gradient of the loss of an example, or of a log-probability.
 
     Returns:
         The gradient's shape, float32, >= 0.
@@ -149,8 +149,8 @@ def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
 
     Reference:
         Molchanov et al., *Pruning Convolutional Neural Networks for Resource Efficient Inference*, ICLR 2017,
-        https://arxiv.org/abs/1611.06440, section 2.2, of single weights. The absolute value is taken example by
-        example, so that it does not depend on the size of a batch.
+        https://arxiv.org/abs/1611.06440, section 2.2, for single weights. The absolute value is taken per
+        example, so that it does not depend on the batch size.
 
     Example:
         >>> taylor(torch.tensor([2.0, 1.0]), torch.tensor([-0.5, 0.25]))
@@ -160,10 +160,10 @@ def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def movement(weight: Tensor, gradient: Tensor) -> Tensor:
-    r"""Whether a step of training moves a weight away from zero: :math:`-w \, \partial L / \partial w`.
+    r"""Movement of a weight away from zero in a training step: :math:`-w \, \partial L / \partial w`.
 
     Args:
-        weight: any shape, as it is behind the mask.
+        weight: any shape, the value behind the mask.
         gradient: the same shape, of the masked model's loss.
 
     Returns:
@@ -180,12 +180,12 @@ def movement(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """``|w| * ||x||``: what a weight adds to the output at most, compared within an output.
+    """``|w| * ||x||``: an upper bound of a weight's contribution to the output, compared within an output.
 
     Args:
         weight: ``(out, in)``.
-        input_norm: ``(in,)``, Euclidean norm of each input over the calibration tokens; of an embedding
-            ``(tokens, 1)``, the root of how often each token occurs.
+        input_norm: ``(in,)``, Euclidean norm of each input over the calibration tokens; for an embedding
+            ``(tokens, 1)``, the root of the number of occurrences of each token.
 
     Returns:
         ``(out, in)`` float32.
@@ -202,10 +202,10 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 
 def random_scores(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Scores that know nothing.
+    """Random scores.
 
     Args:
-        weight: of whose shape and on whose device they are.
+        weight: determines shape and device.
         generator: on the CPU, so that a seed gives the same scores on every machine.
 
     Returns:
@@ -215,10 +215,10 @@ def random_scores(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def no_scores(weight: Tensor) -> Tensor:
-    """Refuse to score: SparseGPT's scores depend on what it has pruned before.
+    """Refuse to score: SparseGPT's scores depend on the weights it has pruned before.
 
     Args:
-        weight: not looked at.
+        weight: unused.
 
     Raises:
         LmcompressError: Always.
@@ -244,7 +244,7 @@ CRITERIA: Registry[Criterion] = Registry(
     lambda part: isinstance(part, Criterion),
     "a lmcompress.pruning.unstructured.Criterion",
 )
-"""The criteria by name; one of your own is a :class:`Criterion`, or its name ``module:attribute``."""
+"""The criteria by name; a custom one is a :class:`Criterion`, or its name ``module:attribute``."""
 
 
 def quality_threshold(weight: Tensor, quality: float) -> Tensor:
@@ -252,10 +252,10 @@ def quality_threshold(weight: Tensor, quality: float) -> Tensor:
 
     Args:
         weight: any shape; weights that are exactly 0 are pruned already and do not count.
-        quality: how many standard deviations.
+        quality: number of standard deviations.
 
     Returns:
-        0-d float32; magnitudes below it are removed. 0 where fewer than two weights are left.
+        0-d float32; magnitudes below it are removed. 0 if fewer than two weights are left.
 
     Reference:
         Han et al. 2015, https://arxiv.org/abs/1506.02626, section 4.
@@ -280,8 +280,8 @@ def surgery_threshold(weight: Tensor, rate: float) -> Tensor:
 
     Reference:
         Guo, Yao & Chen, *Dynamic Network Surgery for Efficient DNNs*, NIPS 2016, https://arxiv.org/abs/1608.04493,
-        section 3.2; as in the authors' code, https://github.com/yiwenguo/Dynamic-Network-Surgery, though of the weights
-        alone, without the bias.
+        section 3.2; as in the authors' code, https://github.com/yiwenguo/Dynamic-Network-Surgery, except that the bias
+        is excluded.
 
     Example:
         >>> surgery_threshold(torch.tensor([1.0, -3.0, 0.0]), 1.0)
@@ -294,11 +294,11 @@ def surgery_threshold(weight: Tensor, rate: float) -> Tensor:
 
 
 def splice(mask: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    r"""The next mask of dynamic network surgery: cut below one threshold, splice from the other on, else leave.
+    r"""The next mask of dynamic network surgery: cut below one threshold, splice above the other, else unchanged.
 
     Args:
         mask: bool.
-        weight: the same shape, as it is behind the mask.
+        weight: the same shape, the values behind the mask.
         low: :math:`a_k`.
         high: :math:`b_k`, at least ``low``.
 

@@ -1,4 +1,4 @@
-"""Plain networks without the units that are all zero."""
+"""Removing the units of plain networks that are all zero."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _KEEP_ZERO = (
     nn.MaxPool2d,
     nn.AvgPool2d,
 )
-"""What gives 0 for a unit that is 0, and leaves units apart."""
+"""Modules that map 0 to 0 and act on each unit separately."""
 
 
 @dataclass(frozen=True)
 class CutLayer:
-    """What became of one layer.
+    """The widths of one layer.
 
     Attributes:
-        path: its place in the network.
-        inputs: that are read, of those that there are: features, or channels of a convolution.
-        before: outputs, or filters, before.
-        after: those that are left.
+        path: its path in the network.
+        inputs: remaining inputs: features, or channels of a convolution.
+        before: original number of outputs, or filters.
+        after: remaining number.
     """
 
     path: str
@@ -44,20 +44,20 @@ class CutLayer:
 
 @torch.no_grad()
 def cut_zero_units(layers: nn.Sequential) -> list[CutLayer]:
-    """Take neurons and filters out of a chain of layers whose weights are zero on either side; answers do not change.
+    """Remove neurons and filters whose weights are zero on either side from a chain of layers; outputs do not change.
 
-    A unit goes where all weights that feed it are 0, its bias included, or all that read it. Inputs and outputs of the
-    network stay as they are.
+    A unit is removed if all weights that feed it, its bias included, are 0, or all that read it. Inputs and outputs of
+    the network are unchanged.
 
     Args:
-        layers: ``Linear`` and ``Conv2d`` of one group, with what keeps a zero a zero in between (ReLU and other
-            activations, pooling, dropout, flattening); changed in place.
+        layers: ``Linear`` and ``Conv2d`` with one group, with modules that map 0 to 0 in between (ReLU and other
+            activations, pooling, dropout, flattening); modified in place.
 
     Returns:
         Each layer's widths.
 
     Raises:
-        LmcompressError: If another module lies in between, a convolution has groups, or a layer would lose all its
+        LmcompressError: If another module is in between, a convolution has groups, or a layer would lose all its
             units.
 
     Example:
@@ -76,7 +76,7 @@ def cut_zero_units(layers: nn.Sequential) -> list[CutLayer]:
             keep = _alive(layers[first], layers[second])
             if not bool(keep.any()):
                 raise LmcompressError(
-                    f"layer {first} would lose all its {len(keep)} units: the network gives the same whatever it reads"
+                    f"layer {first} would lose all its {len(keep)} units: the network's output is constant"
                 )
             if not bool(keep.all()):
                 changed = True
@@ -95,7 +95,7 @@ def _places(layers: nn.Sequential) -> list[int]:
             places.append(place)
         elif not isinstance(module, _KEEP_ZERO):
             what = "a convolution with groups" if isinstance(module, nn.Conv2d) else f"a {type(module).__name__}"
-            raise LmcompressError(f"layers must be Linear, Conv2d, and what keeps a zero a zero, got {what} at {place}")
+            raise LmcompressError(f"layers must be Linear, Conv2d, or modules that map 0 to 0, got {what} at {place}")
     if not places:
         raise LmcompressError("there must be Linear or Conv2d layers to cut, got none")
     return places

@@ -20,13 +20,13 @@ from lmcompress.schedules import Phase, linear, phase_share
 class GroupLassoConfig(Phase):
     """A penalty on the norms of groups, with a proximal step after each optimizer step (SSL)."""
 
-    rules: Annotated[tuple[GroupRule, ...], Field(min_length=1, description="What is divided into which groups.")]
+    rules: Annotated[tuple[GroupRule, ...], Field(min_length=1, description="Groups of the matrices.")]
     end: Annotated[
         float,
         Field(gt=0, le=1, description="Share of training after which zero groups are final and there is no penalty."),
     ] = 0.6
     warmup: Annotated[
-        float, Field(ge=0, le=1, description="keep: share of the phase over which the number of groups falls to it.")
+        float, Field(ge=0, le=1, description="For keep: share of the phase over which groups are reduced to it.")
     ] = 0.5
     penalty: Annotated[float, Field(gt=0, description="Strength λ, in units of the learning rate.")] = 0.1
 
@@ -40,13 +40,13 @@ class GroupLassoConfig(Phase):
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What became of the groups of one matrix.
+    """The remaining groups of one matrix.
 
     Attributes:
-        path: of its module.
-        groups: what kind.
-        before: how many were not zero when training began.
-        after: how many are left.
+        path: path of its module.
+        groups: kind of the groups.
+        before: number of nonzero groups when training began.
+        after: number of remaining groups.
     """
 
     path: str
@@ -57,11 +57,11 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Which groups are left.
+    """The remaining groups.
 
     Attributes:
-        config: what was asked for, as JSON types.
-        rows: of each matrix and kind of group.
+        config: the configuration, as JSON types.
+        rows: one for each matrix and kind of group.
     """
 
     config: dict[str, Any]
@@ -76,21 +76,21 @@ class GroupSparsity(SteppedMethod):
     """Drives groups of weights to exactly zero by a group lasso while the model is trained.
 
     After each optimizer step every group is shrunk, :math:`w_g \\leftarrow \\max(0, 1 - t / \\|w_g\\|) w_g` with
-    :math:`t = \\eta \\lambda \\sqrt{|g|}`. Where a rule says how many groups stay, its λ is steered so that the
-    number of zero groups follows. From the end of the phase on, zero groups stay as they are, and the rest recovers
+    :math:`t = \\eta \\lambda \\sqrt{|g|}`. If a rule says how many groups to keep, its λ is adjusted so that the
+    number of zero groups follows. After the end of the phase, zero groups stay zero, and the rest is trained
     without a penalty. Then :func:`~lmcompress.pruning.unstructured.cut_zero_units` cuts plain networks, and
-    :func:`lmcompress.pruning.structured.groups.zero_units` tells structured pruning's surgery what to cut from
+    :func:`lmcompress.pruning.structured.groups.zero_units` finds the units that structured pruning's surgery cuts from
     transformers.
 
     Args:
-        config: what is divided into which groups, how many stay, and when.
+        config: the groups, their numbers, and the phase.
 
     Attributes:
-        report: what was done; after :meth:`finish`.
+        report: the result; set by :meth:`finish`.
 
     Note:
-        Wen et al. take subgradient steps and set what is nearly zero to 0 in the end. The factor :math:`\\sqrt{|g|}` is
-        that of Yuan & Lin 2006, so that large groups and small ones are pressed alike.
+        Wen et al. take subgradient steps and set small groups to 0 at the end. The factor :math:`\\sqrt{|g|}` is
+        that of Yuan & Lin 2006, so that large groups and small ones are penalized equally.
 
     Reference:
         Wen, Wu, Wang, Chen & Li, *Learning Structured Sparsity in Deep Neural Networks*, NIPS 2016,
@@ -114,7 +114,7 @@ class GroupSparsity(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: If a rule names nothing, groups do not divide a matrix, more are to be kept than there are,
+            LmcompressError: If a rule matches nothing, groups do not divide a matrix, more are to be kept than exist,
                 or the best checkpoint is to be loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
@@ -127,7 +127,7 @@ class GroupSparsity(SteppedMethod):
         trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module) -> None:
-        """What :meth:`prepare` does to the model, without a trainer.
+        """The effect of :meth:`prepare` on the model, without a trainer.
 
         Args:
             model: not wrapped.
@@ -144,7 +144,7 @@ class GroupSparsity(SteppedMethod):
                 if parameter is not None and parameter.requires_grad:
                     self._handles.append(parameter.register_hook(self._masking(number, parameter is one.bias)))
 
-    # what the trainer calls in every step
+    # called by the trainer in every step
 
     def modules(self) -> dict[str, nn.Module]:
         """Strengths, final groups and whether they are final, for checkpoints."""
@@ -165,7 +165,7 @@ class GroupSparsity(SteppedMethod):
         self._handles = []
 
     def finish(self) -> None:
-        """Say what was done.
+        """Write the report.
 
         Raises:
             LmcompressError: If training has not begun.
@@ -174,14 +174,14 @@ class GroupSparsity(SteppedMethod):
             self.freeze()
             self.report = GroupReport(self.config.model_dump(mode="json"), self._rows())
 
-    # what the callback calls
+    # called by the callback
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
         """Lay out the schedule; read a checkpoint's state, if one was loaded.
 
         Args:
             max_steps: optimizer steps of the run.
-            optimizer: that trains the model.
+            optimizer: the model's optimizer.
 
         Raises:
             LmcompressError: If no step lies between begin and end.
@@ -191,7 +191,7 @@ class GroupSparsity(SteppedMethod):
         self._final = bool(self._state.final)
 
     def advance(self, step: int) -> None:
-        """What is due before an optimizer step.
+        """The action due before an optimizer step.
 
         Args:
             step: optimizer steps done.
@@ -204,7 +204,7 @@ class GroupSparsity(SteppedMethod):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Shrink every group; or keep at 0 what is finally pruned."""
+        """Shrink every group, or keep finally pruned ones at 0."""
         if self._final:
             for one, gate in zip(self.groups, self._state.gates(), strict=True):
                 one.multiply_(gate)
@@ -215,12 +215,12 @@ class GroupSparsity(SteppedMethod):
         for number, one in enumerate(self.groups):
             norms = one.norms()
             wanted = self._wanted(one)
-            # groups that press on together also reach zero together: none is pressed while enough are there
+            # groups shrunk together reach zero together: none is shrunk while enough are zero
             if wanted is not None and int((norms > 0).sum()) <= wanted:
                 continue
             factor = proximal_factor(norms, rate * float(self._state.strengths[number]) * one.size**0.5)
             if wanted is not None:
-                # groups of like size would die in one step: the greatest of them wait
+                # groups of similar size would reach zero in one step: the largest of them are spared
                 greatest = torch.argsort(norms, descending=True, stable=True)[:wanted]
                 factor[greatest] = torch.where(factor[greatest] == 0, 1.0, factor[greatest])
             one.multiply_(factor)
@@ -232,7 +232,7 @@ class GroupSparsity(SteppedMethod):
         alive = sum(int((one.norms() > 0).sum()) for one in self.groups)
         return {"group_sparsity": 1 - alive / sum(one.count for one in self.groups)}
 
-    # below: nobody else's business
+    # private below
 
     _final = False
 
@@ -246,7 +246,7 @@ class GroupSparsity(SteppedMethod):
         return hook
 
     def _wanted(self, one: Groups) -> int | None:
-        """Groups that may be left by now."""
+        """Number of groups that may remain at this step."""
         if one.rule.keep is None:
             return None
         phase = phase_share(self._step, self._begin, self._end)
@@ -263,7 +263,7 @@ class GroupSparsity(SteppedMethod):
 
     @torch.no_grad()
     def _decide(self) -> None:
-        """Which groups are zero from now on: those that are, and the smallest until as few are left as wanted."""
+        """The groups that are zero from now on: zero ones, and the smallest until the desired number is left."""
         for one, gate in zip(self.groups, self._state.gates(), strict=True):
             norms = one.norms()
             keep = one.count if one.rule.keep is None else one.rule.keep
@@ -294,7 +294,7 @@ class GroupSparsity(SteppedMethod):
 
 
 class _State(nn.Module):
-    """What a checkpoint needs to go on."""
+    """The state a checkpoint needs to resume."""
 
     strengths: Tensor
     final: Tensor
@@ -310,5 +310,5 @@ class _State(nn.Module):
             self.register_buffer(f"gate_{number}", torch.ones(one.count, dtype=torch.bool, device=device))
 
     def gates(self) -> list[Tensor]:
-        """For each matrix ``(count,)`` bool, False where a group is finally pruned."""
+        """For each matrix ``(count,)`` bool, False for finally pruned groups."""
         return [self.get_buffer(f"gate_{number}") for number in range(self._count)]

@@ -19,31 +19,31 @@ GroupKind = Literal["rows", "columns", "channels", "shapes", "matrix"]
 
 
 class GroupRule(BaseModel):
-    """Into which groups some matrices are divided, and how many are to stay."""
+    """The kind of groups of some matrices, and the number to keep."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    modules: Annotated[str, Field(min_length=1, description="Parts or paths; * and ? stand for any.")]
+    modules: Annotated[str, Field(min_length=1, description="Parts or paths; * and ? are wildcards.")]
     groups: Annotated[
         GroupKind,
         Field(
             description="rows: all inputs of an output (with its bias), or a filter; columns: all weights that read an "
             "input; channels: all weights of a convolution that read a channel; shapes: the weights of all filters at "
-            "one place of their window; matrix: all of it, for what a shortcut leads around."
+            "one position of their window; matrix: all of it, for layers with a shortcut around them."
         ),
     ]
     span: Annotated[
         int,
-        Field(ge=1, description="columns: neighbours that are one group, such as the places of a channel once flat."),
+        Field(ge=1, description="columns: neighbours per group, such as the positions of a channel once flattened."),
     ] = 1
     keep: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Groups that stay in the end, to which the penalty is steered; null: what it leaves.",
+            description="Number of groups to keep, to which the penalty is adjusted; null: determined by the penalty.",
         ),
     ] = None
-    strength: Annotated[float, Field(gt=0, description="Times the penalty of the configuration, at first.")] = 1.0
+    strength: Annotated[float, Field(gt=0, description="Initial factor of the configuration's penalty.")] = 1.0
 
 
 class Groups:
@@ -51,11 +51,11 @@ class Groups:
 
     Args:
         at: the matrix.
-        rule: into which groups.
+        rule: the kind of groups.
 
     Raises:
-        LmcompressError: If the matrix is no convolution where there must be one, groups do not divide it, or more
-            groups are to be kept than there are.
+        LmcompressError: If a kind needs a convolution and the matrix is none, groups do not divide it, or more
+            groups are to be kept than exist.
     """
 
     def __init__(self, at: Weighted, rule: GroupRule) -> None:
@@ -81,13 +81,13 @@ class Groups:
         return group_norms(self._views())
 
     def kept(self, gate: Tensor) -> Tensor:
-        """Of a value for each group, that of each weight.
+        """The value of each weight's group.
 
         Args:
             gate: ``(count,)``.
 
         Returns:
-            Of the weight's shape, as it is stored.
+            Same shape as the stored weight.
         """
         matrix = self._matrix()
         if self.rule.groups in ("rows", "matrix"):
@@ -98,7 +98,7 @@ class Groups:
 
     @torch.no_grad()
     def multiply_(self, factor: Tensor) -> None:
-        """Multiply the weights of each group, in place; exactly 0, and never -0, where the factor is.
+        """Multiply the weights of each group, in place; exactly 0, and never -0, where the factor is 0.
 
         Args:
             factor: ``(count,)``.
@@ -126,13 +126,13 @@ def groups_of(model: nn.Module, rules: Sequence[GroupRule]) -> list[Groups]:
 
     Args:
         model: a ``PreTrainedModel`` or any other module.
-        rules: a matrix may have groups of several kinds, which then overlap.
+        rules: rules; a matrix may have groups of several kinds, which then overlap.
 
     Returns:
         One for each rule and matrix.
 
     Raises:
-        LmcompressError: If a rule names nothing, or as :class:`Groups`.
+        LmcompressError: If a rule matches nothing, or as :class:`Groups`.
     """
     candidates = weighted_modules(model)
     found = []

@@ -1,4 +1,4 @@
-"""Masks laid over weights in place, at every step of a training."""
+"""Masks applied to weights in place, at every step of a training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _CHUNK = 2**18
 
 @torch.no_grad()
 def keep_where(weight: Tensor, mask: Tensor, other: Tensor | None = None) -> None:
-    """Where the mask is False, put other values into a weight; all bits as they are there, and +0.0 by default.
+    """Replace masked-out weights by other values, bit-exact, and +0.0 by default.
 
-    A product with the mask would make -0.0 of negative weights, and keep what is not finite.
+    A multiplication by the mask would give -0.0 for negative weights, and keep values that are not finite.
 
     Args:
-        weight: any shape and dtype of floats; changed in place.
-        mask: bool of that shape.
-        other: of that shape and dtype; zeros by default.
+        weight: any shape and floating dtype; modified in place.
+        mask: bool, same shape.
+        other: same shape and dtype; zeros by default.
 
     Example:
         >>> weight = torch.tensor([1.0, -2.0, 3.0])
@@ -31,7 +31,8 @@ def keep_where(weight: Tensor, mask: Tensor, other: Tensor | None = None) -> Non
     if weight.device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
         weight.copy_(torch.where(mask, weight, torch.zeros_like(weight) if other is None else other))
         return
-    # PyTorch's masked_fill_ and where go one element at a time on a CPU: 34 and 45 ms for MiniLM's embeddings, this 8
+    # PyTorch's masked_fill_ and where process one element at a time on a CPU: 34 and 45 ms for MiniLM's embeddings,
+    # this 8
     integers = _INTEGERS[weight.element_size()]
     values, flat = weight.detach().view(integers).view(-1), mask.view(-1)
     others = None if other is None else other.detach().view(integers).view(-1)

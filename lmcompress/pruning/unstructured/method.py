@@ -32,24 +32,24 @@ Batch = Mapping[str, Tensor]
 class Sparsity(SteppedMethod):
     """Sets single weights of the model to zero while it is trained.
 
-    The model remains an ordinary one: a pruned weight is 0 in the parameter itself. One that is pruned for good has no
+    The model remains an ordinary one: a pruned weight is 0 in the parameter itself. A permanently pruned one has no
     gradient, and its moments in the optimizer are 0.
 
-    With ``train_removed`` (surgery, movement) weights go on behind the mask: before an optimizer step the parameter
-    gets the values that are hidden, and after it they are hidden again. The gradient is that of the loss at the masked
-    weights, for all of them, which is what surgery's paper asks for, and no module has to know of it.
+    With ``train_removed`` (surgery, movement) weights continue behind the mask: before an optimizer step the parameter
+    gets the hidden values, and after it they are hidden again. The gradient is that of the loss at the masked
+    weights, for all of them, as in surgery's paper, and modules need no changes.
 
     Schedules advance by optimizer steps.
 
-    Put it before structured pruning in the list of methods: both masks hold while the model is trained, and what is cut
-    in the end is sparse. With quantization, zeros are on every grid that has a zero.
+    Put it before structured pruning in the list of methods: both masks apply while the model is trained, and the
+    model is sparse once cut. With quantization, zeros are on every grid that has a zero.
 
     Args:
-        config: which weights are pruned, how many, and when.
+        config: the share, the criterion and the schedule.
         calibration: batches for scores that need data; default: rows of the training data.
 
     Attributes:
-        report: what was done; after :meth:`finish`.
+        report: the result; set by :meth:`finish`.
     """
 
     name = "sparsity"
@@ -66,14 +66,14 @@ class Sparsity(SteppedMethod):
         self._seconds = 0.0
 
     def prepare(self, trainer: Any) -> None:
-        """Check what is asked for, and hook the weights.
+        """Check the configuration, and hook the weights.
 
         Args:
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
             LmcompressError: As :func:`~lmcompress.pruning.unstructured.planning.plan`; if calibration rows that will be
-                needed cannot be had, the criterion is one of your own without a name, or the best checkpoint is to be
+                needed are not available, the criterion is a custom one without a name, or the best checkpoint is to be
                 loaded at the end.
         """
         if trainer.args.load_best_model_at_end:
@@ -89,7 +89,7 @@ class Sparsity(SteppedMethod):
         trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module) -> None:
-        """What :meth:`prepare` does to the model, without a trainer.
+        """The effect of :meth:`prepare` on the model, without a trainer.
 
         Args:
             model: not wrapped.
@@ -108,7 +108,7 @@ class Sparsity(SteppedMethod):
         )
         self._zeros_before = [int((one.weight == 0).sum()) for one in self.planned]
         self._step = self._done = 0
-        # whether a weight is pruned for now, and whether pruned ones are trained
+        # whether pruning is temporary, and whether pruned weights are trained
         self._some_pruned = self.config.keep_zeros and any(self._zeros_before)
         self._tracks = self.config.removed_is_trained
         self._handles: list[RemovableHandle] = [
@@ -117,10 +117,10 @@ class Sparsity(SteppedMethod):
             if one.weight.requires_grad
         ]
 
-    # what the trainer calls in every step
+    # called by the trainer in every step
 
     def modules(self) -> dict[str, nn.Module]:
-        """Masks, hidden weights, scores and where the schedule is, for checkpoints."""
+        """Masks, hidden weights, scores and the state of the schedule, for checkpoints."""
         return {"state": self._state}
 
     def freeze(self) -> None:
@@ -150,27 +150,27 @@ class Sparsity(SteppedMethod):
             self.freeze()
             self.report = self._reported(trained=True)
 
-    # what the callback calls
+    # called by the callback
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
         """Lay out the schedule; read a checkpoint's state, if one was loaded.
 
         Args:
             max_steps: optimizer steps of the run.
-            optimizer: that trains the model.
+            optimizer: the model's optimizer.
 
         Raises:
             LmcompressError: If there are too few steps for the schedule, or for a sum over training.
         """
         self._optimizer = optimizer
         self._events = self.config.events(max_steps)
-        # everything from here on is decided by what is in the state, so that a run that resumes decides alike
+        # all later decisions depend only on the state, so that a resumed run decides in the same way
         self._done = int(self._state.done)
         self._some_pruned = any(not bool(mask.all()) for mask in self._state.masks())
         self._tracks = self.config.removed_is_trained and not self._finished
 
     def advance(self, step: int) -> None:
-        """What is due before an optimizer step.
+        """The action due before an optimizer step.
 
         Args:
             step: optimizer steps done.
@@ -182,7 +182,7 @@ class Sparsity(SteppedMethod):
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
-        """Let the optimizer see the weights behind the mask, and add to running scores."""
+        """Restore the weights behind the mask for the optimizer, and add to running scores."""
         if self._finished:
             return
         if self._tracks:
@@ -202,7 +202,7 @@ class Sparsity(SteppedMethod):
         self._mask_weights()
 
     def end(self, max_steps: int) -> None:
-        """Make the mask final, if the run went to its end.
+        """Make the mask final if the run is complete.
 
         Args:
             max_steps: optimizer steps of the run.
@@ -211,25 +211,25 @@ class Sparsity(SteppedMethod):
             self._finalise()
 
     def metrics(self) -> dict[str, float]:
-        """Share of the weights that is pruned, for the log."""
+        """Pruned share of the weights, for the log."""
         masks = self._state.masks()
-        # one copy from the GPU
+        # one transfer from the GPU
         pruned = torch.stack([(~mask).sum() for mask in masks]).sum()
         return {"sparsity": float(pruned) / max(1, sum(mask.numel() for mask in masks))}
 
-    # below: nobody else's business
+    # private below
 
     @property
     def _finished(self) -> bool:
         return bool(self._events) and self._done >= len(self._events)
 
     def _set_done(self, count: int) -> None:
-        # a number too, so that nobody waits for a GPU to read it
+        # also as a number, so that reading it does not wait for a GPU
         self._done = count
         self._state.done.fill_(count)
 
     def _masking(self, mask: Tensor) -> Callable[[Tensor], Tensor | None]:
-        # not after the backward pass: clipping would count the gradients of pruned weights
+        # not after the backward pass: clipping would include the gradients of pruned weights
         def hook(gradient: Tensor) -> Tensor | None:
             return gradient * mask if self._some_pruned and not self._tracks else None
 
@@ -242,9 +242,9 @@ class Sparsity(SteppedMethod):
                 keep_where(one.weight, mask)
 
     def _uncover(self) -> None:
-        """Give the weights that are masked the values that they have behind the mask."""
+        """Set masked weights to their values behind the mask."""
         for one, mask, hidden in zip(self.planned, self._state.masks(), self._state.hidden(), strict=True):
-            # what is not masked may have been changed by others
+            # unmasked weights may have been changed by others
             keep_where(one.weight, mask, hidden)
 
     def _release(self) -> None:
@@ -288,7 +288,7 @@ class Sparsity(SteppedMethod):
 
     @torch.no_grad()
     def _take(self, share: float) -> None:
-        """Prune what is due, and let the optimizer forget it."""
+        """Prune the due weights, and reset the optimizer's state of them."""
         if self._tracks:
             self._uncover()
         if self.config.compensation:
@@ -303,7 +303,7 @@ class Sparsity(SteppedMethod):
             self._forget()
 
     def _masks(self, share: float) -> list[Tensor]:
-        """Masks ``(out, in)`` at a share of the way to the target, of weights that are not covered."""
+        """Masks ``(out, in)`` at a share of the way to the target, for weights that are not fixed."""
         config, planned = self.config, self.planned
         criterion = config.chosen_criterion
         if criterion.in_training and bool(self._state.seen):
@@ -313,7 +313,7 @@ class Sparsity(SteppedMethod):
                 data = self._calibration() if criterion.needs_data else None
                 scores = score(self._student, planned, criterion, data, seed=config.seed)
         may_stay = [one.matrix(kept) for one, kept in zip(planned, self._may_stay(), strict=True)]
-        # of blocks the others in it count
+        # the pattern of a block depends on its other weights
         least = 0.0 if isinstance(config.pattern, Blocks) else -math.inf
         ranked = [one.masked_fill(~kept, least) for one, kept in zip(scores, may_stay, strict=True)]
         masks = [mask & kept for mask, kept in zip(choose(planned, config, ranked, share), may_stay, strict=True)]
@@ -328,7 +328,7 @@ class Sparsity(SteppedMethod):
         return masks
 
     def _may_stay(self) -> list[Tensor]:
-        """Of each matrix the weights that no earlier event, and no stage before, has pruned for good; as stored."""
+        """For each matrix the weights that no earlier event or stage has permanently pruned; as stored."""
         if not self._tracks and self.config.schedule.kind != "iht":
             return [mask.clone() for mask in self._state.masks()]
         return self._state.kept() if self.config.keep_zeros else [torch.ones_like(m) for m in self._state.masks()]
@@ -374,10 +374,10 @@ class Sparsity(SteppedMethod):
         """Prune without training, after :meth:`attach`.
 
         Args:
-            rounds: in which the target is reached.
+            rounds: number of rounds to reach the target in.
 
         Returns:
-            What was done.
+            The result.
 
         Raises:
             LmcompressError: If data are missing, or scores are NaN.

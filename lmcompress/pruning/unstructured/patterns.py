@@ -1,4 +1,4 @@
-"""Where zeros may lie: anywhere, n of every m, or in blocks; and masks of exact size from scores."""
+"""Sparsity patterns: anywhere, n of every m, or in blocks; and masks of exact size from scores."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class _Part(BaseModel):
 
 
 class Unstructured(_Part):
-    """Zeros may lie anywhere."""
+    """Zeros anywhere."""
 
     kind: Literal["unstructured"] = "unstructured"
 
 
 class NOfM(_Part):
-    """Of every m weights in a row, one after another, n stay: 2:4 is what sparse tensor cores take."""
+    """Of every m successive weights in a row, n are kept: sparse tensor cores need 2:4."""
 
     kind: Literal["n_of_m"] = "n_of_m"
-    n: Annotated[int, Field(ge=1, description="Weights that stay.")] = 2
-    m: Annotated[int, Field(ge=2, description="Weights of a group; must divide the inputs of every matrix.")] = 4
+    n: Annotated[int, Field(ge=1, description="Number of weights kept in a group.")] = 2
+    m: Annotated[int, Field(ge=2, description="Group size; must divide the inputs of every matrix.")] = 4
 
     @model_validator(mode="after")
     def _fits(self) -> NOfM:
@@ -37,25 +37,26 @@ class NOfM(_Part):
 
 
 class Blocks(_Part):
-    """Zeros come in blocks, which all matrices must be made of."""
+    """Zeros in blocks, which must divide all matrices."""
 
     kind: Literal["blocks"] = "blocks"
-    rows: Annotated[int, Field(ge=1, description="Outputs of a block.")] = 4
-    columns: Annotated[int, Field(ge=1, description="Inputs of a block.")] = 4
+    rows: Annotated[int, Field(ge=1, description="Number of outputs of a block.")] = 4
+    columns: Annotated[int, Field(ge=1, description="Number of inputs of a block.")] = 4
 
 
 Pattern = Annotated[Unstructured | NOfM | Blocks, Field(discriminator="kind")]
 
 
 def keep_largest(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """Masks of the greatest scores of several tensors together, exactly as many as asked for.
+    """Masks of the highest scores of several tensors together, with exactly the requested number.
 
     Args:
         scores: of any shapes, on one device, without NaN.
-        keep: how many stay; all where there are no more.
+        keep: number of weights to keep; all if there are no more.
 
     Returns:
-        For each tensor a bool of its shape, True where the weight stays. Of equal scores the earlier ones stay.
+        For each tensor a bool of its shape, True where the weight is kept. Among equal scores the earlier ones are
+        kept.
 
     Raises:
         LmcompressError: If a number is negative, or a score NaN.
@@ -65,7 +66,7 @@ def keep_largest(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
         [tensor([False,  True]), tensor([ True, False])]
     """
     if keep < 0:
-        raise LmcompressError(f"the number of weights that stay must be at least 0, got {keep}")
+        raise LmcompressError(f"the number of weights to keep must be at least 0, got {keep}")
     flat = torch.cat([tensor.reshape(-1) for tensor in scores])
     if bool(flat.isnan().any()):
         raise LmcompressError("scores must be numbers, got NaN: are weights, gradients and data finite?")
@@ -81,17 +82,17 @@ def keep_largest(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def keep_in_rows(scores: Tensor, keep: int) -> Tensor:
-    """The greatest scores of each row by itself.
+    """The highest scores of each row separately.
 
     Args:
         scores: ``(rows, columns)``, without NaN.
-        keep: how many stay in each row.
+        keep: number of weights to keep in each row.
 
     Returns:
-        Bool of the same shape. Of equal scores the earlier ones stay.
+        Bool of the same shape. Among equal scores the earlier ones are kept.
 
     Raises:
-        LmcompressError: If more are to stay than there are, or a score is NaN.
+        LmcompressError: If more are to be kept than exist, or a score is NaN.
 
     Example:
         >>> keep_in_rows(torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 1.0]]), 2)
@@ -99,7 +100,7 @@ def keep_in_rows(scores: Tensor, keep: int) -> Tensor:
                 [False,  True,  True]])
     """
     if not 0 <= keep <= scores.shape[1]:
-        raise LmcompressError(f"0 to {scores.shape[1]} of {scores.shape[1]} weights of a row can stay, got {keep}")
+        raise LmcompressError(f"0 to {scores.shape[1]} of {scores.shape[1]} weights of a row can be kept, got {keep}")
     if bool(scores.isnan().any()):
         raise LmcompressError("scores must be numbers, got NaN: are weights, gradients and data finite?")
     chosen = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :keep]
@@ -107,15 +108,15 @@ def keep_in_rows(scores: Tensor, keep: int) -> Tensor:
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    """Of every m neighbours in a row, the n with the greatest scores.
+    """Of every m neighbours in a row, the n with the highest scores.
 
     Args:
         scores: ``(out, in)``.
-        n: how many stay.
+        n: number of weights to keep.
         m: size of a group.
 
     Returns:
-        Bool of the same shape. Of equal scores the earlier ones stay.
+        Bool of the same shape. Among equal scores the earlier ones are kept.
 
     Raises:
         LmcompressError: If m does not divide the inputs, or n is greater than m.
@@ -137,12 +138,12 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def block_scores(scores: Tensor, rows: int, columns: int) -> Tensor:
-    """The sum of the scores of each block.
+    """The sum of the scores in each block.
 
     Args:
         scores: ``(out, in)``.
-        rows: of a block.
-        columns: of a block.
+        rows: rows of a block.
+        columns: columns of a block.
 
     Returns:
         ``(out / rows, in / columns)``.
@@ -163,12 +164,12 @@ def block_scores(scores: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def expand_blocks(mask: Tensor, rows: int, columns: int) -> Tensor:
-    """The mask of weights that a mask of blocks stands for.
+    """The mask of weights for a mask of blocks.
 
     Args:
         mask: ``(blocks along out, blocks along in)``.
-        rows: of a block.
-        columns: of a block.
+        rows: rows of a block.
+        columns: columns of a block.
 
     Returns:
         ``(out, in)``.
@@ -184,16 +185,16 @@ def masks_of(scores: Sequence[Tensor], sparsity: float, pattern: Unstructured | 
     """Masks of matrices that are compared with one another.
 
     Args:
-        scores: of each matrix, ``(out, in)``.
-        sparsity: share of the weights to remove, in [0, 1]; of blocks, where zeros come in blocks. Of n of m it is the
-            share of the way: at 1 n stay, at 0 all m.
-        pattern: where zeros may lie.
+        scores: scores of each matrix, ``(out, in)``.
+        sparsity: share of the weights to remove, in [0, 1]; share of the blocks if zeros come in blocks. For n of m it
+            is the share of the way: at 1 n are kept, at 0 all m.
+        pattern: pattern of the zeros.
 
     Returns:
-        For each matrix a bool of its shape, True where the weight stays.
+        For each matrix a bool of its shape, True where the weight is kept.
 
     Raises:
-        LmcompressError: If the share lies outside [0, 1], a score is NaN, or the pattern does not divide a matrix.
+        LmcompressError: If the share is outside [0, 1], a score is NaN, or the pattern does not divide a matrix.
     """
     if not 0 <= sparsity <= 1:
         raise LmcompressError(f"sparsity must be in [0, 1], got {sparsity}")

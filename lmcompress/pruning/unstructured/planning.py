@@ -1,4 +1,4 @@
-"""Which matrices of a model lose how many weights, decided and checked before anything is touched."""
+"""The number of weights each matrix loses, decided and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Planned:
     """A matrix that will lose weights.
 
     Attributes:
-        at: where it is.
-        weight: the parameter, as it is stored.
-        sparsity: share that goes, or None where ``quality`` says it.
+        at: its location.
+        weight: the parameter, as stored.
+        sparsity: share to prune, or None if ``quality`` determines it.
         quality: threshold in standard deviations.
-        pooled: whether it is compared with all others that are.
+        pooled: whether it is compared with all other pooled matrices.
     """
 
     at: Weighted
@@ -35,46 +35,46 @@ class Planned:
 
     @property
     def path(self) -> str:
-        """Of its module."""
+        """Path of its module."""
         return self.at.path
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """What is stored as ``(out, in)``; of a convolution ``(filters, channels × height × width)``.
+        """The stored weight as ``(out, in)``; for a convolution ``(filters, channels × height × width)``.
 
         Args:
-            stored: of the parameter's shape.
+            stored: tensor of the parameter's shape.
 
         Returns:
-            A view where that is possible.
+            A view if possible.
         """
         return stored.t() if is_conv1d(self.at.module) else stored.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """The way back of :meth:`matrix`.
+        """The inverse of :meth:`matrix`.
 
         Args:
             matrix: ``(out, in)``.
 
         Returns:
-            Of the parameter's shape, contiguous.
+            Same shape as the parameter, contiguous.
         """
         turned = matrix.t() if is_conv1d(self.at.module) else matrix
         return turned.reshape(self.weight.shape).contiguous()
 
 
 def plan(model: nn.Module, config: SparsityConfig) -> tuple[list[Planned], dict[str, str]]:
-    """Decide which matrix loses how much; nothing is changed.
+    """Decide the share each matrix loses; nothing is changed.
 
     Args:
-        model: a ``PreTrainedModel`` or any other module; one on ``meta`` is checked but for its values.
-        config: what is wanted.
+        model: a ``PreTrainedModel`` or any other module; one on ``meta`` is checked except for its values.
+        config: the configuration.
 
     Returns:
-        What loses weights, in the order of the model, and path to reason of what does not.
+        The matrices to prune, in the order of the model, and path to reason for the others.
 
     Raises:
-        LmcompressError: If a rule names nothing, a matrix is packed or computed by another module, the pattern does not
-            divide one, a weight is NaN or infinite, or nothing would be pruned.
+        LmcompressError: If a rule matches nothing, a matrix is packed or computed by another module, the pattern does
+            not divide one, a weight is NaN or infinite, or nothing would be pruned.
     """
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)
@@ -105,10 +105,10 @@ def plan(model: nn.Module, config: SparsityConfig) -> tuple[list[Planned], dict[
 
 
 def scope_of(config: SparsityConfig) -> str:
-    """Within what weights are compared, with the default filled in.
+    """The scope of the comparison, including the default.
 
     Args:
-        config: what is wanted.
+        config: the configuration.
 
     Returns:
         ``global``, ``layer`` or ``row``.
@@ -136,12 +136,12 @@ def choose(planned: Sequence[Planned], config: SparsityConfig, scores: Sequence[
 
     Args:
         planned: the matrices.
-        config: pattern and scope.
-        scores: of each, ``(out, in)``.
-        share: of the way to the target.
+        config: configuration with pattern and scope.
+        scores: scores of each, ``(out, in)``.
+        share: share of the way to the target.
 
     Returns:
-        For each a bool ``(out, in)``, True where the weight stays.
+        For each a bool ``(out, in)``, True where the weight is kept.
 
     Raises:
         LmcompressError: If a score is NaN.
@@ -153,7 +153,7 @@ def choose(planned: Sequence[Planned], config: SparsityConfig, scores: Sequence[
         chosen = [scores[number] for number in numbers]
         try:
             if by_row and isinstance(config.pattern, Unstructured):
-                # rows of one matrix at once: every row loses as many
+                # rows of one matrix at once: every row loses the same number
                 found = [_by_rows(one, wanted) for one in chosen]
             else:
                 found = masks_of(chosen, wanted, config.pattern)
@@ -169,7 +169,7 @@ def _by_rows(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def _weight(candidate: Weighted) -> nn.Parameter:
-    # the parameter itself, also where reading the weight gives something made of it, such as quantized values
+    # the parameter itself, even if the attribute returns something computed from it, such as quantized values
     stored = candidate.module._parameters.get("weight")
     return candidate.weight if stored is None else stored
 
@@ -186,12 +186,12 @@ def _check(one: Planned, config: SparsityConfig) -> None:
     columns = pattern.m if isinstance(pattern, NOfM) else columns
     if out % rows or inputs % columns:
         raise LmcompressError(
-            f"{one.path} must be made of groups of {rows} × {columns}, got {out} × {inputs}; leave it out by a rule"
+            f"{one.path} must consist of groups of {rows} × {columns}, got {out} × {inputs}; leave it out by a rule"
         )
     looks_at_inputs = config.compensation or config.chosen_criterion.needs == "inputs"
     if looks_at_inputs and isinstance(module, nn.Conv2d) and module.groups > 1:
         raise LmcompressError(
-            f"{one.path} must have one group for a criterion that looks at inputs, got {module.groups}; leave it out "
+            f"{one.path} must have one group for a criterion that uses inputs, got {module.groups}; leave it out "
             "by a rule"
         )
 

@@ -20,20 +20,20 @@ def prune_weights(
 ) -> SparsityReport:
     """Set single weights to zero without training: the schedules one_shot and iterative.
 
-    With ``iterative``, each round is scored with what is pruned already at 0.
+    With ``iterative``, each round scores the model with pruned weights at 0.
 
     Args:
-        model: a ``PreTrainedModel`` or any other module; its weights are changed in place.
-        config: which weights are pruned, and how many; shares of training in its schedule do not matter here.
-        batches: what the model is called with, for criteria and compensation that need data; with labels for
+        model: a ``PreTrainedModel`` or any other module; its weights are modified in place.
+        config: the configuration; shares of training in its schedule are ignored.
+        batches: model inputs, for criteria and compensation that need data; with labels for
             gradients.
 
     Returns:
-        What was done.
+        The result.
 
     Raises:
-        LmcompressError: If the schedule needs training, data are missing, the criterion is one of your own without a
-            name, or as :func:`~lmcompress.pruning.unstructured.planning.plan`; the model is as it was then.
+        LmcompressError: If the schedule needs training, data are missing, the criterion is a custom one without a
+            name, or as :func:`~lmcompress.pruning.unstructured.planning.plan`; the model is then unchanged.
     """
     inner = model.model if isinstance(model, CompressedModel) else model
     if config.trains:

@@ -1,4 +1,4 @@
-"""What became zero, as data and as a table."""
+"""The resulting zeros, as data and as a table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lmcompress.method import TextReport
 
 @dataclass(frozen=True)
 class SparseMatrix:
-    """What became of one matrix.
+    """The result for one matrix.
 
     Attributes:
-        path: of its module, relative to the base model.
-        part: what the family calls it; empty for others.
-        weights: how many.
-        zeros: how many of them are 0.
-        zeros_before: how many were before.
+        path: path of its module, relative to the base model.
+        part: the family's name of it; empty for others.
+        weights: number of weights.
+        zeros: number of weights that are 0.
+        zeros_before: number of weights that were 0 before.
     """
 
     path: str
@@ -39,11 +39,11 @@ class SparsityReport(TextReport):
     """Which matrices have how many zeros.
 
     Attributes:
-        config: what was asked for, as JSON types.
-        matrices: that were pruned, in the order of the model.
-        untouched: path to reason, of the others.
+        config: the configuration, as JSON types.
+        matrices: pruned matrices, in the order of the model.
+        untouched: path to reason, for the others.
         trained: whether the model was trained meanwhile.
-        seconds: that choosing, and compensation, took.
+        seconds: wall time of choosing and compensation.
     """
 
     config: dict[str, Any]
@@ -59,7 +59,7 @@ class SparsityReport(TextReport):
 
     @property
     def factor(self) -> float:
-        """How many times fewer weights are left."""
+        """The compression ratio: all weights over the remaining ones."""
         weights = sum(row.weights for row in self.matrices)
         return weights / max(1, weights - sum(row.zeros for row in self.matrices))
 
@@ -69,7 +69,7 @@ class SparsityReport(TextReport):
         return {**asdict(self), "matrices": rows, "sparsity": self.sparsity, "factor": self.factor}
 
     def __rich__(self) -> Table:
-        """A table for the terminal: a row for each matrix."""
+        """A table for the terminal, one row per matrix."""
         table = Table(
             title=f"sparse weights ({'trained' if self.trained else 'not trained'}): {self.sparsity:.1%} zero, "
             f"{self.factor:.1f} × fewer"

@@ -18,7 +18,7 @@ from lmcompress.pruning.unstructured.planning import Planned
 
 Batch = Mapping[str, Tensor]
 Take = Callable[[Tensor], None]
-"""Called with what a module reads: vectors ``(count, in)``, without padding; of an embedding ids ``(count,)``."""
+"""Called with a module's inputs: vectors ``(count, in)``, without padding; for an embedding ids ``(count,)``."""
 
 
 def score(
@@ -32,19 +32,19 @@ def score(
     """Scores of the weights of some matrices.
 
     Args:
-        model: that has them.
-        planned: the matrices.
-        criterion: a name in :data:`~lmcompress.pruning.unstructured.criteria.CRITERIA`, ``module:attribute`` of one of
-            your own, or a :class:`~lmcompress.pruning.unstructured.criteria.Criterion`; not ``sparsegpt``.
-        batches: what the model is called with; with labels for criteria that need ``examples``.
-        seed: of random scores.
+        model: the model.
+        planned: its matrices to score.
+        criterion: a name in :data:`~lmcompress.pruning.unstructured.criteria.CRITERIA`, ``module:attribute`` of a
+            custom one, or a :class:`~lmcompress.pruning.unstructured.criteria.Criterion`; not ``sparsegpt``.
+        batches: model inputs; with labels for criteria that need ``examples``.
+        seed: seed of random scores.
 
     Returns:
         For each matrix ``(out, in)`` float32, on its device.
 
     Raises:
-        LmcompressError: If data that the criterion needs are missing, its scores are not of the weights' shapes, or it
-            has none before it begins (``sparsegpt``).
+        LmcompressError: If data that the criterion needs are missing, its scores do not have the weights' shapes, or it
+            has no scores in advance (``sparsegpt``).
     """
     chosen = CRITERIA.resolve(criterion)
     if chosen.needs_data and chosen.needs != "moments" and batches is None:
@@ -100,7 +100,7 @@ def _by_inputs(
 
 
 class _Squares:
-    """Sums of squares over what a module reads; of an embedding, how often each token occurs."""
+    """Sums of squares of a module's inputs; for an embedding, the number of occurrences of each token."""
 
     def __init__(self, planned: Planned) -> None:
         matrix = planned.matrix(planned.weight.detach())
@@ -116,12 +116,12 @@ class _Squares:
 
 
 def look(model: nn.Module, takes: Mapping[nn.Module, Take], batches: Iterable[Batch]) -> None:
-    """Run a model in evaluation mode, and hand over what modules read.
+    """Run a model in evaluation mode and pass on the inputs of modules.
 
     Args:
-        model: of any kind.
-        takes: by module.
-        batches: what the model is called with; labels are left out, and padding counts for nothing where there is an
+        model: any model.
+        takes: receivers by module.
+        batches: model inputs; labels are ignored, and so is padding if there is an
             ``attention_mask``.
 
     Raises:
@@ -150,7 +150,7 @@ def look(model: nn.Module, takes: Mapping[nn.Module, Take], batches: Iterable[Ba
 
 
 def vectors(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """What a module reads, as the vectors that its matrix is multiplied with.
+    """A module's input, as the vectors that its matrix is multiplied by.
 
     Args:
         module: a ``Linear``, ``Conv1D``, ``Embedding`` or ``Conv2d`` of one group.
@@ -158,7 +158,7 @@ def vectors(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
         mask: ``(rows, length)``, or None.
 
     Returns:
-        ``(count, in)``; of a convolution its patches; of an embedding ids ``(count,)``.
+        ``(count, in)``; for a convolution its patches; for an embedding ids ``(count,)``.
     """
     if isinstance(module, nn.Embedding):
         return x[mask] if mask is not None and x.shape == mask.shape else x.reshape(-1)

@@ -1,4 +1,4 @@
-"""How much each matrix can lose by itself, and the rules that follow from it."""
+"""The sensitivity of a model to the sparsity of each matrix, and the rules that follow from it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lmcompress.pruning.unstructured.scoring import score
 
 @dataclass(frozen=True)
 class Scan:
-    """What a model loses when one matrix alone is made sparse.
+    """The evaluation of a model with one matrix at a time made sparse.
 
     Attributes:
-        dense: what the evaluation gives of the model as it is.
+        dense: result for the unpruned model.
         shares: sparsities that were tried.
-        values: path to what the evaluation gives at each share.
+        values: path to the result at each share.
     """
 
     dense: float
@@ -29,13 +29,13 @@ class Scan:
     values: Mapping[str, tuple[float, ...]]
 
     def rules(self, tolerance: float) -> tuple[SparsityRule, ...]:
-        """For each matrix the greatest share up to which the evaluation grows by no more than the tolerance.
+        """For each matrix the highest share at which the evaluation grows by no more than the tolerance.
 
         Args:
             tolerance: in the unit of the evaluation, >= 0.
 
         Returns:
-            A rule for each matrix; one that no share suits stays dense.
+            A rule for each matrix; it stays dense if no share is acceptable.
 
         Raises:
             LmcompressError: If the tolerance is negative.
@@ -58,17 +58,17 @@ def sensitivity_scan(
     config: SparsityConfig | None = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> Scan:
-    """Make one matrix after another sparse, at each share, without training, and see what that costs.
+    """Make one matrix at a time sparse, at each share, without training, and evaluate the model.
 
     Args:
-        model: a ``PreTrainedModel`` or any other module; as it was afterwards.
-        evaluate: of the model, the smaller the better: an error or a loss.
+        model: a ``PreTrainedModel`` or any other module; restored afterwards.
+        evaluate: function of the model, lower is better: an error or a loss.
         shares: sparsities to try, increasing.
-        config: which matrices, by what criterion and pattern; its shares do not matter; default: magnitude.
+        config: matrices, criterion and pattern; its shares are ignored; default: magnitude.
         batches: for a criterion that needs data.
 
     Returns:
-        What was found.
+        The results.
 
     Raises:
         LmcompressError: If shares do not increase, or as :func:`~lmcompress.pruning.unstructured.prune_weights`.

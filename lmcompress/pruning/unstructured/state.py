@@ -1,4 +1,4 @@
-"""What training checkpoints hold of unstructured pruning."""
+"""The state of unstructured pruning in training checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmcompress.pruning.unstructured.planning import Planned
 
 
 class SparsityState(nn.Module):
-    """Masks, the weights behind them, scores, thresholds, and how far the schedule is."""
+    """Masks, the weights behind them, scores, thresholds, and the progress of the schedule."""
 
     thresholds: Tensor
     done: Tensor
@@ -37,15 +37,15 @@ class SparsityState(nn.Module):
                 self.register_buffer(f"scores_{number}", torch.zeros_like(weight, dtype=torch.float32))
 
     def masks(self) -> list[Tensor]:
-        """Bool as the weights are stored, False where one is pruned."""
+        """Bool, same shape as the stored weights, False for pruned ones."""
         return self._all("mask")
 
     def kept(self) -> list[Tensor]:
-        """Bool, False where a weight was 0 from the beginning; with ``keep_zeros``."""
+        """Bool, False for weights that were 0 from the beginning; with ``keep_zeros``."""
         return self._all("kept")
 
     def hidden(self) -> list[Tensor]:
-        """Weights as they are behind the mask, after the last optimizer step; with ``train_removed``."""
+        """Weights behind the mask, after the last optimizer step; with ``train_removed``."""
         return self._all("hidden")
 
     def scores(self) -> list[Tensor]:

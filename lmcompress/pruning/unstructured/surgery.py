@@ -17,11 +17,11 @@ from lmcompress.schedules import Event, phase_share, ramp_of
 class Splicing:
     """Changes masks while the weights are trained behind them.
 
-    When it looks at the masks is drawn from seed and step alone.
+    The steps at which it updates the masks depend only on the seed and the step.
 
     Args:
-        config: whose schedule this is.
-        schedule: the schedule.
+        config: the configuration.
+        schedule: its schedule.
         planned: the matrices.
         state: their masks, weights behind the masks, and thresholds.
 
@@ -37,7 +37,7 @@ class Splicing:
         self._ramp = None if schedule.ramp is None else ramp_of(schedule.ramp)
 
     def fix_thresholds(self) -> None:
-        """Thresholds of the matrices whose share is said by ``quality``, of the weights as they are now."""
+        """Thresholds of the matrices with a ``quality``, from their current weights."""
         for number, one in enumerate(self._planned):
             if one.quality is not None:
                 self._state.thresholds[number] = surgery_threshold(one.weight.detach(), one.quality)
@@ -57,12 +57,12 @@ class Splicing:
         return float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < chance
 
     def operate(self, step: int, events: Sequence[Event], may_stay: Sequence[Tensor]) -> None:
-        """One look: cut below the lower threshold, splice above the upper one.
+        """One update: cut below the lower threshold, splice above the upper one.
 
         Args:
             step: optimizer steps done.
-            events: of the schedule, first and last.
-            may_stay: of each matrix a bool mask of what may be kept, as stored.
+            events: first and last event of the schedule.
+            may_stay: for each matrix a bool mask of weights that may be kept, as stored.
         """
         low, high = 1 - self._schedule.margin, 1 + self._schedule.margin
         tensors = zip(self._state.masks(), self._state.hidden(), may_stay, self._thresholds(step, events), strict=True)
@@ -70,7 +70,7 @@ class Splicing:
             mask.copy_(splice(mask, hidden, low * threshold, high * threshold) & kept)
 
     def _thresholds(self, step: int, events: Sequence[Event]) -> list[Tensor]:
-        """Of each matrix: what it was when surgery began, or what as many weights lie below as are to be pruned."""
+        """For each matrix: the initial threshold, or the one that prunes the due number of weights."""
         found = list(self._state.thresholds.unbind())
         way = 1.0 if self._ramp is None else self._ramp(phase_share(step, events[0].step, events[-1].step))
         for numbers in pools(self._planned):

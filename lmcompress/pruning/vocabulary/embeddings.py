@@ -1,7 +1,7 @@
-"""Vocabulary pruning: rows of the embeddings that a corpus never uses go, and the tokenizer is rewritten to match.
+"""Vocabulary pruning: embeddings of tokens that a corpus never uses are removed, and the tokenizer is rewritten.
 
-Nothing is trained and nothing is approximated: a text whose tokens all stay is cut into the same pieces by the new
-tokenizer, and the model gives it the same answer.
+Nothing is trained and nothing is approximated: a text whose tokens are all kept is tokenized in the same way by the new
+tokenizer, and the model's output for it is the same.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from lmcompress.pruning.vocabulary.tokenizers import (
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[str]:
-    """How often each token occurs in ``texts``, as the model would see them, whole: nothing is cut off or padded.
+    """The number of occurrences of each token in ``texts``, without truncation or padding.
 
     Args:
-        tokenizer: a fast one.
-        texts: the corpus; of pairs of sentences, all first and all second ones. Special tokens that the tokenizer puts
+        tokenizer: a fast tokenizer.
+        texts: the corpus; for pairs of sentences, all first and all second ones. Special tokens that the tokenizer adds
             around a text are not counted.
 
     Returns:
         Count by token, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``).
 
     Raises:
-        LmcompressError: If the tokenizer is a slow one, or ``texts`` is one string or holds something else than
+        LmcompressError: If the tokenizer is a slow one, or ``texts`` is one string or contains something other than
             strings.
     """
     texts = checked_texts(texts)
@@ -61,46 +61,50 @@ def prune_vocabulary(
     max_size: int | None = None,
     keep_characters: bool = True,
 ) -> tuple[PreTrainedTokenizerBase, VocabularyReport]:
-    """Cut a model's vocabulary down to what ``texts`` use, and make the tokenizer that goes with it.
+    """Reduce a model's vocabulary to the tokens that ``texts`` use, and create the matching tokenizer.
 
-    Embeddings, the head over the vocabulary and its bias lose the same rows; tied ones stay tied. Ids are renumbered
+    Embeddings, the vocabulary head and its bias lose the same rows; tied ones stay tied. Ids are renumbered
     in their old order, in the tokenizer, in ``model.config`` and in ``model.generation_config``; the padding token
-    keeps its id wherever that exists (RoBERTa counts positions from it). Special and added tokens always stay.
+    keeps its id if the model depends on it (RoBERTa counts positions from it). Special and added tokens are always
+    kept.
 
-    - **WordPiece** (BERT, DistilBERT, ELECTRA): a word is cut into the longest pieces there are, so a word whose pieces
-      stay is cut as before.
-    - **Byte-level BPE** (GPT-2, RoBERTa): of the merges, those stay by which a token that stays is made from bytes, and
-      so do the tokens on that way. Merges that a word uses are then there in their order, and no others come between:
-      it is cut as before.
+    - **WordPiece** (BERT, DistilBERT, ELECTRA): a word is split into the longest pieces available, so a word whose
+      pieces are kept is split as before.
+    - **Byte-level BPE** (GPT-2, RoBERTa): the merges that build a kept token from bytes are kept, and
+      so are the intermediate tokens. The merges that a word uses then exist in their order, and no others come between:
+      it is split as before.
 
-    Both are checked on all of ``texts`` before the model is touched; when anything is refused, model and tokenizer are
-    as they were.
+    Both are checked on all of ``texts`` before the model is changed; on any error, model and tokenizer are
+    unchanged.
 
     Args:
-        model: changed in place, with or without a head; make optimizers afterwards, for the parameters are new ones.
-        tokenizer: the model's, a fast one; left as it is.
-        texts: what the model will have to read, or a good part of it; read twice, and kept in memory meanwhile. Of
-            pairs of sentences give both.
-        min_count: a token stays if it occurs so often.
-        keep: tokens that stay in any case, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``).
-        max_size: the most rows that may stay; the most frequent tokens do. With BPE a token counts together with those
-            it is merged from, and is passed over where all of them do not fit.
-        keep_characters: keep every single character of a WordPiece vocabulary, so that words the corpus does not have
-            can still be spelled; without, they become unknown tokens. The bytes of a byte-level BPE stay in any case.
+        model: modified in place, with or without a head; create optimizers afterwards, since the parameters are new
+            ones.
+        tokenizer: the model's, a fast one; unchanged.
+        texts: a representative sample of the texts the model will read; read twice, and kept in memory meanwhile. For
+            pairs of sentences pass both.
+        min_count: minimum number of occurrences of a token that is kept.
+        keep: tokens to keep in any case, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``).
+        max_size: maximum number of embeddings; the most frequent tokens are kept. With BPE a token counts together with
+            those it is merged from, and is skipped if they do not all fit.
+        keep_characters: whether to keep every single character of a WordPiece vocabulary, so that words outside the
+            corpus can still be spelled; without, they become unknown tokens. The bytes of a byte-level BPE are kept in
+            any case.
 
     Returns:
         The new tokenizer and the report.
 
     Raises:
         LmcompressError: If the tokenizer is slow or of another kind, model and tokenizer do not belong together, the
-            embeddings are quantized or packed, the corpus is empty, a token of ``keep`` is not there, or nothing would
-            stay or be pruned.
-        EquivalenceError: If a text would be cut into other pieces although all its tokens stay; nothing was changed.
-        UnknownFamilyError: :mod:`lmcompress.families` does not describe the model.
+            embeddings are quantized or packed, the corpus is empty, a token of ``keep`` does not exist, or nothing
+            would be kept or pruned.
+        EquivalenceError: If a text would be tokenized differently although all its tokens are kept; nothing was
+            changed.
+        UnknownFamilyError: If :mod:`lmcompress.families` does not describe the model.
 
     Note:
-        TextPruner keeps all merges of a byte-level BPE, which then lead to tokens that are no longer there, and keeps
-        neither the bytes nor what lies on the way to a token.
+        TextPruner keeps all merges of a byte-level BPE, which then lead to tokens that no longer exist, and keeps
+        neither the bytes nor the intermediate tokens.
 
     Reference:
         Yang, Cui & Chen, *TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models*, 2022,
@@ -116,7 +120,7 @@ def prune_vocabulary(
     if not counts:
         raise LmcompressError(
             f"the corpus must hold some text, got {len(texts)} texts without a single token; "
-            "give the texts that the model is to read"
+            "give the texts that the model will read"
         )
 
     reasons, merges = staying(
@@ -168,11 +172,11 @@ def _check_numbers(min_count: int, max_size: int | None) -> None:
 def _renumbered(
     tables: Tables, vocabulary: Vocabulary, reasons: Mapping[str, Reason], min_count: int
 ) -> dict[int, int]:
-    """The new id of each token that stays by its old one, in the order of the new ones."""
+    """The new id of each kept token by its old one, in the order of the new ones."""
     rows = tables.embedding.num_embeddings
     if len(reasons) == rows:
         raise LmcompressError(
-            f"all {rows} tokens stay, so there is nothing to prune: raise min_count (now {min_count}), set max_size, "
+            f"all {rows} tokens are kept, so there is nothing to prune: raise min_count ({min_count}), set max_size, "
             "or give the texts of a narrower task"
         )
     order = new_order(vocabulary, reasons, tables.padding)
@@ -180,6 +184,6 @@ def _renumbered(
     if tables.counts_positions and tables.padding is not None and new_ids[tables.padding] != tables.padding:
         raise LmcompressError(
             f"the padding token must keep its id {tables.padding}, from which this model counts positions, and "
-            f"only {len(order)} tokens stay: raise max_size or lower min_count until more than that do"
+            f"only {len(order)} tokens are kept: raise max_size or lower min_count to keep more"
         )
     return new_ids

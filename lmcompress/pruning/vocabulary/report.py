@@ -1,4 +1,4 @@
-"""What vocabulary pruning did."""
+"""The result of vocabulary pruning."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ REASONS: dict[Reason, str] = {
     "corpus": "counted at least `min_count` times in the corpus",
     "merges": "steps on the way from bytes to a token that stays",
 }
-"""Why a token stays, in the order in which the reasons are tried: the first that holds is reported."""
+"""Why a token is kept, in the order in which the reasons are tried: the first that applies is reported."""
 
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """What vocabulary pruning did. Everything but ``kept`` and ``old_ids`` is a number.
+    """The result of vocabulary pruning. All fields are numbers except ``kept`` and ``old_ids``.
 
     Attributes:
-        rows_before, rows_after: rows of the embedding table.
+        rows_before, rows_after: number of embeddings.
         merges_before, merges_after: merge rules of a BPE tokenizer; 0 for WordPiece.
-        bytes_saved: of the model's parameters in memory; a tied head counts once.
-        coverage: share of the corpus, in tokens of the old tokenizer, whose token stayed; 1 where ``min_count`` is 1
+        bytes_saved: bytes of the model's parameters in memory; a tied head counts once.
+        coverage: share of the corpus, in tokens of the old tokenizer, whose token is kept; 1 if ``min_count`` is 1
             and ``max_size`` unset.
-        tokens_before, tokens_after: length of the corpus in tokens, without special tokens; what was cut from the
-            vocabulary makes texts longer.
+        tokens_before, tokens_after: length of the corpus in tokens, without special tokens; a smaller vocabulary makes
+            texts longer.
         unknown_before, unknown_after: unknown tokens among them.
-        texts, texts_changed: texts of the corpus, and those that are now cut into other pieces.
-        kept: by reason (see :data:`REASONS`), the tokens that stayed for it and for none before it.
+        texts, texts_changed: number of texts of the corpus, and of those that are now tokenized differently.
+        kept: by reason (see :data:`REASONS`), the tokens kept for it and for no earlier one.
         old_ids: for each new id the old one. ``logits[..., old_ids]`` of the old model are the new model's.
     """
 
@@ -54,6 +54,6 @@ class VocabularyReport:
     old_ids: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON types, with how many tokens stayed for each reason in place of the lists."""
+        """The numbers as JSON types, with the number of tokens kept for each reason in place of the lists."""
         values = {name: value for name, value in asdict(self).items() if name not in ("kept", "old_ids")}
         return values | {"kept": {reason: len(tokens) for reason, tokens in self.kept.items()}}

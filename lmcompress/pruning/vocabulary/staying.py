@@ -1,4 +1,4 @@
-"""Which tokens stay, and why."""
+"""The tokens to keep, and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMED_IDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
 def special_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tables: Tables, vocabulary: Vocabulary
 ) -> set[int]:
-    """Every id that something names, once it is known that model and tokenizer belong together."""
+    """Every id that is referenced, after checking that model and tokenizer belong together."""
     rows, largest = tables.embedding.num_embeddings, max(vocabulary.names, default=-1)
     if not largest < rows <= largest + 1 + _MAX_SPARE_ROWS:
         raise LmcompressError(
@@ -57,11 +57,12 @@ def special_ids(
                 named[f"{type(config).__name__}.{name}"] = value if isinstance(value, (list, tuple)) else [value]
     for where, numbers in named.items():
         for number in numbers:
-            # GPT-2's config names 50256 by default, however small its vocabulary: that is of no row, and stays as it is
+            # GPT-2's config names 50256 by default, however small its vocabulary: that has no embedding, and is
+            # unchanged
             if isinstance(number, int) and 0 <= number < rows:
                 if number not in vocabulary.names:
                     raise LmcompressError(
-                        f"{where} is {number}, which is no token of the tokenizer and would lose its row; "
+                        f"{where} is {number}, which is no token of the tokenizer and would lose its embedding; "
                         "add that token to the tokenizer or set the field to a token's id"
                     )
                 special.add(number)
@@ -69,14 +70,14 @@ def special_ids(
 
 
 def asked_for(keep: Collection[str], vocabulary: Vocabulary) -> list[str]:
-    """The tokens that are asked for by name, in the order of their ids.
+    """The tokens requested by name, in the order of their ids.
 
     Args:
         keep: tokens in the tokenizer's spelling.
-        vocabulary: of the tokenizer.
+        vocabulary: the tokenizer's vocabulary.
 
     Raises:
-        LmcompressError: If ``keep`` is one string, or names what is no token.
+        LmcompressError: If ``keep`` is one string, or contains something that is not a token.
     """
     if isinstance(keep, str):
         raise LmcompressError(f"keep must be several tokens, got the one string {keep!r}; put it into a list")
@@ -87,8 +88,8 @@ def asked_for(keep: Collection[str], vocabulary: Vocabulary) -> list[str]:
             near = get_close_matches(str(token), vocabulary.ids, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise LmcompressError(
-                f"keep must name tokens of the tokenizer, got {token!r}, which is none; {hint}({written}; what "
-                "tokenizer.tokenize(text) gives are tokens)"
+                f"keep must name tokens of the tokenizer, got {token!r}, which is none; {hint}({written}; "
+                "tokenizer.tokenize(text) returns tokens)"
             )
     return sorted(keep, key=vocabulary.ids.__getitem__)
 
@@ -100,17 +101,17 @@ def staying(
     min_count: int,
     max_size: int | None,
 ) -> tuple[dict[str, Reason], Merges]:
-    """The tokens that stay, with the first reason of each, and the merges by which they are made.
+    """The tokens to keep, with the first reason of each, and the merges that create them.
 
     Args:
-        vocabulary: of the tokenizer.
-        counts: of the corpus, by id.
-        always: tokens that stay whatever the counts, by reason.
-        min_count: a token of the corpus stays if it occurs so often.
-        max_size: the most tokens that may stay.
+        vocabulary: the tokenizer's vocabulary.
+        counts: occurrences in the corpus, by id.
+        always: tokens kept whatever the counts, by reason.
+        min_count: minimum number of occurrences of a token of the corpus.
+        max_size: maximum number of tokens.
 
     Raises:
-        LmcompressError: If more than ``max_size`` tokens stay in any case, or none of the corpus would.
+        LmcompressError: If more than ``max_size`` tokens are kept in any case, or none of the corpus would be.
     """
     reasons: dict[str, Reason] = {}
     for reason, tokens in always:
@@ -132,20 +133,20 @@ def _choose(
     min_count: int,
     max_size: int | None,
 ) -> None:
-    """Add the corpus's tokens to ``reasons``, the most frequent first, as many as may stay."""
+    """Add the corpus's tokens to ``reasons``, the most frequent first, up to the maximum."""
     if max_size is not None and len(reasons) > max_size:
         groups = Counter(reasons.values())
         listed = ", ".join(f"{groups[reason]} {reason}" for reason in REASONS if groups[reason])
         raise LmcompressError(
-            f"max_size must be at least {len(reasons)}, the number of tokens that stay in any case ({listed}); got "
-            f"{max_size}" + ("" if vocabulary.is_bpe else ". keep_characters=False lets go of the alphabet")
+            f"max_size must be at least {len(reasons)}, the number of tokens kept in any case ({listed}); got "
+            f"{max_size}" + ("" if vocabulary.is_bpe else ". keep_characters=False drops the alphabet")
         )
     special = {vocabulary.ids[token] for token, reason in reasons.items() if reason == "special"}
     frequent = [number for number, count in counts.items() if count >= min_count and number not in special]
     if not frequent:
         most = max((count for number, count in counts.items() if number not in special), default=0)
         raise LmcompressError(
-            f"min_count must leave some of the corpus's tokens, got {min_count}; the most frequent one that is not "
+            f"min_count must keep some of the corpus's tokens, got {min_count}; the most frequent one that is not "
             f"special occurs {most} times"
         )
     for number in sorted(frequent, key=lambda number: (-counts[number], number)):

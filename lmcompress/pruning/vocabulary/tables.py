@@ -1,4 +1,4 @@
-"""The parts of a model that have a row for each token, and cutting rows out of them."""
+"""The parts of a model with one row per token, and removing rows from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmcompress.families import Anatomy, anatomy_of
 
 @dataclass(frozen=True)
 class Tables:
-    """The parts of a model that have a row for each token."""
+    """The parts of a model with one row per token."""
 
     embedding: nn.Embedding
     head: nn.Linear | None
@@ -28,28 +28,27 @@ def tables_of(model: PreTrainedModel) -> Tables:
     """The tables of a model.
 
     Args:
-        model: of a known family, with or without a head over the vocabulary.
+        model: a model of a known family, with or without a vocabulary head.
 
     Raises:
-        LmcompressError: If a table is quantized, packed or parametrized, or the config says another number of rows.
+        LmcompressError: If a table is quantized, packed or parametrized, or the config has another number of rows.
     """
     if not isinstance(model, PreTrainedModel):
         raise LmcompressError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; "
-            "of a CompressedModel give its .model"
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; pass a CompressedModel's .model"
         )
     anatomy = anatomy_of(model)
     embedding = anatomy.embedding("word_embeddings")
     if not isinstance(embedding, nn.Embedding) or not _is_plain(embedding, embedding.num_embeddings):
         raise LmcompressError(
-            "the word embeddings must be a plain nn.Embedding with a floating-point weight, got "
+            "the token embeddings must be a plain nn.Embedding with a floating-point weight, got "
             f"{_describe(embedding)}; if they are quantized, packed or parametrized, prune the vocabulary first"
         )
     head = model.get_output_embeddings()
     rows = embedding.num_embeddings
     if head is not None and not (isinstance(head, nn.Linear) and _is_plain(head, rows)):
         raise LmcompressError(
-            f"the head over the vocabulary must be a plain nn.Linear with {rows} rows, as the embeddings have, got "
+            f"the vocabulary head must be a plain nn.Linear with {rows} rows, as the embeddings have, got "
             f"{_describe(head)}; if it is quantized or packed, prune the vocabulary first"
         )
     if model.config.vocab_size != rows:
@@ -73,7 +72,7 @@ def _describe(module: nn.Module | None) -> str:
 
 
 def _counts_positions(anatomy: Anatomy) -> bool:
-    """Whether positions are counted from the padding id, as RoBERTa's are: its position table has a padding row."""
+    """Whether positions are counted from the padding id, as in RoBERTa: its position table has a padding row."""
     positions = anatomy.embedding("position_embeddings")
     return isinstance(positions, nn.Embedding) and positions.padding_idx is not None
 
@@ -82,7 +81,7 @@ def configs_of(model: PreTrainedModel) -> list[Any]:
     """The model's config, and its generation config if it has one.
 
     Args:
-        model: of any kind.
+        model: any model.
     """
     # only models that generate have a generation config
     generation = getattr(model, "generation_config", None)
@@ -99,12 +98,12 @@ def is_token_id(field: str) -> bool:
 
 
 def shrink(model: PreTrainedModel, tables: Tables, order: Sequence[int], new_ids: Mapping[int, int]) -> int:
-    """Take the rows away, in everything that has them; the bytes that this saves."""
+    """Remove the rows from every module that has them; returns the bytes saved."""
     rows, embedding, head = tables.embedding.num_embeddings, tables.embedding, tables.head
     tensors: list[Tensor | None] = [embedding.weight]
     if head is not None:
         tensors += [head.weight, head.bias]
-        # BERT and RoBERTa keep the head's bias a second time, beside the head: the same tensor only where it is tied
+        # BERT and RoBERTa store the head's bias a second time, next to the head: the same tensor only if it is tied
         around = (module for module in model.modules() if any(child is head for child in module.children()))
         tensors += [p for module in around for p in module.parameters(recurse=False) if tuple(p.shape) == (rows,)]
     old = {id(tensor): tensor for tensor in tensors if tensor is not None}
@@ -113,7 +112,7 @@ def shrink(model: PreTrainedModel, tables: Tables, order: Sequence[int], new_ids
         key: nn.Parameter(tensor.detach()[index.to(tensor.device)].clone(), requires_grad=tensor.requires_grad)
         for key, tensor in old.items()
     }
-    # by identity and in every module, so that what was tied stays tied
+    # by identity and in every module, so that tied tensors stay tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) in new:
@@ -132,8 +131,8 @@ def shrink(model: PreTrainedModel, tables: Tables, order: Sequence[int], new_ids
 def _renumber_config(config: Any, new_ids: Mapping[int, int]) -> None:
     """Renumber the fields of a model's or a generation config that name tokens.
 
-    Ids that are of no row stay as they are. What a generation config says about tokens that are pruned goes with them:
-    they can no longer be generated.
+    Ids without a row are unchanged. Entries of a generation config for pruned tokens are removed:
+    these can no longer be generated.
     """
     for name, value in list(vars(config).items()):
         if value is None:

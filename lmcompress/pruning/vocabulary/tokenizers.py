@@ -1,4 +1,4 @@
-"""Fast tokenizers as data: reading them, what their tokens need of one another, and writing them anew with fewer."""
+"""Fast tokenizers as data: reading them, the dependencies of their tokens, and rewriting them with fewer tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Vocabulary:
     """A tokenizer as data.
 
     Attributes:
-        json: what the ``tokenizers`` library writes.
+        json: JSON written by the ``tokenizers`` library.
         ids, names: all tokens, added ones included.
-        own: tokens that the model of the tokenizer itself has; the others are in ``added_tokens`` only.
+        own: tokens of the tokenizer's model itself; the others are in ``added_tokens`` only.
         added: added tokens that are not special.
         unknown: id of the unknown token, if there is one.
     """
@@ -39,27 +39,27 @@ class Vocabulary:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The part that cuts words."""
+        """The component that splits words."""
         return cast(dict[str, Any], self.json["model"])
 
     @property
     def is_bpe(self) -> bool:
-        """Whether it is a byte-level BPE; else it is WordPiece."""
+        """Whether it is a byte-level BPE; otherwise it is WordPiece."""
         return bool(self.model["type"] == "BPE")
 
     @property
     def prefix(self) -> str:
-        """What WordPiece writes before a piece that goes on a word."""
+        """WordPiece's prefix of a piece that continues a word."""
         return str(self.model.get("continuing_subword_prefix") or "")
 
 
 class Merges:
     """The merges of a byte-level BPE, and those that are needed; empty for WordPiece.
 
-    BPE merges, of the pairs of neighbours in a word, the one of the lowest rank, and again. Between the ends of a token
-    that comes out of it nothing else was merged than if the token were a word of its own, so the way to it is found
-    without the corpus. If all merges that a word uses stay, in their order, each is still the lowest when its turn
-    comes: the word is cut as before whatever other merges are pruned.
+    BPE repeatedly merges, of the pairs of neighbours in a word, the one of lowest rank. Between the ends of a
+    resulting token nothing else was merged than if the token were a word of its own, so its merges are found
+    without the corpus. If all merges that a word uses are kept, in order, each is still the lowest when its turn
+    comes: the word is split as before whatever other merges are pruned.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -68,7 +68,7 @@ class Merges:
         self.used: set[tuple[str, str]] = set()
 
     def path(self, token: str) -> list[tuple[str, str]]:
-        """The merges that lead from single bytes to ``token``, or none where they lead elsewhere."""
+        """The merges that lead from single bytes to ``token``, or none if they lead elsewhere."""
         symbols, path = list(token), []
         while self.ranks and len(symbols) > 1:
             pairs = list(zip(symbols, symbols[1:], strict=False))
@@ -81,18 +81,18 @@ class Merges:
         return path
 
     def parts(self, token: str) -> list[str]:
-        """All tokens on the way to ``token``, itself included; none where no way leads there."""
+        """All intermediate tokens of ``token``, including itself; none if no merges lead to it."""
         return [part for pair in self.path(token) for part in (*pair, "".join(pair))]
 
     def take(self, token: str) -> list[str]:
-        """Mark the merges that ``token`` needs as used; the tokens on the way, which must stay with it."""
+        """Mark the merges that ``token`` needs as used; returns the intermediate tokens, which must be kept with it."""
         self.used.update(self.path(token))
         return self.parts(token)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A corpus as the new tokenizer cuts it: its tokens, unknown ones, and texts cut otherwise than before."""
+    """A corpus as the new tokenizer splits it: tokens, unknown ones, and texts split differently than before."""
 
     tokens: int
     unknown: int
@@ -115,13 +115,13 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend = Tokenizer.from_str(original.to_str())
     backend.no_truncation()
     backend.no_padding()
-    # not in the JSON: whether special tokens that stand in a text are read as text
+    # not in the JSON: whether special tokens in a text are read as text
     backend.encode_special_tokens = original.encode_special_tokens
     return backend
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """Read a tokenizer; kinds that cannot be cut down exactly are refused."""
+    """Read a tokenizer; kinds that cannot be reduced exactly are refused."""
     data = json.loads(fast_backend(tokenizer).to_str())
     model = data["model"]
     obstacle = None
@@ -133,11 +133,11 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             obstacle = "a BPE model that marks the parts of a word"
         elif model.get("dropout"):
-            obstacle = f"a BPE model with dropout {model['dropout']}, which cuts a text differently each time"
+            obstacle = f"a BPE model with dropout {model['dropout']}, which splits a text differently each time"
     if obstacle is not None:
         raise LmcompressError(
             "the tokenizer must be WordPiece (BERT, DistilBERT, ELECTRA) or byte-level BPE (GPT-2, RoBERTa), whose "
-            f"rows can be taken away without changing how the rest is cut; got {type(tokenizer).__name__} with "
+            f"tokens can be removed without changing how the rest is split; got {type(tokenizer).__name__} with "
             f"{obstacle}"
         )
     own: dict[str, int] = dict(model["vocab"])
@@ -160,7 +160,7 @@ def _has_step(step: dict[str, Any] | None, kind: str) -> bool:
 
 
 def processor_ids(processor: dict[str, Any] | None) -> Iterator[int]:
-    """The ids that a post-processor puts around texts."""
+    """The ids that a post-processor adds around texts."""
     if processor is None:
         return
     for inner in processor.get("processors", ()):
@@ -174,15 +174,15 @@ def processor_ids(processor: dict[str, Any] | None) -> Iterator[int]:
 
 
 def checked_texts(texts: Iterable[str]) -> list[str]:
-    """The texts as a list; what is no collection of strings is refused."""
+    """The texts as a list; anything but a collection of strings is refused."""
     if isinstance(texts, str):
         raise LmcompressError("texts must be several strings, got one string; put it into a list")
     listed = list(texts)
     for index, text in enumerate(listed):
         if not isinstance(text, str):
             raise LmcompressError(
-                f"texts must be strings, got {type(text).__name__} at place {index}; of pairs of sentences give all "
-                "first and all second ones as texts of their own"
+                f"texts must be strings, got {type(text).__name__} at index {index}; for pairs of sentences give all "
+                "first and all second ones as separate texts"
             )
     return listed
 
@@ -193,7 +193,7 @@ def _encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
 
 
 def count_ids(backend: Tokenizer, texts: Sequence[str]) -> Counter[int]:
-    """How often each id occurs, without special tokens around the texts."""
+    """The number of occurrences of each id, without special tokens around the texts."""
     counts: Counter[int] = Counter()
     for encoding in _encodings(backend, texts):
         counts.update(encoding.ids)
@@ -210,10 +210,10 @@ def alphabet_of(vocabulary: Vocabulary, keep_characters: bool) -> list[str]:
 
 
 def unknown_words(vocabulary: Vocabulary, backend: Tokenizer, texts: Sequence[str], counts: Counter[int]) -> set[str]:
-    """The pieces that WordPiece finds in words of the corpus before it comes to a place where none fits.
+    """The pieces that WordPiece finds in words of the corpus before a position where none fits.
 
     Such a word becomes the unknown token. If the pieces were dropped, shorter ones might lead past that place, and the
-    word would be read although it was unknown before.
+    word would be tokenized although it was unknown before.
     """
     if vocabulary.is_bpe or vocabulary.unknown is None or not counts[vocabulary.unknown]:
         return set()
@@ -243,9 +243,9 @@ def _before_failure(word: str, vocabulary: Vocabulary) -> list[str]:
 
 
 def new_order(vocabulary: Vocabulary, kept: Collection[str], padding: int | None) -> list[int]:
-    """Old ids in their new order: as before, but that the padding token stays where it was if it can."""
+    """Old ids in their new order: as before, except that the padding token keeps its id if possible."""
     own = sorted(vocabulary.ids[token] for token in kept if token in vocabulary.own)
-    # the tokenizers library numbers what is in its model first
+    # the tokenizers library numbers the tokens of its model first
     added = sorted(vocabulary.ids[token] for token in kept if token not in vocabulary.own)
     if padding in own and padding < len(own):
         own.remove(padding)
@@ -259,8 +259,8 @@ def rebuilt(
     new_ids: Mapping[int, int],
     merges: Collection[tuple[str, str]],
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with other ids, made as it will be made again when it is loaded: from its files."""
-    # a deep copy through JSON, for the pieces below are changed in place
+    """The tokenizer with other ids, created from its files, as it will be when loaded."""
+    # a deep copy through JSON, because the parts below are modified in place
     data = json.loads(json.dumps(vocabulary.json))
     model = data["model"]
     own = sorted((new_ids[old], token) for token, old in vocabulary.own.items() if old in new_ids)
@@ -278,14 +278,14 @@ def rebuilt(
         folder = Path(name)
         tokenizer.save_pretrained(folder)
         _write_json(folder / "tokenizer.json", data)
-        # what else a tokenizer may have written with the old ids; all of it is in tokenizer.json too
+        # other files of a tokenizer with the old ids; everything is in tokenizer.json too
         for file in ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"):
             (folder / file).unlink(missing_ok=True)
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         settings.pop("added_tokens_decoder", None)
         _write_json(folder / "tokenizer_config.json", settings)
         pruned: PreTrainedTokenizerBase = type(tokenizer).from_pretrained(folder)
-    # what was set after the tokenizer was made is not in its files
+    # settings made after the tokenizer was created are not in its files
     for setting in ("name_or_path", "padding_side", "truncation_side", "model_input_names"):
         setattr(pruned, setting, getattr(tokenizer, setting))
     expected = {vocabulary.names[old]: new for old, new in new_ids.items()}
@@ -318,7 +318,7 @@ def _write_json(file: Path, data: Mapping[str, Any]) -> None:
 def compare(
     before: Tokenizer, after: Tokenizer, texts: Sequence[str], new_ids: Mapping[int, int], unknown: int | None
 ) -> Comparison:
-    """Cut the whole corpus with both tokenizers; where every old token stayed, the pieces must be the same."""
+    """Tokenize the whole corpus with both tokenizers; if every old token is kept, the pieces must be the same."""
     new_unknown = None if unknown is None else new_ids[unknown]
     tokens = unknowns = changed = 0
     pairs = zip(texts, _encodings(before, texts), _encodings(after, texts), strict=True)
@@ -330,9 +330,9 @@ def compare(
             changed += 1
             if None not in wanted:
                 raise EquivalenceError(
-                    f"all tokens of {text[:80]!r} stay, yet it is cut into {new.tokens[:12]} instead of "
+                    f"all tokens of {text[:80]!r} are kept, yet it is split into {new.tokens[:12]} instead of "
                     f"{old.tokens[:12]}; nothing was changed. The tokenizer in memory may have been altered in a way "
-                    "that its files do not say (compare it with what save_pretrained and from_pretrained give); "
+                    "its files do not record (compare it with the result of save_pretrained and from_pretrained); "
                     "otherwise please report this with its name"
                 )
     return Comparison(tokens=tokens, unknown=unknowns, changed=changed)

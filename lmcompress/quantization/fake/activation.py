@@ -1,4 +1,4 @@
-"""Fake-quantized activations: ranges that are taken from every input, calibrated, or learned."""
+"""Fake-quantized activations: ranges computed from every input, calibrated, or learned."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_CALIBRATED = (
 
 @dataclass
 class _Seen:
-    """What calibration has seen of one activation."""
+    """The observations of one activation in calibration."""
 
     ranges: MinMax | Histogram
     step: Tensor | None = None
@@ -34,21 +34,21 @@ class _Seen:
 
 
 class FakeActivation(nn.Module):
-    """What quantizes one activation; several modules that read the same tensor share one.
+    """The quantizer of one activation; several modules that read the same tensor share one.
 
     Attributes:
-        name: of the activation.
-        scheme: how; ``symmetric`` is decided.
-        enabled: whether it does.
-        step: of learned ranges, ``(1, 1)``; NaN until it is calibrated.
-        offset: of learned ranges that are not symmetric, likewise.
-        scale: of static ranges, ``(1,)``; NaN until it is calibrated.
-        zero_point: of static ranges that are not symmetric, ``(1,)`` uint8.
+        name: name of the activation.
+        scheme: its scheme, with ``symmetric`` resolved.
+        enabled: whether it quantizes.
+        step: for learned ranges, ``(1, 1)``; NaN until calibrated.
+        offset: for learned ranges that are not symmetric, ``(1, 1)``.
+        scale: for static ranges, ``(1,)``; NaN until calibrated.
+        zero_point: for static ranges that are not symmetric, ``(1,)`` uint8.
 
     Args:
-        name: of the activation, for errors.
-        scheme: how.
-        readers: how many modules read the same tensor.
+        name: name of the activation in errors.
+        scheme: its scheme.
+        readers: number of modules that read the same tensor.
         heads: whether the tensor is ``(batch, heads, length, ...)`` and not ``(batch, length, ...)``.
     """
 
@@ -65,21 +65,21 @@ class FakeActivation(nn.Module):
         self._ready = scheme.range == "dynamic"
         self._seen: _Seen | None = None
         self._mask: Tensor | None = None
-        # input, whether with gradient, result, how many have yet to read it
+        # input, whether with gradient, result, number of modules that have yet to read it
         self._kept: tuple[Tensor, bool, Tensor, int] | None = None
         learns, fixed, shifted = scheme.range == "learned", scheme.range == "static", not scheme.symmetric
-        # NaN is a range that no calibration gives
+        # NaN is a range that calibration never produces
         self.step = nn.Parameter(torch.full((1, 1), torch.nan)) if learns else None
         self.offset = nn.Parameter(torch.full((1, 1), torch.nan)) if learns and shifted else None
         self.register_buffer("scale", torch.full((1,), torch.nan) if fixed else None)
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.uint8) if fixed and shifted else None)
 
     def active(self) -> bool:
-        """Whether it quantizes or calibrates now."""
+        """Whether it currently quantizes or calibrates."""
         return self.enabled or self._seen is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The activation on its levels.
+        """The quantized activation.
 
         Args:
             x: ``(batch, length, ...)``, or with heads as the second axis.
@@ -111,7 +111,7 @@ class FakeActivation(nn.Module):
 
         Args:
             module: the module.
-            args: what it is called with.
+            args: its inputs.
 
         Returns:
             The same with the first argument quantized.
@@ -119,27 +119,27 @@ class FakeActivation(nn.Module):
         return (self(args[0]), *args[1:])
 
     def watch(self) -> None:
-        """Calibrate from now on: look at what comes, and let it pass."""
+        """Calibrate from now on: observe inputs, and pass them unchanged."""
         if self.scheme.range != "dynamic":
             least = self.scheme.range == "learned" or self.scheme.calibration == "minmax"
             self._seen = _Seen(MinMax() if least else Histogram())
 
     def look_through(self, mask: Tensor | None) -> None:
-        """What counts of the next batch.
+        """Set the mask of the next batch.
 
         Args:
-            mask: ``(batch, length)``, true for tokens that are no padding; ``None``: all.
+            mask: ``(batch, length)``, true for tokens that are not padding; ``None``: all.
         """
         self._mask = mask
 
     def freeze(self, *, discard: bool = False) -> None:
-        """End calibration, and take over the range that was seen.
+        """End calibration, and set the observed range.
 
         Args:
-            discard: whether to leave the range as it was instead.
+            discard: whether to keep the previous range instead.
 
         Raises:
-            LmcompressError: If calibration saw nothing, or nothing but zeros.
+            LmcompressError: If calibration observed nothing, or only zeros.
         """
         seen, self._seen, self._mask = self._seen, None, None
         if seen is None or discard:
@@ -151,7 +151,7 @@ class FakeActivation(nn.Module):
         self._ready = True
 
     def final(self) -> tuple[ActivationEncoding, InputRange | None]:
-        """How the activation is described in a checkpoint, and its range unless that is dynamic.
+        """The description of the activation in a checkpoint, and its range unless that is dynamic.
 
         Returns:
             The description, and scale and zero point.
@@ -170,7 +170,7 @@ class FakeActivation(nn.Module):
         return self._encoding, (last.scales.reshape(1).clone(), zero_point)
 
     def forget(self) -> None:
-        """Forget the tensor that was read last."""
+        """Clear the cached tensor."""
         self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class FakeActivation(nn.Module):
 
     def _calibrated(self) -> bool:
         if not self._ready:
-            # a state that was loaded is a range as well; asked once, for the host waits for it
+            # a loaded state is a range as well; checked once, because the host waits for it
             tensor = self.step if self.step is not None else self.scale
             self._ready = tensor is not None and bool(torch.isfinite(tensor).all())
         return self._ready
@@ -230,16 +230,16 @@ class FakeActivation(nn.Module):
 
 @contextmanager
 def calibrating(activations: Sequence[FakeActivation]) -> Iterator[Callable[[Tensor | None], None]]:
-    """Calibrate activations while the block runs; their ranges are taken over at its end, or left if it fails.
+    """Calibrate activations while the block runs; their ranges are set at its end, or kept if it fails.
 
     Args:
         activations: those whose range is not dynamic.
 
     Yields:
-        What takes the mask of the next batch, ``(batch, length)``, or None.
+        A function that takes the mask of the next batch, ``(batch, length)``, or None.
 
     Raises:
-        LmcompressError: If one of them saw nothing, or nothing but zeros.
+        LmcompressError: If one of them observed nothing, or only zeros.
     """
 
     def look_through(mask: Tensor | None) -> None:
@@ -258,13 +258,13 @@ def calibrating(activations: Sequence[FakeActivation]) -> Iterator[Callable[[Ten
 
 
 class AttentionFakes:
-    """The activations that one module of attention quantizes."""
+    """The quantizers of one attention module's activations."""
 
     def __init__(self, roles: Mapping[Role, FakeActivation]) -> None:
         self.roles = dict(roles)
 
     def active(self) -> bool:
-        """Whether any of them quantizes or calibrates now."""
+        """Whether any of them currently quantizes or calibrates."""
         return any(activation.active() for activation in self.roles.values())
 
     def __call__(self, role: Role, x: Tensor) -> Tensor:

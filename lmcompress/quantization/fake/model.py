@@ -1,4 +1,4 @@
-"""A fake-quantized model: quantizers put in, calibrated, switched, taken away, or turned into codes."""
+"""A fake-quantized model: quantizers added, calibrated, switched, removed, or turned into codes."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class FakeQuantized(Hooked):
     """A model that computes with quantized numbers, as a plan says; its parameters keep their values and their names.
 
     Args:
-        model: changed in place, until :meth:`remove` or :meth:`finish`.
-        plan: what gets what, of this very model.
-        batches: for ranges that are calibrated, see :meth:`calibrate`; none are needed where all are dynamic.
+        model: modified in place, until :meth:`remove` or :meth:`finish`.
+        plan: plan of this model.
+        batches: batches for calibrated ranges, see :meth:`calibrate`; not needed if all are dynamic.
 
     Attributes:
-        weights: what quantizes each matrix, by its path.
-        activations: what quantizes each activation, by its name.
-        inputs: the activation that a matrix is multiplied by, by the path of the matrix; of embeddings, that of the
-            head which is tied to them.
-        state: what is learned or calibrated, as a module whose ``state_dict`` belongs into checkpoints of training.
+        weights: the quantizer of each matrix, by its path.
+        activations: the quantizer of each activation, by its name.
+        inputs: the activation that a matrix is multiplied by, by the path of the matrix; for embeddings, that of the
+            tied head.
+        state: learned or calibrated values, as a module whose ``state_dict`` belongs in training checkpoints.
 
     Raises:
         LmcompressError: If the model is fake-quantized already, the plan is of another model, weights are NaN or
             infinite, or calibration has no data.
 
     Note:
-        With ranges of the whole tensor, padding and the other rows of a batch have a part in dynamic ranges, as in
-        TernaryBERT's code. Calibrated ranges leave padding out.
+        With ranges of the whole tensor, padding and the other rows of a batch influence dynamic ranges, as in
+        TernaryBERT's code. Calibrated ranges exclude padding.
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
@@ -55,7 +55,7 @@ class FakeQuantized(Hooked):
         self.model, self.plan = model, plan
         self._modules = modules_by_path(model)
         self._check()
-        # all that can be refused is refused before the model is changed
+        # everything that can be refused is refused before the model is changed
         self.weights = {planned.path: self._fake_weight(planned) for planned in plan.matrices}
         self.activations: dict[str, FakeActivation] = {}
         self.inputs: dict[str, FakeActivation] = {}
@@ -77,7 +77,7 @@ class FakeQuantized(Hooked):
                 raise
 
     def scales(self) -> dict[str, nn.Parameter]:
-        """What is learned beside the weights.
+        """The learned values besides the weights.
 
         Returns:
             γ, clip or step of a matrix by its path; step and offset of an activation by its name.
@@ -88,11 +88,11 @@ class FakeQuantized(Hooked):
         return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """The same without names, for an optimizer; they want no weight decay."""
+        """The same without names, for an optimizer; without weight decay."""
         return list(self.scales().values())
 
     def quantized(self) -> dict[str, Quantized]:
-        """Every matrix quantized as it is now, without gradient.
+        """Every matrix quantized from its current values, without gradient.
 
         Returns:
             Values, codes and scales by path, of the matrix as ``(out, in)``.
@@ -101,10 +101,10 @@ class FakeQuantized(Hooked):
 
     @torch.no_grad()
     def quantized_matrix(self, path: str) -> Quantized:
-        """One matrix quantized as it is now, without gradient.
+        """One matrix quantized from its current values, without gradient.
 
         Args:
-            path: of its module.
+            path: path of its module.
 
         Returns:
             Values, codes and scales of the matrix as ``(out, in)``.
@@ -113,13 +113,13 @@ class FakeQuantized(Hooked):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Take the ranges that are static, or the start of those that are learned, from what a few batches give.
+        """Calibrate static ranges, and initialize learned ones, on a few batches.
 
-        The model runs in evaluation mode with quantized weights and activations as they are. What is padding by the
-        batch's ``attention_mask`` does not count.
+        The model runs in evaluation mode with quantized weights and activations as they are. Padding according to the
+        batch's ``attention_mask`` is ignored.
 
         Args:
-            batches: what the model is called with; ``labels`` are left out.
+            batches: model inputs; ``labels`` are ignored.
 
         Raises:
             LmcompressError: If there is no batch, or no batch reaches an activation with anything but zeros.
@@ -141,11 +141,11 @@ class FakeQuantized(Hooked):
                     activation.enabled = True
 
     def set_enabled(self, enabled: bool, what: Literal["weights", "activations"] | None = None) -> None:
-        """Switch quantization on or off; off, the model computes what it did, bit-exactly.
+        """Switch quantization on or off; off, the model computes bit-exactly as before.
 
         Args:
-            enabled: whether numbers are quantized.
-            what: the weights or the activations alone; ``None``: both.
+            enabled: whether to quantize.
+            what: only weights or only activations; ``None``: both.
         """
         kinds: dict[str, Iterable[FakeWeight | FakeActivation]] = {
             "weights": self.weights.values(),
@@ -156,14 +156,14 @@ class FakeQuantized(Hooked):
                 fake.enabled = enabled
 
     def set_bits(self, bits: Bits, modules: str = "*") -> None:
-        """Go on with other bits of weights, such as on a schedule from many to few.
+        """Change the bit-width of weights, such as on a descending schedule.
 
-        What a quantizer has learned belongs to its bits and begins anew, from the weights as they are; the parameters
-        stay the same objects, for the sake of an optimizer.
+        A quantizer's learned state belongs to its bits and is reinitialized from the current weights; the parameters
+        stay the same objects, for the optimizer.
 
         Args:
-            bits: of the weights.
-            modules: which, as in a :class:`~lmcompress.quantization.config.Rule`.
+            bits: bit-width of the weights.
+            modules: matrices to change, as in a :class:`~lmcompress.quantization.config.Rule`.
 
         Raises:
             LmcompressError: If no matrix has such a name, or a quantizer does not support these bits.
@@ -177,26 +177,26 @@ class FakeQuantized(Hooked):
             fake.set_bits(bits, self._stored(fake.path))
 
     def set_curvature(self, curvature: Mapping[str, Tensor | None]) -> None:
-        """Weigh the errors of ``laq``, such as by the square root of Adam's second moments.
+        """Weight the errors of ``laq``, such as by the square root of Adam's second moments.
 
         Args:
-            curvature: by path; of the parameter's shape as it is stored, >= 0; ``None`` weighs all weights alike.
+            curvature: by path; same shape as the stored parameter, >= 0; ``None`` weights all equally.
 
         Raises:
-            LmcompressError: If a path is not quantized, its quantizer takes no curvature, or the shape is another.
+            LmcompressError: If a path is not quantized, its quantizer takes no curvature, or the shape differs.
         """
         stored = {path: self.parameter(path) for path in curvature}
         for path, values in curvature.items():
             self.weights[path].set_curvature(values, stored[path])
 
     def parameter(self, path: str) -> nn.Parameter:
-        """The full-precision weight behind a path, which training changes.
+        """The full-precision weight at a path, which training changes.
 
         Args:
-            path: of a quantized matrix.
+            path: path of a quantized matrix.
 
         Returns:
-            The parameter, as it is stored.
+            The parameter, as stored.
 
         Raises:
             LmcompressError: If no quantized matrix has the path.
@@ -206,7 +206,7 @@ class FakeQuantized(Hooked):
         return cast(nn.Parameter, self._stored(path))
 
     def attention_ranges(self) -> AttentionRanges:
-        """How attention quantizes once it is packed, by module; empty where it does not.
+        """The quantization of attention once packed, by module; empty if it is not quantized.
 
         Raises:
             LmcompressError: If a range is not calibrated.
@@ -222,7 +222,7 @@ class FakeQuantized(Hooked):
         self._forget()
 
     def finish(self) -> None:
-        """Pack the model in place: its weights become codes, and its config says so; nothing is fake any more.
+        """Pack the model in place: its weights become codes, recorded in its config; nothing is fake any more.
 
         Raises:
             LmcompressError: If a range is not calibrated, or weights or scales are NaN or infinite; the model is then
@@ -245,7 +245,7 @@ class FakeQuantized(Hooked):
                 module = self._modules.get(path)
                 if module is None or stored_weight(module) is None:
                     raise LmcompressError(
-                        f"the plan must be of this model, got one with a matrix {path}, which is not here"
+                        f"the plan must be of this model, got one with a matrix {path}, which does not exist"
                         f"{nearest(path, self._modules)}"
                     )
 
@@ -261,7 +261,7 @@ class FakeQuantized(Hooked):
             if reads_alike(planned.part):
                 alike.setdefault((planned.block, planned.inputs), []).append(planned)
             else:
-                # of the embeddings it is the head that reads an activation
+                # for the embeddings it is the head that reads an activation
                 reader = planned.tied if isinstance(self._modules[planned.path], nn.Embedding) else (planned.path,)
                 self.inputs[planned.path] = self._read(reader, planned.inputs)
         for (_, scheme), group in alike.items():
@@ -303,12 +303,12 @@ class FakeQuantized(Hooked):
             self._handles.append(root.register_forward_pre_hook(self._begin))
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        """Before every forward pass: what was kept with a gradient has had its backward pass."""
+        """Before every forward pass: anything kept with a gradient has had its backward pass."""
         if torch.is_grad_enabled():
             self._forget()
 
     def _parts(self, ranges: Mapping[str, FixedActivation]) -> Iterator[tuple[str, Packable]]:
-        """What is packed, one matrix after another: all at once would be the model three times."""
+        """The parts to pack, one matrix at a time: all at once would be three times the model."""
         for path in self.weights:
             fixed = ranges[self.inputs[path].name] if path in self.inputs else (None, None)
             yield path, Packable(self.quantized_matrix(path), *fixed)

@@ -1,4 +1,4 @@
-"""Fake-quantized weights: what quantizes one matrix, and the class of a module whose weight is read through it."""
+"""Fake-quantized weights: the quantizer of one matrix, and the class of a module whose weight is read through it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _FAKE = "_fake_weight"
 
 
 class FakeWeight(nn.Module):
-    """What quantizes one matrix, wherever the model has it.
+    """The quantizer of one matrix, wherever the model has it.
 
     Attributes:
-        path: of its module.
-        scheme: how, with the bits that are set now.
-        state: what its quantizer learned or chose, or ``None``; a parameter where it is learned.
-        enabled: whether readers get quantized values; else the parameter itself.
+        path: path of its module.
+        scheme: its scheme, with the current bits.
+        state: the quantizer's learned or chosen state, or ``None``; a parameter if it is learned.
+        enabled: whether readers get quantized values; otherwise the parameter itself.
 
     Args:
-        planned: what the plan says.
+        planned: entry of the plan.
         weight: the parameter.
         transposed: whether it is stored as ``(in, out)``.
 
@@ -54,7 +54,7 @@ class FakeWeight(nn.Module):
             self.register_buffer("state", state)
 
     def matches(self, pattern: str) -> bool:
-        """Whether a glob names this matrix, by its path or its part.
+        """Whether a glob matches this matrix, by its path or its part.
 
         Args:
             pattern: as in a :class:`~lmcompress.quantization.config.Rule`.
@@ -68,10 +68,10 @@ class FakeWeight(nn.Module):
         """Values and codes of the matrix as ``(out, in)``.
 
         Args:
-            stored: the parameter, as it is stored.
+            stored: the parameter, as stored.
 
         Returns:
-            What the quantizer gives, with gradient.
+            The quantizer's result, with gradient.
         """
         if self._frozen is not None:
             return self._frozen
@@ -80,10 +80,10 @@ class FakeWeight(nn.Module):
         return self.scheme.quantize(self._view(stored), self.state, **options)
 
     def values(self, stored: Tensor) -> Tensor:
-        """What who reads the weight gets: quantized once for each forward pass, and without gradient once for all.
+        """The value for readers of the weight: quantized once per forward pass, and without gradient once for all.
 
         Without gradient the values are kept until a weight or scale changes, or until the next pass with gradient, so
-        that ``generate`` does not quantize for every token; meanwhile the model takes its size once more.
+        that ``generate`` does not quantize for every token; meanwhile memory holds a second copy of the weights.
 
         Args:
             stored: the parameter.
@@ -103,15 +103,15 @@ class FakeWeight(nn.Module):
         return values
 
     def rows(self, stored: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor | None:
-        """The embeddings of tokens, where it is enough to quantize these rows.
+        """The embeddings of tokens, if it is enough to quantize these rows.
 
         Args:
             stored: the table ``(tokens, width)``.
             ids: any shape.
-            padding_idx: of the embedding: a row without gradient.
+            padding_idx: row of the embedding without gradient.
 
         Returns:
-            ``(*ids.shape, width)``, or ``None`` where the whole table is wanted, or at hand.
+            ``(*ids.shape, width)``, or ``None`` if the whole table is needed, or available.
         """
         alone = self.scheme.granularity != "tensor" and self.scheme.function().by_rows
         if not (
@@ -125,10 +125,10 @@ class FakeWeight(nn.Module):
         return quantized.values.to(stored.dtype).reshape(*ids.shape, -1)
 
     def set_bits(self, bits: Bits, stored: Tensor) -> None:
-        """Go on with other bits; what belongs to bits begins anew, from the weights as they are.
+        """Change the bit-width; the state that depends on it is reinitialized from the current weights.
 
         Args:
-            bits: that the quantizer has.
+            bits: a bit-width that the quantizer supports.
             stored: the parameter.
 
         Raises:
@@ -145,14 +145,14 @@ class FakeWeight(nn.Module):
         self.forget()
 
     def set_curvature(self, curvature: Tensor | None, stored: Tensor) -> None:
-        """Weigh the squared errors that ``laq`` makes small.
+        """Weight the squared errors that ``laq`` minimizes.
 
         Args:
-            curvature: of the parameter's shape as it is stored, >= 0; ``None`` weighs all alike.
+            curvature: same shape as the stored parameter, >= 0; ``None`` weights all equally.
             stored: the parameter.
 
         Raises:
-            LmcompressError: If the quantizer takes no curvature, or the shape is another.
+            LmcompressError: If the quantizer takes no curvature, or the shape differs.
         """
         if not self.scheme.function().takes_curvature:
             raise LmcompressError(
@@ -168,16 +168,16 @@ class FakeWeight(nn.Module):
         self.forget()
 
     def freeze(self, quantized: Quantized | None) -> None:
-        """Use codes that were found otherwise, such as without training.
+        """Use codes found in another way, such as without training.
 
         Args:
-            quantized: of the matrix as ``(out, in)``; ``None``: quantize again.
+            quantized: the matrix, as ``(out, in)``; ``None``: quantize again.
         """
         self._frozen = quantized
         self.forget()
 
     def forget(self) -> None:
-        """Forget the values that were kept."""
+        """Clear the cached values."""
         self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,14 +203,14 @@ class Faked(Derived):
 
     @property
     def weight(self) -> Tensor:
-        """The quantized values, with a gradient to the parameter; the parameter itself where quantization is off."""
+        """The quantized values, with a gradient to the parameter; the parameter itself if quantization is off."""
         module = cast(nn.Module, self)
         stored = module._parameters["weight"]
         assert stored is not None
         try:
             return cast(FakeWeight, module.__dict__[_FAKE]).values(stored)
         except AttributeError as error:
-            # nn.Module takes an AttributeError for "no property" and would give the parameter itself
+            # nn.Module takes an AttributeError for "no property" and would return the parameter itself
             raise RuntimeError(f"the weight could not be quantized: {error}") from error
 
 
@@ -237,10 +237,10 @@ def fake_quantize_module(module: nn.Module, fake: FakeWeight) -> None:
     """Let a module's weight be read through a quantizer.
 
     Args:
-        module: changed in place; its parameter stays where it is.
-        fake: what quantizes.
+        module: modified in place; its parameter stays where it is.
+        fake: the quantizer.
     """
-    # past nn.Module's own way: what is learned is no parameter of the model
+    # bypasses nn.Module: learned values are not parameters of the model
     module.__dict__[_FAKE] = fake
     derive(module, FakedEmbedding if isinstance(module, nn.Embedding) else Faked)
 
@@ -249,7 +249,7 @@ def release_module(module: nn.Module) -> None:
     """Undo :func:`fake_quantize_module`.
 
     Args:
-        module: any; one that is not fake-quantized stays as it is.
+        module: any module; one that is not fake-quantized is unchanged.
     """
     if isinstance(module, Faked):
         module.__dict__.pop(_FAKE)

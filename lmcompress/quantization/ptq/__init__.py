@@ -1,4 +1,4 @@
-"""Quantization without training: round to nearest, GPTQ and AWQ, on the inputs that quantized blocks before give."""
+"""Post-training quantization: round to nearest, GPTQ and AWQ, on the inputs from already quantized blocks."""
 
 from lmcompress.quantization.ptq.checks import Method, check_post_training
 from lmcompress.quantization.ptq.quantize import POST_TRAINING, quantize

@@ -1,4 +1,4 @@
-"""Activation-aware scaling: inputs that matter get finer steps, and what comes before takes the scale away again."""
+"""Activation-aware scaling: important inputs get finer steps, and the preceding operation absorbs the inverse scale."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def awq_scales(
 
     Args:
         weights: each ``(out, in)``, floating.
-        magnitudes: ``(in,)``, mean of the inputs' magnitudes; inputs of magnitude 0 keep scale 1. Those below a ten
-            thousandth of the greatest count as that.
+        magnitudes: ``(in,)``, mean of the inputs' magnitudes; inputs of magnitude 0 keep scale 1. A lower bound is a
+            ten thousandth of the largest.
         hessian: ``(in, in)``, Σ x xᵀ over the same inputs.
-        roundings: of each weight.
+        roundings: rounding of each weight.
         steps: n.
 
     Returns:
-        ``(in,)`` float32, > 0; greatest times least is 1. Multiply the columns of the weights by it, and divide the
+        ``(in,)`` float32, > 0; largest times smallest is 1. Multiply the columns of the weights by it, and divide the
         inputs by it.
 
     Raises:
@@ -83,15 +83,15 @@ def awq_scales(
 
 
 Change = Callable[[nn.Parameter, Tensor], None]
-"""``(parameter, new values)``: gives it these, float32 and of its shape, in its own dtype."""
+"""``(parameter, new values)``: writes the values, float32 and of its shape, in the parameter's dtype."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Matrices of a block that read the same, and what before them can divide it.
+    """Matrices of a block with the same input, and the operation before them that can absorb its inverse scale.
 
     Attributes:
-        parts: what the family calls the matrices.
+        parts: the family's names of the matrices.
         divide: divides their input, and nothing else, by scales ``(in,)``.
     """
 
@@ -100,16 +100,16 @@ class Scaling:
 
 
 def scalings(block: Block, change: Change) -> list[Scaling]:
-    """What can be scaled in a block so that it computes what it did.
+    """The inputs in a block that can be scaled without changing its output.
 
     Norms whose output nothing else reads (pre-LN) are divided in weight and bias. The value projection is divided for
-    what reads the heads' output, in every family: each channel of that output is a weighted sum, over positions, of one
-    row of the projection. Where norms come last (post-LN), their output is the residual stream too, and no scale passes
-    through an activation such as GELU: see :func:`why_unscaled`.
+    the projection that reads the heads' output, in every family: each channel of that output is a weighted sum, over
+    positions, of one row of the projection. If norms come last (post-LN), their output is the residual stream too, and
+    no scale passes through an activation such as GELU: see :func:`why_unscaled`.
 
     Args:
         block: with heads and neurons, or cut.
-        change: makes the changes.
+        change: applies the changes.
 
     Returns:
         Those of norms first, in families that have them, then that of ``attention_out``.
@@ -128,7 +128,7 @@ def why_unscaled(block: Block) -> dict[str, str]:
     """The parts of a block whose input gets no scale.
 
     Args:
-        block: any.
+        block: any block.
 
     Returns:
         Part to reason.
@@ -143,12 +143,12 @@ def why_unscaled(block: Block) -> dict[str, str]:
 
 
 def multiply_columns(module: nn.Module, scales: Tensor, change: Change) -> None:
-    """Multiply what a ``Linear`` or ``Conv1D`` does with its inputs.
+    """Multiply the weights of a ``Linear`` or ``Conv1D`` by input scales.
 
     Args:
         module: any of the two.
         scales: ``(in,)``.
-        change: makes the change.
+        change: applies the change.
     """
     weight = module.get_parameter("weight")
     change(weight, weight.detach().float() * (scales[:, None] if is_conv1d(module) else scales))
@@ -166,7 +166,7 @@ def _divide_norm(norm: nn.Module, change: Change, scales: Tensor) -> None:
 def _divide_values(block: Block, change: Change, scales: Tensor) -> None:
     fused = bool(block.family.qkv)
     module = block.get("qkv" if fused else "value")
-    # query, key and value lie side by side
+    # query, key and value are concatenated
     factors = torch.cat([scales.new_ones(2 * len(scales)), scales]) if fused else scales
     weight = module.get_parameter("weight")
     change(weight, weight.detach().float() / (factors if is_conv1d(module) else factors[:, None]))
@@ -176,6 +176,6 @@ def _divide_values(block: Block, change: Change, scales: Tensor) -> None:
 
 
 def _centred(sizes: Tensor, alive: Tensor) -> Tensor:
-    """Scales whose greatest times least is 1, and 1 for inputs that are always 0."""
+    """Scales whose largest times smallest is 1, and 1 for inputs that are always 0."""
     some = sizes[alive]
     return torch.where(alive, sizes / (some.max() * some.min()).sqrt(), 1.0)

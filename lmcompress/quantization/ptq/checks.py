@@ -1,4 +1,4 @@
-"""What quantization without training refuses."""
+"""Checks of post-training quantization."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Method = Literal["rtn", "gptq", "awq"]
 
 
 def check_post_training(model: PreTrainedModel, planned: Plan, method: Method) -> None:
-    """Refuse what :func:`quantize` would, as far as a plan tells.
+    """Refuse what :func:`quantize` would, as far as the plan shows.
 
     Args:
-        model: that the plan is of, on any device.
-        planned: what gets what.
+        model: the plan's model, on any device.
+        planned: the plan.
         method: as for :func:`quantize`.
 
     Raises:
@@ -40,7 +40,7 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     """Refuse a model that is quantized already.
 
     Args:
-        model: any.
+        model: any model.
 
     Raises:
         LmcompressError: If it is packed, or another library has quantized it.
@@ -63,7 +63,7 @@ def _refuse_learned(planned: Plan) -> None:
         if matrix.weights.function().learned:
             raise LmcompressError(
                 f"the quantizer of {matrix.path} must not be one that learns, got {matrix.weights.name!r}, whose "
-                f"scale is only good once it is trained: use one of {fit}, or train with QuantizationTrainer"
+                f"scale needs training: use one of {fit}, or train with QuantizationTrainer"
             )
     schemes: list[tuple[str, ActivationScheme | None]] = [(m.path, m.inputs) for m in planned.matrices]
     for name, scheme in [*schemes, ("attention", planned.attention)]:
@@ -96,4 +96,4 @@ def _refuse_idle(model: PreTrainedModel, planned: Plan, method: Method) -> None:
 
 
 def leave_unchanged(parameter: nn.Parameter, values: Tensor) -> None:
-    """For those who only ask what could be scaled."""
+    """Does nothing, for callers that only ask what could be scaled."""

@@ -1,4 +1,4 @@
-"""Rounding whose error the weights that are not rounded yet compensate."""
+"""Rounding whose error the weights not yet rounded compensate."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ def gptq(
     block_size: int = 128,
     order: bool = True,
 ) -> Quantized:
-    r"""Rounds column by column; the columns that are left take over what each rounding does to the output.
+    r"""Rounds column by column; the remaining columns compensate the effect of each rounding on the output.
 
     With H = XᵀX of the inputs, :math:`H^{-1} = U^T U` and U upper triangular, for each column j in turn
 
     .. math:: e = (w_j - q_j) / U_{jj}, \qquad w_k \leftarrow w_k - e\, U_{jk} \quad (k > j)
 
-    which is the change of what is left that makes :math:`\mathrm{tr}((W - Q) H (W - Q)^T)` least. Columns of a block
+    which is the update that minimizes :math:`\mathrm{tr}((W - Q) H (W - Q)^T)`. Columns of a block
     are fixed first, then all that follow at once.
 
-    Rows that plain rounding serves better are rounded plainly, so that the result is never worse than
+    Rows for which plain rounding is better are rounded plainly, so that the result is never worse than
     ``rounding(weight)`` in the error of :func:`output_error`.
 
     Args:
         weight: ``(out, in)``, floating.
         hessian: ``(in, in)``, Σ x xᵀ over the module's inputs, any scale.
-        rounding: gives grid, scales and zero points. With groups and no ``order`` it is asked anew for each group, of
-            weights that have taken over what went before; else once, of all.
-        damping: share of the mean of H's diagonal that is added to the diagonal, > 0. Ten times as much is tried, and
-            again, where H is singular all the same.
-        block_size: columns of a block; changes the time alone. Whole groups, at least one.
-        order: begin with the inputs that are greatest, which is better at few bits; scales are then those of the whole
+        rounding: returns grid, scales and zero points. With groups and no ``order`` it is called for each group, with
+            weights that compensate earlier ones; otherwise once, for all.
+        damping: fraction of the mean of H's diagonal that is added to the diagonal, > 0. It is multiplied by 10 until H
+            is no longer singular.
+        block_size: columns of a block; affects only speed. Whole groups, at least one.
+        order: whether to begin with the largest inputs, which is better at few bits; scales are then those of the whole
             weight.
 
     Returns:
         Values and codes on ``rounding``'s grid.
 
     Raises:
-        LmcompressError: If the Hessian has another shape, is not finite or saw no input, weights are NaN or infinite,
+        LmcompressError: If the Hessian has another shape, is not finite or is all zero, weights are NaN or infinite,
             or damping or block size is not above 0.
 
     Note:
         The authors set weights of inputs that are always 0 to 0; here they are rounded, since other data may have such
-        inputs. They keep rows that come out worse, and take the scales of a group that begins within a block from
+        inputs. They keep rows whose error grows, and compute the scales of a group that begins within a block from
         weights that are not up to date.
 
     Reference:
@@ -89,7 +89,7 @@ def gptq(
 
 
 class _Columns:
-    """Columns on their way: what is left of the weights in the order of rounding, and the codes that are fixed."""
+    """The columns in the order of rounding: the compensated weights, and the codes fixed so far."""
 
     def __init__(self, plain: Quantized, rounding: Rounding, left: Tensor, ranked: Tensor, *, fresh: bool) -> None:
         self.left = left
@@ -102,7 +102,7 @@ class _Columns:
         self._levels = torch.empty_like(left)
 
     def block(self, size: int) -> int:
-        """Columns to take at once: whole groups, for their scales are taken from weights that are up to date."""
+        """Number of columns per block: whole groups, because their scales come from weights that are up to date."""
         return max(self._group, size // self._group * self._group) if self._fresh else size
 
     def round(self, start: int, end: int, upper: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _Columns:
         return errors
 
     def result(self) -> Quantized:
-        """The codes in the order in which the weight has them."""
+        """The codes in the weight's order."""
         plain, device = self._plain, self._plain.scales.device
         levels = torch.empty_like(self._levels)
         levels[:, self._ranked] = self._levels
@@ -140,7 +140,7 @@ class _Columns:
 
     def _nearest(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
         grid, group = self._plain.grid, place // self._group if self._group else 0
-        # float32 scales, or what is compensated is not the error of what is stored
+        # float32 scales, or the compensated error is not the error of the stored values
         scale = self._scales[:, group]
         steps = column / torch.where(scale > 0, scale, torch.inf).double()
         if self._zeros is None:
@@ -152,7 +152,7 @@ class _Columns:
 
 
 def _better_rows(weight: Tensor, h: Tensor, plain: Quantized, compensated: Quantized) -> Quantized:
-    """Of each row the better of two, which share no scale across rows, or share all."""
+    """For each row the better of two, whose scales are either all per row or shared by all rows."""
     before, after = (output_error(weight, quantized.values, h) for quantized in (plain, compensated))
     keep = (after <= before).to(plain.scales.device)[:, None]
     per_row = len(plain.scales) == len(keep)

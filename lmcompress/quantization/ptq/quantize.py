@@ -1,4 +1,4 @@
-"""Quantization without training: a model is planned, quantized block by block, and packed."""
+"""Post-training quantization: a model is planned, quantized block by block, and packed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POST_TRAINING = QuantizationConfig(
     embeddings=WeightScheme(quantizer="mse", granularity="row"),
     attention=False,
 )
-"""8 bits by row, inputs of 8 bits: what needs no training to keep its quality."""
+"""8 bits per row, inputs of 8 bits: retains quality without training."""
 
 
 def quantize(
@@ -42,27 +42,27 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a model without training it, and pack it.
 
-    Blocks are done in turn. Of each, query, key and value come first, then what they feed, and every matrix is rounded
-    for the inputs that it will really have: those that quantized matrices and activations before it give. Static ranges
-    of activations are taken from the same inputs. Padding counts in neither.
+    Blocks are processed in order. In each, query, key and value come first, then the modules they feed, and every
+    matrix is rounded for its actual inputs: those from already quantized matrices and activations. Static ranges
+    of activations are calibrated on the same inputs. Padding is ignored.
 
-    Token embeddings are rounded to nearest whatever the method: each row is read by itself, so that no other weight
+    Token embeddings are rounded to nearest whatever the method: each row is read alone, so that no other weight
     could compensate an error.
 
     Args:
-        model: of a known family, stock or cut; packed in place. Whatever is refused leaves it as it was.
-        config: what is quantized to what. Quantizers and ranges that are learned need training and are refused.
-        batches: calibration data, some hundred sequences: what the model is called with, labels are left out. With
-            ``rtn`` they are needed for static ranges alone; with them the report has errors of outputs.
+        model: a model of a known family, stock or cut; packed in place. Any error leaves it unchanged.
+        config: the configuration. Learned quantizers and ranges need training and are refused.
+        batches: calibration data, some hundred sequences: model inputs, labels are ignored. With
+            ``rtn`` they are needed only for static ranges; with them the report has errors of outputs.
         method: ``rtn`` rounds to nearest; ``gptq`` compensates each rounding error by the weights not rounded yet
-            (:func:`~lmcompress.quantization.ptq.gptq.gptq`); ``awq`` gives inputs that matter finer steps where the
+            (:func:`~lmcompress.quantization.ptq.gptq.gptq`); ``awq`` gives important inputs finer steps if the
             family allows it (:func:`~lmcompress.quantization.ptq.awq.scalings`) and rounds the others to nearest.
-        damping: of ``gptq``.
-        order: of ``gptq``: whether to begin with the inputs that are greatest.
-        progress: shows a bar, on a terminal.
+        damping: for ``gptq``: fraction of the mean of the Hessian's diagonal that is added to it.
+        order: for ``gptq``: whether to begin with the largest inputs.
+        progress: whether to show a bar, on a terminal.
 
     Returns:
-        What was done, with the error of each matrix.
+        The result, with the error of each matrix.
 
     Raises:
         LmcompressError: If the method is unknown, something is learned, the model is packed or quantized already,

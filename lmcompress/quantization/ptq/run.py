@@ -1,4 +1,4 @@
-"""Block by block, every matrix is rounded for the inputs that the quantized blocks before it give."""
+"""Post-training quantization block by block: every matrix is rounded for inputs from already quantized blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class InputMoments:
     Attributes:
         hessian: ``(in, in)``, Σ x xᵀ.
         sizes: ``(in,)``, Σ abs(x).
-        count: tokens seen.
+        count: number of tokens.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class InputMoments:
 
         Args:
             x: ``(rows, length, in)``, or ``(rows, in)``.
-            mask: ``(rows, length)`` bool, true for tokens that are no padding.
+            mask: ``(rows, length)`` bool, true for tokens that are not padding.
         """
         rows = without_padding(x, mask).float()
         if not len(rows):
@@ -64,15 +64,15 @@ class PostTrainingRun:
     Args:
         model: in evaluation mode.
         fake: its quantizers, all disabled; they are enabled as codes and ranges are found.
-        data: of :func:`~lmcompress.activations.walking.calibration_batches`, or None.
-        method: how matrices are rounded.
-        damping: of ``gptq``.
-        order: of ``gptq``.
+        data: from :func:`~lmcompress.activations.walking.calibration_batches`, or None.
+        method: rounding method.
+        damping: for ``gptq``.
+        order: for ``gptq``.
 
     Attributes:
-        rows: what became of each matrix, by path.
-        hidden_error: of the last block's output on the data; None without data.
-        tokens: of the data, padding left out.
+        rows: result for each matrix, by path.
+        hidden_error: error of the last block's output on the data; None without data.
+        tokens: number of tokens of the data, without padding.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PostTrainingRun:
         self._notes: dict[str, str] = {}
 
     def undo(self) -> None:
-        """Give back the weights that scaling has changed."""
+        """Restore the weights that scaling has changed."""
         for parameter, values in reversed(self._changed):
             parameter.data = values
 
@@ -105,7 +105,7 @@ class PostTrainingRun:
         """Find the codes of every matrix, and every range.
 
         Args:
-            progress: shows a bar, on a terminal.
+            progress: whether to show a bar, on a terminal.
         """
         matrices = self._fake.plan.matrices
         walk = self._walk
@@ -141,12 +141,12 @@ class PostTrainingRun:
             walk.step(index)
 
     def _outside(self, matrices: Sequence[Planned]) -> None:
-        # one by one: they need not read the same
+        # one by one: their inputs may differ
         for planned in matrices:
             self._stage([planned], None if self._walk is None else self._walk.look_outside)
 
     def _stage(self, matrices: Sequence[Planned], look: Look | None) -> None:
-        """Matrices that do not wait for one another: their ranges, then their codes."""
+        """Independent matrices: their ranges, then their codes."""
         if not matrices:
             return
         if look is None:
@@ -156,7 +156,7 @@ class PostTrainingRun:
         modules = {planned.path: self._modules[planned.path] for planned in matrices}
         inputs = {path: self._fake.inputs.get(path) for path in modules}
         self._calibrate([a for a in set(inputs.values()) if a is not None], list(modules.values()), look)
-        # query, key and value read the same, unless rules quantize it differently
+        # query, key and value have the same input, unless rules quantize it differently
         moments = {activation: InputMoments() for activation in inputs.values()}
         first = {activation: path for path, activation in reversed(inputs.items())}
         takes = {m: moments[inputs[p]].take if first[inputs[p]] == p else _ignore for p, m in modules.items()}
@@ -165,7 +165,7 @@ class PostTrainingRun:
             self._round(planned, moments[inputs[planned.path]])
 
     def _calibrate(self, activations: Sequence[FakeActivation], readers: Sequence[nn.Module], look: Look) -> None:
-        """Fix ranges that are static, and quantize these activations from now on."""
+        """Fix static ranges, and quantize these activations from now on."""
         waiting = [activation for activation in activations if activation.scheme.range != "dynamic"]
         if waiting:
             with calibrating(waiting) as look_through:
@@ -181,7 +181,7 @@ class PostTrainingRun:
             self._calibrate(found, [block.get("attention_out")], look)
 
     def _scale(self, block: Block, parts: Mapping[str, Planned], look: Look) -> None:
-        """AWQ: scale inputs where it is exact; statistics are those of the block before it is quantized."""
+        """AWQ: scale inputs where it is exact, by statistics of the block before it is quantized."""
         found = [scaling for scaling in scalings(block, self._change) if parts.keys() & set(scaling.parts)]
         moments = [InputMoments() for _ in found]
         if found:
@@ -213,7 +213,7 @@ class PostTrainingRun:
         parameter.data = values.to(parameter.dtype).contiguous()
 
     def _round(self, planned: Planned, moments: InputMoments | None) -> None:
-        """Find the codes of one matrix, and let the model compute with them from now on."""
+        """Find the codes of one matrix, and use them in the model from now on."""
         weight = weight_view(self._modules[planned.path]).detach()
         known = moments is not None and moments.count > 0
         method = "awq" if planned.path in self._scaled else "rtn"
@@ -263,4 +263,4 @@ def _error(weight: Tensor, values: Tensor, hessian: Tensor | None) -> float:
 
 
 def _ignore(x: Tensor, mask: Tensor) -> None:
-    """For modules whose inputs are waited for, and no more."""
+    """Does nothing, for modules whose inputs only need to be reached."""

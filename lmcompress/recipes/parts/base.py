@@ -1,4 +1,4 @@
-"""What a method is to recipes: one object with all that a stage, its plan, its run and its report must know of it."""
+"""The interface of a method to recipes: one object with its schema, plan, run and report."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ C = TypeVar("C", bound=BaseModel)
 
 @dataclass
 class Work:
-    """A stage in the making: its model and rows, which parts change one after another.
+    """A stage in progress: its model and rows, which parts change one after another.
 
     Attributes:
-        recipe: the whole.
+        recipe: the whole recipe.
         stage: this stage of it.
-        folder: of the run.
+        folder: folder of the run.
         materials: rows and tokenizer of the stage's model.
         model: on ``meta`` in a plan, with weights in a run.
         staged: the materials of earlier stages, and of this one once its vocabulary is known, by name.
-        teacher_tokenizer: of its teachers, where it is another than the student's.
-        plans: what each part has planned, by its key.
+        teacher_tokenizer: tokenizer of its teachers, if it differs from the student's.
+        plans: plan of each part, by its key.
     """
 
     recipe: Recipe
@@ -50,16 +50,16 @@ class Work:
 
 @dataclass
 class Planning(Work):
-    """The same in a plan.
+    """A stage in a plan.
 
     Attributes:
-        models: of earlier stages and of teachers from outside, on ``meta``, by name.
+        models: models of earlier stages and external teachers, on ``meta``, by name.
         measure: whether latency tables that targets need may be measured now.
-        unknown_ranks: whether the model has ranks that only values tell.
-        steps: optimizer steps.
+        unknown_ranks: whether the model has ranks that depend on values.
+        steps: number of optimizer steps.
         obstacle: why stock Transformers could not load the result, or None.
-        exact: whether the result will have just the planned shapes.
-        bytes_estimate: of the weights, where that is not 4 bytes for each parameter.
+        exact: whether the result will have exactly the planned shapes.
+        bytes_estimate: bytes of the weights, if that is not 4 bytes for each parameter.
     """
 
     models: dict[str, PreTrainedModel]
@@ -73,14 +73,14 @@ class Planning(Work):
 
 @dataclass
 class Running(Work):
-    """The same in a run.
+    """A stage in a run.
 
     Attributes:
-        console: where lines go.
-        train: tokenized training rows, once they are made.
-        collate: what makes batches of them.
-        masked: outputs of the masked model for the batches of the round-trip check, if the last thing that was done
-            is that it was cut.
+        console: console for output.
+        train: tokenized training rows, once available.
+        collate: their collator.
+        masked: outputs of the masked model for the batches of the round-trip check, if the last operation was
+            a cut.
     """
 
     console: Console
@@ -95,19 +95,20 @@ class Running(Work):
 
 
 class StagePart(Generic[S]):
-    """A method of compression as recipes see it; a subclass says what is different from nothing.
+    """A compression method as recipes see it; a subclass overrides what differs from a no-op.
 
     Attributes:
         key: field of the stage, and key of the report in ``stage.json`` and ``results.json``.
         schema: ``Annotated[type, Field(description=...)]`` of that field.
-        applied: what a checkpoint's provenance calls it.
+        applied: its name in a checkpoint's provenance.
         reports: whether it leaves a report.
-        role: what a model is called that was made by it, without a teacher; of several parts the last one's counts.
-        verb: what it does to the model before that is saved, for the line that says so.
-        begins: whether its :class:`~lmcompress.method.Method` comes before those of other parts, because it knows
-            matrices by the shapes before pruning.
-        fitted: what the last step of training fits to the last weights, so that an earlier checkpoint will not do.
-        codes: whether the weights that it leaves are codes: no stage can start from them, and an input on the edge of a
+        role: role of a model made by it without a teacher; of several parts the last one's is used.
+        verb: its effect on the model before saving, for the line of progress.
+        begins: whether its :class:`~lmcompress.method.Method` comes before those of other parts, because it uses the
+            shapes of matrices before pruning.
+        fitted: state that the last training step fits to the last weights, so that an earlier checkpoint cannot be
+            used.
+        codes: whether the resulting weights are codes: no stage can start from them, and an input on the edge of a
             step may be rounded the other way once the model is cut.
     """
 
@@ -122,10 +123,10 @@ class StagePart(Generic[S]):
     codes: ClassVar[bool] = False
 
     def check(self, stage: Stage, spec: S) -> None:
-        """Refuse what does not go with the rest of a stage.
+        """Refuse combinations that do not go together in a stage.
 
         Args:
-            stage: as it was written.
+            stage: the stage as written.
             spec: its field of this part.
 
         Raises:
@@ -133,28 +134,28 @@ class StagePart(Generic[S]):
         """
 
     def prepare(self, spec: S, work: Work) -> Any:
-        """Change the model that the stage starts from, before anything is trained: on ``meta`` and with weights alike.
+        """Change the model that the stage starts from, before training: on ``meta`` and with weights alike.
 
         Args:
-            spec: of the stage.
+            spec: the stage's field of this part.
             work: its ``model`` and ``materials`` may be changed or replaced.
 
         Returns:
             What :meth:`plan` returns, or in a run the report.
 
         Raises:
-            LmcompressError: If the model cannot be changed so.
+            LmcompressError: If the model cannot be changed that way.
         """
 
     def plan(self, spec: S, work: Planning) -> Any:
-        """Check all that can be known before training, and leave the model in the shapes that it will have.
+        """Check everything known before training, and leave the model in its resulting shapes.
 
         Args:
-            spec: of the stage.
+            spec: the stage's field of this part.
             work: with its number of steps; ``model``, ``obstacle``, ``exact`` and ``bytes_estimate`` may be changed.
 
         Returns:
-            What a run needs to know; None where that is nothing.
+            Data for the run, or None.
 
         Raises:
             LmcompressError: If it cannot be done.
@@ -164,24 +165,24 @@ class StagePart(Generic[S]):
         """A plan in sentences, for ``--dry-run``.
 
         Args:
-            planned: of :meth:`prepare` or :meth:`plan`.
+            planned: result of :meth:`prepare` or :meth:`plan`.
         """
         return []
 
     def method(self, spec: S, work: Running) -> Method | None:
-        """What takes part in training; None for a part that only prepares.
+        """The method for training; None for a part that only prepares.
 
         Args:
-            spec: of the stage.
-            work: with the rows that are trained on.
+            spec: the stage's field of this part.
+            work: with the training rows.
         """
         return None
 
     def apply(self, spec: S, work: Running) -> Any:
-        """Do it without training, in place.
+        """Apply it without training, in place.
 
         Args:
-            spec: of the stage.
+            spec: the stage's field of this part.
             work: with the model.
 
         Returns:
@@ -189,10 +190,10 @@ class StagePart(Generic[S]):
         """
 
     def notes(self, report: Any) -> list[str]:
-        """What a reader of the table must know of how the model was made.
+        """Notes on how the model was made, for readers of the table.
 
         Args:
-            report: what the part did, as JSON types.
+            report: report of the part, as JSON types.
         """
         return []
 
@@ -200,7 +201,7 @@ class StagePart(Generic[S]):
         """Cells of the model's row in the table of results, by the title of the column.
 
         Args:
-            report: what the part did, as JSON types.
+            report: report of the part, as JSON types.
         """
         return {}
 
@@ -209,8 +210,8 @@ def seeded(config: C, seed: int) -> C:
     """A stage's configuration with the recipe's seed, unless it has its own.
 
     Args:
-        config: with a field ``seed``.
-        seed: of the recipe.
+        config: a configuration with a field ``seed``.
+        seed: seed of the recipe.
     """
     return config if "seed" in config.model_fields_set else config.model_copy(update={"seed": seed})
 
@@ -219,7 +220,7 @@ def needs_training(stage: Stage, method: Any) -> None:
     """Refuse a schedule that needs training in a stage without.
 
     Args:
-        stage: any.
+        stage: any stage.
         method: configuration with ``trains`` and ``schedule``.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Replacements = tuple[Replacement, ...]
 
 _NOT_BESIDE = {
-    "pruning": "a compact model cannot be cut; prune in a stage before",
+    "pruning": "a compact model cannot be cut; prune in an earlier stage",
     "quantization": "a compact model cannot be quantized; leave one of them out",
     "sparsity": "make single weights zero in a stage after it",
     "sharing": "let single weights share values in a stage after it",
@@ -31,11 +31,11 @@ _NOT_BESIDE = {
 
 @dataclass(frozen=True)
 class CompactPlan:
-    """What a stage's replacements will do, as far as shapes tell.
+    """The effect of a stage's replacements, as far as shapes determine it.
 
     Attributes:
-        reports: of each, without errors.
-        unknown: what only values tell, in words, or None where parameters and operations are exact.
+        reports: reports of each, without errors.
+        unknown: quantities that depend on values, in words, or None if parameters and operations are exact.
     """
 
     reports: tuple[CompactReport, ...]
@@ -50,8 +50,8 @@ class CompactPart(StagePart[Replacements]):
         Replacements | None,
         Field(
             min_length=1,
-            description="Layers that compute with fewer numbers, put in the place of the student's before it is "
-            "trained, one replacement after the other.",
+            description="Layers with fewer parameters that replace the student's before it is trained, one replacement "
+            "after the other.",
         ),
     ]
     applied = "compact layers"
@@ -87,7 +87,7 @@ class CompactPart(StagePart[Replacements]):
         missed = f", {max(errors):.1%} of a module's output or matrix missed at most" if errors else ""
         shares = (report[-1][what][1] / report[0][what][0] for what in ("parameters", "flops"))
         parameters, operations = (f"{share:.1%}" for share in shares)
-        # orders that were folded are no modules
+        # folded permutations are not modules
         count = len({path for one in report for path in one["changed"] if not path.endswith("_order")})
         return [
             f"{count} modules replaced before training{missed}; parameters {parameters}, operations {operations} "
@@ -96,7 +96,7 @@ class CompactPart(StagePart[Replacements]):
 
 
 def _planned(spec: Replacements, work: Planning) -> CompactPlan:
-    """Make a model without values compact, by which everything is checked that shapes can tell."""
+    """Make a model without values compact, which checks everything that depends on shapes."""
     reports: list[CompactReport] = []
     unknown: str | None = None
     unknown_before = work.unknown_ranks and bool(layers_of(work.model))

@@ -30,42 +30,39 @@ class LayerLoss(SchemaPart):
     loss: Annotated[
         MatchPart,
         Field(
-            description="Name of the match: hidden_mse, nst, attention_mse, ...; or module:attribute of one of your "
-            "own."
+            description="Name of the match: hidden_mse, nst, attention_mse, ...; or module:attribute of a custom own."
         ),
     ]
     weight: Annotated[float, Field(ge=0, description="Weight of each of the terms.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
     projection: Annotated[
-        Literal["none", "auto", "linear", "relu", "tanh"], Field(description="On the student's side; see matches.")
+        Literal["none", "auto", "linear", "relu", "tanh"], Field(description="Projection of the student; see matches.")
     ] = "auto"
-    projection_learning_rate: Annotated[float | None, Field(gt=0, description="Default: that of the model.")] = None
+    projection_learning_rate: Annotated[float | None, Field(gt=0, description="Default: the model's.")] = None
     on: Annotated[
         Literal["scores", "probabilities"] | None,
         Field(description="Attention matches only: before or after the softmax."),
     ] = None
-    which: Annotated[int, Field(ge=0, description="Number of the teacher, where there are several.")] = 0
+    which: Annotated[int, Field(ge=0, description="Number of the teacher, if there are several.")] = 0
     options: Annotated[dict[str, Any], Field(description="Further arguments of the match.")] = {}
 
 
 class StageDistillation(DistillationConfig):
-    """How the stage's student is fitted to its teachers."""
+    """The objective by which the stage's student is fitted to its teachers."""
 
     teachers: Annotated[
         tuple[str, ...], Field(min_length=1, description="Names of earlier stages, paths, or names on the Hub.")
     ]
     teacher_precision: Annotated[
         Precision | None,
-        Field(description="How teachers are loaded; 8bit and 4bit need pip install lmcompress[bnb] and a GPU."),
+        Field(description="Precision of the teachers; 8bit and 4bit need pip install lmcompress[bnb] and a GPU."),
     ] = None
     store: Annotated[
-        StoreSpec | None, Field(description="Keep the teacher's answers on disk instead of asking it each time.")
+        StoreSpec | None, Field(description="Store the teacher's outputs on disk instead of computing them each time.")
     ] = None
     layer_map: Annotated[
         Literal["uniform", "skip", "last"] | tuple[tuple[int, int], ...] | None,
-        Field(
-            description="Which block of the student learns from which of the teacher, for losses; or pairs of your own."
-        ),
+        Field(description="Layer map from student to teacher blocks, for losses; or a custom list of pairs."),
     ] = None
     losses: Annotated[
         tuple[MatchPart | LayerLoss, ...],
@@ -75,10 +72,10 @@ class StageDistillation(DistillationConfig):
     @model_validator(mode="after")
     def _something_to_do(self) -> StageDistillation:
         if bool(self.losses) != (self.layer_map is not None):
-            raise ValueError("layer_map and losses go together: one says which layers, the other what is compared")
+            raise ValueError("layer_map and losses go together: one gives the layers, the other the comparison")
         plain = {name: getattr(self, name) for name in DistillationConfig.model_fields}
         if self.losses:
-            # any match will do: whether there is something to train on is all that is asked
+            # any match will do: this only checks that there is something to train on
             plain["matches"] = (*self.matches, Match(loss="hidden_mse", student=-1, teacher=-1))
         DistillationConfig.model_validate(plain)
         if self.teacher_weights is not None and len(self.teacher_weights) != len(self.teachers):
@@ -92,7 +89,7 @@ class DistillationPart(StagePart[StageDistillation]):
     key = "distillation"
     schema = Annotated[
         StageDistillation | None,
-        Field(description="Left out: plain fine-tuning, which is how teachers are made."),
+        Field(description="If omitted: plain fine-tuning, which is how teachers are made."),
     ]
     applied = "distillation"
     reports = False
@@ -112,7 +109,7 @@ class DistillationPart(StagePart[StageDistillation]):
             return None
         known = [work.models[name] for name in spec.teachers]
         config = distillation_config(spec, work.model, known)
-        # on meta: all checks and no work
+        # on meta: all checks without computation
         method = Distillation(config, [LiveTeacher(teacher) for teacher in known])
         method.attach(work.model, torch.device("meta"), nullcontext)
         method.finish()
@@ -130,15 +127,15 @@ class DistillationPart(StagePart[StageDistillation]):
 def distillation_config(
     distillation: StageDistillation, student: PreTrainedModel, teachers: list[PreTrainedModel]
 ) -> DistillationConfig:
-    """A stage's distillation with its layer map spelled out as matches.
+    """A stage's distillation with its layer map expanded into matches.
 
     Args:
-        distillation: of the recipe.
-        student: for its number of blocks.
-        teachers: likewise.
+        distillation: distillation of the recipe.
+        student: determines its number of blocks.
+        teachers: determine theirs.
 
     Raises:
-        LmcompressError: If the map does not fit the models, or a match cannot compare what it is asked to.
+        LmcompressError: If the map does not fit the models, or a match cannot compare the requested features.
     """
     given_fields = distillation.model_fields_set & DistillationConfig.model_fields.keys()
     values = {name: getattr(distillation, name) for name in given_fields}

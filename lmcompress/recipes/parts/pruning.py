@@ -37,27 +37,27 @@ if TYPE_CHECKING:
     from lmcompress.recipes.schema import Stage
 
 TABLE_FILE = "latency.json"
-"""Where a run keeps measured times, if its recipe does not say."""
+"""File of a run's measured times, if its recipe does not name one."""
 
 
 class LatencySpec(SchemaPart):
-    """What a latency target is about, and where its table of measured times is kept."""
+    """The batch of a latency target, and the file of its table of measured times."""
 
-    batch_size: Annotated[int, Field(ge=1, description="Rows of the batch whose time counts.")] = 32
+    batch_size: Annotated[int, Field(ge=1, description="Batch size to measure latency at.")] = 32
     length: Annotated[
-        int | None, Field(ge=1, description="Tokens of a row; default: the task's max_length, at most 128.")
+        int | None, Field(ge=1, description="Length of a row in tokens; default: the task's max_length, at most 128.")
     ] = None
     table: Annotated[
         str | None,
         Field(
-            description="JSON file of measured times; default: latency.json in the run's folder. What it does not have "
-            "is measured before anything is trained, and put into it."
+            description="JSON file of measured times; default: latency.json in the run's folder. Missing entries "
+            "are measured before training and added to it."
         ),
     ] = None
 
 
 class StagePruning(PruningConfig):
-    """What the stage takes out of its model, how much, and when."""
+    """The parts that the stage prunes, the target, and the schedule."""
 
     latency: Annotated[LatencySpec | None, Field(description="For targets latency_share and latency_ms.")] = None
 
@@ -68,7 +68,7 @@ class StagePruning(PruningConfig):
         return self
 
     def config(self, seed: int) -> PruningConfig:
-        """The configuration of the method, without what only recipes have.
+        """The configuration of the method, without fields that only recipes have.
 
         Args:
             seed: the recipe's, unless the stage has its own.
@@ -79,14 +79,14 @@ class StagePruning(PruningConfig):
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What a stage's pruning will do, as far as that is known before there are scores.
+    """The result of a stage's pruning, as far as it is known before there are scores.
 
     Attributes:
-        config: of the method.
-        before: shapes of the model that is pruned.
-        expected: shapes that meet the target; which blocks lose how much, scores decide, unless the target is a shape.
-            None where a latency target has no table yet.
-        exact: whether the result will have just these shapes.
+        config: configuration of the method.
+        before: shapes of the unpruned model.
+        expected: shapes that meet the target; the distribution over blocks depends on scores, unless the target is a
+            shape. None if a latency target has no table yet.
+        exact: whether the result will have exactly these shapes.
         obstacle: why stock Transformers will not load the result, or None.
         cost: the latency table of a latency target.
         note: what could not be checked, or None.
@@ -102,12 +102,12 @@ class PruningPlan:
 
 
 class PruningPart(StagePart[StagePruning]):
-    """Heads, neurons, layers or hidden dimensions are cut out, while the model is trained or without training."""
+    """Heads, neurons, layers or hidden dimensions are pruned, during training or without it."""
 
     key = "pruning"
     schema = Annotated[
         StagePruning | None,
-        Field(description="What is cut out of the model, while it is trained or, with max_steps: 0, without training."),
+        Field(description="Structured pruning of the model, during training or, with max_steps: 0, without."),
     ]
     applied = "structured pruning"
     role = "pruned"
@@ -143,7 +143,7 @@ class PruningPart(StagePart[StagePruning]):
         )
 
     def notes(self, report: Mapping[str, Any]) -> list[str]:
-        gone = f"{report['removed']:.1%} of {report['unit']} gone, {report['asked']:.1%} asked for"
+        gone = f"{report['removed']:.1%} of {report['unit']} pruned, {report['asked']:.1%} requested"
         stock = (
             "loads with stock transformers"
             if report["stock"]["loads"]
@@ -164,22 +164,22 @@ def plan_pruning(
     folder: Path,
     measure: bool,
 ) -> PruningPlan:
-    """Check a stage's pruning against the model it is for.
+    """Check a stage's pruning against its model.
 
     Args:
-        spec: of the stage.
-        model: what it starts from, on any device; not changed.
+        spec: the stage's field of this part.
+        model: the model that it starts from, on any device; not modified.
         materials: rows and task.
         steps: optimizer steps of the stage; 0 for pruning without training.
-        folder: of the run, for its latency table.
-        measure: measure a latency table that is not there yet, which may take minutes.
+        folder: folder of the run, for its latency table.
+        measure: whether to measure a missing latency table, which may take minutes.
 
     Returns:
         The plan.
 
     Raises:
-        LmcompressError: no shape meets the target, too few steps for the schedule, a criterion that needs labels where
-            there are none, or a latency table that cannot be measured on this model.
+        LmcompressError: If no shape meets the target, there are too few steps for the schedule, the criterion needs
+            labels and there are none, or a latency table cannot be measured on this model.
     """
     config = spec.config(materials.recipe.seed)
     if steps:
@@ -196,16 +196,16 @@ def plan_pruning(
         return _planned(config, model, sizes, feasible(config, sizes, table), table, None)
     note = (
         f"no latency table for batch {latency.batch_size} × {length} in {file}: it is measured when the run begins, "
-        "before anything is trained, and whether the target can be met is known then"
+        "before training, and whether the target can be met is known then"
     )
     return _planned(config, model, sizes, _by_operations(config, sizes, latency, length), None, note)
 
 
 def expected_model(model: PreTrainedModel, expected: Structure) -> PreTrainedModel:
-    """A copy of a model in the shapes that pruning is expected to leave, for stages that start from it.
+    """A copy of a model in the shapes expected after pruning, for stages that start from it.
 
     Args:
-        model: on any device; not changed.
+        model: on any device; not modified.
         expected: shapes that the model can be cut to.
     """
     before = recorded_structure(model)
@@ -227,14 +227,14 @@ def expected_model(model: PreTrainedModel, expected: Structure) -> PreTrainedMod
 
 
 def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any]:
-    """Training rows for scores and repair, drawn as the trainer draws them.
+    """Training rows for scores and repair, sampled in the same way as by the trainer.
 
     Args:
-        materials: of the stage.
-        config: says how many, in batches of how many rows, and with which seed.
+        materials: materials of the stage.
+        config: determines number, batch size and seed.
 
     Returns:
-        Batches on the CPU; none where nothing looks at data.
+        Batches on the CPU; none if no data are needed.
     """
     if not config.needs_data:
         return []
@@ -242,7 +242,7 @@ def calibration_batches(materials: Materials, config: PruningConfig) -> list[Any
 
 
 def pruning_in_words(config: Any) -> str:
-    """What a pruning is asked to do, in a line.
+    """A pruning configuration, in a line.
 
     Args:
         config: :class:`~lmcompress.pruning.structured.config.PruningConfig`.
@@ -270,7 +270,7 @@ def _planned(
     note: str | None,
 ) -> PruningPlan:
     before = recorded_structure(model)
-    # scores decide where the target is not a shape; and a shape may be met by other layers
+    # scores decide unless the target is a shape; and a shape may be met by other layers
     exact = config.target.shape is not None
     shapes = expected or sizes.structure
     return PruningPlan(
@@ -288,7 +288,7 @@ def _obstacle(config: PruningConfig, expected: Structure, model: PreTrainedModel
     reason = stock_verdict(expected, model.config).reason
     if config.target.shape is not None:
         return reason
-    # counts of single blocks are not known yet: what the parts and the ranking make of them is
+    # counts of single blocks are not known yet: they depend on the parts and the ranking
     parts = set(config.parts)
     even = config.ranking == "per_layer" and config.order == "score"
     if parts & {"heads", "attention"}:
@@ -337,20 +337,20 @@ def _table(model: PreTrainedModel, file: Path, batch_size: int, length: int, mea
 
 
 def _with_random_weights(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """A model of the same shapes: what it says does not matter, how long it takes does."""
+    """A model of the same shapes: only its speed matters, not its output."""
     with torch.device(device):
         fresh = type(model)(copy.deepcopy(model.config)).eval()
         shape_skeleton(fresh, recorded_structure(model))
     with torch.no_grad():
         for parameter in fresh.parameters():
             if parameter.dim() > 1:
-                # what was reshaped has no values yet, and denormal ones would be slow
+                # reshaped parameters have no values yet, and denormal ones would be slow
                 parameter.normal_(0.0, 0.02)
     return fresh
 
 
 def _by_operations(config: PruningConfig, sizes: ModelSizes, latency: LatencySpec, length: int) -> Structure | None:
-    """A guess for a share of the time: the same share of the operations."""
+    """An estimate for a share of the latency: the same share of the FLOPs."""
     share = config.target.latency_share
     if share is None:
         return None
@@ -358,5 +358,5 @@ def _by_operations(config: PruningConfig, sizes: ModelSizes, latency: LatencySpe
     try:
         return feasible(guess, sizes, FlopCost(sizes, latency.batch_size, length))
     except LmcompressError:
-        # operations are not time: the table will tell
+        # FLOPs are not time: the table decides
         return None

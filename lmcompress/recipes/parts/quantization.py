@@ -32,22 +32,22 @@ NO_VANILLA = "its weights are packed codes, which stock Transformers has no modu
 
 
 class StageQuantization(QuantizationConfig):
-    """What the stage's weights and activations are quantized to: while it is trained, or after that."""
+    """The quantization of the stage's weights and activations: during training, or after it."""
 
     method: Annotated[
         PostTraining | None,
         Field(
-            description="Of stages with max_steps: 0. rtn rounds to nearest, gptq lets weights make rounding good, awq "
-            "gives inputs that matter finer steps; default: rtn. Stages that train learn instead."
+            description="For stages with max_steps: 0: rtn rounds to nearest, gptq compensates rounding errors, awq "
+            "scales important inputs; default: rtn. Stages that train learn instead."
         ),
     ] = None
 
     def config(self, seed: int, *, trains: bool) -> QuantizationConfig:
-        """The configuration of the method, without what only recipes have.
+        """The configuration of the method, without fields that only recipes have.
 
         Args:
             seed: the recipe's, unless the stage has its own.
-            trains: whether the stage takes steps; if not, what is left out is as nothing has to be learned for.
+            trains: whether the stage takes steps; if not, omitted fields get defaults that need no training.
         """
         own = {name: getattr(self, name) for name in QuantizationConfig.model_fields if name in self.model_fields_set}
         if trains:
@@ -62,13 +62,13 @@ class StageQuantization(QuantizationConfig):
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """What a stage's quantization will do.
+    """The result of a stage's quantization, as planned.
 
     Attributes:
-        config: of the method.
-        method: how it is rounded without training, or None where the stage trains.
-        plan: which matrix gets what.
-        bytes_estimate: of all weights, those that stay dense in float32.
+        config: configuration of the method.
+        method: rounding method without training, or None if the stage trains.
+        plan: quantization of each matrix.
+        bytes_estimate: bytes of all weights, dense ones in float32.
     """
 
     config: QuantizationConfig
@@ -78,14 +78,14 @@ class QuantizationPlan:
 
 
 class QuantizationPart(StagePart[StageQuantization]):
-    """Weights and activations are quantized, while the model is trained or without training."""
+    """Weights and activations are quantized, during training or without it."""
 
     key = "quantization"
     schema = Annotated[
         StageQuantization | None,
         Field(
-            description="What weights and activations are quantized to, while the model is trained or, with "
-            "max_steps: 0, without training; what is pruned in the same stage is cut first."
+            description="Quantization of weights and activations, during training or, with "
+            "max_steps: 0, without; what is pruned in the same stage is cut first."
         ),
     ]
     applied = "quantization"
@@ -104,8 +104,8 @@ class QuantizationPart(StagePart[StageQuantization]):
             raise ValueError(f"save: {stage.save} is not possible with quantization: packed weights need lmcompress")
         if stage.trains and stage.pruning is not None and stage.pruning.schedule.kind == "hard_concrete":
             raise ValueError(
-                "the schedule hard_concrete multiplies weights by gates in the end, by which they are no codes any "
-                "more: prune in a stage before the one that quantizes, or choose another schedule"
+                "the schedule hard_concrete multiplies weights by gates in the end, after which they are codes no "
+                "longer: prune in an earlier stage than the one that quantizes, or choose another schedule"
             )
 
     def plan(self, spec: StageQuantization, work: Planning) -> QuantizationPlan:
@@ -144,7 +144,7 @@ class QuantizationPart(StagePart[StageQuantization]):
     def notes(self, report: Mapping[str, Any]) -> list[str]:
         bits, count = report["bits_per_weight"], len(report["matrices"])
         inputs = sorted(map(str, {row["inputs"] for row in report["matrices"]} - {None}))
-        of_inputs = f"inputs of products {'/'.join(inputs)} bits" if inputs else "inputs not quantized"
+        of_inputs = f"inputs of matmuls {'/'.join(inputs)} bits" if inputs else "inputs not quantized"
         return [f"{count} matrices in {bits:.2f} bits a weight, scales included ({report['method']}), {of_inputs}"]
 
     def columns(self, report: Mapping[str, Any]) -> dict[str, str]:

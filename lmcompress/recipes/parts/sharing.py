@@ -24,8 +24,8 @@ class SharingPart(StagePart[SharingConfig]):
     schema = Annotated[
         SharingConfig | None,
         Field(
-            description="How many values weights share, which are trained or, with max_steps: 0, only found; zeros "
-            "stay. storage makes the file smaller by it."
+            description="Weight clustering: number of shared values, which are trained or, with max_steps: 0, "
+            "only found; zeros stay. storage makes the file smaller by it."
         ),
     ]
     applied = "weight sharing"
@@ -53,7 +53,7 @@ class SharingPart(StagePart[SharingConfig]):
 
     def apply(self, spec: SharingConfig, work: Running) -> SharingReport:
         config = seeded(spec, work.recipe.seed)
-        # squares of gradients are of single rows
+        # squared gradients of single rows
         rows = config.calibration_rows
         batches = drawn_batches(work.materials, rows, 1, config.seed) if config.sensitivity else None
         return share_weights(work.model, config, batches)

@@ -18,19 +18,19 @@ from lmcompress.recipes.parts.base import Planning, Running, StagePart, needs_tr
 if TYPE_CHECKING:
     from lmcompress.recipes.schema import Stage
 
-FILE_NOT_MODEL = "zeros and shared values make the file smaller where the stage has storage, not the model"
-"""What a reader must know of weights that are zero or few in value."""
+FILE_NOT_MODEL = "zeros and shared values make the file smaller if the stage has storage, not the model"
+"""Note on weights that are zero or share few values."""
 
 
 class SparsityPart(StagePart[SparsityConfig]):
-    """Single weights become zero, while the model is trained or without training."""
+    """Single weights are set to zero, during training or without it."""
 
     key = "sparsity"
     schema = Annotated[
         SparsityConfig | None,
         Field(
-            description="Which single weights become zero, while the model is trained or, with max_steps: 0, without "
-            "training; storage makes the file smaller by it."
+            description="Unstructured pruning: single weights are set to zero during training or, with max_steps: 0, "
+            "without; storage makes the file smaller by it."
         ),
     ]
     applied = "sparsity"
@@ -67,10 +67,10 @@ class SparsityPart(StagePart[SparsityConfig]):
 
 
 def check_classes(task: Task) -> None:
-    """Refuse the criterion ``obd`` where its exact second derivatives are too many.
+    """Refuse the criterion ``obd`` if it needs too many exact second derivatives.
 
     Args:
-        task: of the recipe.
+        task: task of the recipe.
 
     Raises:
         LmcompressError: If the task has labels for single tokens, or too many classes.
@@ -79,5 +79,5 @@ def check_classes(task: Task) -> None:
     if by_word or task.num_labels > MAX_CLASSES:
         got = f"a task of the kind {task.kind}" if by_word else f"{task.num_labels} classes"
         raise LmcompressError(
-            f"the criterion obd must have at most {MAX_CLASSES} classes a row, got {got}; use the criterion fisher"
+            f"the criterion obd must have at most {MAX_CLASSES} classes per row, got {got}; use the criterion fisher"
         )

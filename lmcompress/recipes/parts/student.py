@@ -19,29 +19,27 @@ from lmcompress.students.shape import by_shape, by_width
 
 
 class Shape(SchemaPart):
-    """Sizes of a student; what is left out stays as in the model it is made from."""
+    """Sizes of a student; omitted ones are those of the model it is made from."""
 
     layers: Annotated[
-        int | tuple[int, ...] | None, Field(description="Number of Transformer blocks, or which (counted from 0).")
+        int | tuple[int, ...] | None, Field(description="Number of Transformer blocks, or their numbers (from 0).")
     ] = None
     hidden_size: Annotated[int | None, Field(ge=1, le=1 << 16, description="Width of the hidden states.")] = None
     intermediate_size: Annotated[
         int | None, Field(ge=1, le=1 << 18, description="Width of the feed-forward networks.")
     ] = None
-    num_heads: Annotated[int | None, Field(ge=1, le=256, description="Attention heads of each block.")] = None
+    num_heads: Annotated[int | None, Field(ge=1, le=256, description="Number of attention heads per block.")] = None
 
 
 class StudentSpec(SchemaPart):
-    """How the student is made from the model that the stage starts from; exactly one of its first four fields."""
+    """The construction of the student from the stage's start model; exactly one of its first four fields."""
 
     layers: Annotated[
         int | tuple[int, ...] | None,
-        Field(description="Keep so many blocks, or these (counted from 0), with their weights."),
+        Field(description="Number of blocks to keep with their weights, or their numbers (from 0)."),
     ] = None
-    shape: Annotated[Shape | None, Field(description="Any sizes that a stock config can say.")] = None
-    named: Annotated[str | None, Field(description="A shape by its name: T3, T4-tiny, DistilBERT, DistilGPT2, ...")] = (
-        None
-    )
+    shape: Annotated[Shape | None, Field(description="Any sizes expressible in a stock config.")] = None
+    named: Annotated[str | None, Field(description="A named shape: T3, T4-tiny, DistilBERT, DistilGPT2, ...")] = None
     width: Annotated[
         float | None,
         Field(gt=0, le=1, description="Multiplier of all widths; heads keep their size, so it is rounded to heads."),
@@ -52,7 +50,7 @@ class StudentSpec(SchemaPart):
     ] = "uniform"
     initialise: Annotated[
         Literal["slice", "random"],
-        Field(description="shape, named and width: cut the weights out of the start's, or draw them."),
+        Field(description="For shape, named and width: slice the weights from the start's, or initialize randomly."),
     ] = "slice"
 
     @model_validator(mode="after")
@@ -73,7 +71,7 @@ class StudentPart(StagePart[StudentSpec]):
     """The stage's model is made from its start with fewer or narrower blocks."""
 
     key = "student"
-    schema = Annotated[StudentSpec | None, Field(description="How the start is made smaller; default: it is not.")]
+    schema = Annotated[StudentSpec | None, Field(description="Reduction of the start model; default: none.")]
     applied = "smaller student"
     reports = False
 
@@ -85,12 +83,12 @@ def make_student(start: PreTrainedModel, spec: StudentSpec, seed: int) -> PreTra
     """The model that a stage trains.
 
     Args:
-        start: what it is made from; on ``meta``, so is the student.
-        spec: how.
-        seed: of what is drawn.
+        start: the model it is made from; if on ``meta``, so is the student.
+        spec: the reduction.
+        seed: seed of random weights.
 
     Raises:
-        LmcompressError: If layers are not there, sizes do not fit, or compact layers are to be sliced.
+        LmcompressError: If layers do not exist, sizes do not fit, or compact layers would be sliced.
     """
     meta = start.device.type == "meta"
     choose: Any = spec.choose

@@ -1,4 +1,4 @@
-"""Teachers of a stage: where they are, their tokenizer, and their answers on disk."""
+"""Teachers of a stage: their sources, their tokenizer, and their stored outputs."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
     from lmcompress.recipes.schema import Stage
 
 Precision = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
-"""How a teacher is loaded."""
+"""Precision in which a teacher is loaded."""
 
 
 class StoreSpec(SchemaPart):
-    """The teacher's answers are computed once and kept on disk."""
+    """The teacher's outputs are computed once and stored on disk."""
 
     top_k: Annotated[
         int | None,
-        Field(ge=1, description="Keep only so many of the greatest logits of each row or token; default: all."),
+        Field(ge=1, description="Number of the largest logits to keep per row or token; default: all."),
     ] = None
-    folder: Annotated[str | None, Field(description="Where; default: in the stage's folder.")] = None
+    folder: Annotated[str | None, Field(description="Folder of the store; default: in the stage's folder.")] = None
 
 
 def teachers_of(
     work: Running, config: DistillationConfig, precision: Precision, store: StoreSpec | None
 ) -> tuple[list[Teacher], DistillationConfig]:
-    """The teachers of a stage, loaded, or their answers on disk.
+    """The teachers of a stage, loaded, or their stored outputs.
 
     Args:
-        work: with the rows that are trained on.
-        config: of the distillation.
-        precision: how teachers are loaded.
-        store: where their answers are kept, if they are.
+        work: the stage, with its training rows.
+        config: configuration of the distillation.
+        precision: precision of the teachers.
+        store: store of their outputs, if any.
 
     Returns:
-        The teachers, and the config with layers as they can be asked of them.
+        The teachers, and the config with layers resolved against them.
     """
     cls = auto_class(work.materials.task)
     models = [load_teacher(path, cls, precision) for path in _paths(work)]
@@ -61,10 +61,10 @@ def teachers_of(
 
 
 def neighbours(work: Running) -> Mapping[str, Sequence[str]]:
-    """Words and those that the first teacher's embeddings have near them.
+    """Words and their nearest neighbours in the first teacher's embeddings.
 
     Args:
-        work: of a stage with distillation.
+        work: a stage with distillation.
     """
     tokenizer = work.teacher_tokenizer or work.materials.tokenizer
     embed = load_teacher(_paths(work)[0], auto_class(work.materials.task)).get_input_embeddings()
@@ -75,12 +75,12 @@ def neighbours(work: Running) -> Mapping[str, Sequence[str]]:
 def different_tokenizer(
     stage: Stage, stages: Mapping[str, Materials], materials: Materials
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a stage's teachers, if it is another than the student's.
+    """The tokenizer of a stage's teachers, if it differs from the student's.
 
     Args:
-        stage: with distillation.
+        stage: a stage with distillation.
         stages: names of stages, and the materials of each, with its tokenizer.
-        materials: of this stage.
+        materials: materials of this stage.
 
     Raises:
         LmcompressError: If the teachers have several, or single tokens are compared.
@@ -103,7 +103,7 @@ def different_tokenizer(
             way_out = "choose a student of the teacher's family"
         raise LmcompressError(
             f"stage {stage.name!r}: the teacher {next(iter(others))} has another tokenizer than the student, so that "
-            f"their answers for single tokens can't be compared; {way_out}"
+            f"their outputs for single tokens can't be compared; {way_out}"
         )
     return first
 
@@ -130,7 +130,7 @@ def _stored(
         store = TeacherStore.open(folder, teacher=teacher)
         if set(features) <= set(store.features) and store.meta.top_k == spec.top_k:
             return store
-    work.console.print(f"  asking teacher {number} once for all rows: {folder}")
+    work.console.print(f"  running teacher {number} once over all rows: {folder}")
     if torch.cuda.is_available():
         teacher.to("cuda")
     rows = work.stage.training.per_device_eval_batch_size
@@ -149,7 +149,7 @@ def _stored(
 def _layers_counted_from_the_beginning(
     config: DistillationConfig, teachers: Sequence[PreTrainedModel]
 ) -> DistillationConfig:
-    """A store does not know how many layers its teacher has."""
+    """A store does not record the number of its teacher's layers."""
     matches = []
     for match in config.matches:
         teacher, feature = teachers[match.which], match_for(match.loss, match.on).feature or "hidden"
@@ -162,5 +162,5 @@ def _layers_counted_from_the_beginning(
 def _contrasted(config: DistillationConfig, number: int, teacher: PreTrainedModel) -> set[tuple[str, int]]:
     if config.contrast is not None and config.contrast.which == number:
         return {resolve(teacher, *config.contrast.feature("teacher"))}
-    # what is only measured is asked of the first teacher
+    # what is only measured uses the first teacher
     return {resolve(teacher, "output", -1)} if config.homogeneity and config.contrast is None and number == 0 else set()

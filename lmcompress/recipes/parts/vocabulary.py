@@ -17,17 +17,15 @@ from lmcompress.recipes.specs import SchemaPart
 
 
 class VocabularySpec(SchemaPart):
-    """Rows of the embeddings that the task never reads go, and the tokenizer is rewritten to match."""
+    """Embeddings of tokens that the task never reads are removed, and the tokenizer is rewritten to match."""
 
-    min_count: Annotated[int, Field(ge=1, description="A token stays if the texts have it so often.")] = 1
-    max_size: Annotated[int | None, Field(ge=1, description="The most tokens that stay, the most frequent ones.")] = (
-        None
-    )
+    min_count: Annotated[int, Field(ge=1, description="Minimum number of occurrences of a token that is kept.")] = 1
+    max_size: Annotated[int | None, Field(ge=1, description="Maximum number of tokens, the most frequent.")] = None
     keep: Annotated[
-        tuple[str, ...], Field(description="Tokens that stay in any case, in the tokenizer's spelling: ##ing, Ġcat.")
+        tuple[str, ...], Field(description="Tokens to keep in any case, in the tokenizer's spelling: ##ing, Ġcat.")
     ] = ()
     keep_characters: Annotated[
-        bool, Field(description="Keep all single characters, so that words the texts do not have can be spelled.")
+        bool, Field(description="Whether to keep all single characters, so that unseen words can be spelled.")
     ] = True
     splits: Annotated[
         tuple[str, ...], Field(min_length=1, description="Splits of the task whose texts are counted.")
@@ -35,7 +33,7 @@ class VocabularySpec(SchemaPart):
 
 
 class VocabularyPart(StagePart[VocabularySpec]):
-    """Embedding rows of tokens that the task does not use are removed before anything else."""
+    """Embeddings of tokens that the task does not use are removed before anything else."""
 
     key = "vocabulary"
     schema = Annotated[
@@ -52,26 +50,26 @@ class VocabularyPart(StagePart[VocabularySpec]):
     def words(self, planned: VocabularyReport) -> list[str]:
         return [
             f"vocabulary {planned.rows_before:,} → {planned.rows_after:,} tokens, "
-            f"{planned.bytes_saved / 1e6:.1f} MB less; {planned.texts_changed:,} of {planned.texts:,} texts are cut "
-            "into other pieces"
+            f"{planned.bytes_saved / 1e6:.1f} MB less; {planned.texts_changed:,} of {planned.texts:,} texts are split "
+            "differently"
         ]
 
 
 def prune_stage_vocabulary(
     model: PreTrainedModel, materials: Materials, spec: VocabularySpec
 ) -> tuple[PreTrainedTokenizerBase, VocabularyReport]:
-    """Prune a model's vocabulary down to what the task's texts use.
+    """Reduce a model's vocabulary to the tokens that the task's texts use.
 
     Args:
-        model: changed in place; on ``meta`` its shapes are.
-        materials: with the tokenizer that the model has now.
-        spec: of the stage.
+        model: modified in place; on ``meta`` only its shapes are.
+        materials: with the model's current tokenizer.
+        spec: the stage's field of this part.
 
     Returns:
-        The new tokenizer, and what was done.
+        The new tokenizer, and the report.
 
     Raises:
-        LmcompressError: If a split is not there, or
+        LmcompressError: If a split does not exist, or
             :func:`~lmcompress.pruning.vocabulary.embeddings.prune_vocabulary` refuses.
     """
     splits = materials.data.splits()

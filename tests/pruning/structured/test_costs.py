@@ -138,7 +138,7 @@ def test_a_measured_table_gives_the_dense_time_and_comes_back_from_its_file(of, 
 def test_measuring_refuses_a_model_that_was_cut():
     model = make("bert")
     cut(model, some_mask(model, ("neurons",)))
-    with pytest.raises(LmcompressError, match="a model whose blocks are alike, got heads .4. and FFN widths"):
+    with pytest.raises(LmcompressError, match="a model with equal blocks, got heads .4. and FFN widths"):
         measure_latency(model, length=8)
     with pytest.raises(LmcompressError, match="points must be >= 2 and copies >= 1, got 1 and 4"):
         measure_latency(make("bert"), length=8, points=1)

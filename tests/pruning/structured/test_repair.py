@@ -185,7 +185,7 @@ def test_the_model_keeps_its_mode_and_loses_its_hooks():
 @pytest.mark.parametrize("repair", REPAIRS, ids=NAMES)
 def test_bad_input_is_refused(repair):
     model = make("bert")
-    with pytest.raises(LmcompressError, match="some heads or neurons out .* got none: there is nothing to repair"):
+    with pytest.raises(LmcompressError, match="some heads or neurons of .* got none: there is nothing to repair"):
         repair(model, full(model, ["heads"]), batches_for(model))
     with pytest.raises(LmcompressError, match="must have at least one batch, got none"):
         repair(model, half(model), [])

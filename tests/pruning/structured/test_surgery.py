@@ -365,7 +365,7 @@ def test_values_that_diverged_are_not_folded(bad):
 @pytest.mark.parametrize("part", PARTS)
 def test_a_mask_that_keeps_everything_is_refused(family, part):
     model = make(family)
-    with pytest.raises(LmcompressError, match="must take something out.*nothing would be cut"):
+    with pytest.raises(LmcompressError, match="must prune something.*nothing would be cut"):
         cut(model, full(model, [part]))
 
 

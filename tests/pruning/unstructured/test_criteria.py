@@ -128,7 +128,7 @@ def test_missing_data_are_named():
     planned = planned_of(net)
     with pytest.raises(LmcompressError, match="the criterion taylor must have data, got none"):
         score(net, planned, "taylor", None)
-    with pytest.raises(LmcompressError, match="must be of some examples, got none"):
+    with pytest.raises(LmcompressError, match="need at least one example, got none"):
         score(net, planned, "taylor", [])
     with pytest.raises(LmcompressError, match="must have at least one batch, got none"):
         score(net, planned, "wanda", [])

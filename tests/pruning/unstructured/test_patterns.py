@@ -89,7 +89,7 @@ def test_groups_that_do_not_divide_and_more_than_there_are_are_refused():
         NOfM(n=3, m=2)
     with pytest.raises(LmcompressError, match="blocks must divide a matrix, got 2 × 3 for 4 × 4"):
         block_scores(torch.randn(4, 4), 2, 3)
-    with pytest.raises(LmcompressError, match="0 to 3 of 3 weights of a row can stay, got 4"):
+    with pytest.raises(LmcompressError, match="0 to 3 of 3 weights of a row can be kept, got 4"):
         keep_in_rows(torch.randn(2, 3), 4)
     with pytest.raises(LmcompressError, match="at least 0, got -1"):
         keep_largest([torch.randn(2)], -1)

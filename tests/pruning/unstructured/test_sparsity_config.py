@@ -16,7 +16,7 @@ from lmcompress.pruning.unstructured import (
 )
 
 REFUSED = {
-    "nothing": ({}, "must say how much is to be pruned, got none"),
+    "nothing": ({}, "must give the share to prune, got none"),
     "all": ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
     "less": ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\), got -0.1"),
     "nan": ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\), got nan"),
@@ -24,18 +24,18 @@ REFUSED = {
     "rule-all": ({"rules": [{"modules": "a", "sparsity": 1}]}, r"sparsity must be in \[0, 1\)"),
     "rule-both": ({"rules": [{"modules": "a", "sparsity": 0.5, "quality": 1}]}, "got both for 'a'"),
     "criterion": ({"sparsity": 0.5, "criterion": "magnitud"}, "'magnitud'; did you mean 'magnitude'.*module:attribute"),
-    "n-of-m": ({"sparsity": 0.5, "pattern": NOfM()}, "the pattern 2:4 says how many weights stay"),
+    "n-of-m": ({"sparsity": 0.5, "pattern": NOfM()}, "the pattern 2:4 determines how many weights are kept"),
     "quality-criterion": ({"quality": 1.0, "criterion": "obd"}, "quality is a threshold of single magnitudes"),
     "quality-blocks": ({"quality": 1.0, "pattern": Blocks()}, "quality is a threshold of single magnitudes"),
     "quality-global": ({"quality": 1.0, "scope": "global"}, "quality is a threshold of each matrix"),
     "quality-negative": ({"quality": -1.0}, "quality must be > 0 but with the schedule surgery, got -1.0"),
-    "surgery-criterion": ({"sparsity": 0.5, "schedule": Surgery(), "criterion": "obd"}, "surgery goes by magnitude"),
-    "surgery-pattern": ({"pattern": NOfM(), "schedule": Surgery()}, "surgery looks at single weights"),
+    "surgery-criterion": ({"sparsity": 0.5, "schedule": Surgery(), "criterion": "obd"}, "surgery ranks by magnitude"),
+    "surgery-pattern": ({"pattern": NOfM(), "schedule": Surgery()}, "surgery ranks single weights"),
     "surgery-frozen": ({"sparsity": 0.5, "schedule": Surgery(), "train_removed": False}, "could be reactivated"),
     "iht-movement": (
         {"sparsity": 0.5, "schedule": HardThresholding(), "criterion": "movement"}, "movement is a sum over all steps",
     ),
-    "iht": ({"sparsity": 0.5, "schedule": HardThresholding(), "train_removed": True}, "restarts what is reactivated"),
+    "iht": ({"sparsity": 0.5, "schedule": HardThresholding(), "train_removed": True}, "restarts reactivated weights"),
     "tracked": ({"sparsity": 0.5, "criterion": "taylor", "train_removed": True}, "train_removed goes with magnitude"),
     "rows": ({"pattern": NOfM(), "scope": "row"}, "scope row needs single weights"),
     "compensation": ({"sparsity": 0.5, "compensation": True, "schedule": Gradual()}, "or iterative, got gradual"),

@@ -242,9 +242,9 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     refused(mlp(), "surgery needs training", sparsity=0.5, schedule=Surgery())
     refused(mlp(), "the rule for 'layer.0' matches no matrix.*did you mean 'layers.0'", sparsity=0.5,
             rules=(SparsityRule(modules="layer.0", sparsity=0.5),))  # fmt: skip
-    refused(mlp(), "layers.4 must be made of groups of 2 × 1, got 3 × 8", sparsity=0.5,
+    refused(mlp(), "layers.4 must consist of groups of 2 × 1, got 3 × 8", sparsity=0.5,
             pattern=Blocks(rows=2, columns=1))  # fmt: skip
-    refused(convolutional(), r"layers.0 must be made of groups of 1 × 4, got 4 × 9", pattern=NOfM())
+    refused(convolutional(), r"layers.0 must consist of groups of 1 × 4, got 4 × 9", pattern=NOfM())
     refused(nn.ReLU(), "no weight of this ReLU would be removed: it has no matrices", sparsity=0.5)
     refused(nn.Linear(2, 2), "no weight of this Linear would be removed", sparsity=0.01)
     refused(mlp(), "no weight of this Net would be removed: layers.0: the config leaves it", sparsity=0.5,
@@ -261,7 +261,7 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         broken.layers[2].weight[0, 0] = float("inf")
     refused(broken, "weights of layers.2 must be finite", sparsity=0.5)
     grouped = nn.Conv2d(4, 4, 3, groups=2)
-    refused(grouped, "must have one group for a criterion that looks at inputs, got 2", sparsity=0.5, criterion="wanda")
+    refused(grouped, "must have one group for a criterion that uses inputs, got 2", sparsity=0.5, criterion="wanda")
 
 
 def test_equal_weights_are_no_trouble():

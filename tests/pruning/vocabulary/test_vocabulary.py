@@ -303,7 +303,7 @@ def test_the_id_from_which_positions_are_counted_does_not_move(tmp_path):
 def test_positions_that_would_have_to_move_are_refused():
     model, tokenizer = _roberta_with_padding_at(600)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(LmcompressError, match=r"must keep its id 600, .* only \d+ tokens stay: raise max_size"):
+    with pytest.raises(LmcompressError, match=r"must keep its id 600, .* only \d+ tokens are kept: raise max_size"):
         prune_vocabulary(model, tokenizer, CORPUS)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
@@ -549,7 +549,7 @@ def bert():
         (dict(min_count=True), "min_count must be a whole number from 1, got True"),
         (dict(max_size=0), "max_size must be a whole number of rows from 1, or None, got 0"),
         (dict(max_size=2.5), "max_size must be a whole number .* got 2.5"),
-        (dict(min_count=99), r"min_count must leave some of the corpus's tokens, got 99; the most frequent .* 3 times"),
+        (dict(min_count=99), r"min_count must keep some of the corpus's tokens, got 99; the most frequent .* 3 times"),
         (
             dict(max_size=10),
             r"max_size must be at least \d+, .*5 special, \d+ alphabet\); got 10. keep_characters",
@@ -558,7 +558,7 @@ def bert():
         (dict(keep=["##§§"]), r"got '##§§', which is none; \(a piece inside a word begins with ##; what tokenizer"),
         (dict(keep="how"), "keep must be several tokens, got the one string 'how'"),
         (dict(texts="how much"), "texts must be several strings, got one string"),
-        (dict(texts=["how", ("a", "b")]), "texts must be strings, got tuple at place 1; of pairs of sentences"),
+        (dict(texts=["how", ("a", "b")]), "texts must be strings, got tuple at index 1; for pairs of sentences"),
         (dict(texts=[]), "the corpus must hold some text, got 0 texts without a single token"),
         (dict(texts=["", "  "]), "the corpus must hold some text, got 2 texts without a single token"),
     ],
@@ -573,7 +573,9 @@ def test_bad_options_are_refused_and_nothing_is_touched(bert, options, message):
 
 def test_a_corpus_that_uses_everything_is_refused(bert):
     model, tokenizer = bert
-    with pytest.raises(LmcompressError, match=r"all 700 tokens stay, so there is nothing to prune: raise min_count"):
+    with pytest.raises(
+        LmcompressError, match=r"all 700 tokens are kept, so there is nothing to prune: raise min_count"
+    ):
         prune_vocabulary(model, tokenizer, ["how much"], keep=list(tokenizer.get_vocab()))
 
 
@@ -648,7 +650,7 @@ def _fast(model, pre_tokenizer=None):
         ),
         (
             _fast(models.BPE({"a": 0}, [], dropout=0.1), pre_tokenizers.Sequence([pre_tokenizers.ByteLevel()])),
-            "a BPE model with dropout 0.1, which cuts a text differently each time",
+            "a BPE model with dropout 0.1, which splits a text differently each time",
         ),
     ],
     ids=["unigram", "wordlevel", "characters", "suffix", "dropout"],
@@ -695,7 +697,7 @@ def test_embeddings_that_are_quantized_or_packed_are_refused(change, message):
 def test_a_head_that_is_quantized_is_refused():
     model, tokenizer = make_pair("bert", "language", tie_word_embeddings=False)
     parametrize.register_parametrization(model.get_output_embeddings(), "weight", _Half())
-    with pytest.raises(LmcompressError, match="head over the vocabulary must be a plain nn.Linear with 700 rows"):
+    with pytest.raises(LmcompressError, match="vocabulary head must be a plain nn.Linear with 700 rows"):
         prune_vocabulary(model, tokenizer, CORPUS)
 
 
@@ -713,7 +715,7 @@ def test_a_tokenizer_that_its_own_files_do_not_describe_is_refused():
     # Transformers rebuilds a BertTokenizer's normalizer from its arguments, not from tokenizer.json
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("c", "h")
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(EquivalenceError, match="yet it is cut into .* altered in a way that its files do not say"):
+    with pytest.raises(EquivalenceError, match="yet it is split into .* altered in a way that its files do not record"):
         prune_vocabulary(model, tokenizer, ["how much", "cow", "hat cat"])
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 

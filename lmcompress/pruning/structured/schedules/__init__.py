@@ -1,4 +1,4 @@
-"""One strategy for each schedule: how it scores units, what it adds to a training step, and which gates it sets."""
+"""One strategy for each schedule: its scores of units, its additions to a training step, and the gates it sets."""
 
 from lmcompress.pruning.structured.schedules.base import Strategy
 from lmcompress.pruning.structured.schedules.by_criterion import CriterionStrategy

@@ -1,4 +1,4 @@
-"""What a schedule of structured pruning is to the method."""
+"""The interface of a schedule of structured pruning."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lmcompress.pruning.structured.units import Units
 
 
 class Strategy:
-    """How one kind of schedule prunes; here: one that scores units anew at each event, and nothing in between.
+    """How one kind of schedule prunes; this base scores units at each event, and does nothing in between.
 
-    A subclass gives :meth:`scores`, and overrides what it does besides.
+    A subclass implements :meth:`scores`, and overrides its other actions.
 
     Args:
-        run: the model, the goal and the state; the strategy keeps all that a checkpoint needs in ``run.state``.
+        run: the model, the goal and the state; the strategy keeps everything a checkpoint needs in ``run.state``.
 
     Attributes:
         folds: whether gates end between 0 and 1, so that weights are multiplied by them.
-        per_cost: whether scores are divided by what units cost.
-        keeps_pruned: whether what an event pruned stays pruned at all later ones.
+        per_cost: whether scores are divided by the cost of units.
+        keeps_pruned: whether units pruned by an event stay pruned at all later ones.
         silenced: sides of the pruned units' weights that are zeroed before the mask is final.
     """
 
@@ -37,29 +37,29 @@ class Strategy:
         self.run = run
 
     def scores(self) -> Units:
-        """Scores of the units now; greater stays longer."""
+        """Current scores of the units; higher ones are kept longer."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Read ``run.state``, when training begins or goes on."""
+        """Read ``run.state`` when training begins or resumes."""
 
     def advance(self) -> None:
         """Before the forward passes of an optimizer step, after the events that are due."""
 
     def set_gates(self, step: Step) -> bool:
-        """Give the gates values of this micro-batch's own.
+        """Set the gates to values of this micro-batch.
 
         Args:
-            step: without outputs yet.
+            step: the step, without outputs yet.
 
         Returns:
-            Whether it did; if not, the gates have the values of the mask.
+            Whether it did; if not, the gates have the mask's values.
         """
         return False
 
     @property
     def soft(self) -> bool:
-        """Whether :meth:`set_gates` gives other values than evaluation is to see."""
+        """Whether :meth:`set_gates` sets other values than those used in evaluation."""
         return False
 
     def values(self) -> Units:
@@ -70,42 +70,42 @@ class Strategy:
         """Terms of the loss, by name.
 
         Args:
-            step: with the student's outputs.
+            step: the step, with the student's outputs.
         """
         return {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters that are not the model's, as optimizer groups."""
+        """Parameters outside the model, as optimizer groups."""
         return []
 
     def before_optimizer_step(self) -> None:
-        """When gradients are there and clipped."""
+        """Called when gradients are computed and clipped."""
 
     def after_optimizer_step(self) -> None:
-        """When weights have moved."""
+        """Called when weights are updated."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the log, beside the shares removed and wanted."""
+        """Values for the log, besides the removed and the target share."""
         return {}
 
     def mask(self) -> Units:
-        """The mask as it is now, bool, on the CPU; at least one layer and hidden dimension stay."""
+        """The current mask, bool, on the CPU; at least one layer and hidden dimension are kept."""
         return with_something(self.run.mask().map(lambda tensor: tensor.cpu()))
 
     def removed(self) -> float:
-        """Share of the cost that is removed now."""
+        """Current removed share of the cost."""
         return self.run.share_removed(self.mask())
 
     def wanted(self, planned: float) -> float:
-        """Share of the cost that is to be removed by now.
+        """Share of the cost to be removed by now.
 
         Args:
-            planned: by the last event.
+            planned: share due at the last event.
         """
         return planned
 
     def open_blocks(self) -> Units | None:
-        """A mask that tells which blocks still compute something, where it moves from step to step."""
+        """A mask that shows which blocks still compute something, if it changes from step to step."""
         return None
 
     def final_mask(self, mask: Units) -> Units:
@@ -120,15 +120,15 @@ class Strategy:
         """Values of the gates for the final mask.
 
         Args:
-            mask: of :meth:`final_mask`.
+            mask: from :meth:`final_mask`.
         """
         return mask.map(lambda tensor: tensor.float())
 
 
 def rows_in(inputs: Any) -> int:
-    """Rows of a batch.
+    """Number of rows of a batch.
 
     Args:
-        inputs: tensors by name, and perhaps other things.
+        inputs: tensors by name, possibly with other entries.
     """
     return len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))

@@ -24,14 +24,14 @@ class CriterionStrategy(Strategy):
 
     @property
     def soft(self) -> bool:
-        """Whether the gates collect gradients, and so have values example by example."""
+        """Whether the gates collect gradients, and so have one value per example."""
         return self.run.config.scores == "training" and not self.run.finished
 
     def scores(self) -> Units:
         """Scores of the units.
 
         Raises:
-            LmcompressError: If training was to sum them and has not seen a step, or as
+            LmcompressError: If training was to accumulate them and has not run a step, or as
                 :func:`~lmcompress.pruning.structured.scoring.score`.
         """
         run = self.run
@@ -42,10 +42,10 @@ class CriterionStrategy(Strategy):
         return run.layout.split(run.state.scores)
 
     def set_gates(self, step: Step) -> bool:
-        """Values apart for each example, so that gradients are there example by example.
+        """Separate values for each example, for per-example gradients.
 
         Args:
-            step: without outputs yet.
+            step: the step, without outputs yet.
 
         Returns:
             Whether scores are collected.
@@ -66,7 +66,7 @@ class CriterionStrategy(Strategy):
         return True
 
     def before_optimizer_step(self) -> None:
-        """Add what the gradients of this step say to the running scores."""
+        """Add the scores from this step's gradients to the running scores."""
         if self._fresh is None:
             return
         fresh, self._fresh, trainer = self._fresh, None, self.run.trainer
@@ -82,6 +82,6 @@ class CriterionStrategy(Strategy):
         return getattr(getattr(self.run.trainer, "accelerator", None), "scaler", None)
 
     def _scale(self) -> float:
-        """What float16 multiplies this step's loss by; it changes between steps."""
+        """The loss scale of float16 in this step; it changes between steps."""
         scaler = self._scaler()
         return 1.0 if scaler is None else float(scaler.get_scale())

@@ -27,7 +27,7 @@ class GroupLassoStrategy(SteeredStrategy):
 
     @property
     def soft(self) -> bool:
-        """False: no gate is set in the phase."""
+        """False: no gates are set in the phase."""
         return False
 
     def scores(self) -> Units:
@@ -42,14 +42,14 @@ class GroupLassoStrategy(SteeredStrategy):
         return norms.updated(**found)
 
     def mask(self) -> Units:
-        """Groups that are not 0, in one copy from the GPU."""
+        """Groups that are not 0, in one transfer from the GPU."""
         if not self.learning:
             return super().mask()
         return with_something(self._of_norms(self._norms()))
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """A proximal step; none while enough groups are 0, as groups that press on together reach 0 together."""
+        """A proximal step; none while enough groups are 0, since groups shrunk together reach 0 together."""
         if not self.learning:
             return
         run, norms = self.run, self._norms()
@@ -59,7 +59,7 @@ class GroupLassoStrategy(SteeredStrategy):
         shrink_(run.student, self._parts, rate * self.penalty, run.optimizer, norms=norms)
 
     def final_mask(self, mask: Units) -> Units:
-        """Without groups that are 0, unless counts must be multiples or a shape.
+        """The mask without zero groups, unless counts must be multiples or a shape.
 
         Args:
             mask: bool, on the CPU.
@@ -77,12 +77,12 @@ class GroupLassoStrategy(SteeredStrategy):
 
 
 def without_dead(mask: Units, alive: Units, config: PruningConfig) -> Units:
-    """A mask without groups that are exactly 0, but where a block would have fewer than must stay.
+    """A mask without groups that are exactly 0, except where a block would fall below its minimum.
 
     Args:
-        mask: bool, True stays.
-        alive: bool, False where a group is 0.
-        config: with ``keep_at_least``.
+        mask: bool, True is kept.
+        alive: bool, False for groups that are 0.
+        config: configuration with ``keep_at_least``.
     """
     changed: dict[str, tuple[Tensor, ...]] = {}
     for part in mask.parts():

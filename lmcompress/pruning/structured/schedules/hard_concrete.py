@@ -30,7 +30,7 @@ from lmcompress.pruning.structured.units import Units, unit_shapes
 
 
 class HardConcreteStrategy(LearnedStrategy):
-    """Samples gates for each micro-batch, from a generator that depends on seed, step and micro-batch alone."""
+    """Samples gates for each micro-batch, from a generator that depends only on seed, step and micro-batch."""
 
     schedule: HardConcrete
     folds: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class HardConcreteStrategy(LearnedStrategy):
         shapes = unit_shapes(run.sizes.structure, run.sizes.hidden)
         self._heads, self._neurons = shapes["heads"], shapes["neurons"]
         self._costs = expected_costs(run.sizes, run.goal.counted).to(run.device)
-        # the time outside the blocks
+        # the latency outside the blocks
         self._elsewhere = run.goal.dense - float(expected_cost(Units(), self._costs, self._heads, self._neurons))
         self._last_removed: Tensor | float = 0.0
 
@@ -59,7 +59,7 @@ class HardConcreteStrategy(LearnedStrategy):
             )
 
     def scores(self) -> Units:
-        """Probabilities that units are open, each times those of the sub-layer and the layer that it lies in."""
+        """Probabilities that units are open, each times those of its sub-layer and its layer."""
         return along_chains(self._opened())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -74,10 +74,10 @@ class HardConcreteStrategy(LearnedStrategy):
         """Sample the gates.
 
         Args:
-            step: not looked at.
+            step: unused.
 
         Returns:
-            Whether the phase goes on.
+            Whether the phase continues.
         """
         if self.learning:
             self.run.gates.set(self.run.layout.split(hard_concrete_sample(self.run.state.learned, self.noise())))
@@ -103,7 +103,7 @@ class HardConcreteStrategy(LearnedStrategy):
         """The Lagrangian.
 
         Args:
-            step: of which the rows are counted.
+            step: the step, for its number of rows.
 
         Returns:
             ``sparsity``, a mean over examples, so that it is added once to an optimizer step.
@@ -118,12 +118,12 @@ class HardConcreteStrategy(LearnedStrategy):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Keep every gate in reach of its gradient."""
+        """Keep every gate within reach of its gradient."""
         if self.learning:
             self.run.state.learned.clamp_(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
 
     def removed(self) -> float:
-        """Expected share of the cost that is removed."""
+        """Expected removed share of the cost."""
         return float(self._last_removed) if self.learning else super().removed()
 
     def metrics(self) -> dict[str, float]:
@@ -136,7 +136,7 @@ class HardConcreteStrategy(LearnedStrategy):
     def open_blocks(self) -> Units:
         """A mask with one entry for all heads of a block and one for all its neurons.
 
-        All that has to be known in every step, in one copy from the GPU and without sorting thousands of gates.
+        Everything that every step needs to know, in one transfer from the GPU and without sorting thousands of gates.
         """
         learned = self.run.layout.split(self.run.state.learned.detach().cpu())
         opened = learned.map(hard_concrete_open)
@@ -168,5 +168,5 @@ class HardConcreteStrategy(LearnedStrategy):
             return self._elsewhere
         if opened.hidden is None:
             return counted.outside(float(self.run.sizes.hidden))
-        # embeddings narrow with the stream
+        # embeddings become narrower with the stream
         return counted.outside(opened.hidden.sum())

@@ -1,4 +1,4 @@
-"""Iterative hard thresholding: what is pruned is reactivated and trained again."""
+"""Iterative hard thresholding: pruned units are reactivated and trained again."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lmcompress.pruning.structured.units import Units
 
 
 class HardThresholdingStrategy(Strategy):
-    """Keeps the units whose readers have the largest norm.
+    """Keeps the units whose reading weights have the largest norm.
 
-    Only what reads a pruned unit is zeroed before the mask is final: what feeds it stays, or the unit would be
-    reactivated without any gradient.
+    Only the weights that read a pruned unit are zeroed before the mask is final: without those that feed it, the
+    reactivated unit would have no gradient.
     """
 
     keeps_pruned: ClassVar[bool] = False
     silenced: ClassVar[tuple[Side, ...]] = ("out",)
 
     def scores(self) -> Units:
-        """Norms of what reads each unit: it alone restarts from 0."""
+        """Norms of the weights that read each unit: only these restart from 0."""
         parts = [part for part in GROUP_PARTS if part in self.run.config.parts]
         return unit_norms(self.run.student, parts, self.silenced)

@@ -1,4 +1,4 @@
-"""What schedules have in common that learn their masks: a target that rises, and a penalty that follows it."""
+"""The common base of schedules with learned masks: a rising target, and a penalty that follows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmcompress.schedules import linear
 
 
 class LearnedStrategy(Strategy):
-    """A mask that is learnt in the phase, and cut to the target at its end."""
+    """A mask that is learned in the phase, and cut to the target at its end."""
 
     schedule: Learned
     per_cost: ClassVar[bool] = False
@@ -29,26 +29,26 @@ class LearnedStrategy(Strategy):
 
     @property
     def learning(self) -> bool:
-        """Whether the phase goes on."""
+        """Whether the phase continues."""
         return self.run.begun and not self.run.finished
 
     @property
     def soft(self) -> bool:
-        """Whether gates are learnt now."""
+        """Whether gates are currently learned."""
         return self.learning
 
     def advance(self) -> None:
-        """Keep the learning rates constant: with the model's schedule gates would stand still at the target."""
+        """Keep the learning rates constant: with the model's schedule gates would stop moving at the target."""
         for own in self.parameter_groups():
             for group in inner_optimizer(self.run.optimizer).param_groups:
                 if any(parameter is own["params"][0] for parameter in group["params"]):
                     group["lr"] = own["lr"]
 
     def wanted(self, planned: float = 0.0) -> float:
-        """Share of the cost that is to be removed by now.
+        """Share of the cost to be removed by now.
 
         Args:
-            planned: not looked at.
+            planned: unused.
         """
         return self.run.goal.removed * linear(self.warmed_up) if self.run.begun else 0.0
 
@@ -65,7 +65,7 @@ class LearnedStrategy(Strategy):
 
 
 class SteeredStrategy(LearnedStrategy):
-    """With a penalty whose strength is steered, so that the mask follows the target."""
+    """With a penalty whose strength is adjusted, so that the mask follows the target."""
 
     schedule: Movement | GroupLasso
 
@@ -75,12 +75,12 @@ class SteeredStrategy(LearnedStrategy):
         self.penalty = self.schedule.penalty
 
     def begin(self) -> None:
-        """Read the penalty: a number too, so that nobody waits for a GPU to read it."""
+        """Read the penalty, also as a number, so that reading it does not wait for a GPU."""
         self.penalty = float(self.run.state.penalty)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Steer the penalty, every :data:`~lmcompress.pruning.proximal.STEER_EVERY` steps."""
+        """Adjust the penalty, every :data:`~lmcompress.pruning.proximal.STEER_EVERY` steps."""
         super().advance()
         if self.schedule.steer and self.run.step % STEER_EVERY == 0:
             gap = (self.wanted() - self.removed()) / self.run.goal.removed

@@ -18,12 +18,12 @@ from lmcompress.schedules import cubic
 
 
 class MovementStrategy(SteeredStrategy):
-    """Scores are learnt straight through a threshold that rises, and pressed down by a penalty."""
+    """Scores are learned straight through a rising threshold, and lowered by a penalty."""
 
     schedule: Movement
 
     def scores(self) -> Units:
-        """Sigmoids of the scores, each times those of the sub-layer and the layer that it lies in."""
+        """Sigmoids of the scores, each times those of its sub-layer and its layer."""
         return along_chains(self.run.layout.split(torch.sigmoid(self.run.state.learned.detach())))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -31,13 +31,13 @@ class MovementStrategy(SteeredStrategy):
         return [{"params": [self.run.state.learned], "lr": self.schedule.learning_rate}]
 
     def set_gates(self, step: Step) -> bool:
-        """Open the gates whose score is over the threshold.
+        """Open the gates whose score is above the threshold.
 
         Args:
-            step: not looked at.
+            step: unused.
 
         Returns:
-            Whether the phase goes on.
+            Whether the phase continues.
         """
         if self.learning:
             self.run.gates.set(self.run.layout.split(threshold_mask(self.run.state.learned, self._threshold())))
@@ -45,7 +45,7 @@ class MovementStrategy(SteeredStrategy):
 
     @torch.no_grad()
     def values(self) -> Units:
-        """Gates whose score is over the threshold are 1."""
+        """Gates whose score is above the threshold are 1."""
         if not self.learning:
             return super().values()
         return self.run.layout.split(threshold_mask(self.run.state.learned, self._threshold()))
@@ -54,7 +54,7 @@ class MovementStrategy(SteeredStrategy):
         """The penalty on the scores.
 
         Args:
-            step: of which the rows are counted.
+            step: the step, for its number of rows.
 
         Returns:
             ``sparsity``, a mean over examples, so that it is added once to an optimizer step.
@@ -66,7 +66,7 @@ class MovementStrategy(SteeredStrategy):
         return {"sparsity": Term(torch.stack(means).mean() * rows_in(step.inputs), "examples", strength)}
 
     def open_blocks(self) -> Units:
-        """The mask of :meth:`values`, in one copy from the GPU."""
+        """The mask of :meth:`values`, in one transfer from the GPU."""
         threshold = self._threshold()
         learned = self.run.layout.split(self.run.state.learned.detach().cpu())
         return with_something(learned.map(lambda scores: torch.sigmoid(scores) > threshold))

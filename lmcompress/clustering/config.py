@@ -65,5 +65,5 @@ class SharingConfig(_Part):
     ] = None
     iterations: Annotated[int, Field(ge=1, description="Steps of k-means, at most.")] = 300
     seed: Annotated[
-        int, Field(ge=0, lt=1 << 32, description="Of random starts and of the choice of calibration rows.")
+        int, Field(ge=0, lt=1 << 32, description="Seed of random starts and of the choice of calibration rows.")
     ] = 0

@@ -44,7 +44,7 @@ def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None
         one or two names.
 
     Raises:
-        LmcompressError: a given column is missing or given twice, or none of the usual ones is there.
+        LmcompressError: If a given column is missing or given twice, or none of the usual ones is there.
 
     Example:
         >>> find_text_columns(["idx", "premise", "hypothesis", "label"], None)
@@ -79,7 +79,7 @@ def find_label_column(
         a name, or None.
 
     Raises:
-        LmcompressError: a given column is missing or one of the texts, or none of the usual ones is there and the table
+        LmcompressError: If a given column is missing or one of the texts, or none of the usual ones is there and the table
             holds more than one text.
 
     Example:

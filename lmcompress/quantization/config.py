@@ -281,7 +281,7 @@ class QuantizationConfig(_Part):
             "which takes a byte for each weight."
         ),
     ] = True
-    seed: Annotated[int, Field(ge=0, lt=1 << 32, description="Of the choice of calibration rows.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32, description="Seed of the choice of calibration rows.")] = 0
 
     @model_validator(mode="after")
     def _from_many_to_few(self) -> QuantizationConfig:

@@ -127,7 +127,7 @@ def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
         name: of the model, for the message.
 
     Raises:
-        LmcompressError: it was not trained for this task.
+        LmcompressError: If it was not trained for this task.
     """
     if not has_head_for(config, task):
         guessed = f" (a column of texts alone makes {task.name} that)" if task.kind is TaskKind.CAUSAL_LM else ""

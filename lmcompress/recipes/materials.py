@@ -181,7 +181,7 @@ def load_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
         task: determines whether words need a space before them.
 
     Raises:
-        LmcompressError: there is none, or one of special tokens alone.
+        LmcompressError: If there is none, or only one of special tokens.
     """
     words = {"add_prefix_space": True} if task.kind is TaskKind.TOKEN_CLASSIFICATION else {}
     with found(path, "tokenizer"):

@@ -140,7 +140,7 @@ class Recipe(SchemaPart):
     ]
     evaluation: Annotated[EvaluationSpec, Field(description="What is measured at the end.")] = EvaluationSpec()
     seed: Annotated[
-        int, Field(ge=0, lt=1 << 32, description="Of weights, order of rows and dropout, in every stage.")
+        int, Field(ge=0, lt=1 << 32, description="Seed of weights, order of rows and dropout, in every stage.")
     ] = 0
     output: Annotated[str | None, Field(description="Folder of the run; default: runs/<name>.")] = None
 

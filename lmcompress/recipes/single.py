@@ -197,7 +197,7 @@ def frontier_recipe(
         The recipe; :func:`~lmcompress.recipes.runner.run` carries it out and draws the frontier.
 
     Raises:
-        LmcompressError: no targets, the same one twice, or fewer than 0 steps.
+        LmcompressError: If there are no targets, one is given twice, or there are fewer than 0 steps.
     """
     if steps < 0:
         raise LmcompressError(f"{argument('steps')} must be >= 0, got {steps}")

@@ -149,7 +149,9 @@ class PruningConfig(_Part):
             "removed units to their biases (bias)."
         ),
     ] = "none"
-    seed: Annotated[int, Field(ge=0, lt=1 << 32, description="Of calibration rows, drawn labels and gate noise.")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=1 << 32, description="Seed of calibration rows, sampled labels and gate noise.")
+    ] = 0
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruningConfig:

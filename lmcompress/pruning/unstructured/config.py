@@ -162,7 +162,7 @@ class SparsityConfig(_Part):
     ] = 256
     calibration_batch_size: Annotated[int, Field(ge=1, description="Rows of one batch of them.")] = 32
     seed: Annotated[
-        int, Field(ge=0, lt=1 << 32, description="Of calibration rows, random scores, and when surgery looks.")
+        int, Field(ge=0, lt=1 << 32, description="Seed of calibration rows, random scores and surgery steps.")
     ] = 0
 
     @field_validator("sparsity")

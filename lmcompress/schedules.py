@@ -196,7 +196,7 @@ class Event:
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # whether a model must be trained meanwhile
     trains: ClassVar[bool] = True

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from transformers import AutoConfig, PretrainedConfig, Trainer, TrainingArguments
@@ -189,6 +194,7 @@ def check_training(training: Training, task: Task) -> None:
         _check_reports(arguments)
         _check_precision(arguments)
         _check_optimizer(arguments)
+        _try_trainer(arguments)
     _check_best_metric(arguments, task)
 
 
@@ -224,6 +230,28 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
         # some want the model, which is there only when the stage is trained
         if "model" not in str(error):
             raise LmcompressError(f"optim: {first_line(error)}") from error
+
+
+def _try_trainer(arguments: TrainingArguments) -> None:
+    """Let Transformers make a trainer of a model of one weight, with optimizer, schedule and loader of rows."""
+    arguments = copy.copy(arguments)
+    arguments.report_to, arguments.full_determinism = [], False
+    state, drawn = random.getstate(), np.random.get_state()
+    try:
+        with TemporaryDirectory() as folder, torch.random.fork_rng():
+            model = torch.nn.Linear(1, 1)
+            model.config = PretrainedConfig()
+            arguments.output_dir = folder
+            rows: Any = [{"input_ids": [0], "labels": 0}]
+            trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+            trainer.get_train_dataloader()
+            if not arguments.optim_target_modules:
+                trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        raise LmcompressError(first_line(error)) from error
+    finally:
+        random.setstate(state)
+        np.random.set_state(drawn)
 
 
 def _check_best_metric(arguments: TrainingArguments, task: Task) -> None:

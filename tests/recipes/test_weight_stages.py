@@ -113,7 +113,7 @@ def test_storage_makes_the_files_smaller(changed):
         ("kind: gradual, end: 0.5, every: 1", "kind: surgery, begin: 0.5, end: 0.55",
          "surgery must have optimizer steps between begin and end, got 0 of 4"),
         ("schedule: {kind: gradual, end: 0.5, every: 1}", "criterion: movement, schedule: {kind: one_shot}",
-         "movement must see some steps before weights go"),
+         "movement must see some steps before weights are pruned"),
         ("sharing: {clusters: 4, embedding_clusters: 4}\n    training: {max_steps: 4",
          "sharing: {}\n    sparsity: {sparsity: 0.5}\n    training: {max_steps: 4",
          "sharing and sparsity cannot be in one stage that trains.*a stage of its own after it"),

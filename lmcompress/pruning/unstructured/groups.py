@@ -21,7 +21,7 @@ GroupKind = Literal["rows", "columns", "channels", "shapes", "matrix"]
 class GroupRule(BaseModel):
     """Into which groups some matrices are divided, and how many are to stay."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     modules: Annotated[str, Field(min_length=1, description="Parts or paths; * and ? stand for any.")]
     groups: Annotated[

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, Trainer, TrainingArgument
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 
 from lmcompress.data import Task, TaskKind
 from lmcompress.data.columns import arrow_column
@@ -193,6 +194,7 @@ def check_training(training: Training, task: Task) -> None:
             raise LmcompressError(first_line(error)) from error
         _check_reports(arguments)
         _check_precision(arguments)
+        _check_kernels(arguments)
         _check_optimizer(arguments)
         _try_trainer(arguments)
     _check_best_metric(arguments, task)
@@ -209,6 +211,11 @@ def _check_reports(arguments: TrainingArguments) -> None:
             known[name]()
         except Exception as error:
             raise LmcompressError(f"report_to: {name} is not installed ({first_line(error)})") from error
+
+
+def _check_kernels(arguments: TrainingArguments) -> None:
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise LmcompressError("use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
 
 
 def _check_precision(arguments: TrainingArguments) -> None:

@@ -18,6 +18,7 @@ _OWNED_BY_THE_RUN = {
     "label_names": "lmcompress names the labels",
     "disable_tqdm": "the run draws its own progress bar",
     "deepspeed": "not supported",
+    "label_smoothing_factor": "smooth the teacher's temperature instead",
     "push_to_hub": "use lmcompress push, after the run",
 }
 

@@ -37,6 +37,7 @@ def text(tmp_path_factory):
         ("evaluation.latency_batches=[0]", "latency_batches.0: input should be greater than or equal to 1, got 0"),
         ("evaluation.latency_batches=[100000000]", "latency_batches.0: input should be less than or equal to 65536"),
         ("stages.teacher.name=results.json", "name: must be letters, .* not end in '-control', '.json', '.yaml'"),
+        ("training.label_smoothing_factor=0.1", "label_smoothing_factor cannot be set in a recipe: smooth the teacher"),
         ("seed=4294967296", "seed: input should be less than 4294967296"),
     ],
 )
@@ -70,6 +71,7 @@ def test_what_makes_no_model_or_trainer_is_refused_by_the_plan(text, override, m
         ({"fsdp": "full_shard"}, "fsdp only works in distributed training"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "unexpected keyword argument 'cycles'"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: liger-kernel is not installed"),
         ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor can only be set when"),
     ],
 )

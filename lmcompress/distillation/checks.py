@@ -122,7 +122,7 @@ def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: 
         problem: of its head.
 
     Raises:
-        LmcompressError: If the loss is unknown, does not fit the head, or does not give one value per row with a
+        LmcompressError: If the loss is unknown, does not fit the head, or does not give one finite value per row with a
             gradient to the student.
     """
     # a masked language model is a token classifier over the vocabulary
@@ -147,6 +147,9 @@ def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: 
             f"the logit loss {loss.name!r} must give one float32 value per row, (2,) of logits {tuple(mine.shape)}, "
             f"with a gradient to the student, got {got}: do not reduce over rows, do not detach the student"
         )
+    if not rows.isfinite().all():
+        got = rows.tolist()
+        raise LmcompressError(f"the logit loss {loss.name!r} must be finite, got {got} for logits from -1 to 1")
     return loss
 
 

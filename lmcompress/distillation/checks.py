@@ -148,8 +148,9 @@ def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: 
             f"with a gradient to the student, got {got}: do not reduce over rows, do not detach the student"
         )
     if not rows.isfinite().all():
-        got = rows.tolist()
-        raise LmcompressError(f"the logit loss {loss.name!r} must be finite, got {got} for logits from -1 to 1")
+        raise LmcompressError(
+            f"the logit loss {loss.name!r} must be finite, got {rows.tolist()} for logits from -1 to 1"
+        )
     return loss
 
 

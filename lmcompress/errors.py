@@ -48,7 +48,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     more = f" … and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"{hint} Valid are: {', '.join(names[:MOST_NAMES])}{more}"
+    return f"{hint} Valid are: {', '.join(names[:MOST_NAMES]) or 'none'}{more}"
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def imported(name: str, kind: str) -> Any:
     sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LmcompressError(
             f"{kind} {name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
             "it must be installed, or lie in the folder that the command is run from"

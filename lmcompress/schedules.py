@@ -196,7 +196,7 @@ class Event:
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # whether the model must be trained in between
     trains: ClassVar[bool] = True

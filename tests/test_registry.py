@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lmcompress.errors import LmcompressError
-from lmcompress.registry import Registry
+from lmcompress.registry import Registry, imported
 
 
 @pytest.fixture
@@ -72,3 +72,21 @@ def test_an_object_of_another_kind_is_refused(ramps):
 def test_a_part_made_in_a_function_has_no_name_to_save(ramps):
     with pytest.raises(LmcompressError, match="has no name to save: assign it to a variable of a module"):
         ramps.name_of(lambda progress: progress)
+
+
+def test_a_module_that_exits_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "leaves_early.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LmcompressError, match="cannot import 'leaves_early' \\(SystemExit: 3\\)"):
+        imported("leaves_early:part", "criterion")
+
+
+@pytest.mark.parametrize("name", ["os:", ":path", "..os:path", "os:a.b", "a b:c"])
+def test_a_name_must_be_one_of_a_module_and_one_of_an_attribute(name):
+    with pytest.raises(LmcompressError, match="must be written module:attribute"):
+        imported(name, "criterion")
+
+
+def test_of_very_many_names_fifty_are_listed():
+    with pytest.raises(LmcompressError, match=r"os has no 'nosuch'.* … and \d\d+ more"):
+        imported("os:nosuch", "criterion")

@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_CLUSTERS, strict=True)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SharingRule(_Part):

@@ -122,7 +122,7 @@ def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: 
         problem: problem type of its head.
 
     Raises:
-        LmcompressError: If the loss is unknown, does not fit the head, or does not give one value per row with a
+        LmcompressError: If the loss is unknown, does not fit the head, or does not give one finite value per row with a
             gradient to the student.
     """
     # a masked language model is a token classifier over the vocabulary
@@ -146,6 +146,10 @@ def checked_loss(config: DistillationConfig, student: PreTrainedModel, problem: 
         raise LmcompressError(
             f"the logit loss {loss.name!r} must return one float32 value per row, (2,) of logits {tuple(mine.shape)}, "
             f"with a gradient to the student, got {got}: do not reduce over rows, do not detach the student"
+        )
+    if not rows.isfinite().all():
+        raise LmcompressError(
+            f"the logit loss {loss.name!r} must be finite, got {rows.tolist()} for logits from -1 to 1"
         )
     return loss
 

@@ -19,7 +19,7 @@ WeightSchedule = Annotated[str | Callable[[float], float], PartField(WEIGHT_SCHE
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TemperatureSchedule(_Part):

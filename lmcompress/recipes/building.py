@@ -69,10 +69,19 @@ def base_model(materials: Materials, *, meta: bool = False) -> PreTrainedModel:
     model, task = materials.recipe.model, materials.task
     cls = auto_class(task)
     if isinstance(model, FromScratch):
-        config = _config_from_scratch(model, materials)
         set_seed(materials.recipe.seed)
-        with torch.device("meta") if meta else nullcontext():
-            return cls.from_config(config)
+        try:
+            config = _config_from_scratch(model, materials)
+            with torch.device("meta") if meta else nullcontext():
+                return cls.from_config(config)
+        except LmcompressError:
+            raise
+        except Exception as error:
+            if not model.config:
+                raise
+            raise LmcompressError(
+                f"model.config makes no {model.family}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
     config = _config_of(model, _head(task))
     if config.pad_token_id is None:
         config.pad_token_id = materials.tokenizer.pad_token_id
@@ -158,7 +167,12 @@ def _config_from_scratch(model: FromScratch, materials: Materials) -> Pretrained
         "vocab_size": len(tokenizer),
         **({"embedding_size": model.hidden_size} if model.family == "electra" else {}),
     }
-    return AutoConfig.for_model(model.family, **values | special | _head(materials.task) | model.config)
+    decided = values | special | _head(materials.task)
+    synonyms = {known.attribute_map.get(name, name) for name in decided}
+    for name in model.config:
+        if known.attribute_map.get(name, name) in synonyms:
+            raise LmcompressError(f"model.config.{name}: follows from the rest of the recipe; leave it out")
+    return AutoConfig.for_model(model.family, **decided | model.config)
 
 
 def _head(task: Task) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from transformers import AutoConfig, PretrainedConfig, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 
 from lmcompress.data import Task, TaskKind
 from lmcompress.data.columns import arrow_column
@@ -185,7 +191,9 @@ def check_training(training: Training, task: Task) -> None:
         arguments = training.trainer_arguments("unused")
         _check_reports(arguments)
         _check_precision(arguments)
+        _check_kernels(arguments)
         _check_optimizer(arguments)
+        _try_trainer(arguments)
     _check_best_metric(arguments, task)
 
 
@@ -200,6 +208,11 @@ def _check_reports(arguments: TrainingArguments) -> None:
             known[name]()
         except Exception as error:
             raise LmcompressError(f"report_to: {name} is not installed ({first_line(error)})") from error
+
+
+def _check_kernels(arguments: TrainingArguments) -> None:
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise LmcompressError("use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
 
 
 def _check_precision(arguments: TrainingArguments) -> None:
@@ -221,6 +234,28 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
         # some need the model, which exists only when the stage is trained
         if "model" not in str(error):
             raise LmcompressError(f"optim: {first_line(error)}") from error
+
+
+def _try_trainer(arguments: TrainingArguments) -> None:
+    """Let Transformers make a trainer of a model of one weight, with optimizer, schedule and loader of rows."""
+    arguments = copy.copy(arguments)
+    arguments.report_to, arguments.full_determinism = [], False
+    state, drawn = random.getstate(), np.random.get_state()
+    try:
+        with TemporaryDirectory() as folder, torch.random.fork_rng():
+            model = torch.nn.Linear(1, 1)
+            model.config = PretrainedConfig()
+            arguments.output_dir = folder
+            rows: Any = [{"input_ids": [0], "labels": 0}]
+            trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+            trainer.get_train_dataloader()
+            if not arguments.optim_target_modules:
+                trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        raise LmcompressError(first_line(error)) from error
+    finally:
+        random.setstate(state)
+        np.random.set_state(drawn)
 
 
 def _check_best_metric(arguments: TrainingArguments, task: Task) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.recipes.overrides import override
-from lmcompress.recipes.problems import problems
+from lmcompress.recipes.problems import MOST_PROBLEMS, problems
 from lmcompress.recipes.schema import Recipe
 from lmcompress.recipes.text import MAX_BYTES, read_yaml, write_yaml
 
@@ -77,7 +77,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
 
     Raises:
         LmcompressError: If it is not YAML, or has a duplicate key, an unknown key or a value of
-            the wrong type; every problem with its line.
+            the wrong type; the first twenty problems with their lines.
     """
     document, lines = read_yaml(text, where)
     for one in overrides:
@@ -86,7 +86,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
         return Recipe.model_validate(document)
     except ValidationError as error:
         found = problems(error, lines, document)
-        count = f"{len(found)} problems" if len(found) > 1 else "not valid"
+        many = f"more than {MOST_PROBLEMS}" if len(found) > MOST_PROBLEMS else str(len(found))
+        count = f"{many} problems" if len(found) > 1 else "not valid"
         raise LmcompressError("\n  ".join([f"{where}: {count}", *found])) from error
 
 

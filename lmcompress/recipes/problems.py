@@ -16,9 +16,12 @@ from lmcompress.recipes.schema import Recipe
 from lmcompress.recipes.text import Path_, dotted
 from lmcompress.recipes.training import Training
 
+MOST_PROBLEMS = 20
+"""The greatest number of problems of a recipe that a message lists."""
+
 
 def problems(error: ValidationError, lines: Mapping[Path_, int], document: Any) -> list[str]:
-    """All validation errors of a recipe, one line of text each.
+    """The validation errors of a recipe, one line of text each: the first :data:`MOST_PROBLEMS`, and the number of others.
 
     Args:
         error: validation error of :class:`~lmcompress.recipes.schema.Recipe`.
@@ -30,9 +33,11 @@ def problems(error: ValidationError, lines: Mapping[Path_, int], document: Any) 
         path, model = _locate(problem["loc"], document)
         # if a value may have several types, the first error is enough
         found.setdefault((*path, *problem.get("ctx", {}).get("path", ())), (model, problem))
-    said = []
-    for path, (model, problem) in found.items():
-        # ... and the branch that got furthest is the one that was meant
+    said: list[str] = []
+    for done, (path, (model, problem)) in enumerate(found.items()):
+        if len(said) == MOST_PROBLEMS:
+            return [*said, f"… and {len(found) - done} more"]
+        # ... and the branch that came furthest is the one that was meant
         is_of_parts = problem["type"].endswith("_type") or problem["type"] == "too_short"
         # a custom part, or else a mapping that names one
         is_of_parts = is_of_parts or str(problem["loc"][-1:]).startswith("('function-plain")

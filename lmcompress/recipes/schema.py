@@ -26,6 +26,9 @@ CONTROL_SUFFIX = "-control"
 
 _RESERVED = (BASE_MODEL, "checkpoints", "plots", "stores")
 
+_SUFFIXES = (".json", ".yaml", ".md", ".html")
+"""Of the files that a run writes beside its stages."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -72,10 +75,10 @@ class Stage(SchemaPart):
     @field_validator("name")
     @classmethod
     def _is_folder_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name) or name in _RESERVED or name.endswith(CONTROL_SUFFIX):
+        if not _NAME.fullmatch(name) or name in _RESERVED or name.endswith((CONTROL_SUFFIX, *_SUFFIXES)):
             raise ValueError(
                 f"must be letters, digits, '.', '_' and '-', not one of {', '.join(_RESERVED)}, and not end in "
-                f"{CONTROL_SUFFIX!r}, got {name!r}"
+                f"{', '.join(map(repr, (CONTROL_SUFFIX, *_SUFFIXES)))}, got {name!r}"
             )
         return name
 

@@ -5,6 +5,7 @@ Everything here is a recipe created on the fly, or a part of running one.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,12 @@ def compress_once(
         path = str(recipe.model)
         dense = Entry(DENSE, "model", path, planned.materials)
         after = Entry(entry.stage.name, entry.role, str(folder), entry.materials, made_here=True, **done)
-        report = measure([dense, after], DENSE, [*planned.notes, *notes_of(after)])
+        try:
+            report = measure([dense, after], DENSE, [*planned.notes, *notes_of(after)])
+        except KeyboardInterrupt:
+            # else the same command would find a model in its way
+            shutil.rmtree(folder)
+            raise
         update_cards(report, [folder])
     return report
 

@@ -17,7 +17,7 @@ BASE_MODEL = "model"
 class SchemaPart(BaseModel):
     """A mapping of a recipe: immutable, without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TokenizerSpec(SchemaPart):
@@ -133,7 +133,7 @@ class EvaluationSpec(SchemaPart):
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Batch size when quality is measured.")] = 64
     latency_batches: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...],
+        tuple[Annotated[int, Field(ge=1, le=1 << 16)], ...],
         Field(description="Batch sizes that latency is measured at; empty: it is not measured."),
     ] = (1, 32)
     sequence_length: Annotated[

@@ -20,6 +20,10 @@ Path_ = tuple[str | int, ...]
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 32
 
 
+_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+"""What YAML finds plain values to be; all else was written as a tag."""
+
+
 class _Constructor(SafeConstructor):
     """JSON types only: a date is a string."""
 
@@ -119,7 +123,7 @@ def _walk(node: Node, path: Path_, where: str, depth: int) -> Iterator[tuple[Pat
     if depth > MAX_DEPTH:
         raise LmcompressError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
     tag = node.tag or ""
-    if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
+    if tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
         raise LmcompressError(f"{where}, line {line}: the tag {tag!r} has no place in a recipe; write plain values")
     if isinstance(node, MappingNode):
         yield path, line

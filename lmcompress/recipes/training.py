@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
@@ -19,6 +20,7 @@ _OWNED_BY_THE_RUN = {
     "label_names": "lmcompress names the labels",
     "disable_tqdm": "the run draws its own progress bar",
     "deepspeed": "not supported",
+    "label_smoothing_factor": "smooth the teacher's temperature instead",
     "push_to_hub": "use lmcompress push, after the run",
 }
 
@@ -37,16 +39,18 @@ if TYPE_CHECKING:
         """Fields of :class:`transformers.TrainingArguments` that :class:`Training` does not describe itself."""
 
 else:
+    _HINTS = typing.get_type_hints(TrainingArguments)
+
+    def _type_of(name: str) -> Any:
+        """The type that Transformers declares where it is a plain one; else any."""
+        hint = _HINTS[name]
+        plain = set(typing.get_args(hint) or (hint,)) <= {bool, int, float, str, type(None)}
+        return hint | None if plain else bool | int | float | str | list[Any] | dict[str, Any] | None
+
     _TransformersFields = create_model(
         "_TransformersFields",
         __base__=SchemaPart,
-        **{
-            name: (
-                bool | int | float | str | list[Any] | dict[str, Any] | None,
-                Field(None, description="As in transformers."),
-            )
-            for name in sorted(TRAINING_FIELDS)
-        },
+        **{name: (_type_of(name), Field(None, description="As in transformers.")) for name in sorted(TRAINING_FIELDS)},
     )
 
 

@@ -18,7 +18,7 @@ from lmcompress.students.separable import separate
 
 
 class _Replacement(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def unknown(self) -> str | None:

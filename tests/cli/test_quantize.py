@@ -41,3 +41,17 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(reviews, tmp_path,
     assert cli.run_app(["quantize", model, "--task", file, *options]) == 0
     shown = capsys.readouterr().out
     assert "quantizing to about" in shown and "  quantize: 2 of 2" in shown and "of dense" in shown
+
+
+def test_what_is_stopped_while_it_measures_leaves_nothing_in_its_own_way(reviews, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(reviews)
+    made = tmp_path / "made"
+    command = ["quantize", "my-model", "--task", "reviews.csv", "-o", str(made), "--batch", "1"]
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("lmcompress.recipes.single.measure", stop)
+        assert cli.run_app(command) == 130
+    assert not made.exists() and "stopped; the same command begins again" in capsys.readouterr().err
+    assert cli.run_app(command) == 0 and made.is_dir()

@@ -117,6 +117,10 @@ def _detached(student, teacher, *, temperature, scale_by_temperature):
     return (student.detach() - teacher).square().mean(-1)
 
 
+def _infinite(student, teacher, **_):
+    return (student - teacher).square().sum(-1) / 0
+
+
 def _without_keywords(student, teacher):
     return (student - teacher).square().mean(-1)
 
@@ -127,6 +131,7 @@ def _without_keywords(student, teacher):
     [
         (_reduced, r"one float32 value per row.*got torch.float32 \(\)"),
         (_detached, "with a gradient to the student.*do not detach"),
+        (_infinite, r"'_infinite' must be finite, got \[inf, inf\]"),
         (_without_keywords, "'_without_keywords' fails on two rows.*unexpected keyword argument 'temperature'"),
     ],
 )

@@ -147,3 +147,15 @@ def test_a_ramp_of_ones_own_says_how_fast_weights_are_pruned(own):
     with pytest.raises(ValidationError, match="unknown ramp 'cubi'; did you mean 'cubic'"):
         Gradual(ramp="cubi")
     assert ramp_of("linear")(0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda group: 1 / 0, "the criterion 'own' fails: ZeroDivisionError: division by zero"),
+        (lambda group: None, "the criterion 'own' fails: AttributeError"),
+    ],
+)
+def test_a_criterion_that_fails_is_named(function, message):
+    with pytest.raises(LmcompressError, match=message):
+        score(make("bert"), Criterion("own", "weights", ("heads",), function), ("heads",))

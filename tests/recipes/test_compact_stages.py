@@ -222,8 +222,8 @@ def test_a_compact_checkpoint_is_a_teacher_and_a_start_without_weights(compacted
         (SHARED, "pruning: {target: {sparsity: 0.5}}", "cannot cut a model that has compact layers"),
         (SHARED, "quantization: {}", "cannot quantize a model that has compact layers"),
         (SHARED, "student: {width: 0.5}", "cannot slice a model that has compact layers"),
-        (SHARED, "save: self_loading", "save: self_loading"),
-        (SHARED, "save: vanilla", "save: vanilla"),
+        (SHARED, "save: self_loading", "save=self_loading"),
+        (SHARED, "save: vanilla", "save=vanilla"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_runs(compacting, old, new, message):

@@ -119,7 +119,7 @@ def test_a_plan_says_shape_parameters_vocabulary_and_verdict(pruning):
         ("stages.one-shot.pruning.target={shape: {heads: 9}}", "must have at most the 4 heads"),
         ("stages.one-shot.pruning.target={shape: {layers: 2}}", "scores of them are needed"),
         ("stages.trained.pruning.schedule={kind: iterative, rounds: 9}", "9 rounds need at least 8 optimizer steps"),
-        ("stages.trained.save=vanilla", "save: vanilla is not possible: pruned attention has no stock config"),
+        ("stages.trained.save=vanilla", "save=vanilla is not possible: pruned attention has no stock config"),
         ("stages.one-shot.vocabulary.splits=[test]", "vocabulary.splits names 'test'"),
         ("stages.one-shot.vocabulary.keep=[xyzzy]", "keep must name tokens"),
         ("stages.one-shot.pruning.criterion=nonsense", "unknown criterion 'nonsense'"),

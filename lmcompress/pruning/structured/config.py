@@ -19,7 +19,7 @@ DEFAULT_CRITERION = "fisher"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Learned(Phase):

@@ -60,8 +60,9 @@ def score(
 
     Raises:
         LmcompressError: If criterion or part are unknown, or do not go together; there are no calibration data, tokens
-            or labels; the model's own labels are requested with a signed criterion; scores have other
-            shapes, NaN or infinite (the message names the block), or all equal in a part, which would prune at random.
+            or labels; a criterion of your own fails; the model's own labels are requested with a criterion whose sign
+            matters; scores are of other shapes, NaN or infinite (the message names the block), or all equal in a part,
+            which would prune at random.
     """
     chosen = CRITERIA.resolve(criterion)
     _check_request(chosen, parts, batches, labels)
@@ -70,15 +71,20 @@ def score(
         generator = torch.Generator().manual_seed(seed)
         # a control with equal scores would be one with no units
         return full(model, wanted, 0.0, torch.float32).map(lambda units: chosen.function(len(units), generator))
-    if chosen.needs == "weights":
-        scores = from_weights(model, chosen, wanted)
-    else:
-        data = CalibrationData(model, batches if batches is not None else (), progress)
-        with evaluating(model):
-            if chosen.by_gradients:
-                scores = from_gradients(model, chosen, wanted, data, labels, seed)
-            else:
-                scores = from_activations(model, chosen, wanted, data)
+    try:
+        if chosen.needs == "weights":
+            scores = from_weights(model, chosen, wanted)
+        else:
+            data = CalibrationData(model, batches if batches is not None else (), progress)
+            with evaluating(model):
+                if chosen.by_gradients:
+                    scores = from_gradients(model, chosen, wanted, data, labels, seed)
+                else:
+                    scores = from_activations(model, chosen, wanted, data)
+    except Exception as error:
+        if isinstance(error, LmcompressError) or chosen in CRITERIA.values():
+            raise
+        raise LmcompressError(f"the criterion {chosen.name!r} fails: {type(error).__name__}: {error}") from error
     check_units(scores, unit_shapes(structure_of(model), anatomy_of(model).hidden_size), f"scores by {chosen.name}")
     check_scores(scores, chosen.name)
     return scores

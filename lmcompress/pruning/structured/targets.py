@@ -21,7 +21,7 @@ class Shape(BaseModel):
         hidden: width of the residual stream.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     layers: Annotated[int, Field(ge=1)] | None = None
     heads: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
@@ -47,7 +47,7 @@ class Target(BaseModel):
         shape: the shape itself.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     parameters: Annotated[int, Field(ge=1)] | None = None

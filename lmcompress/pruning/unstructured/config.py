@@ -15,7 +15,7 @@ from lmcompress.schedules import RAMPS, Event, Gradual, HardThresholding, Iterat
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Surgery(Phase):

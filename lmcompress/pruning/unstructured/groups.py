@@ -21,7 +21,7 @@ GroupKind = Literal["rows", "columns", "channels", "shapes", "matrix"]
 class GroupRule(BaseModel):
     """The kind of groups of some matrices, and the number to keep."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     modules: Annotated[str, Field(min_length=1, description="Parts or paths; * and ? are wildcards.")]
     groups: Annotated[

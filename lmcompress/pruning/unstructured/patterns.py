@@ -13,7 +13,7 @@ from lmcompress.errors import LmcompressError
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Unstructured(_Part):

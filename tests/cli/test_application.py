@@ -119,8 +119,8 @@ def test_a_fault_of_ours_is_one_message_too(error, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "patched", "message"),
     [
-        (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command goes on from the last checkpoint"),
-        (["push", "folder", "me/it"], "lmcompress.model.push_folder", "stopped; the same command begins again"),
+        (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command resumes from the last checkpoint"),
+        (["push", "folder", "me/it"], "lmcompress.model.push_folder", "stopped; the same command starts over"),
     ],
 )
 def test_ctrl_c_says_what_the_same_command_does(arguments, patched, message, monkeypatch, capsys):

@@ -79,8 +79,8 @@ def find_label_column(
         a name, or None.
 
     Raises:
-        LmcompressError: If a given column is missing or one of the texts, or none of the usual ones is there and the table
-            holds more than one text.
+        LmcompressError: If a given column is missing or one of the texts, or none of the usual ones is there and the
+            table holds more than one text.
 
     Example:
         >>> find_label_column(["text", "label"], ["text"], None, None)

@@ -21,7 +21,7 @@ MOST_PROBLEMS = 20
 
 
 def problems(error: ValidationError, lines: Mapping[Path_, int], document: Any) -> list[str]:
-    """The validation errors of a recipe, one line of text each: the first :data:`MOST_PROBLEMS`, and the number of others.
+    """The validation errors of a recipe, a line each: the first :data:`MOST_PROBLEMS`, and the number of others.
 
     Args:
         error: validation error of :class:`~lmcompress.recipes.schema.Recipe`.

@@ -202,7 +202,7 @@ def test_the_first_version_is_read_and_kept_as_it_says():
 @pytest.mark.parametrize("version", [1, 2])
 def test_earlier_versions_have_no_encoding(version):
     old = valid() | {"format_version": version, "structure": None}
-    with pytest.raises(CheckpointError, match=f"has format version {version} and an encoding, which came with"):
+    with pytest.raises(CheckpointError, match=f"has format version {version} and an encoding, which needs"):
         CompressionConfig.from_dict(old)
 
 

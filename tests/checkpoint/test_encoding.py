@@ -381,7 +381,7 @@ def test_packing_nothing_or_what_is_not_there_is_refused():
     with pytest.raises(LmcompressError, match=r"must have shape \(24, 16\), as \(out, in\), got \(16, 16\)"):
         pack_model(model, {**parts, "encoder.layer.0.intermediate.dense": parts[path]})
     asked = parts["embeddings.word_embeddings"]._replace(inputs=INPUTS["dynamic"])
-    with pytest.raises(LmcompressError, match="input of embeddings.word_embeddings must stay as it is"):
+    with pytest.raises(LmcompressError, match="input of embeddings.word_embeddings cannot be quantized"):
         pack_model(model, {**parts, "embeddings.word_embeddings": asked})
     with pytest.raises(LmcompressError, match="container 2 holds 4 levels"):
         pack_model(model, {path: parts[path]._replace(container=2)})
@@ -472,7 +472,7 @@ def _with_module(config, path):
         (lambda c: c["encoding"]["weights"][1].update(granularity="row"), r"has shape \(1, 1\) in the checkpoint"),
         (lambda c: c["encoding"]["weights"][0].update(granularity=8), r"has shape \(64, 1\) in the checkpoint"),
         (lambda c: c["encoding"]["weights"][1]["modules"].pop(), "weight has shape .*its config says|has a tensor"),
-        (lambda c: c.pop("encoding"), "has a tensor .*weight_scales, by its config there is none"),
+        (lambda c: c.pop("encoding"), "has a tensor .*weight_scales, which its config excludes"),
         (lambda c: c["encoding"]["weights"][1].update(bits=4), "encoding.weights.1.bits: Extra inputs"),
         (lambda c: c.update(format_version=2), "has format version 2 and an encoding, which needs version 3"),
         (

@@ -321,12 +321,12 @@ def test_a_damaged_config_is_refused(what, damaged):
 
 def test_damaged_tensors_are_refused(damaged, tmp_path):
     cases = [
-        (low_rank, "output.dense.weight", lambda t: t + 1, "must hold the sizes"),
+        (low_rank, "output.dense.weight", lambda t: t + 1, "must hold sizes"),
         (low_rank, "reduce.weight", lambda t: t[:, 1:].contiguous(), "has shape"),
         (grouped, "input_order", lambda t: t * 0, "must have each number from 0 to"),
         (grouped, "input_order", lambda t: t - 1, "must have each number from 0 to"),
         (grouped, "output_order", lambda t: t[1:].contiguous(), "has shape"),
-        (embeddings, "word_embeddings.weight", lambda t: t * 2, "must hold the sizes"),
+        (embeddings, "word_embeddings.weight", lambda t: t * 2, "must hold sizes"),
         (shared, "layer.1.attention.self.query.weight", lambda t: t + 2, "has the parameters of block 0 by its config"),
     ]
     for kind, name, change, message in cases:

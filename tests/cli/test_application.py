@@ -148,12 +148,8 @@ def test_whoever_has_read_enough_hears_nothing(arguments):
 @pytest.mark.parametrize(
     ("arguments", "patched", "message"),
     [
-        (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command goes on from the last checkpoint"),
-        (
-            ["push", "folder", "me/it"],
-            "lmcompress.checkpoint.saving.push_folder",
-            "stopped; the same command begins again",
-        ),
+        (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command resumes from the last checkpoint"),
+        (["push", "folder", "me/it"], "lmcompress.model.push_folder", "stopped; the same command starts over"),
     ],
 )
 def test_ctrl_c_says_what_the_same_command_does(arguments, patched, message, monkeypatch, capsys):

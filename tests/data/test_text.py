@@ -42,7 +42,7 @@ def test_a_text_shorter_than_a_block_is_refused(gpt2, text):
 
 
 def test_documents_need_an_eos_token_and_blocks_two_tokens(gpt2, bert, sentences):
-    with pytest.raises(LmcompressError, match="must have an eos_token to set documents apart, BertTokenizer"):
+    with pytest.raises(LmcompressError, match="must have an eos_token to separate documents, BertTokenizer"):
         pack_blocks(sentences, bert, 8)
     with pytest.raises(LmcompressError, match="block_size must be >= 2, got 1"):
         pack_blocks(sentences, gpt2, 1)

@@ -122,5 +122,5 @@ def test_errors_say_what_is_missing(make_classifier, data, batch_size, message):
 
 
 def test_a_model_without_a_head_is_named(make_classifier):
-    with pytest.raises(LmcompressError, match="BertModel does not answer with logits; load the model with its head"):
+    with pytest.raises(LmcompressError, match="BertModel does not return logits; load the model with its head"):
         predict(make_classifier().bert, rows(), collate)

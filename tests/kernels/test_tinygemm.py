@@ -170,7 +170,7 @@ def test_a_device_that_is_not_there_is_said():
 def test_the_ladder_takes_it_where_it_works(on_cpu, caplog):
     with caplog.at_level(logging.INFO, logger="lmcompress.kernels.dispatch"):
         assert kernels.ladder("cpu")["tinygemm"] == "works"
-    assert "weights alone quantized through tinygemm where it takes them" in caplog.records[0].getMessage()
+    assert "only weights quantized use tinygemm where it accepts them" in caplog.records[0].getMessage()
     inputs = Inputs(ActivationEncoding(bits=8, symmetric=True))
     small = matrix_of(torch.randn(16, 96))
     for matrix, x_dtype, given_inputs, kernel in (

@@ -96,7 +96,7 @@ def test_output_attentions_tells_of_no_heads_there():
 def test_bad_input_is_refused():
     model = make("bert")
     data = batches(model)
-    with pytest.raises(LmcompressError, match="kernel must be an odd number, to look equally far at both sides, got 4"):
+    with pytest.raises(LmcompressError, match="kernel must be an odd number, to cover both sides equally, got 4"):
         separate(model, [0], 4, data)
     with pytest.raises(LmcompressError, match="blocks must be numbers from 0 to 2, without repetition, got"):
         separate(model, [0, 0], 3, data)

@@ -149,7 +149,11 @@ def test_whoever_has_read_enough_hears_nothing(arguments):
     ("arguments", "patched", "message"),
     [
         (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command resumes from the last checkpoint"),
-        (["push", "folder", "me/it"], "lmcompress.model.push_folder", "stopped; the same command starts over"),
+        (
+            ["push", "folder", "me/it"],
+            "lmcompress.checkpoint.saving.push_folder",
+            "stopped; the same command starts over",
+        ),
     ],
 )
 def test_ctrl_c_says_what_the_same_command_does(arguments, patched, message, monkeypatch, capsys):

@@ -1,5 +1,8 @@
 """Quantization: configuration and plan, quantization-aware training, and post-training quantization."""
 
+from lmcompress.numerics.quantizers.base import WeightQuantizer
+from lmcompress.numerics.quantizers.learned import initial_clip
+from lmcompress.numerics.quantizers.uniform import symmetric
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.fake import FakeActivation, FakeQuantized, FakeWeight
 from lmcompress.quantization.method import Quantization
@@ -21,10 +24,13 @@ __all__ = [
     "QuantizationReport",
     "QuantizedMatrix",
     "Rule",
+    "WeightQuantizer",
     "WeightScheme",
     "bits_sensitivity",
     "choose_bits",
+    "initial_clip",
     "mixed_precision",
     "plan",
     "quantize",
+    "symmetric",
 ]

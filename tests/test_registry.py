@@ -50,7 +50,7 @@ def test_a_part_has_the_name_that_finds_it_again(ramps, own):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("linaer", r"unknown ramp 'linaer'; did you mean 'linear'\? .*one of your own is named module:attribute"),
+        ("linaer", r"unknown ramp 'linaer'; did you mean 'linear'\? .*a custom one is named module:attribute"),
         (
             "no_such_module:x",
             r"ramp 'no_such_module:x': cannot import 'no_such_module' \(ModuleNotFoundError.*installed",

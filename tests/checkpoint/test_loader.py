@@ -339,7 +339,7 @@ def test_a_tensor_of_another_shape_is_refused(family, damaged):
         (lambda c: c["structure"]["blocks"][0].update(ffn=-1), "structure.blocks.0.ffn.*greater than or equal"),
         (
             lambda c: c["structure"]["blocks"][0].update(heads=0),
-            "has a tensor encoder.layer.0.*there is none",
+            "has a tensor encoder.layer.0.*which its config excludes",
         ),
         (lambda c: c["structure"].update(hidden=15), "has shape .* its config says"),
         (lambda c: c["structure"].update(hidden=HIDDEN + 1), "must not be greater"),

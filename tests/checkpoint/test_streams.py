@@ -244,7 +244,10 @@ def flip(tensors, at=-1):
             "its config says",
         ),
         (lambda f: change_config(f, lambda c: c.pop("storage")), "its config says"),
-        (lambda f: change_config(f, lambda c: c.update(format_version=3)), "has streams, which needs version 4"),
+        (
+            lambda f: change_config(f, lambda c: c.update(format_version=3)),
+            "format version 3 and streams, which needs version 4",
+        ),
         (lambda f: change_config(f, lambda c: c["storage"].update(coder="rar")), "storage.coder"),
         (lambda f: change_config(f, lambda c: c["storage"].update(streams={"a": -1})), "storage.streams"),
         (lambda f: change_config(f, lambda c: c["storage"].update(more=1)), "storage.more"),

@@ -120,7 +120,7 @@ def _pushes(error, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("lmcompress.model.push_folder", fail)
+    monkeypatch.setattr("lmcompress.checkpoint.saving.push_folder", fail)
     return cli.run_app(["push", "folder", "me/it"])
 
 

@@ -53,5 +53,5 @@ def test_what_is_stopped_while_it_measures_leaves_nothing_in_its_own_way(reviews
     with monkeypatch.context() as interrupted:
         interrupted.setattr("lmcompress.recipes.single.measure", stop)
         assert cli.run_app(command) == 130
-    assert not made.exists() and "stopped; the same command begins again" in capsys.readouterr().err
+    assert not made.exists() and "stopped; the same command starts over" in capsys.readouterr().err
     assert cli.run_app(command) == 0 and made.is_dir()

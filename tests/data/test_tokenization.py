@@ -88,7 +88,7 @@ def test_truncation_is_counted_and_said(pairs, bert, caplog):
     whole = [len(bert(row["sentence1"], row["sentence2"])["input_ids"]) for row in pairs.train]
     cut = sum(length > 12 for length in whole)
     assert 0 < cut
-    assert f"{cut} rows ({cut / len(whole):.2%}) of train are cut at 12 tokens" in data.notes
+    assert f"{cut} rows ({cut / len(whole):.2%}) of train are truncated to 12 tokens" in data.notes
     assert f"pairs: {cut} rows" in caplog.text
     assert max(map(len, data.train["input_ids"])) == 12
 

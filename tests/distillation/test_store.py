@@ -357,7 +357,7 @@ def test_a_store_is_replaced_and_nothing_else_is(tmp_path):
         (dict(top_k=4), "top_k must be from 1 to the teacher's 3 logits, got 4"),
         (dict(data=[]), "no rows"),
         (dict(extract=lambda *a: (torch.full((3, 3), math.nan), {})), "NaN or infinite"),
-        (dict(extract=lambda *a: (torch.zeros(3, 4, 5, 6), {})), r"gave \(3, 4, 5, 6\)"),
+        (dict(extract=lambda *a: (torch.zeros(3, 4, 5, 6), {})), r"returned \(3, 4, 5, 6\)"),
         (
             dict(
                 extract=lambda m, b, f: (torch.zeros(3, 2), {f[0]: torch.full((3, b["input_ids"].shape[1], 2), 1e5)}),

@@ -135,7 +135,7 @@ def test_what_is_no_criterion_of_this_kind_is_refused(own):
         Criterion("a", "weight", ("heads",), torch.sum)
     with pytest.raises(LmcompressError, match="must name parts, got .'head',.; did you mean 'heads'"):
         Criterion("a", "weights", ("head",), torch.sum)
-    with pytest.raises(LmcompressError, match="'rows', which is not known; did you mean 'row'"):
+    with pytest.raises(LmcompressError, match="'rows', which is unknown; did you mean 'row'"):
         WeightCriterion("a", "weights", torch.abs, "rows")
 
 

@@ -121,7 +121,7 @@ def test_only_rows_that_are_looked_up_are_quantized_where_the_quantizer_says_so(
         ("my_quantizers:halvde", "weight quantizer 'my_quantizers:halvde': my_quantizers has no 'halvde'.*'halved'"),
         ("my_quantizers:something_else", "must be a lmcompress.numerics.quantizers.base.WeightQuantizer, got int"),
         ("no_such_module:x", "cannot import 'no_such_module'"),
-        ("halved", "unknown weight quantizer 'halved'.*one of your own is named module:attribute"),
+        ("halved", "unknown weight quantizer 'halved'.*a custom one is named module:attribute"),
     ],
 )
 def test_names_that_find_nothing_are_refused(own_module, name, message):

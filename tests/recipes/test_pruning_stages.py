@@ -258,7 +258,7 @@ def test_a_pruning_that_was_killed_goes_on_to_the_same_model(pruned, pruning, tm
         run(recipe, tmp_path / "tiny", console=console)
     monkeypatch.setattr(CompressionTrainer, "_save_checkpoint", plain)
     result = run(recipe, tmp_path / "tiny", console=console)
-    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert "resuming from checkpoint-2" in console.file.getvalue()
     folders = (result.models["trained"], pruned.models["trained"])
     resumed, straight = (load_file(folder / "model.safetensors") for folder in folders)
     torch.testing.assert_close(resumed, straight, rtol=0, atol=0)

@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(finished, tiny, tmp_pa
     # and a checkpoint that was being written is not taken for one
     (tmp_path / "tiny" / "checkpoints" / "student" / "checkpoint-3").mkdir()
     result = run(parse_recipe(tiny), tmp_path / "tiny", console=console)
-    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert "resuming from checkpoint-2" in console.file.getvalue()
     assert not (tmp_path / "tiny" / "checkpoints").exists()
     for name in ("teacher", "student", "student-control"):
         resumed, straight = (

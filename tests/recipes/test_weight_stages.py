@@ -131,7 +131,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(changing, old, new, mess
 @pytest.mark.parametrize(
     "task, message",
     [
-        (Task("text", "causal_lm", ("text",)), "at most 64 classes a row, got a task of the kind causal_lm"),
+        (Task("text", "causal_lm", ("text",)), "at most 64 classes per row, got a task of the kind causal_lm"),
         (
             Task("many", "classification", ("text",), "label", tuple(map(str, range(65)))),
             "at most 64 classes per row, got 65 classes",

@@ -160,7 +160,7 @@ def test_self_drawn_labels_need_none():
     [
         (PruningConfig(target=Target(sparsity=0.5), schedule=Gradual()), "gradual needs training: use PruningTrainer"),
         (PruningConfig(target=Target(sparsity=0.99)), "no shape meets the target sparsity=0.99: the least"),
-        (PruningConfig(target=Target(parameters=10**9)), "meets the target parameters=1000000000 as it is"),
+        (PruningConfig(target=Target(parameters=10**9)), "already meets the target parameters=1000000000"),
         (PruningConfig(target=Target(shape=Shape(heads=HEADS))), "already has the target shape"),
         (PruningConfig(target=Target(sparsity=0.5)), "must have at least one batch, got none"),
         (

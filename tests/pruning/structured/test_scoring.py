@@ -419,7 +419,7 @@ def test_movement_refuses_labels_of_its_own():
 
 def test_a_base_model_has_no_loss_on_labels():
     model = make("bert", "base")
-    with pytest.raises(LmcompressError, match="BertModel must give logits"):
+    with pytest.raises(LmcompressError, match="BertModel must return logits"):
         score(model, "fisher", ["heads"], [{**inputs(model), "labels": torch.zeros(3, dtype=torch.long)}])
 
 

@@ -133,7 +133,7 @@ def test_missing_data_are_named():
     with pytest.raises(LmcompressError, match="must have at least one batch, got none"):
         score(net, planned, "wanda", [])
     unlabelled = [{"pixel_values": torch.randn(2, 12)}]
-    with pytest.raises(LmcompressError, match="gives none on batches with pixel_values"):
+    with pytest.raises(LmcompressError, match="returns none for batches with pixel_values"):
         score(net, planned, "fisher", unlabelled)
     with pytest.raises(LmcompressError, match=r"logits \(rows, at most 64\), got \(1, 9, 64\)"):
         model = make("gpt2", "language")

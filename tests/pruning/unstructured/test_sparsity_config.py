@@ -33,7 +33,8 @@ REFUSED = {
     "surgery-pattern": ({"pattern": NOfM(), "schedule": Surgery()}, "surgery ranks single weights"),
     "surgery-frozen": ({"sparsity": 0.5, "schedule": Surgery(), "train_removed": False}, "could be reactivated"),
     "iht-movement": (
-        {"sparsity": 0.5, "schedule": HardThresholding(), "criterion": "movement"}, "movement is a sum over all earlier steps",
+        {"sparsity": 0.5, "schedule": HardThresholding(), "criterion": "movement"},
+        "movement is a sum over all earlier steps",
     ),
     "iht": ({"sparsity": 0.5, "schedule": HardThresholding(), "train_removed": True}, "restarts reactivated weights"),
     "tracked": ({"sparsity": 0.5, "criterion": "taylor", "train_removed": True}, "train_removed goes with magnitude"),

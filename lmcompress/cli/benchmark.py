@@ -12,26 +12,30 @@ from lmcompress.errors import LmcompressError
 GENERATED_TOKENS = 32
 
 
+Against = Annotated[
+    str | None, typer.Option("--against", help="Folder or name of a second model to compare with the first.")
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--length", help="Length of the inputs in tokens. Default: 128, or what the models have positions for."
+    ),
+]
+Repeats = Annotated[int, typer.Option("--repeats", help="Number of timed calls of each model.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Number of torch threads. Default: torch's own.")]
+Generate = Annotated[
+    bool, typer.Option("--generate", help="Time greedy generation of 32 tokens instead of one forward pass.")
+]
+
+
 def benchmark(
     model: AnyModel,
-    against: Annotated[
-        str | None,
-        typer.Option("--against", help="Folder or name of a second model to compare with the first."),
-    ] = None,
+    against: Against = None,
     batch: LatencyBatches = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            "--length", help="Length of the inputs in tokens. Default: 128, or what the models have positions for."
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Number of timed calls of each model.")] = 20,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="Number of torch threads. Default: torch's own.")
-    ] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Time greedy generation of 32 tokens instead of one forward pass.")
-    ] = False,
+    length: Length = None,
+    repeats: Repeats = 20,
+    threads: Threads = None,
+    generate: Generate = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of a model, alone or next to another one in the same process.

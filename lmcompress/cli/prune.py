@@ -158,7 +158,6 @@ def prune(
     }
     method = {"criterion": criterion, "labels": labels, "calibration_rows": rows, "ranking": ranking}
     with messages_name_options():
-        evaluation = evaluation_spec(split, metric, batch)
         recipe = prune_recipe(
             model,
             task_spec(task, data, text_column, label_column, limit, max_length),
@@ -166,7 +165,7 @@ def prune(
             vocabulary=None if vocabulary is None else validated(VocabularySpec, {"min_count": vocabulary}),
             save=save,
             storage=storage,
-            evaluation=evaluation,
+            evaluation=evaluation_spec(split, metric, batch),
             seed=seed,
         )
         compress(recipe, output, report=report, dry_run=dry_run, overwrite=overwrite)

@@ -114,17 +114,13 @@ def quantize(
     from lmcompress.recipes.parts.quantization import StageQuantization
     from lmcompress.recipes.single import quantize_recipe
 
-    def scheme(width: str, granularity: str) -> dict[str, Any] | None:
-        values = {"quantizer": quantizer, "bits": number_or_word(width), "granularity": number_or_word(granularity)}
-        return None if width == "none" else values
-
     ranges = {"bits": number_or_word(activations), "range": "static" if static else "dynamic"}
     with messages_name_options():
         quantization = validated(
             StageQuantization,
             {
-                "weights": scheme(bits, granularity),
-                "embeddings": scheme(embedding_bits or bits, "row"),
+                "weights": _scheme(quantizer, bits, granularity),
+                "embeddings": _scheme(quantizer, embedding_bits or bits, "row"),
                 "activations": None if activations == "none" else ranges,
                 "attention": attention,
                 "rules": tuple({"modules": pattern, "weights": None} for pattern in leave or ()),
@@ -141,3 +137,10 @@ def quantize(
             seed=seed,
         )
         compress(recipe, output, report=report, dry_run=dry_run, overwrite=overwrite)
+
+
+def _scheme(quantizer: str, width: str, granularity: str) -> dict[str, Any] | None:
+    from lmcompress.cli.values import number_or_word
+
+    values = {"quantizer": quantizer, "bits": number_or_word(width), "granularity": number_or_word(granularity)}
+    return None if width == "none" else values

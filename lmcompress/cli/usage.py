@@ -27,6 +27,15 @@ class Verb(TyperCommand):
     """A command that refuses an option given twice, unless it collects several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that remain after parsing.
+
+        Args:
+            ctx: context of the command.
+            args: the command line after the command's name.
+
+        Raises:
+            LmcompressError: If an option that takes one value is given twice.
+        """
         if args and not ctx.resilient_parsing:
             _, _, found = self.make_parser(ctx).parse_args(args=list(args))
             times = Counter(
@@ -41,6 +50,15 @@ class Verbs(TyperGroup):
     """A group of commands whose error for an unknown name suggests the nearest command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The name of the command, the command and its arguments.
+
+        Args:
+            ctx: context of the group.
+            args: the command line from the command's name on.
+
+        Raises:
+            LmcompressError: If there is no such command.
+        """
         name = args[0] if args else "-"
         if not name.startswith("-") and name not in self.commands:
             raise LmcompressError(f"no command {name!r}{nearest(name, self.commands)}")

@@ -161,11 +161,11 @@ def prune(
         recipe = prune_recipe(
             model,
             task_spec(task, data, text_column, label_column, limit, max_length),
+            evaluation=evaluation_spec(split, metric, batch),
             pruning=_pruning(amounts, method | {"multiple_of": multiple_of}, parts, iterations, repair, batch, output),
             vocabulary=None if vocabulary is None else validated(VocabularySpec, {"min_count": vocabulary}),
             save=save,
             storage=storage,
-            evaluation=evaluation_spec(split, metric, batch),
             seed=seed,
         )
         compress(recipe, output, report=report, dry_run=dry_run, overwrite=overwrite)

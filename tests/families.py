@@ -1,7 +1,7 @@
-"""The model families that every test of structure, loading and training runs over: one line per family.
+"""The model families that tests of structure, loading and training run over: one line per family.
 
-A model here is tiny and random: 3 blocks, 4 heads of 4, 24 neurons, 64 words; it is made in milliseconds and needs no
-network.
+A model here is tiny and random: 3 blocks, 4 heads of 4 (of grouped queries 4 key/value heads, with two query heads
+each), 24 neurons, 64 words; it is made in milliseconds and needs no network.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -68,15 +69,32 @@ def _gpt2(**given: Any) -> PretrainedConfig:
     return GPT2Config(**{**sizes, **ids, "num_labels": LABELS, **given})
 
 
-FAMILIES = [
-    TestFamily("bert", "Bert", _bert_like(BertConfig), "BertForMaskedLM"),
-    TestFamily("roberta", "Roberta", _bert_like(RobertaConfig), "RobertaForMaskedLM"),
-    TestFamily("distilbert", "DistilBert", _distilbert, "DistilBertForMaskedLM"),
-    TestFamily("electra", "Electra", _bert_like(ElectraConfig, embedding_size=HIDDEN), "ElectraForMaskedLM"),
-    TestFamily("electra-projected", "Electra", _bert_like(ElectraConfig, embedding_size=8), "ElectraForMaskedLM"),
-    TestFamily("gpt2", "GPT2", _gpt2, "GPT2LMHeadModel"),
-]
-BY_NAME = {family.name: family for family in FAMILIES}
+def _llama(**given: Any) -> PretrainedConfig:
+    heads = dict(num_attention_heads=2 * HEADS, num_key_value_heads=HEADS, head_dim=HEAD_SIZE)
+    sizes = dict(hidden_size=HIDDEN, num_hidden_layers=LAYERS, intermediate_size=FFN, vocab_size=VOCAB, **heads)
+    ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    return LlamaConfig(**{**sizes, **ids, "max_position_embeddings": 40, "num_labels": LABELS, **given})
+
+
+BERT = TestFamily("bert", "Bert", _bert_like(BertConfig), "BertForMaskedLM")
+ROBERTA = TestFamily("roberta", "Roberta", _bert_like(RobertaConfig), "RobertaForMaskedLM")
+DISTILBERT = TestFamily("distilbert", "DistilBert", _distilbert, "DistilBertForMaskedLM")
+ELECTRA = TestFamily("electra", "Electra", _bert_like(ElectraConfig, embedding_size=HIDDEN), "ElectraForMaskedLM")
+PROJECTED = TestFamily(
+    "electra-projected", "Electra", _bert_like(ElectraConfig, embedding_size=8), "ElectraForMaskedLM"
+)
+GPT2 = TestFamily("gpt2", "GPT2", _gpt2, "GPT2LMHeadModel")
+LLAMA = TestFamily("llama", "Llama", _llama, "LlamaForCausalLM")
+CAUSAL = ("gpt2", "llama")
+"""Those whose models are all causal."""
+
+TYPICAL = [BERT, GPT2]
+"""An encoder and a decoder, which most tests run over; tests/proof proves all families that are described."""
+
+FAMILIES = [BERT, ROBERTA, PROJECTED, GPT2]
+"""Those, one whose positions depend on which ids are padding, and one whose embeddings are projected."""
+
+BY_NAME = {family.name: family for family in (BERT, ROBERTA, DISTILBERT, ELECTRA, PROJECTED, GPT2, LLAMA)}
 AUTO_CLASSES = {
     "base": "AutoModel",
     "classification": "AutoModelForSequenceClassification",
@@ -92,7 +110,7 @@ def class_name(family: TestFamily, head: str) -> str:
 
 def auto_class(family: TestFamily, head: str) -> Any:
     """The ``AutoModel…`` class that loads :func:`class_name`."""
-    language = "AutoModelForCausalLM" if family.name == "gpt2" else "AutoModelForMaskedLM"
+    language = "AutoModelForCausalLM" if family.name in CAUSAL else "AutoModelForMaskedLM"
     return getattr(transformers, AUTO_CLASSES.get(head, language))
 
 

@@ -13,6 +13,7 @@ DISTILBERT = Family(
     value="attention.v_lin",
     attention_out="attention.out_lin",
     ffn_in="ffn.lin1",
+    activation="ffn.activation",
     ffn_out="ffn.lin2",
     word_embeddings="embeddings.word_embeddings",
     position_embeddings="embeddings.position_embeddings",

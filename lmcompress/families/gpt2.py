@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lmcompress.families.base import Family
+
+
+def _scaling_at(attention: Any, number: int) -> float:
+    # as GPT2Attention computes it when it is built
+    scaling = float(attention.head_dim**-0.5) if attention.scale_attn_weights else 1.0
+    return scaling / float(number + 1) if attention.scale_attn_by_inverse_layer_idx else scaling
+
 
 GPT2 = Family(
     model_type="gpt2",
@@ -11,6 +20,7 @@ GPT2 = Family(
     qkv="attn.c_attn",
     attention_out="attn.c_proj",
     ffn_in="mlp.c_fc",
+    activation="mlp.act",
     ffn_out="mlp.c_proj",
     word_embeddings="wte",
     position_embeddings="wpe",
@@ -20,7 +30,10 @@ GPT2 = Family(
     intermediate_size="n_inner",
     head_attributes=lambda heads, head_size: {"num_heads": heads, "split_size": heads * head_size},
     causal=True,
-    layer_index=("attn.layer_idx",),
+    packs=True,
+    layer_index=("attn.layer_idx", "crossattention.layer_idx"),
+    scores=(("attn", "attn.c_attn"), ("crossattention", "crossattention.q_attn")),
+    scaling_at=_scaling_at,
     attention_tail=("c_proj", "resid_dropout"),
     final_norm="ln_f",
     attention_norm="ln_1",

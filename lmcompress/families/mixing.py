@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lmcompress.errors import LmcompressError
 from lmcompress.families.base import Block
+from lmcompress.families.coupled import ATTENTION_READERS
 from lmcompress.families.narrow import Derived, derive
 from lmcompress.nn.separable import SeparableMixing
 
@@ -24,21 +26,23 @@ class _Mixing(Derived):
         given = dict(zip(_argument_names(self.stock), args, strict=False)) | kwargs
         mixing: SeparableMixing = module.get_submodule(module.mixing_path)
         values, length = mixing.values(hidden_states), hidden_states.shape[1]
-        past, cache = 0, given.get("past_key_values")
+        past, cache = 0, given.get("past_key_values", given.get("layer_past"))
         if cache is not None:
             cache = getattr(cache, "self_attention_cache", cache)
             past = cache.get_seq_length(module.layer_idx)
             split = values.unflatten(-1, (-1, module.mixing_head_size)).transpose(1, 2)
             # a cache needs keys: one number for each token
-            split = cache.update(split.new_zeros(len(split), 1, length, 1), split, module.layer_idx)[1]
+            split = cache.update(split.new_zeros(split.shape[0], 1, length, 1), split, module.layer_idx)[1]
             values = split[:, :, : past + length].transpose(1, 2).flatten(2)
+        else:
+            _refuse_packed(given.get("attention_mask"), given.get("position_ids"))
         valid = _visible(given.get("attention_mask"), past + length)
         answer = mixing.mix(values, valid, length)
         for name in module.mixing_tail:
             answer = module.get_submodule(name)(answer)
         weights = None
         if module.config._attn_implementation == "eager":
-            weights = hidden_states.new_zeros(len(hidden_states), 0, length, past + length)
+            weights = hidden_states.new_zeros(hidden_states.shape[0], 0, length, past + length)
         return answer, weights
 
 
@@ -50,11 +54,10 @@ def mix_locally(block: Block, mixing: SeparableMixing) -> None:
         mixing: holds the projection of the values.
     """
     family, attention = block.family, cast(Any, block.get("attention"))
-    size = block.head_size
-    place = "qkv" if family.qkv else "value"
+    size, place = block.head_size, block.value_part
     block.replace(place, mixing)
-    for part in ("query", "key"):
-        if path := getattr(family, part):
+    for part in ATTENTION_READERS:
+        if part != place and (path := getattr(family, part)):
             parent, _, name = path.rpartition(".")
             delattr(block.module.get_submodule(parent), name)
     derive(attention, _Mixing)
@@ -68,11 +71,10 @@ def mixing_of(block: Block) -> SeparableMixing | None:
     Args:
         block: a block of any model.
     """
-    if not isinstance(block.get("attention"), _Mixing):
+    if not block.has("attention") or not isinstance(block.get("attention"), _Mixing):
         return None
-    module = block.get("qkv" if block.family.qkv else "value")
-    assert isinstance(module, SeparableMixing)
-    return module
+    module = block.get(block.value_part)
+    return module if isinstance(module, SeparableMixing) else None
 
 
 def _visible(mask: Tensor | None, seen: int) -> Tensor | None:
@@ -84,6 +86,21 @@ def _visible(mask: Tensor | None, seen: int) -> Tensor | None:
         mask = mask[:, 0, -1]
         mask = mask if mask.dtype == torch.bool else mask >= 0
     return mask[:, :seen].bool()
+
+
+def _refuse_packed(mask: Tensor | None, positions: Tensor | None) -> None:
+    """Refuse documents packed into a row: a kernel would reach from one into the next."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if mask is None or mask.dim() != 4 or positions is None or recorded:
+        return
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+    # positions of padding may start again too, but no token sees it
+    hidden = seen.any(dim=1) & ~seen[:, -1]
+    if bool((positions.diff(dim=-1) != 1).any() & hidden.any()):
+        raise LmcompressError(
+            "a block that mixes neighbours (lmcompress.students.separate) cannot keep documents apart that are packed "
+            "into one row by position_ids: use a collator that pads"
+        )
 
 
 @cache

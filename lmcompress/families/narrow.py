@@ -1,6 +1,7 @@
 """Parts of irregular models: projections of zero width, attention without heads, a narrower residual stream.
 
-This module depends only on torch and on no other module of lmcompress: the self-loading format carries its source text.
+This module depends only on torch and :mod:`lmcompress.families.coupled`: the self-loading format carries its source
+text.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-READ_STREAM = ("query", "key", "value", "qkv", "ffn_in")
-WRITE_STREAM = ("attention_out", "ffn_out")
-"""The parts of a block that read the residual stream, and those that write it."""
+from lmcompress.families.coupled import READ_STREAM, WRITE_STREAM
 
 _COMPANION = "_lmcompress_companion"
 
@@ -49,6 +48,14 @@ class ZeroWidthLinear(nn.Module):
             self.bias = nn.Parameter(values)
         else:
             self.register_buffer("bias", values if bias else None, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ZeroWidthLinear:
+        # no file fills these on meta, and from there nothing can be moved, not even nothing
+        for name, empty in self._buffers.items():
+            if empty is not None and empty.is_meta:
+                self._buffers[name] = torch.empty_like(empty, device="cpu")
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """The bias at every position.
@@ -120,7 +127,7 @@ class _Headless(Derived):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         module = cast(Any, self)
         length = hidden_states.shape[1]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None:
             # the number of cached tokens is read from the cache's first layer, among others: a layer must not
             # be without keys, and keys without elements count as none. This costs one number for each token
@@ -131,7 +138,8 @@ class _Headless(Derived):
         for name in module.tail:
             answer = module.get_submodule(name)(answer)
         weights = None
-        if module.config._attn_implementation == "eager":
+        # a class without a config computes attention by itself
+        if getattr(getattr(module, "config", None), "_attn_implementation", "eager") == "eager":
             weights = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], length)
         return answer, weights
 
@@ -144,8 +152,51 @@ def remove_heads(attention: nn.Module, tail: Sequence[str]) -> None:
         tail: names of the modules it applies to the heads' output, in order; empty if it leaves that to others.
     """
     if not isinstance(attention, _Headless):
+        if isinstance(attention, _Counting):
+            # it reads no number of heads any more
+            attention.__class__ = attention.stock
         derive(attention, _Headless)
         attention.tail = tuple(tail)  # type: ignore[assignment]
+
+
+class _View:
+    """A config in which some fields have other values; the rest is looked up at every access."""
+
+    def __init__(self, config: Any, values: Mapping[str, Any]) -> None:
+        self._config, self._values = config, values
+
+    def __getattr__(self, name: str) -> Any:
+        # copy and pickle ask before anything is set
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._values[name] if name in self._values else getattr(self._config, name)
+
+
+class _Counting(Derived):
+    """Attention that reads its number of heads from the config, given its own; see :func:`count_own_heads`."""
+
+    prefix = "Counting"
+
+    @property
+    def config(self) -> Any:
+        return _View(self.__dict__["config"], self.__dict__["counted"])
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.__dict__["config"] = config
+
+
+def count_own_heads(attention: nn.Module, field: str, heads: int) -> None:
+    """Let an attention module find its own number of heads where it reads that of the config.
+
+    Args:
+        attention: modified in place: its class becomes a subclass of it.
+        field: name of the config's field.
+        heads: number of query heads.
+    """
+    if not isinstance(attention, _Counting):
+        derive(attention, _Counting)
+    attention.__dict__["counted"] = {field: heads}
 
 
 class Companion(Protocol):
@@ -186,7 +237,16 @@ def accompany(module: nn.Module, companion: Companion | None) -> None:
         module.__dict__[_COMPANION] = companion
 
 
-def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[int, ...] | None]:
+def stacks_of(paths: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The paths of each stack of blocks: of an encoder, and of the decoder that reads it.
+
+    Args:
+        paths: those of a family; under ``decoder``, if it has one, those of the second stack.
+    """
+    return [paths, paths["decoder"]] if paths.get("decoder") else [paths]
+
+
+def stream_axes(model: nn.Module, paths: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     """The axes of a model's parameters that are as wide as its residual stream.
 
     Found by building the stock model twice on ``meta``, the second time wider, so that no declaration per
@@ -194,8 +254,8 @@ def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[i
 
     Args:
         model: a ``PreTrainedModel`` of any shapes, with or without a head.
-        paths: paths of its family: ``blocks``, the parts of a block, and the config's fields ``hidden_size`` and
-            ``num_layers``.
+        paths: paths of its family: ``blocks``, the parts of a block, and the config's fields ``hidden_size``,
+            ``embedding_size``, ``num_layers`` and ``per_layer``; under ``decoder`` those of a second stack.
 
     Returns:
         By name, tied parameters under each of their names: the axes of the parameter as stored, or None if a stock
@@ -204,35 +264,45 @@ def stream_axes(model: nn.Module, paths: Mapping[str, str]) -> dict[str, tuple[i
     shapes = []
     stock = cast(Any, model).config
     # ELECTRA has no projection of its embeddings if they are as wide as the hidden states
-    wider = 3 if getattr(stock, "embedding_size", None) == 2 * getattr(stock, paths["hidden_size"]) else 2
+    field = paths["embedding_size"]
+    wider = 3 if field and getattr(stock, field) == 2 * getattr(stock, paths["hidden_size"]) else 2
     for factor in (1, wider):
         config = copy.deepcopy(stock)
         hidden = getattr(config, paths["hidden_size"])
-        setattr(config, paths["num_layers"], 1)
+        # two: the first block of some families is unlike the others
+        for stack in stacks_of(paths):
+            setattr(config, stack["num_layers"], 2)
+        for name in paths["per_layer"]:
+            if isinstance(said := getattr(config, name, None), (list, tuple)) and said:
+                setattr(config, name, [said[0], said[-1]])
         setattr(config, paths["hidden_size"], factor * hidden)
-        if getattr(config, "embedding_size", None) == hidden:
-            config.embedding_size = factor * hidden
+        if field and getattr(config, field) == hidden:
+            setattr(config, field, factor * hidden)
         with torch.device("meta"):
             skeleton = type(model)(config)
         shapes.append({name: p.shape for name, p in skeleton.named_parameters(remove_duplicate=False)})
     narrow, wide = shapes
-    blocks = cast(Any, model).base_model.get_submodule(paths["blocks"])
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    base = cast(Any, model).base_model
+    lists = {name: stack for stack in stacks_of(paths) for name, module in model.named_modules()
+             if module is base.get_submodule(stack["blocks"])}  # fmt: skip
+    # the skeletons have two blocks in each stack, of which the second stands for all but the first
+    inside = re.compile(rf"^({'|'.join(map(re.escape, lists))})\.\d+\.")
     axes: dict[str, tuple[int, ...] | None] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        # the skeletons have one block
-        known = re.sub(rf"^{re.escape(prefix)}\.\d+\.", f"{prefix}.0.", name)
+        known = inside.sub(r"\1.1.", name)
+        known = known if known in narrow else name
         found = tuple(i for i, n in enumerate(narrow[known]) if wide[known][i] != n) if known in narrow else None
         axes[name] = found
-    for index, block in enumerate(blocks):
-        for part in READ_STREAM + WRITE_STREAM:
-            if paths[part]:
-                # the other axis of these is heads or neurons, which follow the hidden size only in a stock model
-                module = block.get_submodule(paths[part])
-                into = 0 if hasattr(module, "nx") else 1
-                name, reads = f"{prefix}.{index}.{paths[part]}", part in READ_STREAM
-                axes[f"{name}.weight"] = (into if reads else 1 - into,)
-                axes[f"{name}.bias"] = () if reads else (0,)
+    for prefix, stack in lists.items():
+        for index, block in enumerate(cast(Any, model.get_submodule(prefix))):
+            for part in READ_STREAM + WRITE_STREAM:
+                if stack[part]:
+                    # the other axis of these is heads or neurons, which follow the hidden size only in a stock model
+                    module = block.get_submodule(stack[part])
+                    into = 0 if hasattr(module, "nx") else 1
+                    name, reads = f"{prefix}.{index}.{stack[part]}", part in READ_STREAM
+                    axes[f"{name}.weight"] = (into if reads else 1 - into,)
+                    axes[f"{name}.bias"] = () if reads else (0,)
     return {name: axes[name] for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
@@ -266,7 +336,7 @@ def narrow_stream(model: nn.Module, axes: Mapping[str, tuple[int, ...] | None], 
             width = len(keep)
             module.in_features, module.out_features = (0, width) if module.in_features == 0 else (width, 0)
             module.weight = module.weight.new_zeros(module.out_features, module.in_features)
-        elif isinstance(module, nn.LayerNorm) and weight is not None:
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
             module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.Embedding):
             module.embedding_dim = module.weight.shape[1]

@@ -77,8 +77,9 @@ def empty_shared(blocks: Sequence[nn.Module], sources: Sequence[int]) -> None:
         device = owner._parameters[own].device  # type: ignore[union-attr]
         for module in blocks[index].modules():
             module._parameters.update(dict.fromkeys(module._parameters))
-            # Transformers would initialize what the files lack
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            # Transformers would initialize what the files lack; buffers alone, such as GPT-J's sinusoids, it must
+            if module._parameters or not module._buffers:
+                module._is_hf_initialized = True  # type: ignore[assignment]
         del owner._parameters[own]
         owner.register_buffer(own, torch.empty(1, dtype=torch.int64, device=device))
         vars(blocks[index])[_SOURCE] = (owner, own)

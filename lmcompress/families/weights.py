@@ -12,7 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmcompress.errors import LmcompressError, UnknownFamilyError, nearest
-from lmcompress.families import anatomy_of, is_conv1d
+from lmcompress.families import is_described, outline_of
+from lmcompress.families.coupled import BLOCK_PARTS
+from lmcompress.families.matrices import is_matrix
+from lmcompress.families.outline import is_repeated
 
 Kind = Literal["linear", "convolution", "embedding"]
 
@@ -24,7 +27,6 @@ class _Names(Protocol):
 
 Rule = TypeVar("Rule", bound=_Names)
 
-PARTS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
 EMBEDDINGS, HEAD, PROJECTION = "embeddings", "head", "embedding_projection"
 """Parts of a block, and parts outside of the blocks, as rules name them."""
 
@@ -32,7 +34,7 @@ Matrices = Annotated[
     str,
     Field(
         min_length=1,
-        description="Names of parts (query, key, value, qkv, attention_out, ffn_in, ffn_out, embeddings, head) or "
+        description=f"Names of parts ({', '.join(BLOCK_PARTS)}, embeddings, head) or "
         "paths such as h.0.mlp.c_fc or pooler.dense; * and ? stand for any.",
     ),
 ]
@@ -49,7 +51,8 @@ class Weighted:
         part: the family's name of it, such as ``ffn_in``, ``embeddings`` or ``head``; empty for others.
         block: number of its block, or None outside of the blocks.
         default: whether methods include it if no rule names it: in known families the projections of the blocks and
-            the token embeddings, in other models every ``Linear``, ``Conv1D`` and ``Conv2d``.
+            the token embeddings, in other models of Transformers every matrix of a block and the token embeddings, in
+            models outside of it every ``Linear``, ``Conv1D`` and ``Conv2d``.
         aliases: other modules with the same weight, such as a head that is tied to the token embeddings.
     """
 
@@ -112,15 +115,6 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     return {name.removeprefix(prefix): module for name, module in model.named_modules()}
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Whether a module holds one matrix: a ``Linear``, ``Conv1D`` or ``Embedding``.
-
-    Args:
-        module: any module.
-    """
-    return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
-
-
 def weighted_modules(model: nn.Module) -> list[Weighted]:
     """All modules with a matrix of weights, each weight once, in the order of the model.
 
@@ -136,7 +130,12 @@ def weighted_modules(model: nn.Module) -> list[Weighted]:
         if not (is_matrix(module) or isinstance(module, nn.Conv2d)):
             continue
         part, block = (parts or {}).get(id(module), ("", None))
-        meant = not isinstance(module, nn.Embedding) if parts is None else part in (*PARTS, EMBEDDINGS)
+        if parts is None:
+            meant = not isinstance(module, nn.Embedding)
+        elif isinstance(model, PreTrainedModel) and is_described(model):
+            meant = part in (*BLOCK_PARTS, EMBEDDINGS)
+        else:
+            meant = part == EMBEDDINGS or (is_repeated(path) and not isinstance(module, nn.Embedding))
         weighted = Weighted(path, module, part, block, meant)
         weight = module._parameters.get("weight")
         known = found.setdefault(id(module) if weight is None else id(weight), weighted)
@@ -181,16 +180,18 @@ def rules_by_path(
 
 
 def _parts(model: nn.Module) -> dict[int, tuple[str, int | None]] | None:
-    """Part and block by the module's identity; None if the family is unknown."""
+    """Part and block by the module's identity; None outside of Transformers, and without a list of blocks."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
-        anatomy = anatomy_of(model)
+        anatomy = outline_of(model)
     except UnknownFamilyError:
         return None
     parts: dict[int, tuple[str, int | None]] = {}
     for index, block in enumerate(anatomy.blocks):
-        for part in PARTS:
+        if not is_described(model):
+            parts |= {id(module): ("", index) for module in block.module.modules()}
+        for part in BLOCK_PARTS:
             if block.has(part):
                 # a replacement of a projection may consist of several modules
                 parts |= {id(module): (part, index) for module in block.get(part).modules()}

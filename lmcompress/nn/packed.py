@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.kernels.dispatch import settings
 from lmcompress.kernels.matmul import Matmul
 from lmcompress.kernels.matrix import Inputs, Matrix
-from lmcompress.numerics.grids import Granularity, Grid
+from lmcompress.nn.fusion import Followed, Joined, activated, coded, dtype_of_codes, fusing
+from lmcompress.numerics.grids import Granularity, Grid, PerGroup
 from lmcompress.numerics.inputs import InputEncoding, check_input_range
-from lmcompress.numerics.packing import Container, check_scales, pack, packed_bytes, packed_shape, unpack
+from lmcompress.numerics.packing import Container, check_packed, check_scales, pack, packed_bytes, packed_shape
 from lmcompress.numerics.quantizers.base import Quantized
 
 InputRange = tuple[Tensor, Tensor | None]
@@ -129,11 +131,12 @@ class Packed(nn.Module):
 
     def matrix(self) -> Matrix:
         """The codes and scales in the form that the kernels take."""
-        layout = self.layout
+        # straight from the buffers: the attributes of a module are looked up slowly, and this happens in every call
+        layout, buffers = self.layout, self._buffers
         return Matrix(
-            self.weight,
-            self.weight_scales,
-            self.weight_zero_points,
+            cast(Tensor, buffers["weight"]),
+            cast(Tensor, buffers["weight_scales"]),
+            buffers["weight_zero_points"],
             self.shape,
             layout.grid,
             layout.container,
@@ -142,7 +145,9 @@ class Packed(nn.Module):
 
     def matmul_inputs(self) -> Inputs | None:
         """The quantization of the input in the form that the kernels take, with its range if that is static."""
-        return None if self.inputs is None else Inputs(self.inputs, self.input_scale, self.input_zero_point)
+        if self.inputs is None:
+            return None
+        return Inputs(self.inputs, self._buffers["input_scale"], self._buffers["input_zero_point"])
 
     def dequantized(self) -> Tensor:
         """The dequantized weights, ``(out, in)`` float32: bit-exactly what they were quantized to."""
@@ -168,7 +173,7 @@ class Packed(nn.Module):
                 )
             rows = self.weight.view(packed_shape(self.shape, self.layout.container))
             for part in rows.split(_ROWS_AT_ONCE):
-                unpack(part, (len(part), self.shape[1]), self.layout.grid, self.layout.container)
+                check_packed(part, (len(part), self.shape[1]), self.layout.grid, self.layout.container)
         except CheckpointError as error:
             raise CheckpointError(f"{name}.weight: {error}") from error
         if self.inputs is not None and self.input_scale is not None:
@@ -193,11 +198,11 @@ class Packed(nn.Module):
         self.forget()
 
     def extra_repr(self) -> str:
-        """Shape and layout, for ``print``."""
+        """Shape and layout, for ``print`` and for PEFT's message that no adapter fits here."""
         layout = self.layout
         return (
             f"{self.shape[0]}×{self.shape[1]}, {layout.grid}, container={layout.container}, {layout.granularity}, "
-            f"inputs={self.inputs}"
+            f"inputs={self.inputs}; codes, not trainable: model.dequantize() first"
         )
 
 
@@ -205,6 +210,9 @@ class _PackedMatrix(Packed):
     """The common base of :class:`PackedLinear` and :class:`PackedConv1D`: a matmul, and a bias."""
 
     bias: nn.Parameter | None
+    # the modules that read the same input, and the activation function of the output, if the model knows of any
+    joined: Joined | None = None
+    followed: Followed | None = None
 
     def __init__(
         self,
@@ -233,11 +241,54 @@ class _PackedMatrix(Packed):
             LmcompressError: If the model is in training mode with gradients enabled.
         """
         _refuse_training(self)
-        return self._matmul(x, self.matrix(), self.bias, self.matmul_inputs())
+        if x.dtype == torch.uint8 and (dtype := dtype_of_codes(x)) is not None:
+            return self._of_codes(x, dtype)
+        joined, followed = self.joined, self.followed
+        if joined is not None and (part := joined.pending(self, x)) is not None:
+            return part
+        if joined is not None or followed is not None:
+            if not fusing(x):
+                followed = None
+            elif joined is not None and (part := joined(self, x)) is not None:
+                return part
+        matrix, inputs = self.matrix(), self.matmul_inputs()
+        if followed is None or not followed.next_is_known(self):
+            return self._matmul(x, matrix, self.bias, inputs)
+        if inputs is not None and (reader := followed.reader()) is not None:
+            codes = self._matmul.codes_for(x, matrix, self.bias, inputs, followed.post, reader)
+            if codes is not None:
+                return coded(codes, x.dtype)
+        return activated(self._matmul(x, matrix, self.bias, inputs, post=followed.post))
+
+    def reads_codes(self) -> Inputs | None:
+        """The quantization of the input, if this module takes its codes: over a static range, for integer matmuls."""
+        inputs = self.matmul_inputs()
+        if inputs is None or inputs.scale is None or isinstance(self.layout.granularity, PerGroup):
+            return None
+        return inputs if settings.memory == "fast" else None
+
+    def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output in a dtype from an input in the codes of :meth:`reads_codes`."""
+        scale, zero = cast(Tensor, self.input_scale), self.input_zero_point
+        zeros = None if zero is None else zero.reshape(1, 1)
+        flat = codes.reshape(-1, self.in_features)
+        y = self._matmul.of_codes(flat, scale.reshape(1, 1), zeros, self.matrix(), self.bias, dtype, None)
+        return y.reshape(*codes.shape[:-1], self.out_features)
+
+    def release(self) -> None:
+        """Free the prepacked memory of this matrix alone."""
+        self._matmul.reset()
 
     def forget(self) -> None:
         """Free the prepacked memory: the tensors have changed."""
         self._matmul.reset()
+        if self.joined is not None:
+            self.joined.reset()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.joined is not None:
+            self.joined.reset(ranges=True)
 
 
 class PackedLinear(_PackedMatrix):
@@ -285,6 +336,9 @@ class PackedConv1D(_PackedMatrix):
 class PackedEmbedding(Packed):
     """A packed ``nn.Embedding``: only the embeddings that are looked up are unpacked.
 
+    Attributes:
+        stock: class of the dense module.
+
     Args:
         num_embeddings: number of tokens.
         embedding_dim: width of a token's embedding.
@@ -293,6 +347,7 @@ class PackedEmbedding(Packed):
         padding_idx: kept for compatibility; it has no effect without training.
         device: device of the codes, whose values are unset.
         dtype: dtype of the output; follows the casts of the model.
+        scale: factor of the embeddings that are looked up, which a tied head does not have; None: they have none.
 
     Raises:
         LmcompressError: If the group size does not divide the rows.
@@ -307,8 +362,11 @@ class PackedEmbedding(Packed):
         padding_idx: int | None = None,
         device: Any = None,
         dtype: torch.dtype = torch.float32,
+        scale: float | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, layout, inputs, device)
+        self.scale = scale
+        self.stock: type[nn.Embedding] = nn.Embedding
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.dtype = dtype
 
@@ -324,14 +382,71 @@ class PackedEmbedding(Packed):
         Raises:
             LmcompressError: If the model is in training mode with gradients enabled.
         """
+        return self.scaled(ids, self.scale)
+
+    def scaled(self, ids: Tensor, scale: float | None) -> Tensor:
+        """The embeddings of tokens times a factor.
+
+        Args:
+            ids: any shape, integers.
+            scale: the factor; None: 1.
+
+        Returns:
+            ``(*ids.shape, embedding_dim)`` in the dtype of the model.
+
+        Raises:
+            LmcompressError: If the model is in training mode with gradients enabled.
+        """
         _refuse_training(self)
-        return self.matrix().rows(ids).to(self.dtype)
+        found = self.matrix().rows(ids).to(self.dtype)
+        # a tensor of that dtype, as the dense module has it
+        return found if scale is None else found * torch.tensor(scale, dtype=self.dtype, device=found.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEmbedding:
         # no tensor here has the model's dtype: apply the cast to a dummy that has it
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         super()._apply(fn, recurse)
         return self
+
+
+class TiedEmbedding(nn.Module):
+    """An embedding table that reads the codes of another and has none of its own, such as that of a decoder.
+
+    Attributes:
+        stock: class of the dense module.
+
+    Args:
+        embedding: owner of the codes; it stays where it is in the model, not in this module.
+        padding_idx: that of the dense module.
+        scale: factor of the embeddings that are looked up here; None: they have none.
+    """
+
+    def __init__(self, embedding: PackedEmbedding, padding_idx: int | None = None, scale: float | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx, self.scale = padding_idx, scale
+        self.stock: type[nn.Embedding] = nn.Embedding
+        # as in TiedHead
+        self.__dict__["embedding"] = embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The embeddings of tokens.
+
+        Args:
+            ids: any shape, integers.
+
+        Returns:
+            ``(*ids.shape, embedding_dim)`` in the dtype of the model.
+
+        Raises:
+            LmcompressError: If the model is in training mode with gradients enabled.
+        """
+        embedding: PackedEmbedding = self.__dict__["embedding"]
+        return embedding.scaled(ids, self.scale)
+
+    def extra_repr(self) -> str:
+        """The widths, for ``print``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, tied"
 
 
 class TiedHead(nn.Module):

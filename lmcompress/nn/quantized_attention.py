@@ -19,7 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lmcompress.errors import LmcompressError
+from lmcompress.nn.configs import own_config
+from lmcompress.nn.listening import announce, announces, for_each_query, masked_softmax
 from lmcompress.numerics.inputs import InputEncoding, quantize_input
+from lmcompress.numerics.padding import of_keys
 
 ATTENTION = "lmcompress_quantized"
 """Name of the implementation, as ``attn_implementation`` has it."""
@@ -158,7 +161,7 @@ def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers
         raise LmcompressError(
             f"attention of this {type(model).__name__} is quantized already; release_attention removes that first"
         )
-    before = model.config._attn_implementation
+    before = own_config(model)._attn_implementation
     for module, own in quantizers.items():
         if register:
             module.add_module(_QUANTIZERS, cast(nn.Module, own))
@@ -167,7 +170,8 @@ def attach(model: PreTrainedModel, quantizers: Mapping[nn.Module, RoleQuantizers
             module.__dict__[_QUANTIZERS] = own
         module.__dict__[_BEFORE] = before
         module.__dict__[_GUARD] = module.register_forward_pre_hook(_refuse_another)
-    model.config._attn_implementation = ATTENTION
+    for config in _configs(model):
+        config._attn_implementation = ATTENTION
 
 
 def release_attention(model: PreTrainedModel) -> None:
@@ -179,10 +183,18 @@ def release_attention(model: PreTrainedModel) -> None:
     for module in model.modules():
         if _BEFORE not in module.__dict__:
             continue
-        model.config._attn_implementation = module.__dict__.pop(_BEFORE)
+        before = module.__dict__.pop(_BEFORE)
+        for config in _configs(model):
+            config._attn_implementation = before
         module.__dict__.pop(_GUARD).remove()
         module.__dict__.pop(_QUANTIZERS, None)
         module._modules.pop(_QUANTIZERS, None)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The model's config, and those of its stacks: T5's have copies of their own."""
+    held = [model.config, *(module.__dict__["config"] for module in model.modules() if "config" in module.__dict__)]
+    return list({id(config): config for config in held}.values())
 
 
 def attention_quantizers(module: nn.Module) -> RoleQuantizers | None:
@@ -197,6 +209,7 @@ def attention_quantizers(module: nn.Module) -> RoleQuantizers | None:
     return cast("RoleQuantizers | None", getattr(module, _QUANTIZERS, None))
 
 
+@announces
 def quantized_attention(
     module: nn.Module,
     query: Tensor,
@@ -206,24 +219,27 @@ def quantized_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Attention of quantized queries, keys, values and probabilities.
 
     .. math:: P = \mathrm{softmax}(s\, Q(q) Q(k)^T + m), \quad o = \mathrm{dropout}(Q(P))\, Q(v)
 
-    The softmax is float32. A query without visible keys gets zeros.
+    The softmax is float32. A query without visible keys gets zeros. Listeners (:mod:`lmcompress.nn.listening`) are told
+    quantized queries, keys and values.
 
     Args:
         module: an attention module; without quantizers this is ``sdpa``.
         query: ``(batch, heads, queries, head size)``.
-        key: ``(batch, heads, keys, head size)``.
+        key: ``(batch, key/value heads, keys, head size)``; their number divides that of the query heads.
         value: the same.
         attention_mask: ``(batch, 1 or heads, queries, keys)``: bool, true where a key is visible, or added to the
             scores.
         dropout: share of the probabilities that is set to zero.
         scaling: factor of the scores; default: one over the square root of the head size.
         is_causal: whether, without a mask, later keys are hidden; default: the module's setting.
+        position_bias: ``(1 or batch, heads, queries, keys)``, added to the scores.
         **kwargs: passed to ``sdpa``.
 
     Returns:
@@ -238,8 +254,10 @@ def quantized_attention(
     """
     quantize = attention_quantizers(module)
     if quantize is None or not quantize.active():
+        biased = kwargs | {"position_bias": position_bias}
+        announce(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **biased)
         answer: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **biased
         )
         return answer
     queries = query.shape[2]
@@ -249,21 +267,23 @@ def quantized_attention(
         key, value = key[:, :, :queries], value[:, :, :queries]
         attention_mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(quantize("queries", query), quantize("keys", key).transpose(-1, -2)).float() * scale
+    query = quantize("queries", query)
+    with of_keys():
+        key, value = quantize("keys", key), quantize("values", value)
+    announce(module, query, key, value, attention_mask, scaling=scale, is_causal=False, position_bias=position_bias)
+    scores = torch.matmul(query, for_each_query(key, query).transpose(-1, -2)).float() * scale
+    if position_bias is not None:
+        scores = scores + position_bias[..., : scores.shape[-1]].float()
     probabilities = quantize("probabilities", _softmax(scores, attention_mask)).to(value.dtype)
     probabilities = nn.functional.dropout(probabilities, dropout)
-    answers = torch.matmul(probabilities, quantize("values", value))
+    answers = torch.matmul(probabilities, for_each_query(value, query))
     return answers.transpose(1, 2).contiguous(), probabilities
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return scores.softmax(dim=-1)
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         return (scores + mask.float()).softmax(dim=-1)
-    # not infinity, which makes a row without visible keys NaN, in its gradient too
-    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return hidden.softmax(dim=-1).masked_fill(~mask, 0.0)
+    return masked_softmax(scores, mask)
 
 
 def _refuse_another(module: nn.Module, args: Any) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.batches import Batch, batches_for
 from lmcompress.activations.running import with_progress
 from lmcompress.errors import LmcompressError
 
-Batch = Mapping[str, Any]
-"""Tensors by name, from a collator: ``input_ids``, ``attention_mask``, optionally ``labels``."""
+__all__ = ["Batch", "CalibrationData", "on_device", "rows_of", "without_padding_rows"]
 
 
 def without_padding_rows(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -51,33 +51,33 @@ def rows_of(batch: Mapping[str, Tensor]) -> int:
 
 
 class CalibrationData:
-    """Calibration batches on a model's device, without rows of padding; refuses empty data.
+    """Calibration batches on a model's device, without rows of padding, one document in each row; refuses empty data.
 
     Args:
         model: determines the device.
-        batches: any iterable of batches.
-        progress: whether to show a bar, on a terminal, if their number is known.
+        batches: as for :func:`~lmcompress.activations.batches.batches_for`.
+        progress: whether to show a bar, on a terminal.
+
+    Raises:
+        LmcompressError: If ``batches`` are of no known form.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Batch], progress: bool = False) -> None:
         self.model = model
-        self.batches = batches
-        self.progress = progress and isinstance(batches, Sequence)
+        self.batches = batches_for(model, batches)
+        self.progress = progress
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        given = real = 0
-        batches = self.batches
-        shown = with_progress(batches, "score", enabled=self.progress) if isinstance(batches, Sequence) else batches
-        for batch in shown:
-            given += 1
+        real = 0
+        for batch in with_progress(self.batches, "score", enabled=self.progress):
             kept = without_padding_rows(batch, self.model.device)
             if rows := rows_of(kept):
                 real += rows
                 yield kept
-        if not given:
+        if not self.batches:
             raise LmcompressError("calibration data must have at least one batch, got none; was a generator used up?")
         if not real:
             raise LmcompressError(
-                f"calibration data must have tokens, got {given} batches of padding only; is attention_mask 1 for "
-                "real tokens?"
+                f"calibration data must have tokens, got {len(self.batches)} batches of padding only; is "
+                "attention_mask 1 for real tokens?"
             )

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from lmcompress.errors import LmcompressError
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -74,6 +76,24 @@ def with_progress(items: Sequence[T], description: str, *, enabled: bool) -> Ite
     if console.is_terminal:
         return _outermost(track(items, description=description, console=console, transient=True))
     return _outermost(_with_lines(items, description, console))
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of rows in batches of similar length, which saves padding.
+
+    The longest are first: a model that does not fit into memory fails at once.
+
+    Args:
+        lengths: the length of each row.
+        batch_size: rows of a batch.
+
+    Raises:
+        LmcompressError: If ``batch_size`` is less than 1.
+    """
+    if batch_size < 1:
+        raise LmcompressError(f"batch_size must be >= 1, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def _outermost(items: Iterable[T]) -> Iterator[T]:

@@ -1,4 +1,8 @@
-"""Straight-through gradients of rounding, and the gradients of scales."""
+"""Straight-through gradients of rounding, and the gradients of scales.
+
+Without a gradient, and in graphs that are recorded for other runtimes, the same arithmetic runs as plain operations:
+exporters drop outputs of autograd functions, and a traced graph with one cannot be saved.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmcompress.numerics.graphs import recording
 from lmcompress.numerics.grids import Grid
 
 SMALLEST_SCALE = 1e-5
@@ -53,9 +58,9 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, unit)
         ctx.rule = rule
-        levels = rule.grid.nearest((x / _divisor(unit)).mul_(rule.per_unit))
+        values, levels = _on_grid(x, unit, rule)
         ctx.mark_non_differentiable(levels)
-        return levels * (unit / rule.per_unit), levels
+        return values, levels
 
     @staticmethod
     @once_differentiable
@@ -112,12 +117,11 @@ class _LearnedAffine(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, step: Tensor, offset: Tensor, grid: Grid, factor: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        zero = grid.nearest(-offset / step)
-        levels = (x / step).round_().add_(zero).clamp_(grid.low, grid.high).add_(0.0)
+        values, levels, zero = _on_affine_grid(x, step, offset, grid)
         ctx.save_for_backward(x, step, zero)
         ctx.grid, ctx.factor = grid, factor
         ctx.mark_non_differentiable(levels, zero)
-        return (levels - zero).mul_(step), levels, zero
+        return values, levels, zero
 
     @staticmethod
     @once_differentiable
@@ -150,17 +154,17 @@ def fake_quantize(x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     Returns:
         The results, and the codes as floats, without gradient.
     """
-    return _FakeQuantize.apply(x, unit, rule)
+    return _FakeQuantize.apply(x, unit, rule) if _differentiable(x, unit) else _on_grid(x, unit, rule)
 
 
 def straight_through(x: Tensor, result: Tensor, outside: Tensor | None = None) -> Tensor:
     """``result``, bit-exact, with the gradient passed to ``x`` except where ``outside`` (bool) is true."""
-    return _StraightThrough.apply(x, result, outside)
+    return _StraightThrough.apply(x, result, outside) if _differentiable(x, result) else result
 
 
 def at_least(x: Tensor, floor: float = SMALLEST_SCALE) -> Tensor:
     """``x`` as float32, no less than ``floor``, with a gradient of 1 everywhere."""
-    return _AtLeast.apply(x.float(), floor)
+    return _AtLeast.apply(x.float(), floor) if _differentiable(x) else x.float().clamp(min=floor)
 
 
 def learned_affine(x: Tensor, step: Tensor, offset: Tensor, grid: Grid, factor: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,9 +180,27 @@ def learned_affine(x: Tensor, step: Tensor, offset: Tensor, grid: Grid, factor: 
     Returns:
         The results; codes and zero points as floats, without gradient.
     """
+    if not _differentiable(x, step, offset):
+        return _on_affine_grid(x, step, offset, grid)
     return _LearnedAffine.apply(x, step, offset, grid, factor)
 
 
 def _divisor(unit: Tensor) -> Tensor:
     """The unit, or infinity where it is 0: then 0 / unit is 0, not NaN."""
     return torch.where(unit > 0, unit, torch.inf)
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    """Whether a gradient is needed, and may be."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) and not recording()
+
+
+def _on_grid(x: Tensor, unit: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    levels = rule.grid.nearest((x / _divisor(unit)).mul_(rule.per_unit), overwrite=True)
+    return levels * (unit / rule.per_unit), levels
+
+
+def _on_affine_grid(x: Tensor, step: Tensor, offset: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    zero = grid.nearest(-offset / step)
+    levels = (x / step).round_().add_(zero).clamp_(grid.low, grid.high).add_(0.0)
+    return (levels - zero).mul_(step), levels, zero

@@ -54,6 +54,7 @@ def dynamic(
     symmetric: bool = True,
     granularity: PerTensor | PerToken = PER_TENSOR,
     clip: float | None = None,
+    mask: Tensor | None = None,
     check: bool = True,
 ) -> Quantized:
     r"""Activations quantized over their current range.
@@ -70,6 +71,7 @@ def dynamic(
         symmetric: whether levels are symmetric around 0.
         granularity: one range for the tensor, or for each vector along the last axis.
         clip: values beyond ±clip are clipped first and get no gradient; ``None`` does not clip.
+        mask: bool, broadcasts over ``x``: numbers where it is false do not count in ranges, and are clipped to them.
         check: whether to refuse NaN and infinity, for which the host waits for a GPU; otherwise they make all values
             NaN that share their range (infinity is clipped by a clip).
 
@@ -101,7 +103,8 @@ def dynamic(
         # a number at the end itself is not inside either, as in the paper's code
         outside = cut.abs() >= clip
         cut = straight_through(cut, cut.detach().clamp(-clip, clip), outside)
-    low, high = extremes(cut, granularity)
+    # zeros widen no range
+    low, high = extremes(cut if mask is None else cut.masked_fill(~mask, 0.0), granularity)
     if check:
         refuse_unless(bool((torch.isfinite(low) & torch.isfinite(high)).all()))
     if not symmetric:

@@ -64,11 +64,12 @@ class Grid:
         """``torch.int8`` if codes may be negative, else ``torch.uint8``."""
         return torch.int8 if self.low < 0 else torch.uint8
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def nearest(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """The code nearest to each number, ties to the even step as in :func:`torch.round`.
 
         Args:
             x: in units of one code, any shape; NaN stays NaN.
+            overwrite: whether the result may take the memory of ``x``.
 
         Returns:
             Codes as floats of ``x``'s dtype, never -0.
@@ -80,7 +81,7 @@ class Grid:
             return torch.where(x.isnan(), x, ends)
         phase = self.low % self.stride
         codes = x if self.stride == 1 else (x - phase) / self.stride
-        codes = codes.round()
+        codes = codes.round_() if overwrite or self.stride != 1 else codes.round()
         if self.stride != 1:
             codes.mul_(self.stride).add_(phase)
         # adding 0 makes 0 of -0, so that floats and integers give the same bits

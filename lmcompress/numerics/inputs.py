@@ -11,6 +11,7 @@ from lmcompress.errors import CheckpointError, LmcompressError
 from lmcompress.numerics._straight_through import Rule, fake_quantize, straight_through
 from lmcompress.numerics.activations import check_range, dynamic
 from lmcompress.numerics.grids import PER_TENSOR, Grid, PerToken, signed_grid, symmetric_grid, unsigned_grid
+from lmcompress.numerics.padding import real
 from lmcompress.numerics.quantizers.base import Quantized
 
 
@@ -61,6 +62,8 @@ def quantize_input(
 ) -> Quantized:
     """An activation quantized as described; gradients pass straight through unclipped values.
 
+    Dynamic ranges of the whole tensor leave out padding that is known (:mod:`lmcompress.numerics.padding`).
+
     Args:
         x: any shape, floating.
         encoding: the description.
@@ -86,13 +89,15 @@ def quantize_input(
             f"{encoding.range}, {'' if encoding.symmetric else 'a'}symmetric, scale {scale}, zero point {zero_point}"
         )
     if scale is None:
-        granularity = PER_TENSOR if encoding.granularity == "tensor" else PerToken()
+        by_token = encoding.granularity == "token"
+        granularity = PerToken() if by_token else PER_TENSOR
         return dynamic(
             x,
             bits=encoding.bits,
             symmetric=encoding.symmetric,
             granularity=granularity,
             clip=encoding.clip,
+            mask=None if by_token else real(x),
             check=False,
         )
     grid, unit = input_grid(encoding), scale.float().reshape(1, 1)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.errors import CheckpointError, LmcompressError
+from lmcompress.numerics.graphs import recording
 from lmcompress.numerics.grids import Granularity, Grid
 from lmcompress.numerics.quantizers.base import Quantized
 
@@ -176,6 +177,34 @@ def unpack(
         [[-1, 0, 1, 1, 1]]
     """
     container = _fitting(grid, container)
+    index, padding = _checked_digits(packed, shape, container)
+    if check:
+        _check_index(index, padding, grid, container)
+    # in 16 bits: bytes that count modulo 256 are torch's alone, other runtimes saturate
+    codes = index if grid.low == 0 and grid.stride == 1 else index.to(torch.int16) * grid.stride + grid.low
+    return codes.to(grid.dtype).reshape(tuple(shape))
+
+
+def check_packed(packed: Tensor, shape: Sequence[int], grid: Grid, container: Container | None = None) -> None:
+    """Refuse bytes that :func:`unpack` would, in half its time.
+
+    Args:
+        packed: as for :func:`unpack`.
+        shape: shape of the codes.
+        grid: possible codes.
+        container: as for :func:`pack`.
+
+    Raises:
+        CheckpointError: If the bytes are too few or too many for the shape, have another shape, or cannot come from
+            :func:`pack`.
+        LmcompressError: If the container does not exist, or is too small for the grid.
+    """
+    container = _fitting(grid, container)
+    _check_index(*_checked_digits(packed, shape, container), grid, container)
+
+
+def _checked_digits(packed: Tensor, shape: Sequence[int], container: Container) -> tuple[Tensor, Tensor]:
+    """Indices and those of the padding, as :func:`_digits`, from bytes of the right number and shape."""
     expected = packed_shape(shape, container)
     if packed.dtype != torch.uint8:
         raise CheckpointError(f"packed codes must be uint8, got {packed.dtype}")
@@ -190,11 +219,7 @@ def unpack(
             f"packed codes of shape {tuple(shape)} must have shape {expected} ({_named(container)}) or lie in one row, "
             f"got {tuple(packed.shape)}"
         )
-    index, padding = _digits(packed.reshape(expected), (shape[-1] if shape else 1), container)
-    if check:
-        _check_index(index, padding, grid, container)
-    codes = index if grid.low == 0 and grid.stride == 1 else (index.to(torch.int8) * grid.stride).add_(grid.low)
-    return codes.to(grid.dtype).reshape(tuple(shape))
+    return _digits(packed.reshape(expected), (shape[-1] if shape else 1), container)
 
 
 def dequantize(
@@ -310,16 +335,18 @@ def _index(codes: Tensor, grid: Grid) -> Tensor:
         low, high = (int(end) for end in torch.aminmax(codes))
         if low < grid.low or high > grid.high:
             raise LmcompressError(f"codes must lie in [{grid.low}, {grid.high}], got {low if low < grid.low else high}")
-    # bytes count modulo 256, and so do their differences
-    offset = codes.to(torch.uint8) - grid.low % 256
+    if grid.stride == 1 and codes.element_size() == 1:
+        # bytes count modulo 256
+        return codes.view(torch.uint8) + (-grid.low) % 256
+    offset = codes.to(torch.int16) - grid.low
     if grid.stride == 1:
-        return offset
+        return offset.to(torch.uint8)
     wrong = offset % grid.stride != 0
     if bool(wrong.any()):
         raise LmcompressError(
             f"codes must be {grid.low} and steps of {grid.stride} from there, got {int(codes[wrong].flatten()[0])}"
         )
-    return offset // grid.stride
+    return (offset // grid.stride).to(torch.uint8)
 
 
 def _digits(packed: Tensor, row: int, container: Container) -> tuple[Tensor, Tensor]:
@@ -331,24 +358,25 @@ def _digits(packed: Tensor, row: int, container: Container) -> tuple[Tensor, Ten
     if packed.numel() == 0:
         return packed.new_zeros((*leading, row)), packed
     if size == 1:
-        words = packed
+        # in a recorded graph in 32 bits: the exporter of ONNX shifts bytes as signed ones
+        words = packed.to(torch.int32) if recording() else packed
     else:
         packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % size))
-        parts = packed.reshape(*leading, -1, size).to(torch.int32)
-        words = parts[..., 0] + (parts[..., 1] << 8) + (parts[..., 2] << 16)
-    digits = packed.new_empty((*words.shape, each))
+        three = packed.reshape(*leading, -1, size).to(torch.int32)
+        words = three[..., 0] + (three[..., 1] << 8) + (three[..., 2] << 16)
     if container == "base3":
-        rest = words.to(torch.int32)
-        for place in range(each):
+        parts, rest = [], words.to(torch.int32)
+        for _ in range(each):
             # division by 3 that is exact for a byte
             quotient = (rest * 171) >> 9
-            digits[..., place] = rest - 3 * quotient
+            parts.append((rest - 3 * quotient).to(torch.uint8))
             rest = quotient
         # bytes above 242 leave a remainder; the last digit is then one that no grid has
-        digits[..., -1] += (3 * rest).to(torch.uint8)
+        parts[-1] = parts[-1] + (3 * rest).to(torch.uint8)
     else:
-        for place in range(each):
-            digits[..., place] = (words >> (container * place)) & (2**container - 1)
+        parts = [((words >> (container * place)) & (2**container - 1)).to(torch.uint8) for place in range(each)]
+    # not written in place: a graph would hold the empty tensor as a constant
+    digits = torch.stack(parts, dim=-1)
     digits = digits.reshape(*leading, -1)
     return digits[..., :row], digits[..., row:]
 

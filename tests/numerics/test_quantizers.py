@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.numerics.grids import STRETCHED_GRID, PerGroup, PerRow, PerTensor, mean_abs, unsigned_grid
+from lmcompress.numerics.grids import (
+    STRETCHED_GRID,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    mean_abs,
+    symmetric_grid,
+    unsigned_grid,
+)
 from lmcompress.numerics.packing import dequantize, pack, unpack
+from lmcompress.numerics.quantizers.base import check_finite, nearest_levels
 from lmcompress.numerics.quantizers.closed_form import binary, laq, tbt, twn
 from lmcompress.numerics.quantizers.learned import (
     dynamic_scaling,
@@ -493,6 +502,57 @@ def test_the_clip_of_least_error_is_found(granularity, bits):
     limits = mse_limits(w, bits=bits, granularity=granularity)
     shrunk = error(asymmetric(w, limits, bits=bits, granularity=granularity))
     assert (shrunk <= error(asymmetric(w, bits=bits, granularity=granularity)) * (1 + 1e-6)).all()
+
+
+def shares_of_the_whole(error, ones):
+    """The search as it is described, with nothing left out."""
+    best, least = ones, error(ones)
+    coarse = [ones * 2 ** (-power / 4) for power in range(1, 25)]
+    for shares in coarse:
+        now = error(shares)
+        best, least = torch.where(now < least, shares, best), torch.minimum(now, least)
+    start = best
+    for step in (-3, -2, -1, 1, 2, 3):
+        shares = (start * 2 ** (step / 16)).clamp(max=1.0)
+        now = error(shares)
+        best, least = torch.where(now < least, shares, best), torch.minimum(now, least)
+    return best
+
+
+@pytest.mark.parametrize("granularity", [PerRow(), PerGroup(32), PerTensor()], ids=str)
+@pytest.mark.parametrize("bits", ["ternary", 3, 4, 8])
+def test_a_search_in_blocks_of_rows_finds_the_very_scales_of_one_over_all(granularity, bits, monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    # rows of different size and shape, some with outliers, one of zeros, one that is uniform
+    w = torch.randn(40, 64, generator=generator) * torch.logspace(-3, 2, 40)[:, None]
+    w[3], w[5, 0], w[8] = 0.0, 1000.0, torch.linspace(-1, 1, 64)
+    grid, split = symmetric_grid(bits), granularity.split(w)
+    greatest = initial_clip(w, granularity=granularity)
+
+    def error(share):
+        scale = granularity.spread(greatest * share / grid.high, w.shape)
+        rounded = nearest_levels(split, scale, grid) * scale
+        return (rounded - split).square().mean(granularity.axes(split.dim())).reshape(greatest.shape)
+
+    expected = greatest * shares_of_the_whole(error, torch.ones_like(greatest))
+    whole = mse_clip(w, bits=bits, granularity=granularity)
+    limits = mse_limits(w, bits=bits, granularity=granularity)
+    monkeypatch.setattr("lmcompress.numerics.quantizers.ranges._BLOCK", 3 * 64)
+    assert torch.equal(whole, expected)
+    assert torch.equal(mse_clip(w, bits=bits, granularity=granularity), expected)
+    assert torch.equal(mse_limits(w, bits=bits, granularity=granularity), limits)
+    # as GPT-2 stores it
+    stored = w.t().contiguous().t()
+    torch.testing.assert_close(mse_clip(stored, bits=bits, granularity=granularity), expected, rtol=0.05, atol=0)
+
+
+def test_numbers_whose_sum_overflows_are_finite_and_the_others_are_named():
+    check_finite(torch.full((4,), 3e38))
+    wrong = torch.tensor([1.0, float("nan"), float("inf"), float("-inf")])
+    with pytest.raises(LmcompressError, match="got 3 of 4 that are NaN or infinite"):
+        check_finite(wrong)
+    with pytest.raises(LmcompressError, match="got 2 of 2"):
+        check_finite(wrong[2:])
 
 
 def test_given_ranges_stop_the_gradient_of_what_they_cut():

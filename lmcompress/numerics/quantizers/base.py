@@ -106,6 +106,10 @@ def check_finite(x: Tensor, name: str = "weights") -> None:
     Raises:
         LmcompressError: If there are NaN or infinite values.
     """
+    x = x.detach()
+    # one NaN or infinity makes the sum one, which is found in a quarter of the time; a sum may also overflow
+    if bool(torch.isfinite(x.sum())):
+        return
     finite = torch.isfinite(x)
     if not bool(finite.all()):
         wrong = int((~finite).sum())

@@ -1,8 +1,9 @@
 """lmcompress: compresses transformer language models by distillation, pruning and quantization, in Hugging Face terms.
 
 Importing this package registers its checkpoint format with Transformers: afterwards, ``AutoModel*.from_pretrained``
-rebuilds compressed checkpoints like any other. The import itself is cheap: torch and Transformers are
-imported on first use, so that ``lmcompress --help`` is instant.
+rebuilds compressed checkpoints like any other. Where the package is installed, importing torch does it too
+(:func:`autoload`). The import itself is cheap: torch and Transformers are imported on first use, so that
+``lmcompress --help`` is instant.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lmcompress.errors import CheckpointError, EquivalenceError, LmcompressError
 
 if TYPE_CHECKING:
     from lmcompress.checkpoint.config import CompressionConfig
+    from lmcompress.checkpoint.skeleton import model_from_config
     from lmcompress.families import anatomy_of
     from lmcompress.model import CompressedModel
 
@@ -34,12 +36,14 @@ __all__ = [
     "UnknownFamilyError",
     "__version__",
     "anatomy_of",
+    "model_from_config",
 ]
 
 _LAZY = {
     "CompressedModel": "lmcompress.model",
     "CompressionConfig": "lmcompress.checkpoint.config",
     "anatomy_of": "lmcompress.families",
+    "model_from_config": "lmcompress.checkpoint.skeleton",
 }
 _QUANTIZERS = "transformers.quantizers.auto"
 
@@ -73,34 +77,56 @@ class _RegisterWithTransformers(MetaPathFinder):
     ) -> ModuleSpec | None:
         """The spec of the module with the tables, with the entry added after execution; None for every other module.
 
+        Where this package was imported in the middle of that module's own import (which imports torch, and torch the
+        entry point), the tables are there at one of the next imports.
+
         Args:
             fullname: name of the imported module.
             path: path of its package.
             target: unused.
         """
-        spec = PathFinder.find_spec(fullname, path) if fullname == _QUANTIZERS else None
+        if fullname != _QUANTIZERS:
+            if _have_tables():
+                _register()
+            return None
+        spec = PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _register(module)
+            _register()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-def _register(quantizers: ModuleType) -> None:
+def _have_tables() -> bool:
+    return hasattr(sys.modules.get(_QUANTIZERS), "AUTO_QUANTIZER_MAPPING")
+
+
+def _register() -> None:
+    quantizers = sys.modules[_QUANTIZERS]
     # a self-loading checkpoint registered earlier checks less than this, so it is replaced
     quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING["lmcompress"] = _OnFirstUse()
     quantizers.AUTO_QUANTIZER_MAPPING["lmcompress"] = _OnFirstUse()
+    # a new list: another thread may be going through this one
+    sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _RegisterWithTransformers)]
 
 
-if _QUANTIZERS in sys.modules:
-    _register(sys.modules[_QUANTIZERS])
+if _have_tables():
+    _register()
 else:
     sys.meta_path.insert(0, _RegisterWithTransformers())
+
+
+def autoload() -> None:
+    """What torch calls once it is imported, by the entry point of pyproject.toml; the import was what it needed.
+
+    So the format is known wherever lmcompress is installed, to command lines and servers too that import torch and
+    Transformers only. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the environment turns it off, for all packages.
+    """
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -15,6 +15,9 @@ from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
 from lmcompress.errors import LmcompressError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Unit = Literal["examples", "labels", "tokens", "pairs"]
 UNITS: tuple[Unit, ...] = ("examples", "labels", "tokens", "pairs")
@@ -72,11 +75,32 @@ class Method:
         name: name in messages, and key of the method's state in training checkpoints.
         changes_shapes: whether :meth:`finish` cuts the model.
         changes_values: whether it determines the values of single weights.
+        goes_on: whether training may go on after :meth:`finish`: :meth:`resume` puts back what that took away.
+        captures: whether it reads features inside of the model, with hooks.
     """
 
     name: str
     changes_shapes: bool = False
     changes_values: bool = False
+    goes_on: bool = False
+    captures: bool = False
+    _created_with: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remembers the arguments, for :meth:`fresh`."""
+        self = super().__new__(cls)
+        self._created_with = (args, kwargs)
+        return self
+
+    def fresh(self) -> Self:
+        """The same method, not prepared yet: for the next model of a search over hyperparameters."""
+        args, kwargs = self._created_with
+        return type(self)(*args, **kwargs)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the schedule has come to its end: only from then on is a checkpoint a candidate for the best."""
+        return True
 
     @property
     def folds(self) -> bool:
@@ -94,6 +118,26 @@ class Method:
         Args:
             trainer: the :class:`~lmcompress.trainers.CompressionTrainer`; its ``student`` is the model, not wrapped.
         """
+
+    def replaces_batches(self, step: int) -> bool:
+        """Called before each optimizer step: whether it is to be taken on other batches than the data loader's.
+
+        Args:
+            step: optimizer steps done.
+        """
+        return False
+
+    def replace_batches(self, batches: list[Any], step: int) -> list[Any]:
+        """Called where :meth:`replaces_batches` says so, before units are counted; hooks record nothing.
+
+        Args:
+            batches: as the data loader gives them.
+            step: optimizer steps done.
+
+        Returns:
+            As many batches to train on in their place.
+        """
+        return batches
 
     def before_forward(self, step: Step) -> None:
         """Called before the student runs.
@@ -142,9 +186,26 @@ class Method:
     def finish(self) -> None:
         """Called after training: materialize the decisions and remove hooks."""
 
+    def release(self) -> None:
+        """Called when training ends, fails or is interrupted: give back what is borrowed, such as teachers.
+
+        :meth:`resume` may follow, and :meth:`finish`. Calling it twice changes nothing.
+        """
+
+    def resume(self, trainer: Any) -> None:
+        """Called before training begins once more: take again what :meth:`release` gave back.
+
+        Args:
+            trainer: as for :meth:`prepare`.
+        """
+
+    def detach(self) -> None:
+        """Let go of the student without finishing: remove every hook and every replacement of a module."""
+        self.release()
+
 
 class SteppedMethod(Method):
-    """A method that also acts before and after optimizer steps, called by :class:`StepCallback`."""
+    """A method that also acts before and after optimizer steps."""
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
         """Called when training begins or resumes, with a checkpoint's state loaded.
@@ -174,6 +235,9 @@ class SteppedMethod(Method):
             max_steps: optimizer steps of the run.
         """
 
+    def restored(self) -> None:
+        """Called when a checkpoint's state has been loaded after training, because it was the best."""
+
     def metrics(self) -> dict[str, float]:
         """Values for the log, in addition to the loss."""
         return {}
@@ -188,43 +252,59 @@ class TextReport:
         return written.getvalue()
 
 
-class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Notifies a :class:`SteppedMethod` of optimizer steps.
+def noted(unrecovered: str | None) -> str:
+    """A line for the caption of a report's table.
 
     Args:
-        method: the method to notify.
+        unrecovered: of the report.
+    """
+    return "" if unrecovered is None else f"\n{unrecovered}"
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Notifies the stepped methods of a trainer of its optimizer steps.
+
+    Args:
+        trainer: its ``methods`` are read anew each time, for a search makes new ones.
     """
 
-    def __init__(self, method: SteppedMethod) -> None:
-        self.method = method
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    @property
+    def _methods(self) -> list[SteppedMethod]:
+        return [method for method in self._trainer.methods if isinstance(method, SteppedMethod)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training begins or resumes."""
-        self.method.begin(state.max_steps, kwargs["optimizer"])
+        for method in self._methods:
+            method.begin(state.max_steps, kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An optimizer step begins."""
-        self.method.advance(state.global_step)
+        for method in self._methods:
+            method.advance(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are clipped."""
-        self.method.before_optimizer_step()
+        for method in self._methods:
+            method.before_optimizer_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights are updated."""
-        self.method.after_optimizer_step()
+        for method in self._methods:
+            method.after_optimizer_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training ends."""
-        self.method.end(state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Adds the method's values to the log."""
-        if logs is not None and "loss" in logs and state.log_history:
-            values = self.method.metrics()
-            logs.update(values)
-            # the entry was appended as a copy
-            state.log_history[-1].update(values)
+        self._trainer.cut_short = {
+            method.name: f"training ended at step {state.global_step} of {state.max_steps}, before the schedule of "
+            f"{method.name} had done its last step: the rest was done at once and not trained any more"
+            for method in self._methods
+            if not method.complete
+        }
+        for method in self._methods:
+            method.end(state.max_steps)
 
 
 def calibration_rows(trainer: Any, rows: int, batch_size: int, seed: int) -> list[Mapping[str, Tensor]]:

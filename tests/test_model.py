@@ -10,19 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from families import FFN, HEAD_SIZE, HEADS, HIDDEN, LABELS, LAYERS, auto_class, cut_unevenly, inputs, make, outputs
-from huggingface_hub import ModelCard
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     BertForQuestionAnswering,
+    BloomConfig,
+    BloomModel,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from lmcompress import CompressedModel, CompressionConfig, EquivalenceError, LmcompressError, UnknownFamilyError
 from lmcompress.checkpoint.cutting import keep_heads, keep_layers, keep_neurons
-from lmcompress.checkpoint.saving import outputs_of, push_folder, random_batches, replaced_folder
+from lmcompress.checkpoint.saving import outputs_of, random_batches, replaced_folder
 from lmcompress.checkpoint.schema import Provenance
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import anatomy_of
@@ -67,13 +66,13 @@ def test_the_representation_shows_class_and_shapes():
     assert repr(compressed) == "CompressedModel(BertForSequenceClassification, blocks=[2×4+12, 1×4+5])"
 
 
-def test_only_models_of_known_families_are_wrapped():
+def test_only_models_are_wrapped_and_only_those_of_known_families_have_shapes():
     with pytest.raises(LmcompressError, match="wraps a transformers PreTrainedModel, got Linear"):
         CompressedModel(torch.nn.Linear(2, 2))
-    with pytest.raises(UnknownFamilyError, match="t5"):
-        CompressedModel(
-            T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))
-        )
+    bloom = BloomModel(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
+    # it can be stored, and has no shapes that could be cut
+    with pytest.raises(UnknownFamilyError, match="does not know the model family 'bloom'.*clustering and storage"):
+        CompressedModel(bloom).structure  # noqa: B018
 
 
 @pytest.mark.parametrize("head", ["base", "classification", "tokens", "language"])
@@ -130,7 +129,7 @@ def test_a_vanilla_save_is_a_stock_checkpoint(family, tmp_path):
     compressed = CompressedModel.from_pretrained(tmp_path / "native")
     compressed.save_pretrained(tmp_path / "vanilla", format="vanilla")
     assert "quantization_config" not in json.loads((tmp_path / "vanilla" / "config.json").read_text())
-    assert compressed.model.is_quantized and compressed.model.hf_quantizer is not None
+    assert compressed.model.hf_quantizer is not None
     reloaded = auto_class(family, "classification").from_pretrained(tmp_path / "vanilla")
     assert not getattr(reloaded, "is_quantized", False) and torch.equal(outputs(reloaded), outputs(model))
 
@@ -352,55 +351,6 @@ def test_a_parent_that_is_a_file_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LmcompressError, match="cannot write to"):
         CompressedModel(make("bert")).save_pretrained(tmp_path / "file" / "m")
-
-
-class _Hub:
-    """Stands in for ``huggingface_hub.HfApi`` and remembers what it was asked."""
-
-    calls: list
-
-    def __init__(self, token=None):
-        self.calls.append(("login", token))
-
-    def create_repo(self, repo_id, **kwargs):
-        self.calls.append(("create_repo", repo_id, kwargs))
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.calls.append(("upload_folder", repo_id, everything_in(folder_path)))
-        return "https://huggingface.co/me/tiny/commit/1"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", _Hub)
-    monkeypatch.setattr(_Hub, "calls", [], raising=False)
-    return _Hub.calls
-
-
-def test_pushing_makes_the_repository_and_uploads_a_checked_checkpoint_with_its_card(hub):
-    compressed = CompressedModel(cut_unevenly(make("bert")), Provenance(base_model="/home/me/teacher"))
-    address = compressed.push_to_hub("me/tiny", private=True, token="t", format="self_loading")
-    assert address == "https://huggingface.co/me/tiny/commit/1"
-    (_, token), (_, made, how), (_, to, files) = hub
-    assert (token, made, to) == ("t", "me/tiny", "me/tiny") and how == {"private": True, "exist_ok": True}
-    assert {"README.md", "config.json", "model.safetensors", "lmcompress.json", "modeling_lmcompress.py"} <= set(files)
-    card = ModelCard(files["README.md"].decode())
-    assert card.data.base_model is None and "trust_remote_code=True" in card.text
-    assert b"/home/me" not in files["README.md"]
-
-
-def test_nothing_is_pushed_that_fails_the_round_trip_check(hub):
-    model = make("bert")
-    model.classifier.bias.data[0] = float("nan")
-    with pytest.raises(EquivalenceError, match="nan"):
-        CompressedModel(model).push_to_hub("me/tiny")
-    assert hub == []
-
-
-def test_a_folder_without_a_checkpoint_is_not_pushed(hub, tmp_path):
-    with pytest.raises(LmcompressError, match="holds no checkpoint.*push the folder that a run wrote its model to"):
-        push_folder(tmp_path, "me/tiny")
-    assert hub == []
 
 
 def test_random_batches_fit_the_model_and_the_last_is_padded(family):

@@ -19,9 +19,9 @@ from lmcompress.checkpoint.schema import (
 )
 from lmcompress.errors import CheckpointError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """1: blocks of their own shapes. 2: blocks without heads or neurons, a hidden size of its own. 3: packed weights. 4:
-compact layers, streams in place of tensors."""
+compact layers, streams in place of tensors. 5: several query heads to a key."""
 
 QUANT_METHOD = "lmcompress"
 """The name of the format in Transformers' tables."""
@@ -85,6 +85,7 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
             ("an encoding", 3, self.encoding is not None),
             ("compact layers", 4, self.layers),
             ("streams", 4, self.storage is not None),
+            ("several query heads to a key", 5, self.structure is not None and self.structure.queries > 1),
         ):
             if there and format_version < since:
                 raise CheckpointError(

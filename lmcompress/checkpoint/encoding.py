@@ -4,60 +4,58 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from lmcompress.checkpoint.behaviour import behave, has_codes, rule
 from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
 from lmcompress.checkpoint.layers import layers_of
-from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding, Encoding, GridEncoding, WeightEncoding
+from lmcompress.checkpoint.places import Packable, dense, described, entry_of, place_for, reading, untied
+from lmcompress.checkpoint.schema import AttentionEncoding, Encoding, WeightEncoding
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError, nearest
-from lmcompress.families import anatomy_of, is_conv1d, weight_view
-from lmcompress.families.weights import is_matrix, modules_by_path
-from lmcompress.nn.packed import InputRange, Layout, Packed, PackedConv1D, PackedEmbedding, PackedLinear, TiedHead
+from lmcompress.families import anatomy_of, name_of, outline_of, readers_of_encoder
+from lmcompress.families.fusing import compare_ranges, fuse, unfuse
+from lmcompress.families.matrices import is_matrix
+from lmcompress.families.weights import modules_by_path
+from lmcompress.nn.configs import own_config
+from lmcompress.nn.packed import Packed, PackedEmbedding, TiedEmbedding, TiedHead
+from lmcompress.nn.padding import follow_padding, release_padding
 from lmcompress.nn.quantized_attention import AttentionQuantizers, quantize_attention, release_attention
-from lmcompress.numerics.grids import PerGroup, PerRow, PerTensor
-from lmcompress.numerics.inputs import InputEncoding, check_input_range
-from lmcompress.numerics.packing import Container, container_for
-from lmcompress.numerics.quantizers.base import Quantized
-
-
-class Packable(NamedTuple):
-    """A quantized weight and the quantization of its module's input.
-
-    Attributes:
-        quantized: the weight as ``(out, in)``; embeddings by token.
-        inputs: quantization of the input; for token embeddings, of the input of the tied head.
-        input_range: scale and zero point, if the range of ``inputs`` is static.
-        container: storage of the codes in bytes; None is the smallest that holds them.
-    """
-
-    quantized: Quantized
-    inputs: ActivationEncoding | None = None
-    input_range: InputRange | None = None
-    container: Container | None = None
+from lmcompress.numerics.inputs import check_input_range
 
 
 def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules with a weight that can be packed or is packed, by path.
 
-    Paths are relative to the base model; modules of a task head have their own names. A head that is tied to the token
-    embeddings is not included, nor is a projection that pruning has emptied.
+    Paths are relative to the base model; modules of a task head have their own names. What is tied to the token
+    embeddings, such as a head, is not included, nor is a projection that pruning has emptied.
 
     Args:
         model: a model of a known family.
     """
-    head = tied_head(model)
+    tied = {id(module) for module in tied_modules(model).values()}
     return {
         path: module
         for path, module in modules_by_path(model).items()
-        if (is_matrix(module) or isinstance(module, Packed)) and module is not head
+        if (is_matrix(module) or isinstance(module, Packed)) and id(module) not in tied
+    }
+
+
+def tied_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that share the matrix of the token embeddings, by name: a head, the embeddings of both stacks.
+
+    Args:
+        model: on any device, ``meta`` too.
+    """
+    embedding = model.get_input_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (TiedHead, TiedEmbedding))
+        or (f"{name}.weight" in model.all_tied_weights_keys and is_matrix(module) and module is not embedding)
     }
 
 
@@ -70,7 +68,7 @@ def tied_head(model: PreTrainedModel) -> nn.Module | None:
     head = model.get_output_embeddings()
     if head is None or isinstance(head, TiedHead):
         return head
-    tied = f"{_name_of(model, head)}.weight" in model.all_tied_weights_keys
+    tied = f"{name_of(model, head)}.weight" in model.all_tied_weights_keys
     return head if tied else None
 
 
@@ -81,7 +79,7 @@ def pack_model(
 ) -> None:
     """Replace weights by codes and record it in the model's config.
 
-    A head that is tied to packed embeddings reads their codes afterwards.
+    What is tied to packed embeddings, such as a head, reads their codes afterwards.
 
     Args:
         model: modified in place, once everything has been checked; without parametrizations.
@@ -105,14 +103,18 @@ def pack_model(
                     f"the input of {path} cannot be quantized, it consists of ids and no head is tied to it; got "
                     f"{part.inputs}"
                 )
-        new = _place_for(old, _described(path, part), path)
+        new = place_for(old, described(path, part), path)
         new.fill(part.quantized, part.input_range)
         replaced[path] = new
     if not replaced:
         raise LmcompressError("there must be at least one module to pack, got none; nothing would be quantized")
+    names = _names(model)
     for path, module in replaced.items():
-        _replace(model, known[path], module)
+        _replace(model, names[id(known[path])], module)
     _tie(model)
+    follow_padding(model, readers_of_encoder(model))
+    fuse(model, outline_of(model).blocks)
+    compare_ranges(model)
     record_encoding(model, Encoding(weights=_grouped(model), attention=attention))
 
 
@@ -129,14 +131,16 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
         CheckpointError: If it names a module that the model lacks, though the checkpoint was written by a model
             of this class or the module is part of the backbone; or one that cannot be packed that way.
     """
-    known = matrices(model)
+    known, names = matrices(model), _names(model)
     same_class = (model.config.architectures or [""])[0] == type(model).__name__
-    family = anatomy_of(model).family
-    backbone = (family.blocks + ".", family.word_embeddings, family.position_embeddings)
+    family = outline_of(model).family
+    # a family may have no table of positions, and every path starts with ""
+    places = [(stack.blocks + ".", stack.word_embeddings, stack.position_embeddings) for stack in family.stacks]
+    backbone = tuple(path for paths in places for path in paths if path)
     for path, entry in encoding.by_module().items():
         if path in known:
             try:
-                _replace(model, known[path], _place_for(known[path], entry, path))
+                _replace(model, names[id(known[path])], place_for(known[path], entry, path))
             except CheckpointError:
                 raise
             except LmcompressError as error:
@@ -147,14 +151,16 @@ def encode_skeleton(model: PreTrainedModel, encoding: Encoding) -> None:
                 "or cannot pack: the config is damaged; load the checkpoint as it was written"
             )
     _tie(model)
+    follow_padding(model, readers_of_encoder(model))
+    fuse(model, outline_of(model).blocks)
     if encoding.attention is not None:
-        blocks = [block for block in anatomy_of(model).blocks if block.num_heads]
-        if not blocks:
+        attentions = [module for block in anatomy_of(model).blocks for module in block.attentions()]
+        if not attentions:
             raise CheckpointError(
                 "quantization_config.encoding quantizes attention, and no block has heads: the config "
                 "is damaged; load the checkpoint as it was written"
             )
-        quantize_attention(model, [block.get("attention") for block in blocks], encoding.attention)
+        quantize_attention(model, attentions, encoding.attention)
 
 
 def check_encoded(model: PreTrainedModel) -> None:
@@ -174,6 +180,7 @@ def check_encoded(model: PreTrainedModel) -> None:
                 scale = getattr(module, f"{role}_scale", None)
                 if scale is not None and not scale.is_meta:
                     check_input_range(scale, getattr(module, f"{role}_zero_point", None), encoding, f"{name}.{role}")
+    compare_ranges(model)
 
 
 def encoded_names(model: PreTrainedModel) -> set[str]:
@@ -206,12 +213,13 @@ def encoding_of(model: PreTrainedModel) -> Encoding | None:
 
 
 def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
-    """Record the encoding in a model's config; shapes and provenance stay.
+    """Record the encoding in a model's config, beside its current shapes and layers; provenance stays.
 
     Args:
-        model: its config is modified in place.
+        model: gets a config of its own, which is changed.
         encoding: None for a dense model.
     """
+    own_config(model)
     old = recorded_compression(model.config)
     new = CompressionConfig(
         stated_structure(model), old and old.provenance, encoding=encoding, layers=layers_of(model),
@@ -223,6 +231,10 @@ def record_encoding(model: PreTrainedModel, encoding: Encoding | None) -> None:
             del model.config.quantization_config
     else:
         model.config.quantization_config = new
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        quantizer.quantization_config = new
+    behave(model)
 
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
@@ -232,30 +244,65 @@ def unpacked(model: PreTrainedModel) -> PreTrainedModel:
         model: packed or not; unchanged.
 
     Returns:
-        A copy whose packed weights are float32 parameters, the tied head tied again.
+        A copy whose packed weights are float32 parameters, tied again where they were.
     """
-    model = copy.deepcopy(model)
+    return unpack(copy.deepcopy(model))
+
+
+def unpack(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Replace codes by the dequantized weights; activations are no longer quantized.
+
+    Args:
+        model: packed or not; modified in place.
+        dtype: dtype of all parameters afterwards.
+
+    Returns:
+        The same model, dense; what was tied is tied again.
+    """
     release_attention(model)
+    release_padding(model)
+    unfuse(model)
+    names = _names(model)
     for module in list(matrices(model).values()):
         if isinstance(module, Packed):
-            _replace(model, module, _dense(module))
-    head = model.get_output_embeddings()
-    if isinstance(head, TiedHead):
-        embedding = model.get_input_embeddings()
-        dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        dense.weight = embedding.weight
-        dense.register_parameter("bias", head.bias)
-        name = _name_of(model, head)
-        _replace(model, head, dense.train(head.training))
+            _replace(model, names[id(module)], dense(module))
+    embedding = model.get_input_embeddings()
+    for name, tied in tied_modules(model).items():
+        if isinstance(tied, (TiedHead, TiedEmbedding)):
+            _replace(model, name, untied(tied, embedding.weight))
+            model.all_tied_weights_keys[f"{name}.weight"] = f"{name_of(model, embedding)}.weight"
+    for module in model.modules():
         # back to those of the class
-        model.__dict__.pop("_tied_weights_keys", None)
-        model.all_tied_weights_keys[f"{name}.weight"] = f"{_name_of(model, embedding)}.weight"
+        module.__dict__.pop("_tied_weights_keys", None)
     record_encoding(model, None)
     if not hasattr(model.config, "quantization_config"):
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             model.__dict__.pop(name, None)
-    # bypasses Transformers, which refuses to cast what was loaded with a quantization config
-    return nn.Module.float(model)
+    return model.to(dtype)
+
+
+def is_encoded(model: PreTrainedModel) -> bool:
+    """Whether weights of a model are packed or its attention is quantized as its config records.
+
+    Args:
+        model: a model of a known family.
+    """
+    recorded = recorded_compression(model.config)
+    return has_codes(model) or (recorded is not None and recorded.encoding is not None)
+
+
+@rule(is_encoded)
+def dequantize(self: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Replace codes by the dequantized weights, in place; pruned shapes stay.
+
+    Args:
+        self: a packed model.
+        dtype: dtype of all parameters afterwards; default: float32, which holds the dequantized weights exactly.
+
+    Returns:
+        The same model.
+    """
+    return unpack(self, torch.float32 if dtype is None else dtype)
 
 
 def weight_count(model: nn.Module) -> int:
@@ -282,109 +329,43 @@ def packed_modules(model: PreTrainedModel) -> Iterator[tuple[str, Packed]]:
             yield path, module
 
 
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _names(model: nn.Module) -> dict[int, str]:
+    """Names of all modules by id."""
+    return {id(module): name for name, module in model.named_modules()}
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    parent, _, name = _name_of(model, old).rpartition(".")
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Let a head that shared the weight of embeddings read their codes now that they are packed."""
-    head, embedding = tied_head(model), model.get_input_embeddings()
-    if head is None or isinstance(head, TiedHead) or not isinstance(embedding, PackedEmbedding):
+    """Let what shared the weight of embeddings, such as a head, read their codes now that they are packed."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, PackedEmbedding):
         return
-    # Transformers would tie the weight again, which no longer exists
-    name = f"{_name_of(model, head)}.weight"
+    for path, module in tied_modules(model).items():
+        if isinstance(module, (TiedHead, TiedEmbedding)):
+            continue
+        # Transformers would tie the weight again, which no longer exists
+        _untie(model, f"{path}.weight")
+        _replace(model, path, reading(module, embedding))
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    """Take a weight from the lists of tied ones, of the model and of the models inside."""
     model.all_tied_weights_keys.pop(name)
-    model._tied_weights_keys = {target: source for target, source in model._tied_weights_keys.items() if target != name}
-    _replace(model, head, TiedHead(embedding, head.bias).train(head.training))  # type: ignore[arg-type]
+    for prefix, module in model.named_modules():
+        own = name.removeprefix(f"{prefix}." if prefix else "")
+        keys = getattr(module, "_tied_weights_keys", None)
+        if isinstance(keys, dict) and own in keys:
+            module._tied_weights_keys = {target: source for target, source in keys.items() if target != own}
 
 
 def _grouped(model: PreTrainedModel) -> tuple[WeightEncoding, ...]:
     """The encoding of a model's packed modules, grouped by kind."""
     groups: dict[WeightEncoding, list[str]] = {}
     for path, module in packed_modules(model):
-        kind = _entry(module.layout, module.inputs, path).model_copy(update={"modules": ()})
+        kind = entry_of(module.layout, module.inputs, path).model_copy(update={"modules": ()})
         groups.setdefault(kind, []).append(path)
     return tuple(kind.model_copy(update={"modules": tuple(paths)}) for kind, paths in groups.items())
-
-
-def _described(path: str, part: Packable) -> WeightEncoding:
-    quantized = part.quantized
-    container = container_for(quantized.grid) if part.container is None else part.container
-    layout = Layout(quantized.grid, container, quantized.granularity, quantized.zero_points is not None)
-    return _entry(layout, part.inputs, path)
-
-
-def _entry(layout: Layout, inputs: InputEncoding | None, path: str) -> WeightEncoding:
-    grid, granularity = layout.grid, layout.granularity
-    if not isinstance(granularity, (PerTensor, PerRow, PerGroup)):
-        raise LmcompressError(f"weights must share scales by tensor, row or group, got {granularity} for {path}")
-    try:
-        return WeightEncoding(
-            grid=GridEncoding(low=grid.low, levels=grid.levels, stride=grid.stride),
-            container=layout.container,
-            granularity=granularity.size
-            if isinstance(granularity, PerGroup)
-            else "row"
-            if isinstance(granularity, PerRow)
-            else "tensor",
-            zero_points=layout.zero_points,
-            inputs=None if inputs is None else _activation(inputs),
-            modules=(path,),
-        )
-    except ValidationError as error:
-        raise LmcompressError(f"{path} cannot be packed so: {error.errors()[0]['msg']}") from error
-
-
-def _activation(inputs: InputEncoding) -> ActivationEncoding:
-    names = ActivationEncoding.model_fields
-    return ActivationEncoding(**{name: getattr(inputs, name) for name in names})
-
-
-def _place_for(old: nn.Module, entry: WeightEncoding, path: str) -> Packed:
-    """An empty packed module of the shape of a dense one, with its bias."""
-    if isinstance(old, Packed):
-        raise LmcompressError(
-            f"{path} must be dense to be packed, it is packed already; see lmcompress.checkpoint.encoding.unpacked"
-        )
-    if is_parametrized(old):
-        raise LmcompressError(f"{path} must be packed without parametrizations; remove them first")
-    layout = Layout(entry.grid.grid(), entry.container, entry.grouping(), entry.zero_points)
-    new: Packed
-    if isinstance(old, nn.Embedding):
-        new = PackedEmbedding(
-            old.num_embeddings,
-            old.embedding_dim,
-            layout,
-            entry.inputs,
-            old.padding_idx,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-    else:
-        weight, bias = weight_view(old), old.bias
-        assert bias is None or isinstance(bias, nn.Parameter)
-        kind = PackedConv1D if is_conv1d(old) else PackedLinear
-        new = kind(weight.shape[1], weight.shape[0], layout, entry.inputs, bias, device=weight.device)
-    return new.train(old.training)
-
-
-def _dense(packed: Packed) -> nn.Module:
-    """A dense module with the dequantized weight of a packed one."""
-    weight = packed.dequantized()
-    new: nn.Module
-    if isinstance(packed, PackedEmbedding):
-        new = nn.Embedding(*packed.shape, padding_idx=packed.padding_idx, device="meta")
-    else:
-        assert isinstance(packed, (PackedLinear, PackedConv1D))
-        conv = isinstance(packed, PackedConv1D)
-        with torch.device("meta"):
-            new = Conv1D(packed.nf, packed.nx) if conv else nn.Linear(packed.in_features, packed.out_features)
-        new.bias = packed.bias
-        weight = weight.t().contiguous() if conv else weight
-    new.weight = nn.Parameter(weight)
-    return new.train(packed.training)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
+from lmcompress.checkpoint.behaviour import behave
 from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
 from lmcompress.checkpoint.schema import (
     CompactLayer,
@@ -21,11 +22,23 @@ from lmcompress.checkpoint.schema import (
 )
 from lmcompress.checkpoint.structure import stated_structure
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features, is_conv1d, new_projection, out_features
+from lmcompress.families import (
+    Family,
+    ZeroWidthLinear,
+    anatomy_of,
+    in_features,
+    is_conv1d,
+    name_of,
+    new_projection,
+    out_features,
+    outline_of,
+)
+from lmcompress.families.coupled import READ_STREAM, WRITE_STREAM
+from lmcompress.families.matrices import embedding_scale
 from lmcompress.families.mixing import mix_locally, mixing_of
-from lmcompress.families.narrow import READ_STREAM, WRITE_STREAM
 from lmcompress.families.tied_blocks import empty_shared, fill_shared, shared_sources
 from lmcompress.nn.base import Compact
+from lmcompress.nn.configs import own_config
 from lmcompress.nn.embedding import FactorizedEmbedding, FactorizedHead
 from lmcompress.nn.grouped import GroupedLinear
 from lmcompress.nn.low_rank import LowRankLinear
@@ -48,7 +61,7 @@ def layers_of(model: PreTrainedModel) -> tuple[CompactLayer, ...]:
     Raises:
         LmcompressError: If two blocks share some of their parameters but not all.
     """
-    anatomy = anatomy_of(model)
+    anatomy = outline_of(model)
     prefix = model.base_model_prefix + "."
     kinds: dict[CompactLayer, list[str]] = {}
     for name, module in model.named_modules():
@@ -84,12 +97,14 @@ def record_layers(model: PreTrainedModel) -> None:
     """Record a model's compact layers in its config; shapes and provenance stay.
 
     Args:
-        model: dense except for its compact layers; its config is modified in place.
+        model: dense except for its compact layers; gets a config of its own, which is changed.
     """
+    own_config(model)
     old = recorded_compression(model.config)
     model.config.quantization_config = CompressionConfig(
         stated_structure(model), old and old.provenance, layers=layers_of(model), storage=old and old.storage
     )
+    behave(model)
 
 
 def compact_modules(model: nn.Module) -> dict[str, Compact]:
@@ -205,16 +220,17 @@ def mixing_place(model: PreTrainedModel, index: int, kernel: int) -> SeparableMi
     Raises:
         LmcompressError: If the block has no heads, or its values are compact already.
     """
-    family, block = anatomy_of(model).family, anatomy_of(model).blocks[index]
+    block = anatomy_of(model).blocks[index]
     if mixing_of(block) is not None:
         raise LmcompressError(f"block {index} must attend to be replaced, it mixes neighbours already")
     if block.num_heads == 0:
         raise LmcompressError(f"block {index} must have heads to be replaced, pruning has removed all")
-    old = block.get("qkv" if family.qkv else "value")
+    old = block.get(block.value_part)
     check_replaceable(old, f"the values of block {index}")
-    channels = block.num_heads * block.head_size
+    channels = block.num_heads * block.head_width
     inner = new_projection(old, in_width=in_features(old), out_width=channels)
-    new = SeparableMixing(inner, in_features(old), channels, kernel, family.causal, **_likeness(old))
+    causal = anatomy_of(model).causal or block.looks_back
+    new = SeparableMixing(inner, in_features(old), channels, kernel, causal, **_likeness(old))
     return new.train(old.training)
 
 
@@ -224,7 +240,15 @@ def factorized_place(old: nn.Embedding, rank: int) -> FactorizedEmbedding:
     Args:
         old: the table.
         rank: rank of the new embeddings.
+
+    Raises:
+        LmcompressError: If the table multiplies what it looks up, as Gemma's does.
     """
+    if embedding_scale(old) is not None:
+        raise LmcompressError(
+            f"a {type(old).__name__} multiplies the embeddings that it looks up, which factorized ones cannot: leave "
+            "the embeddings as they are"
+        )
     new = FactorizedEmbedding(old.num_embeddings, old.embedding_dim, rank, old.padding_idx, **_likeness(old))
     return new.train(old.training)
 
@@ -242,7 +266,7 @@ def put(model: PreTrainedModel, path: str, new: nn.Module) -> None:
     head = model.get_output_embeddings()
     if not isinstance(new, FactorizedEmbedding) or head is None:
         return
-    tied = next(f"{n}.weight" for n, module in model.named_modules() if module is head)
+    tied = f"{name_of(model, head)}.weight"
     if tied in model.all_tied_weights_keys:
         # Transformers would tie the weight again, which no longer exists
         model.all_tied_weights_keys.pop(tied)
@@ -300,7 +324,8 @@ def _build(model: PreTrainedModel, entry: CompactLayer) -> None:
         check_replaceable(old, path)
         new: nn.Module
         if isinstance(entry, FactorizedEmbeddings):
-            assert isinstance(old, nn.Embedding)
+            if not isinstance(old, nn.Embedding):
+                raise LmcompressError(f"{path} must be an embedding table to be factorized, got a {type(old).__name__}")
             new = factorized_place(old, entry.rank)
         elif isinstance(entry, LowRankLayers):
             new = low_rank_place(old, entry.rank)
@@ -309,15 +334,25 @@ def _build(model: PreTrainedModel, entry: CompactLayer) -> None:
         put(model, path, new)
 
 
+def _is_part(path: str, stack: Family) -> bool:
+    """Whether a path is that of a projection in a block."""
+    start, _, rest = path.removeprefix(f"{stack.blocks}.").partition(".")
+    places = {getattr(stack, part) for part in PARTS} - {""}
+    return path.startswith(f"{stack.blocks}.") and start.isdecimal() and rest in places
+
+
 def _dense_at(model: PreTrainedModel, path: str, *, embedding: bool) -> nn.Module:
     """The replaceable module at a path: a block's projection, or the token embeddings."""
     family = anatomy_of(model).family
     if embedding:
+        if family.decoder is not None:
+            raise LmcompressError(
+                f"the embeddings of a {family.model_type} belong to its encoder, its decoder and its head, and cannot "
+                "be factorized; leave them out"
+            )
         known = path == family.word_embeddings
     else:
-        start, _, rest = path.removeprefix(f"{family.blocks}.").partition(".")
-        places = {getattr(family, part) for part in PARTS}
-        known = path.startswith(f"{family.blocks}.") and start.isdecimal() and rest in places - {""}
+        known = any(_is_part(path, stack) for stack in family.stacks)
     try:
         if known:
             return model.base_model.get_submodule(path)

@@ -7,7 +7,7 @@ weight loading, ``is_serializable``, ``is_trainable``, ``is_qat_trainable``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from lmcompress.checkpoint.behaviour import behave
 from lmcompress.checkpoint.config import QUANT_METHOD, CompressionConfig
-from lmcompress.checkpoint.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of
+from lmcompress.checkpoint.encoding import check_encoded, encode_skeleton, encoded_names, encoding_of, unpack
 from lmcompress.checkpoint.files import Stored, safetensors_header
+from lmcompress.checkpoint.guard import allow, open_config, open_model
 from lmcompress.checkpoint.layers import finish_replaced, replace_skeleton
-from lmcompress.checkpoint.streams import Place, decode_streams, open_streams
-from lmcompress.checkpoint.structure import shape_skeleton
+from lmcompress.checkpoint.streams import Place, decode_streams, name_in_model, open_streams
+from lmcompress.checkpoint.structure import check_config, shape_skeleton
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.families import anatomy_of
+from lmcompress.families import outline_of
+from lmcompress.families.shaping import leave_out_pooler
 
 _STORED_AS = {torch.uint8: "U8", torch.float32: "F32"}
 
@@ -41,10 +44,29 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
         self._expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._streams: list[Place] = []
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the config: takes the word from it that keeps others from building the model.
+
+        Args:
+            config: modified in place.
+
+        Raises:
+            CheckpointError: If it has implausible numbers or sizes; building the stock skeleton could take forever.
+        """
+        check_config(config, self.quantization_config.structure)
+        return open_config(config)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        open_model(model)
         config = self.quantization_config
+        files = [Path(file) for file in checkpoint_files or ()]
+        # files of other kinds are left to Transformers
+        readable = checkpoint_files is not None and all(file.suffix == ".safetensors" for file in files)
+        found = {name: stored for file in files if readable for name, stored in safetensors_header(file).items()}
+        if readable:
+            leave_out_pooler(model, found, outline_of(model).family.pooler)
         if config.structure is not None:
             shape_skeleton(model, config.structure)
         replace_skeleton(model, config.layers)
@@ -52,12 +74,11 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
             encode_skeleton(model, config.encoding)
         encoded = encoded_names(model)
         self._expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-        files = [Path(file) for file in checkpoint_files or ()]
         if config.storage is not None and config.storage.streams:
             _refuse_offloading(kwargs.get("device_map"))
             self._streams = open_streams(model, config.storage, files, encoded.union(_backbone_names(model)))
-        if checkpoint_files is not None:
-            check_files(model, files, encoded.union(place.name for place in self._streams))
+        if readable:
+            check_tensors(model, found, encoded.union(place.name for place in self._streams))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -86,7 +107,23 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
             check_encoded(model)
             # tensors of a head that this model lacks are ignored
             config.encoding = encoding_of(model)
+        # in Transformers the flag means that neither casts nor a Trainer are possible: here both are, and where codes
+        # cannot be trained, packed modules say so in the first step
+        model.is_quantized = False
+        behave(model)
         return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replace codes by the dequantized weights, in place; ``model.dequantize()`` calls it. Pruned shapes stay.
+
+        Args:
+            model: a loaded model, packed or not.
+            dtype: dtype of all parameters afterwards; default: float32, which holds the dequantized weights exactly.
+
+        Returns:
+            The same model.
+        """
+        return unpack(model, torch.float32 if dtype is None else dtype)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         """True: a loaded model can be saved again with ``save_pretrained``.
@@ -98,17 +135,18 @@ class LmcompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """True: a pruned model is an ordinary model that any Trainer may train."""
-        return True
+        """Whether the model can be trained: a pruned one as any other, codes not at all."""
+        return self.quantization_config.encoding is None
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True: ``Trainer`` may train all weights (its name for the question)."""
-        return True
+        """The same: ``Trainer`` may train all weights or none."""
+        return self.is_trainable
 
 
 def register() -> None:
     """Register the method "lmcompress" with Transformers; safe to call twice."""
+    allow()
     # a second registration raises; a self-loading checkpoint registered earlier checks less than this
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
@@ -125,7 +163,7 @@ def _refuse_offloading(device_map: Any) -> None:
         )
 
 
-def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable[str]) -> None:
+def check_tensors(model: PreTrainedModel, found: Mapping[str, Stored], encoded: Iterable[str]) -> None:
     """Refuse files whose tensors do not match the model, before anything is allocated for them.
 
     Otherwise a missing tensor would be filled with random values and a warning. Only a head that the checkpoint never
@@ -133,23 +171,17 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable
 
     Args:
         model: the skeleton in its final shapes.
-        files: the safetensors files of the checkpoint; files of other kinds are left to Transformers.
+        found: the tensors in the safetensors files of the checkpoint.
         encoded: names of the tensors that are codes, scales or streams, which must not be cast.
 
     Raises:
-        CheckpointError: If a file is damaged, or a tensor is missing, has another shape, or is unexpected in a block.
+        CheckpointError: If a tensor is missing, has another shape, or is unexpected in a block.
     """
-    paths = list(files)
-    if any(path.suffix != ".safetensors" for path in paths):
-        return
-    found: dict[str, Stored] = {}
-    for path in paths:
-        found |= safetensors_header(path)
     prefix = model.base_model_prefix + "."
     # a block described without heads whose file has some
-    blocks = anatomy_of(model).family.blocks + "."
+    blocks = tuple(stack.blocks + "." for stack in outline_of(model).family.stacks)
     expected = {name.removeprefix(prefix) for name in model.state_dict()}
-    found = {name.removeprefix(prefix): stored for name, stored in found.items()}
+    found = {name_in_model(model, name).removeprefix(prefix): stored for name, stored in found.items()}
     for name in found:
         if name.startswith(blocks) and name not in expected:
             raise CheckpointError(
@@ -183,9 +215,9 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], encoded: Iterable
 
 def _backbone_names(model: PreTrainedModel) -> list[str]:
     """Names in the state dict of what every checkpoint of the family has: blocks and embeddings, no pooler or head."""
-    anatomy = anatomy_of(model)
+    anatomy = outline_of(model)
     parts: list[nn.Module] = [anatomy.block_list]
-    parts += [m for p in ("word_embeddings", "position_embeddings") if (m := anatomy.embedding(p)) is not None]
+    parts += [m for p in ("word_embeddings", "position_embeddings") for m in anatomy.embeddings(p)]
     # kept alive so that no other tensor takes over its id
     wanted = [tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()]
     ids = {id(tensor) for tensor in wanted}

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from lmcompress.numerics.grids import PER_TENSOR, Granularity, Grid, PerGroup, PerRow
 from lmcompress.numerics.packing import container_for
@@ -58,14 +66,41 @@ class Structure(Strict):
     Blocks are numbered, not named by path: the same map holds with and without a head.
 
     Attributes:
-        head_size: width of one attention head, the same everywhere.
+        head_size: width of one query, key or value, the same everywhere.
         blocks: one shape per block; as many as the config has layers.
         hidden: width of the residual stream, if it differs from the stock config's.
+        queries: query heads that read one key/value head; heads are then counted by their keys. Left out of
+            ``config.json`` if it is 1.
+        encoder: number of blocks, from the first, that belong to the encoder of a model with a decoder that reads it.
+            Left out of ``config.json`` of models with one stack.
     """
 
     head_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
     blocks: Annotated[tuple[BlockShape, ...], _FROM_LIST, Field(min_length=1, max_length=MAX_BLOCKS)]
     hidden: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
+    queries: Annotated[int, Field(ge=1, le=MAX_HEADS)] = 1
+    encoder: Annotated[int, Field(ge=1, lt=MAX_BLOCKS)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        if self.queries == 1:
+            del values["queries"]
+        if self.encoder is None:
+            values.pop("encoder", None)
+        return values
+
+    @property
+    def head_width(self) -> int:
+        """Width of the output of one head: that of all its queries."""
+        return self.head_size * self.queries
+
+    @property
+    def stacks(self) -> tuple[tuple[BlockShape, ...], ...]:
+        """The shapes of the blocks of each stack."""
+        if self.encoder is None:
+            return (self.blocks,)
+        return self.blocks[: self.encoder], self.blocks[self.encoder :]
 
 
 class ActivationEncoding(Strict):

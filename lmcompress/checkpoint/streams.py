@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
+from lmcompress.checkpoint.guard import FIELD, NATIVE
 from lmcompress.checkpoint.schema import Storage
 from lmcompress.entropy_coding import Coder, decode, stream_shape, stream_tensor
 from lmcompress.errors import CheckpointError, LmcompressError
@@ -57,6 +60,7 @@ def store_as_streams(folder: Path, coder: Coder) -> Storage:
         temporary.replace(file)
     _restate_size(folder)
     storage = Storage(coder=coder, streams=streams)
+    config[FIELD] = NATIVE
     described["storage"] = storage.model_dump(mode="json", exclude_defaults=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     return storage
@@ -100,9 +104,10 @@ def open_streams(
     model._adjust_bias = lambda *_: None
     prefix = model.base_model_prefix + "."
     # a checkpoint of a task model has its base under a prefix, one of a base model has none
-    lengths = {name.removeprefix(prefix): length for name, length in storage.streams.items()}
+    keys = {name: name_in_model(model, name).removeprefix(prefix) for name in storage.streams}
+    lengths = {keys[name]: length for name, length in storage.streams.items()}
     heads = lengths.keys() - {name.removeprefix(prefix) for name in fixed}
-    shapes = _stream_shapes(files, {name for name in storage.streams if name.removeprefix(prefix) in heads}, prefix)
+    shapes = _stream_shapes(files, {name: key for name, key in keys.items() if key in heads})
     tied = set(model.all_tied_weights_keys)
     places = []
     for name, owner, own, tensor in list(_tensors(model)):
@@ -112,7 +117,23 @@ def open_streams(
             continue
         places.append(Place(name, tuple(tensor.shape), tensor.dtype))
         _put(owner, own, torch.empty(length, dtype=torch.uint8, device=tensor.device))
+        if not owner._buffers and sum(one is not None for one in owner._parameters.values()) == 1:
+            # Pegasus' table of positions is initialized by its shape, which a stream has not
+            owner._is_hf_initialized = True  # type: ignore[assignment]
     return places
+
+
+def name_in_model(model: PreTrainedModel, name: str) -> str:
+    """The name in the model of a tensor that files have under an older name, such as GPT-NeoX's ``embed_out``.
+
+    Args:
+        model: the model or its skeleton.
+        name: name in the files.
+    """
+    for transform in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(transform, WeightRenaming):
+            name = transform.rename_source_key(name)[0]
+    return name
 
 
 def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
@@ -150,16 +171,16 @@ def decode_streams(model: PreTrainedModel, places: list[Place]) -> None:
         del stream
 
 
-def _stream_shapes(files: Iterable[Path], names: Collection[str], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the streams in files, by name without the base model's prefix."""
+def _stream_shapes(files: Iterable[Path], keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the streams in files, by key, from names in the files to keys."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files if names else ():
+    for file in files if keys else ():
         # the loader, which reads all files, reports their damage
         with suppress(SafetensorError), safe_open(str(file), framework="pt") as source:
-            for name in set(source.keys()).intersection(names):
+            for name in set(source.keys()).intersection(keys):
                 stream = source.get_tensor(name)
                 if stream.dtype is torch.uint8 and stream.dim() == 1:
-                    shapes[name.removeprefix(prefix)] = stream_shape(stream, name)
+                    shapes[keys[name]] = stream_shape(stream, name)
     return shapes
 
 

@@ -47,6 +47,9 @@ MODELS = {
     "bert-compact": ("bert", "language", lambda m: compact_uneven(cut_unevenly(m))),
     "gpt2-compact": ("gpt2", "language", lambda m: compact_causal(cut_to_nothing(m))),
     "distilbert-shared": ("distilbert", "classification", shared_uneven),
+    # grouped queries, rotary positions and a gate: dense, and of 8 bits
+    "llama": ("llama", "language", cut_to_nothing),
+    "llama-8": ("llama", "language", lambda m: packed(cut_unevenly(m), "minmax", 8, inputs="token")),
     # streams: a tied head, cut blocks
     "gpt2-streams": ("gpt2", "language", lambda m: sparse(cut_to_nothing(m))),
     "bert-streams": ("bert", "classification", lambda m: sparse(cut_unevenly(m))),

@@ -7,16 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from families import (
-    BY_NAME,
-    HEAD_SIZE,
-    auto_class,
-    cut_to_nothing,
-    cut_unevenly,
-    inputs,
-    make,
-    outputs,
-)
+from families import BY_NAME, FAMILIES, HEAD_SIZE, auto_class, cut_to_nothing, cut_unevenly, inputs, make, outputs
 from packing import INPUTS, packed, packed_with_attention, parts_of, projections, quantized
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,6 +34,11 @@ from lmcompress.pruning.structured.surgery import refuse_quantized
 
 QUANTIZERS = [("minmax", 8), ("elastic", 4), ("minmax", 3), ("elastic", 2), ("twn", "ternary"), ("binary", 1),
               ("asymmetric_minmax", 4)]  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
 
 
 def whole(model):
@@ -208,9 +204,11 @@ def test_codes_are_one_row_of_bytes_so_that_nothing_takes_them_for_weights(famil
 
 
 _LOAD_PLAIN = """
+# past the word that refuses the config (tests/checkpoint/test_entry_point.py), to the shapes in the files
+how = {"experts_implementation": "eager"}
 for auto, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
-        getattr(transformers, auto).from_pretrained(folder)
+        getattr(transformers, auto).from_pretrained(folder, **how)
         print("loaded", auto)
     except RuntimeError as error:
         print("refused", auto)
@@ -279,11 +277,10 @@ def test_a_pipeline_runs(saved):
     assert answer[0]["label"].startswith("LABEL_")
 
 
-@pytest.mark.parametrize("format", ["vanilla", "self_loading"])
-def test_formats_that_have_no_codes_are_refused_with_the_reason(saved, format, tmp_path):
+def test_a_format_that_has_no_codes_is_refused_with_the_reason(saved, tmp_path):
     model, _ = saved("bert")
-    with pytest.raises(LmcompressError, match=f"no {format} form.*(codes|packed)"):
-        CompressedModel(model).save_pretrained(tmp_path / "m", format=format)
+    with pytest.raises(LmcompressError, match="no vanilla form.*codes"):
+        CompressedModel(model).save_pretrained(tmp_path / "m", format="vanilla")
     assert not (tmp_path / "m").exists()
     assert CompressedModel(model).report()["vanilla"] is False
 

@@ -13,6 +13,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, Trainer, TrainingArguments
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import lmcompress.checkpoint.loader
@@ -23,6 +24,11 @@ from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import anatomy_of
 
 HEADS = [*AUTO_CLASSES, "language"]
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +411,16 @@ def test_absurd_stock_sizes_are_refused_before_a_skeleton_is_built(damaged, chan
     with pytest.raises(Exception, match="config.json says|divi|multiple") as caught:
         CompressedModel.from_pretrained(folder)
     assert isinstance(caught.value, CheckpointError) or "divi" in str(caught.value) or "multiple" in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(HfQuantizer, "update_attn_implementation"), reason="no hook before the skeleton")
+@pytest.mark.parametrize("layers", [10**9, 1000])
+def test_an_auto_class_builds_no_absurd_skeleton_either(damaged, layers, monkeypatch):
+    folder = damaged()
+    _spoil_config(folder, num_hidden_layers=layers)
+    monkeypatch.setattr(nn.Linear, "__init__", lambda *args, **kwargs: pytest.fail("a skeleton was built"))
+    with pytest.raises(CheckpointError, match=f"config.json says {layers} layers[;,] (a model has|.* describes 2)"):
+        _load(folder)
 
 
 @pytest.mark.parametrize("value", ["three", None, [3], 2.5, {"a": 1}], ids=str)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from families import FAMILIES, auto_class, cut_to_nothing, cut_unevenly, inputs, make, outputs, sparse
+from families import BY_NAME, FAMILIES, auto_class, cut_to_nothing, cut_unevenly, inputs, make, outputs, sparse
 from packing import packed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -74,7 +74,7 @@ def test_packed_models_become_streams(family, bits, tmp_path):
     model.get_input_embeddings().weight.fill_(1)
     measured = CompressedModel(model).save_pretrained(tmp_path / "streams", storage="zstd")
     assert measured.max_error == 0.0
-    loaded = auto_class(next(f for f in FAMILIES if f.name == family), "language").from_pretrained(tmp_path / "streams")
+    loaded = auto_class(BY_NAME[family], "language").from_pretrained(tmp_path / "streams")
     assert same_state(loaded, model)
     names = recorded_compression(type(loaded.config).from_pretrained(tmp_path / "streams")).storage.streams
     assert any("wte" in name or "word_embeddings" in name for name in names)
@@ -164,7 +164,11 @@ def test_half_precision_stays(tmp_path):
 def test_shards_load_and_their_index_says_their_size(tmp_path, monkeypatch):
     model = sparse(make("bert"))
     save = type(model).save_pretrained
-    monkeypatch.setattr(type(model), "save_pretrained", lambda self, path: save(self, path, max_shard_size="6KB"))
+    monkeypatch.setattr(
+        type(model),
+        "save_pretrained",
+        lambda self, path, **given: save(self, path, **(given | {"max_shard_size": "6KB"})),
+    )
     CompressedModel(model).save_pretrained(tmp_path / "streams", storage="auto")
     files = list((tmp_path / "streams").glob("*.safetensors"))
     assert len(files) > 1

@@ -23,6 +23,11 @@ some_heads = st.lists(st.sampled_from(range(HEADS)), unique=True, min_size=1)
 some_neurons = st.lists(st.sampled_from(range(FFN)), unique=True, min_size=1)
 
 
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
+
+
 def _zero_all_but(module, kept, size):
     """The reference: a pre-hook on a projection zeroes those of its inputs that will be cut."""
     mask = torch.zeros(in_features(module))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -22,3 +23,13 @@ def tiny_arguments(folder: Path, **changes: Any) -> TrainingArguments:
         data_seed=3,
     )
     return TrainingArguments(**(values | changes))
+
+
+def rows(count: int = 24, labels: bool = True) -> list[dict[str, torch.Tensor]]:
+    """Rows of ten random tokens without padding, of the three classes of ``families.make`` in turn."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, 64, (count, 10), generator=generator)
+    return [
+        {"input_ids": one, "attention_mask": torch.ones_like(one)} | ({"labels": torch.tensor(n % 3)} if labels else {})
+        for n, one in enumerate(ids)
+    ]

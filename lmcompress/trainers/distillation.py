@@ -1,74 +1,27 @@
-"""DistillationTrainer: a teacher and a configuration, turned into a method of the training loop."""
+"""DistillationTrainer: a student that learns from its teacher or teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
-
-from lmcompress.distillation.config import DistillationConfig
 from lmcompress.distillation.method import Distillation
-from lmcompress.distillation.teachers import Teachers
 from lmcompress.errors import LmcompressError
-from lmcompress.method import Method
-from lmcompress.model import CompressedModel
+from lmcompress.trainers.building import Asked
 from lmcompress.trainers.compression import CompressionTrainer
-
-Report = TypeVar("Report")
 
 
 class DistillationTrainer(CompressionTrainer):
-    """Fits ``model`` to its teacher or teachers.
+    """Fits ``model`` to its ``teacher`` or teachers; see :class:`CompressionTrainer` for the arguments.
 
-    Args:
-        model: the student.
-        teacher: a model, another source of outputs, or several of them.
-        args: as for ``Trainer``.
-        distillation: compared features and their weights; default: logits and labels.
-        methods: further methods in the same run.
-        **kwargs: as for :class:`CompressionTrainer`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel | CompressedModel,
-        teacher: Teachers,
-        args: TrainingArguments | None = None,
-        distillation: DistillationConfig | None = None,
-        methods: Sequence[Method] = (),
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, args, [*taught(teacher, distillation), *methods], **kwargs)
-
-
-def taught(teacher: Teachers | None, distillation: DistillationConfig | None) -> list[Method]:
-    """The method for a trainer's ``teacher`` and ``distillation``, if there is a teacher.
-
-    Args:
-        teacher: one or several.
-        distillation: compared features and their weights; default: logits and labels.
-
-    Returns:
-        One method, or none.
+    Without ``distillation``, logits and labels are compared.
 
     Raises:
-        LmcompressError: If a distillation has no teacher.
+        LmcompressError: If there is no teacher, or :class:`CompressionTrainer` refuses.
     """
-    if teacher is None and distillation is not None:
-        raise LmcompressError("distillation needs a teacher, got none; pass teacher=, or leave distillation out")
-    return [] if teacher is None else [Distillation(distillation or DistillationConfig(), teacher)]
 
-
-def finished(report: Report | None) -> Report:
-    """The report of a method, available once the trainer has finished.
-
-    Args:
-        report: report of the method, or None.
-
-    Raises:
-        LmcompressError: If there is none yet.
-    """
-    if report is None:
-        raise LmcompressError("there is no report before finish(): call it after train()")
-    return report
+    def _completed(self, asked: Asked, args: Any) -> Asked:
+        asked = super()._completed(asked, args)
+        distilled = not callable(asked.methods) and any(isinstance(m, Distillation) for m in asked.methods)
+        if asked.teacher is None and not callable(asked.methods) and not distilled:
+            raise LmcompressError("distillation needs a teacher, got none; pass teacher=, a model or several")
+        return asked

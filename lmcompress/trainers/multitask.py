@@ -19,6 +19,7 @@ from lmcompress.errors import CheckpointError, LmcompressError, nearest
 from lmcompress.method import Method, Step, Term
 from lmcompress.model import CompressedModel
 from lmcompress.trainers.compression import CompressionTrainer
+from lmcompress.trainers.saving import write_finished
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
@@ -88,10 +89,16 @@ class MultiTaskDistillation(Method):
     """
 
     name = "multi_task_distillation"
+    goes_on = True
+    captures = True
 
     def __init__(self, methods: Mapping[str, Distillation]) -> None:
         self.methods = dict(methods)
         self._task = ""
+
+    def fresh(self) -> MultiTaskDistillation:
+        """The same, with fresh methods of the tasks."""
+        return MultiTaskDistillation({task: method.fresh() for task, method in self.methods.items()})
 
     def prepare(self, trainer: Any) -> None:
         """Prepare each task's distillation for its student; see :class:`~lmcompress.method.Method`.
@@ -105,6 +112,11 @@ class MultiTaskDistillation(Method):
         if set(self.methods) != set(trainer.student.models):
             raise LmcompressError(
                 f"the student's tasks are {sorted(trainer.student.models)}, the teachers' {sorted(self.methods)}"
+            )
+        if writes := [task for task, method in self.methods.items() if method.config.on_policy is not None]:
+            raise LmcompressError(
+                f"task {writes[0]!r}: on_policy lets the student of one task write texts; leave it out, or distil this "
+                "task by itself"
             )
         for task, method in self.methods.items():
             try:
@@ -171,6 +183,20 @@ class MultiTaskDistillation(Method):
         for method in self.methods.values():
             method.finish()
 
+    def release(self) -> None:
+        """Give all teachers back."""
+        for method in self.methods.values():
+            method.release()
+
+    def resume(self, trainer: Any) -> None:
+        """Take all teachers again.
+
+        Args:
+            trainer: as for :meth:`prepare`.
+        """
+        for method in self.methods.values():
+            method.resume(trainer)
+
 
 class MultiTaskTrainer(CompressionTrainer):
     """The training loop for a :class:`MultiTaskStudent`; tasks are sampled by the tempered share of their rows.
@@ -194,8 +220,8 @@ class MultiTaskTrainer(CompressionTrainer):
         self,
         model: MultiTaskStudent,
         args: TrainingArguments | None = None,
-        methods: Sequence[Method] = (),
         *,
+        methods: Sequence[Method] = (),
         train_datasets: Mapping[str, Sequence[dict[str, Any]]],
         collators: Mapping[str, Collate],
         tau: float = 1.0,
@@ -208,13 +234,12 @@ class MultiTaskTrainer(CompressionTrainer):
                 )
         dataset = MultiTaskDataset(train_datasets)
         super().__init__(
-            model, args, methods, train_dataset=dataset, data_collator=MultiTaskCollator(collators), **kwargs
+            model, args, train_dataset=dataset, data_collator=MultiTaskCollator(collators), methods=methods, **kwargs
         )
         self.tau = tau
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of one task each, on every process the same task."""
-        assert isinstance(self.train_dataset, MultiTaskDataset)
         batches = TaskSampledBatches(
             self.train_dataset.sizes,
             self._train_batch_size,
@@ -233,24 +258,19 @@ class MultiTaskTrainer(CompressionTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write each task's model to its folder, with a round-trip check except for training checkpoints.
+    def _write_checkpoint(self, folder: str | None, internal: bool) -> None:
+        if self.args.should_save:
+            for task, model in self.student.models.items():
+                model.save_pretrained(Path(folder or self.args.output_dir) / task)
 
-        Args:
-            output_dir: default: that of the arguments.
-            _internal_call: whether ``Trainer`` calls, for a checkpoint.
-        """
-        if not self.args.should_save:
-            return
+    def _write_finished(self, folder: Path) -> None:
+        tokenizer = self.processing_class
         for task, model in self.student.models.items():
-            folder = Path(output_dir or self.args.output_dir) / task
-            if _internal_call:
-                model.save_pretrained(folder)
-            else:
-                CompressedModel(model).save_pretrained(folder)
+            write_finished(CompressedModel(model), folder / task, tokenizer=tokenizer)
 
-    def _models(self) -> list[Any]:
-        return list(self.student.models.values())
+    @property
+    def _saves_compressed(self) -> bool:
+        return True
 
     def _model_for(self, batch: Mapping[str, Any]) -> PreTrainedModel:
         model: PreTrainedModel = self.student.model_for(batch["task"])
@@ -258,6 +278,9 @@ class MultiTaskTrainer(CompressionTrainer):
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {**super()._student_inputs(inputs), "task": inputs["task"]}
+
+    def _load_best_student(self) -> None:
+        self._load_student(self.state.best_model_checkpoint, None)
 
     def _load_student(self, folder: str, model: nn.Module | None) -> None:
         for task, head in self.student.models.items():

@@ -1,69 +1,41 @@
-"""PruningTrainer: a configuration of pruning, and optionally a teacher, turned into methods of the training loop."""
+"""PruningTrainer: a model that is pruned while it is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
-
-from lmcompress.distillation.config import DistillationConfig
-from lmcompress.distillation.teachers import Teachers
 from lmcompress.errors import LmcompressError
-from lmcompress.method import Method
-from lmcompress.model import CompressedModel
-from lmcompress.pruning.structured.config import PruningConfig
-from lmcompress.pruning.structured.costs import CostModel
 from lmcompress.pruning.structured.method import StructuredPruning
 from lmcompress.pruning.structured.report import PruningReport
+from lmcompress.trainers.building import Asked, finished, only
 from lmcompress.trainers.compression import CompressionTrainer
-from lmcompress.trainers.distillation import finished, taught
 
 
 class PruningTrainer(CompressionTrainer):
-    """Prunes ``model`` while it is trained on labels, on a teacher, or on both.
+    """Prunes ``model`` while it is trained on labels, on a ``teacher``, or on both.
 
-    After :meth:`train`, :meth:`finish` cuts the model and returns the report; until then pruned units are masked.
-    With a teacher, labels have the weight given in ``distillation``, 1 by default.
-
-    Args:
-        model: the student.
-        args: as for ``Trainer``.
-        pruning: the parts, the target and the schedule.
-        teacher: a model, another source of outputs, or several of them; often a copy of the unpruned model.
-        distillation: compared features and their weights; default: logits and labels. A match with ``student: nearest``
-            learns from the teacher's layer in the nearest remaining block.
-        methods: further methods in the same run.
-        calibration: batches for scores and repair; default: rows of the training data.
-        cost: a latency table, for a latency target.
-        **kwargs: as for :class:`CompressionTrainer`.
+    Pruned units are masked in training, and cut at its end. With a teacher, often a copy of the unpruned model, labels
+    have the weight given in ``distillation``, 1 by default; a match with ``student: nearest`` learns from the teacher's
+    layer in the nearest remaining block. See :class:`CompressionTrainer` for the arguments.
 
     Raises:
-        LmcompressError: If there is no configuration, a distillation has no teacher, or no shape can meet the target.
+        LmcompressError: If there is no configuration in ``pruning``, no shape can meet the target, or
+            :class:`CompressionTrainer` refuses.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | CompressedModel,
-        args: TrainingArguments | None = None,
-        pruning: PruningConfig | None = None,
-        teacher: Teachers | None = None,
-        distillation: DistillationConfig | None = None,
-        methods: Sequence[Method] = (),
-        *,
-        calibration: Sequence[Mapping[str, Tensor]] | None = None,
-        cost: CostModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if pruning is None:
+    def _completed(self, asked: Asked, args: Any) -> Asked:
+        asked = super()._completed(asked, args)
+        if asked.pruning is None:
             raise LmcompressError(
                 "pruning must say what to prune and how much, got None; for instance "
-                "PruningConfig(target=Target(sparsity=0.5))"
+                "pruning=PruningConfig(target=Target(sparsity=0.5))"
             )
-        self.pruning = StructuredPruning(pruning, calibration=calibration, cost=cost)
-        # gates are hooked first: distillation captures gated features
-        super().__init__(model, args, [self.pruning, *taught(teacher, distillation), *methods], **kwargs)
+        return asked
+
+    @property
+    def pruning(self) -> StructuredPruning:
+        """The method."""
+        return only(self.methods, StructuredPruning)
 
     @property
     def report(self) -> PruningReport:

@@ -35,7 +35,9 @@ def test_gradient_accumulation_does_not_change_the_step(tmp_path, kind, soft):
         student, teacher = student_and_teacher(kind)
         args = arguments(tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
         config = DistillationConfig(weight=soft, matches=ALL_UNITS if soft else (), chunk_tokens=3)
-        trainer = DistillationTrainer(student, teacher, args, config, train_dataset=ragged_rows(kind))
+        trainer = DistillationTrainer(
+            student, args, teacher=teacher, distillation=config, train_dataset=ragged_rows(kind)
+        )
         trainer.train()
         trained.append(student.state_dict())
         logged.append({k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")})
@@ -61,7 +63,11 @@ def test_a_language_model_is_trained_on_the_mean_over_predicted_tokens(tmp_path,
     student, teacher = student_and_teacher("causal")
     if method:
         DistillationTrainer(
-            student, teacher, arguments(tmp_path), DistillationConfig(weight=0.0, chunk_tokens=5), train_dataset=rows
+            student,
+            arguments(tmp_path),
+            teacher=teacher,
+            distillation=DistillationConfig(weight=0.0, chunk_tokens=5),
+            train_dataset=rows,
         ).train()
     else:
         CompressionTrainer(student, arguments(tmp_path), train_dataset=rows).train()
@@ -82,7 +88,12 @@ def test_every_term_is_logged_by_name_with_its_share_of_the_gradient(tmp_path):
     student, teacher = student_and_teacher("classification")
     config = DistillationConfig(matches=ALL_UNITS)
     trainer = DistillationTrainer(
-        student, teacher, arguments(tmp_path), config, train_dataset=ragged_rows("classification"), gradient_shares=1
+        student,
+        arguments(tmp_path),
+        teacher=teacher,
+        distillation=config,
+        train_dataset=ragged_rows("classification"),
+        gradient_shares=1,
     )
     trainer.train()
     logs = trainer.state.log_history[0]
@@ -109,7 +120,7 @@ def test_a_run_killed_and_resumed_ends_as_one_that_was_not(tmp_path, kind, sampl
             tmp_path / folder, max_steps=6, optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0,
             lr_scheduler_type="linear", train_sampling_strategy=sampling, **changes,
         )  # fmt: skip
-        return DistillationTrainer(student, teacher, args, config, train_dataset=ragged_rows(kind))
+        return DistillationTrainer(student, args, teacher=teacher, distillation=config, train_dataset=ragged_rows(kind))
 
     whole = trainer("whole")
     whole.train()
@@ -141,7 +152,7 @@ def test_resuming_with_other_methods_is_refused(tmp_path):
     config = DistillationConfig(matches=[Match(loss="hidden_mse", student=1, teacher=1, projection="tanh")])
     student, teacher = student_and_teacher("classification")
     trainer = DistillationTrainer(
-        student, teacher, arguments(tmp_path, max_steps=4), config, train_dataset=ragged_rows("c")
+        student, arguments(tmp_path, max_steps=4), teacher=teacher, distillation=config, train_dataset=ragged_rows("c")
     )
     with pytest.raises(CheckpointError, match="was written without these methods"):
         trainer.train(resume_from_checkpoint=True)
@@ -153,7 +164,9 @@ def test_projections_are_trained_clipped_and_never_saved_with_the_student(tmp_pa
         loss="hidden_mse", student=1, teacher=1, projection="linear", projection_learning_rate=1.0, weight=100.0
     )
     config = DistillationConfig(matches=[match], max_projection_norm=1e-3)
-    trainer = DistillationTrainer(student, teacher, arguments(tmp_path), config, train_dataset=ragged_rows("c"))
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=teacher, distillation=config, train_dataset=ragged_rows("c")
+    )
     (projection,) = trainer.methods[0].modules().values()
     before = [p.detach().clone() for p in projection.parameters()]
     trainer.train()
@@ -179,7 +192,7 @@ class Constant(Method):
 def test_a_term_without_gradient_is_refused(tmp_path):
     student, _ = student_and_teacher("classification")
     trainer = CompressionTrainer(
-        student, arguments(tmp_path), [Constant(torch.tensor(1.0))], train_dataset=ragged_rows("c")
+        student, arguments(tmp_path), methods=[Constant(torch.tensor(1.0))], train_dataset=ragged_rows("c")
     )
     with pytest.raises(LmcompressError, match="'constant' has no gradient"):
         trainer.train()
@@ -189,24 +202,18 @@ def test_a_term_that_stays_zero_is_refused(tmp_path):
     student, _ = student_and_teacher("classification")
     args = arguments(tmp_path, max_steps=60, logging_steps=10, learning_rate=0.0)
     zero = torch.zeros((), requires_grad=True)
-    trainer = CompressionTrainer(student, args, [Constant(zero)], train_dataset=ragged_rows("c"))
+    trainer = CompressionTrainer(student, args, methods=[Constant(zero)], train_dataset=ragged_rows("c"))
     with pytest.raises(LmcompressError, match="'constant' has been exactly zero for 50 steps.*Usual causes"):
         trainer.train()
-
-
-def test_label_smoothing_and_foreign_losses_are_refused(tmp_path):
-    student, _ = student_and_teacher("classification")
-    with pytest.raises(LmcompressError, match="label_smoothing_factor must be 0"):
-        CompressionTrainer(student, arguments(tmp_path, label_smoothing_factor=0.1))
-    with pytest.raises(LmcompressError, match="compute_loss_func is not used"):
-        CompressionTrainer(student, arguments(tmp_path), compute_loss_func=lambda *a, **k: 0)
 
 
 def test_evaluation_is_the_loss_on_labels_and_leaves_nothing_captured(tmp_path):
     student, teacher = student_and_teacher("classification")
     config = DistillationConfig(matches=ALL_UNITS)
     rows = ragged_rows("c")
-    trainer = DistillationTrainer(student, teacher, arguments(tmp_path), config, train_dataset=rows, eval_dataset=rows)
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=teacher, distillation=config, train_dataset=rows, eval_dataset=rows
+    )
     ours = trainer.evaluate()["eval_loss"]
     assert not trainer.methods[0]._capture._kept
     theirs = Trainer(student, arguments(tmp_path), eval_dataset=rows).evaluate()["eval_loss"]
@@ -219,8 +226,8 @@ def test_bf16_trains_near_fp32_and_losses_are_float32(tmp_path, kind):
     for bf16 in (False, True):
         student, teacher = student_and_teacher(kind)
         trainer = DistillationTrainer(
-            student, teacher, arguments(tmp_path, bf16=bf16), DistillationConfig(matches=ALL_UNITS),
-            train_dataset=ragged_rows(kind),
+            student, arguments(tmp_path, bf16=bf16), teacher=teacher,
+            distillation=DistillationConfig(matches=ALL_UNITS), train_dataset=ragged_rows(kind),
         )  # fmt: skip
         trainer.train()
         losses.append(trainer.state.log_history[0])
@@ -243,9 +250,9 @@ def test_compiled_training_gives_the_same_step(tmp_path, kind, backend):
         student, teacher = student_and_teacher(kind)
         DistillationTrainer(
             student,
-            teacher,
             arguments(tmp_path, **compiled),
-            DistillationConfig(matches=ALL_UNITS),
+            teacher=teacher,
+            distillation=DistillationConfig(matches=ALL_UNITS),
             train_dataset=ragged_rows(kind),
         ).train()
         trained.append(student.state_dict())
@@ -262,7 +269,7 @@ def test_checkpoints_of_a_cut_student_reload(tmp_path, make_model):
     keep_heads(anatomy_of(student).blocks[0], [1, 3])
     keep_neurons(anatomy_of(student).blocks[1], range(5))
     args = arguments(tmp_path, save_strategy="steps", save_steps=1)
-    trainer = DistillationTrainer(CompressedModel(student), teacher, args, train_dataset=ragged_rows("c"))
+    trainer = DistillationTrainer(CompressedModel(student), args, teacher=teacher, train_dataset=ragged_rows("c"))
     trainer.train()
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
     torch.testing.assert_close(reloaded.state_dict(), student.state_dict(), rtol=0, atol=0)
@@ -271,7 +278,7 @@ def test_checkpoints_of_a_cut_student_reload(tmp_path, make_model):
 def test_a_distillation_is_a_method_like_any_other(tmp_path):
     student, teacher = student_and_teacher("classification")
     method = Distillation(DistillationConfig(), teacher)
-    trainer = CompressionTrainer(student, arguments(tmp_path), [method], train_dataset=ragged_rows("c"))
+    trainer = CompressionTrainer(student, arguments(tmp_path), methods=[method], train_dataset=ragged_rows("c"))
     trainer.train()
     trainer.finish()
     assert not any(module._forward_hooks for module in student.modules())

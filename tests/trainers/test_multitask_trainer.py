@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from transformers import AutoModelForSequenceClassification
 
 from lmcompress import CheckpointError, LmcompressError
-from lmcompress.distillation import Distillation, DistillationConfig, Match
+from lmcompress.distillation import Distillation, DistillationConfig, Match, OnPolicy
 from lmcompress.trainers import MultiTaskDistillation, MultiTaskStudent, MultiTaskTrainer
 
 KINDS = {"topic": "classification", "score": "regression"}
@@ -34,8 +34,8 @@ def trainer(folder, models=None, config=CONFIG, tau=0.5, dropout=0.0, **changes)
     method = MultiTaskDistillation({task: Distillation(config, teacher) for task, teacher in heads(2).items()})
     rows = {"topic": ragged_rows("classification", 24), "score": ragged_rows("regression", 8)}
     return MultiTaskTrainer(
-        student, arguments(folder, per_device_train_batch_size=4, **changes), [method], train_datasets=rows, tau=tau,
-        collators=dict.fromkeys(KINDS, default_collate),
+        student, arguments(folder, per_device_train_batch_size=4, **changes), methods=[method],
+        train_datasets=rows, tau=tau, collators=dict.fromkeys(KINDS, default_collate),
     )  # fmt: skip
 
 
@@ -63,13 +63,13 @@ def test_one_task_alone_trains_as_without_the_others(tmp_path):
     MultiTaskTrainer(
         MultiTaskStudent({"topic": student}),
         args,
-        [method],
+        methods=[method],
         train_datasets={"topic": rows},
         collators={"topic": default_collate},
     ).train()
     trained.append(student.state_dict())
     student = heads(1)["topic"]
-    DistillationTrainer(student, heads(2)["topic"], args, CONFIG, train_dataset=rows).train()
+    DistillationTrainer(student, args, teacher=heads(2)["topic"], distillation=CONFIG, train_dataset=rows).train()
     trained.append(student.state_dict())
     torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
 
@@ -124,16 +124,18 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         student = MultiTaskStudent({"score": heads(1)["score"]})
         method = MultiTaskDistillation({"score": Distillation(config, heads(2)["score"])})
         MultiTaskTrainer(
-            student, arguments(tmp_path), [method], train_datasets={"score": ragged_rows("regression")},
+            student, arguments(tmp_path), methods=[method], train_datasets={"score": ragged_rows("regression")},
             collators={"score": default_collate},
         )  # fmt: skip
+    with pytest.raises(LmcompressError, match="task 'topic': on_policy lets the student of one task write texts"):
+        trainer(tmp_path, config=CONFIG.model_copy(update={"on_policy": OnPolicy()}))
     with pytest.raises(
         LmcompressError, match=r"the student's tasks are \['score', 'topic'\], the teachers' \['topic'\]"
     ):
         method = MultiTaskDistillation({"topic": Distillation(CONFIG, heads(2)["topic"])})
         rows = {"topic": ragged_rows("classification"), "score": ragged_rows("regression")}
         MultiTaskTrainer(
-            MultiTaskStudent(heads(1)), arguments(tmp_path), [method], train_datasets=rows,
+            MultiTaskStudent(heads(1)), arguments(tmp_path), methods=[method], train_datasets=rows,
             collators=dict.fromkeys(KINDS, default_collate),
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from lmcompress.pruning.structured.targets import Target
 from lmcompress.quantization import ActivationScheme, Quantization, QuantizationConfig, Rule, WeightScheme
 from lmcompress.schedules import Gradual, Iterative, OneShot
 from lmcompress.trainers import CompressionTrainer, PruningTrainer, QuantizationTrainer
-from lmcompress.trainers.quantization import default_distillation
+from lmcompress.trainers.building import default_distillation
 
 STEPS = 8
 
@@ -61,7 +61,9 @@ def trainer_of(folder, config, family="gpt2", head="language", teacher=None, dro
     student = make(family, head, seed=1) if student is None else student
     set_dropout(student, dropout)
     args = tiny_arguments(folder, **(changes | given.pop("changes", {})))
-    return QuantizationTrainer(student, args, config, teacher, train_dataset=rows(head == "language"), **given)
+    return QuantizationTrainer(
+        student, args, quantization=config, teacher=teacher, train_dataset=rows(head == "language"), **given
+    )
 
 
 def losses(trainer) -> list[float]:
@@ -255,7 +257,7 @@ def test_pruning_and_quantization_and_distillation_in_one_run(tmp_path, name, ac
 
 def test_codes_are_those_of_the_masked_model_and_not_made_anew(tmp_path):
     pruning = StructuredPruning(PRUNINGS["gradual"])
-    trainer = trainer_of(tmp_path, scheme(bits=2, activations=None), methods=[pruning], dropout=0.0)
+    trainer = trainer_of(tmp_path, scheme(bits=2, activations=None), methods=[pruning], dropout=0.0, auto_finish=False)
     trainer.train()
     pruning.freeze()
     quantized = trainer.quantization.faked.quantized()
@@ -280,14 +282,21 @@ def test_what_cannot_be_cut_and_packed_is_refused_before_training(tmp_path):
     with pytest.raises(LmcompressError, match="must end with gates of 0 and 1"):
         trainer_of(tmp_path, scheme(), methods=[pruning(schedule=HardConcrete())])
     with pytest.raises(LmcompressError, match="pruning must come before quantization"):
-        CompressionTrainer(make("bert"), tiny_arguments(tmp_path), [Quantization(), pruning()], train_dataset=rows())
+        CompressionTrainer(
+            make("bert"), tiny_arguments(tmp_path), methods=[Quantization(), pruning()], train_dataset=rows()
+        )
 
 
 def test_pruning_trainer_takes_quantization_as_a_further_method(tmp_path):
     student, quantization = make("bert", seed=1), Quantization(scheme(bits=4))
     args = tiny_arguments(tmp_path, max_steps=4)
     trainer = PruningTrainer(
-        student, args, PRUNINGS["one_shot"], make("bert", seed=1), methods=[quantization], train_dataset=rows()
+        student,
+        args,
+        pruning=PRUNINGS["one_shot"],
+        teacher=make("bert", seed=1),
+        methods=[quantization],
+        train_dataset=rows(),
     )
     trainer.train()
     trainer.finish()
@@ -308,14 +317,6 @@ def test_default_distillation_is_the_papers():
 def test_a_distillation_needs_a_teacher(tmp_path):
     with pytest.raises(LmcompressError, match="distillation needs a teacher"):
         trainer_of(tmp_path, None, distillation=DistillationConfig())
-
-
-def test_the_best_checkpoint_is_not_loaded(tmp_path):
-    changes = dict(
-        load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2
-    )
-    with pytest.raises(LmcompressError, match="load_best_model_at_end must be false with quantization"):
-        trainer_of(tmp_path, None, changes=changes, eval_dataset=rows(True))
 
 
 def test_it_learns_at_two_bits(tmp_path):

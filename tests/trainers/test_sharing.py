@@ -32,7 +32,9 @@ def trainer_of(folder, config=None, teacher=None, family="bert", **given):
     set_dropout(student, 0.1)
     changes = {"max_steps": STEPS, "learning_rate": 1e-2, "weight_decay": 0.1} | given.pop("changes", {})
     config = SharingConfig(clusters=6) if config is None else config
-    return SharingTrainer(student, tiny_arguments(folder, **changes), config, teacher, train_dataset=rows(), **given)
+    return SharingTrainer(
+        student, tiny_arguments(folder, **changes), sharing=config, teacher=teacher, train_dataset=rows(), **given
+    )
 
 
 def counts(model) -> list[int]:

@@ -65,7 +65,7 @@ def trainer_of(folder, config, net=None, **given):
     )
     net = mlp() if net is None else net
     args = tiny_arguments(folder, **(changes | given.pop("changes", {})))
-    return SparsityTrainer(net, args, config, train_dataset=rows(48), data_collator=default_collate, **given)
+    return SparsityTrainer(net, args, sparsity=config, train_dataset=rows(48), data_collator=default_collate, **given)
 
 
 def config_for(name):
@@ -216,7 +216,12 @@ def test_a_student_is_made_sparse_while_it_learns_from_its_teacher(tmp_path, fam
         row["attention_mask"] = torch.ones_like(row["input_ids"])
         row["labels"] = row["input_ids"] if head == "language" else torch.tensor(number % 3)
     trainer = SparsityTrainer(
-        student, args, CONFIGS[name], teacher, DistillationConfig(temperature=1.0), train_dataset=examples
+        student,
+        args,
+        sparsity=CONFIGS[name],
+        teacher=teacher,
+        distillation=DistillationConfig(temperature=1.0),
+        train_dataset=examples,
     )
     trainer.train()
     trainer.finish()
@@ -244,7 +249,7 @@ def test_with_structured_pruning_the_model_is_masked_and_then_cut(tmp_path, name
     pruning = StructuredPruning(PruningConfig(target=Target(sparsity=0.3), criterion="l1", schedule=OneShot(begin=0.3)))
     methods = [sparsity, pruning] if first else [pruning, sparsity]
     args = tiny_arguments(tmp_path, max_steps=10, learning_rate=1e-3)
-    trainer = CompressionTrainer(student, args, methods, train_dataset=examples_for(student))
+    trainer = CompressionTrainer(student, args, methods=methods, train_dataset=examples_for(student))
     trainer.train()
     masked = outputs(student.eval())
     trainer.finish()
@@ -262,7 +267,7 @@ def test_with_quantization_what_is_packed_is_sparse(tmp_path, name, first):
     sparsity, quantization = Sparsity(CONFIGS[name]), Quantization(QuantizationConfig())
     args = tiny_arguments(tmp_path, max_steps=10, learning_rate=1e-3)
     methods = [sparsity, quantization] if first else [quantization, sparsity]
-    trainer = CompressionTrainer(student, args, methods, train_dataset=examples_for(student))
+    trainer = CompressionTrainer(student, args, methods=methods, train_dataset=examples_for(student))
     trainer.train()
     trainer.finish()
     assert sparsity.report.sparsity == pytest.approx(0.8, abs=0.01)
@@ -276,7 +281,9 @@ def test_convolutions_are_pruned_by_rules_of_their_own(tmp_path):
         sparsity=0.9, rules=(SparsityRule(modules="layers.[03]", sparsity=0.5),), schedule=Gradual(every=2)
     )
     args = tiny_arguments(tmp_path, max_steps=STEPS, remove_unused_columns=False)
-    trainer = SparsityTrainer(net, args, config, train_dataset=rows(24, image=True), data_collator=default_collate)
+    trainer = SparsityTrainer(
+        net, args, sparsity=config, train_dataset=rows(24, image=True), data_collator=default_collate
+    )
     trainer.train()
     trainer.finish()
     assert [round(row.sparsity, 1) for row in trainer.report.matrices] == [0.5, 0.5, 0.9, 0.9]
@@ -303,9 +310,6 @@ def test_what_cannot_be_trained_is_refused_before(tmp_path):
         trainer_of(tmp_path, None)
     with pytest.raises(LmcompressError, match="distillation needs a teacher"):
         trainer_of(tmp_path, CONFIGS["gradual"], distillation=DistillationConfig())
-    with pytest.raises(LmcompressError, match="load_best_model_at_end must be false with sparsity"):
-        changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
-        trainer_of(tmp_path, CONFIGS["gradual"], changes=changes, eval_dataset=rows(8))
     with pytest.raises(LmcompressError, match="finish.. must come after train"):
         trainer_of(tmp_path, CONFIGS["gradual"]).finish()
     with pytest.raises(LmcompressError, match="there is no report before finish"):

@@ -37,11 +37,11 @@ class BlockwiseMatmul:
         flat, matrix = x.reshape(-1, width), replace(self.matrix, trusted=True)
         multiply: Callable[[Matrix, Tensor | None], Tensor]
         if self.integers and self.inputs is not None:
-            parts = input_bytes(self.inputs.quantized(x), static=self.inputs.encoding.range == "static")
+            parts = input_bytes(self.inputs.quantized(x))
 
             def multiply(rows: Matrix, bias: Tensor | None) -> Tensor:
                 prepacked = IntMM().prepack(rows, bias, self.inputs, x.dtype)
-                return prepacked.of_codes(*parts)  # type: ignore[attr-defined]
+                return prepacked.of_codes(*parts)
         elif self.inputs is not None:
             values = self.inputs.quantized(x).values.reshape(-1, width)
 

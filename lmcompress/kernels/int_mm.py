@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.kernels.integers import Int8Matmul, IntegerKernel, by_row, row_sums, signed_codes
-from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
+from lmcompress.kernels.matrix import Inputs, Matrix
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class IntMM(IntegerKernel):
 
     name: str = "int_mm"
 
-    def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Prepacked:
+    def prepack(self, matrix: Matrix, bias: Tensor | None, inputs: Inputs | None, dtype: torch.dtype) -> Int8Matmul:
         """The codes as int8, padded with zeros where the operation needs it."""
         codes, zeros = signed_codes(matrix)
         sums, scales = row_sums(codes, zeros), by_row(matrix.scales, matrix)
@@ -41,4 +41,4 @@ class IntMM(IntegerKernel):
                 x = torch.nn.functional.pad(x, (0, columns, 0, max(0, least - tokens)))
             return torch._int_mm(x, right)[:tokens, :out]
 
-        return Int8Matmul(multiply, out, zeros, sums, scales, bias, inputs, scaled=False)
+        return Int8Matmul(multiply, out, zeros, sums, scales, bias, inputs)

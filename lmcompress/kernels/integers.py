@@ -13,6 +13,8 @@ from lmcompress.kernels.matrix import Inputs, Matrix
 from lmcompress.numerics.grids import PerGroup
 from lmcompress.numerics.quantizers.base import Quantized
 
+_INT32 = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class IntegerKernel:
@@ -24,15 +26,22 @@ class IntegerKernel:
 
     greatest: int = 128
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
-        """Why a matmul is not an integer one, or its codes are too large; ``None`` if the kernel accepts it."""
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype, few: bool = False) -> str | None:
+        """Why a matmul is not an integer one, or its codes or sums are too large; ``None`` if the kernel takes it."""
         if inputs is None:
             return "only weights are quantized"
         if isinstance(matrix.granularity, PerGroup):
             return "scales belong to groups, and an integer sum runs over whole rows"
         # as in `signed_codes`
         reach = 128 if matrix.grid.high > 127 else max(abs(matrix.grid.low), matrix.grid.high)
-        return f"codes up to {reach} may saturate on this processor" if reach > self.greatest else None
+        if reach > self.greatest:
+            return f"codes up to {reach} may saturate on this processor"
+        low, high = matrix.grid.low, matrix.grid.high
+        # from its zero point a code is at most as far as the grid is wide; an input's byte is at most 255 from its own
+        most = _INT32 // (255 * (max(abs(low), high) if matrix.zero_points is None else high - min(low, 0)))
+        if matrix.shape[1] > most:
+            return f"sums over {matrix.shape[1]:,} columns may overflow 32 bits, which hold {most:,} of them"
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +49,13 @@ class Int8Matmul:
     """An int8 matmul ``(tokens, in) -> (tokens, out)`` between the quantizer before and the scales after.
 
     Attributes:
-        multiply: returns int32, or float32 times the scales of rows if ``scaled``.
+        multiply: returns int32.
         out: rows of the matrix.
         zeros: ``(out,)`` int32, zero points of rows, or ``None``.
         sums: ``(out,)`` int32, sums of codes minus zero points.
         scales: ``(out,)`` float32.
         bias: ``(out,)`` or None.
         inputs: quantization of the input.
-        scaled: whether ``multiply`` applies the scales.
     """
 
     multiply: Callable[[Tensor], Tensor]
@@ -57,27 +65,21 @@ class Int8Matmul:
     scales: Tensor
     bias: Tensor | None
     inputs: Inputs | None
-    scaled: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.inputs is None:
             raise LmcompressError("integers multiply quantized inputs, got none; use the reference")
-        codes, scales, zero_points = input_bytes(
-            self.inputs.quantized(x), static=self.inputs.encoding.range == "static"
-        )
+        codes, scales, zero_points = input_bytes(self.inputs.quantized(x))
         return self.of_codes(codes, scales, zero_points).reshape(*x.shape[:-1], self.out)
 
     def of_codes(self, x: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
         """``(tokens, out)`` float32 from int8 codes ``(tokens, in)``, their scales and zero points."""
-        product, sums = self.multiply(x), self.sums
+        product = self.multiply(x)
         if self.zeros is not None:
-            right = x.sum(dim=1, keepdim=True, dtype=torch.int32) * self.zeros
-            product = product - (right * self.scales if self.scaled else right)
-        if self.scaled:
-            return finished(product, zero_points, scales, sums * self.scales, self.bias)
+            product = product - x.sum(dim=1, keepdim=True, dtype=torch.int32) * self.zeros
         if zero_points is not None:
-            product = product - zero_points * sums
-        return finished(product * self.scales, None, scales, sums, self.bias)
+            product = product - zero_points * self.sums
+        return finished(product * self.scales, None, scales, self.sums, self.bias)
 
 
 def by_row(numbers: Tensor, matrix: Matrix) -> Tensor:
@@ -106,13 +108,10 @@ def row_sums(codes: Tensor, zeros: Tensor | None) -> Tensor:
     return sums if zeros is None else sums - codes.shape[1] * zeros
 
 
-def input_bytes(quantized: Quantized, *, static: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def input_bytes(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes ``(tokens, in)`` int8; scales ``(tokens or 1, 1)``, and zero points, same shape, int32 or ``None``."""
     levels = quantized.levels.reshape(-1, quantized.levels.shape[-1])
     scales, zero_points = no_infinity(quantized.scales), quantized.zero_points
-    if static:
-        # a static range does not propagate NaN, and no byte represents it
-        scales = scales.masked_fill(levels.isnan().any(dim=1, keepdim=True), torch.nan)
     if zero_points is None:
         return levels.to(torch.int8), scales, None
     if quantized.grid.high <= 127:
@@ -122,12 +121,13 @@ def input_bytes(quantized: Quantized, *, static: bool) -> tuple[Tensor, Tensor, 
 
 def no_infinity(scales: Tensor) -> Tensor:
     """Scales with NaN in place of infinity, which times wrong codes might be finite."""
-    return scales + (scales - scales)
+    # the remainder by infinity is the number itself
+    return scales.fmod(torch.inf)
 
 
 def finished(product: Tensor, zero_points: Tensor | None, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
-    """``(product - zero point * sums) * scale + bias``; scales and zero points of tokens, sums of rows."""
+    """``(product - zero point * sums) * scale + bias``, in place; scales and zero points of tokens, sums of rows."""
     if zero_points is not None:
-        product = product - zero_points.float() * sums
-    product = product * scales
-    return product if bias is None else product + bias.float()
+        product.addcmul_(zero_points.float(), sums, value=-1.0)
+    # one pass for both
+    return product.mul_(scales) if bias is None else torch.addcmul(bias.float(), product, scales, out=product)

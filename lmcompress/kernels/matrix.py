@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -44,6 +45,24 @@ class Matrix:
     container: Container
     granularity: Granularity = field(default_factory=PerRow)
     trusted: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Bytes, scales and zero points."""
+        return self.packed, self.scales, self.zero_points
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What a prepacked matrix depends on besides the values of its tensors."""
+        return self.shape, self.grid, self.container, self.granularity
+
+    def whole(self, bias: Tensor | None) -> tuple[Matrix, Tensor | None]:
+        """The matrix and the bias themselves: they are not stacks of several.
+
+        Args:
+            bias: ``(out,)`` or ``None``.
+        """
+        return self, bias
 
     def codes(self) -> Tensor:
         """The codes, ``(out, in)``, int8 where some are negative, else uint8.
@@ -94,6 +113,18 @@ class Matrix:
             return replace(self, packed=packed, shape=shape)
         zero_points = None if self.zero_points is None else choose(self.zero_points)
         return replace(self, packed=packed, scales=choose(self.scales), zero_points=zero_points, shape=shape)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The description of an input without a checkpoint: an :class:`~lmcompress.numerics.inputs.InputEncoding`."""
+
+    bits: Literal[4, 8] = 8
+    symmetric: bool = False
+    granularity: Literal["tensor", "token"] = "tensor"
+    range: Literal["dynamic", "static"] = "dynamic"
+    clip: float | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ class Reference:
 
     name: str = "reference"
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype, few: bool = False) -> str | None:
         """None: every matrix is accepted."""
         return None
 

@@ -1,16 +1,23 @@
-"""Self-test of kernels on a device: matmuls with known results, with the largest possible codes."""
+"""Self-test of kernels on a device: matmuls with known results, with the largest possible codes, and their time."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Literal
+import statistics
+import time
 
 import torch
 
-from lmcompress.kernels.base import Kernel
-from lmcompress.kernels.matrix import Inputs, Matrix
+from lmcompress.kernels.base import UNAVAILABLE, Kernel, unavailable
+from lmcompress.kernels.matrix import Encoding, Inputs, Matrix, Prepacked
+from lmcompress.kernels.reference import Reference
 from lmcompress.numerics.grids import Grid
+
+# tokens and width of the square matrix; the first is small enough for loops that take 10 ns a product
+_FIRST, _TIMED, _FEW = (4, 128), (64, 512), (1, 512)
+_ROUNDS = 5
+# of the reference's time: more than the noise of a busy machine makes of equal ones
+_MARGIN, _HOPELESS = 1.25, 20.0
 
 
 def self_test(kernel: Kernel, device: torch.device, greatest: int) -> str | None:
@@ -38,23 +45,53 @@ def self_test(kernel: Kernel, device: torch.device, greatest: int) -> str | None
             # few rows may be padded, many are not
             for symmetric, times in itertools.product((False, True), (1, 14)):
                 these = (x.clamp(max=127.0) if symmetric else x).repeat(times, 1)
-                inputs = Inputs(_TestEncoding(symmetric=symmetric))
+                inputs = Inputs(Encoding(symmetric=symmetric))
                 given = kernel.prepack(matrix, None, inputs, torch.float32)(these.to(device)).cpu()
                 if not torch.allclose(given.double(), these.double() @ codes.double().t(), rtol=1e-5, atol=1.0):
                     return "its results are wrong on this device"
-    # raised by a torch without the operation, or with another signature of it
-    except (RuntimeError, AttributeError, TypeError, IndexError) as error:
-        return f"not in this torch, or not for this device: {(str(error) or repr(error)).splitlines()[0]}"
+    except UNAVAILABLE as error:
+        return unavailable(error)
     return None
 
 
-@dataclass(frozen=True)
-class _TestEncoding:
-    """The input of the self-test."""
+def too_slow(kernel: Kernel, device: torch.device, *, weights_only: bool = False) -> str | None:
+    """The reason why a kernel that works is not worth its while: the reference is faster.
 
-    bits: Literal[4, 8] = 8
-    symmetric: bool = False
-    granularity: Literal["tensor", "token"] = "tensor"
-    range: Literal["dynamic", "static"] = "dynamic"
-    clip: float | None = None
-    full: bool = False
+    Timed on a CPU only, in a few milliseconds: medians of matmuls in turn with the reference's.
+
+    Args:
+        kernel: a kernel that passes :func:`self_test`.
+        device: the device.
+        weights_only: whether it multiplies inputs that are not quantized.
+
+    Returns:
+        ``None`` if it is as fast, or was not timed.
+    """
+    if device.type != "cpu":
+        return None
+    inputs = None if weights_only else Inputs(Encoding(symmetric=True))
+    with torch.inference_mode():
+        ratio = _ratio(kernel, inputs, *_FIRST, rounds=3)
+        if ratio <= _HOPELESS:
+            ratio = _ratio(kernel, inputs, *(_FEW if weights_only else _TIMED), rounds=_ROUNDS)
+    if ratio <= _MARGIN:
+        return None
+    return f"slower than the reference, {ratio:.1f} times its time"
+
+
+def _ratio(kernel: Kernel, inputs: Inputs | None, tokens: int, width: int, rounds: int) -> float:
+    """The median time of a matmul over that of the reference."""
+    codes = (torch.arange(width * width) % 251).to(torch.uint8)
+    matrix = Matrix(codes, torch.full((width, 1), 0.01), None, (width, width), Grid(-127, 255), 8)
+    x = torch.linspace(-1, 1, tokens * width).reshape(tokens, width)
+    both = [one.prepack(matrix, None, inputs, torch.float32) for one in (kernel, Reference())]
+    # the first call of a shape may compile for it
+    times = [[_seconds(multiply, x) for multiply in both] for _ in range(rounds + 1)][1:]
+    ours, references = (statistics.median(column) for column in zip(*times, strict=True))
+    return ours / references
+
+
+def _seconds(multiply: Prepacked, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    multiply(x)
+    return time.perf_counter() - start

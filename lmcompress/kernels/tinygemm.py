@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from lmcompress.kernels.base import unavailable
 from lmcompress.kernels.matrix import Inputs, Matrix, Prepacked
 from lmcompress.numerics import packing
 from lmcompress.numerics.grids import Granularity, Grid, PerGroup, PerRow, PerTensor
@@ -124,7 +125,7 @@ class Tinygemm:
 
     name: str = "tinygemm"
 
-    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype) -> str | None:
+    def refusal(self, matrix: Matrix, inputs: Inputs | None, dtype: torch.dtype, few: bool = False) -> str | None:
         """Why this kernel does not accept a matrix, or an input of this dtype; ``None`` if it does."""
         if inputs is not None:
             return "inputs are quantized, and it multiplies floats"
@@ -180,7 +181,7 @@ class Tinygemm:
                 reason = None if right else "its results are wrong on this device"
         # whatever the error, there is the reference
         except Exception as error:
-            reason = f"not in this torch, or not for this device: {(str(error) or repr(error)).splitlines()[0]}"
+            reason = unavailable(error)
         return reason
 
     def _right(self, matrix: Matrix) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmcompress.checkpoint.encoding import Packable
+from lmcompress.checkpoint.places import Packable
 from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import LmcompressError
 from lmcompress.nn.packed import InputRange

@@ -72,8 +72,9 @@ def is_cut(methods: Sequence[Any], quantization: Any) -> bool:
         if getattr(methods[index], "folds", False):
             raise LmcompressError(
                 f"{methods[index].name} must end with gates of 0 and 1 in a run that quantizes too, got a schedule "
-                "whose gates end in between: weights multiplied by those are no longer codes. Use another "
-                "schedule, or prune in an earlier stage"
+                "whose gates end in between, or layers whose attention is scaled by their number "
+                "(scale_attn_by_inverse_layer_idx): weights multiplied by such factors are no longer codes. Use "
+                "another schedule, or prune in an earlier stage"
             )
     return bool(cutting)
 

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.encoding import Packable, matrices
+from lmcompress.activations.batches import as_batches, batches_for
+from lmcompress.checkpoint.encoding import matrices
+from lmcompress.checkpoint.places import Packable
 from lmcompress.checkpoint.saving import outputs_of, random_batches
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import weight_bytes
-from lmcompress.families import anatomy_of, weight_view
+from lmcompress.families import anatomy_of, refuse_foreign, weight_view
 from lmcompress.families.narrow import accompany, companion_of
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.families.weights import modules_by_path
-from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
+from lmcompress.method import SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.numerics.errors import relative_error
 from lmcompress.numerics.grids import Bits
 from lmcompress.quantization.carried import CarriedCodes, FrozenCodes
@@ -59,7 +62,7 @@ class Quantization(SteppedMethod):
     def __init__(self, config: QuantizationConfig | None = None, *, calibration: Sequence[Batch] | None = None) -> None:
         self.config = QuantizationConfig() if config is None else config
         self.report: QuantizationReport | None = None
-        self._given = None if calibration is None else list(calibration)
+        self._given = None if calibration is None else as_batches(calibration)
         self._trainer: Any = None
         self._optimizer: Any = None
         self._cut_later = False
@@ -76,14 +79,10 @@ class Quantization(SteppedMethod):
 
         Raises:
             LmcompressError: If :func:`~lmcompress.quantization.planning.plan` refuses the config, a quantizer does not
-                support bits of the schedule, calibration rows are not available, a best checkpoint is to be loaded at
-                the end, or pruning comes later in the list of methods or leaves no codes.
+                support bits of the schedule, calibration rows are not available, or pruning comes later in the list of
+                methods or leaves no codes.
         """
-        if trainer.args.load_best_model_at_end:
-            raise LmcompressError(
-                "load_best_model_at_end must be false with quantization: the weights of an earlier checkpoint do not "
-                "fit the scales of the last. Compare checkpoints after the run, or train for fewer steps"
-            )
+        refuse_foreign(trainer.student, "quantize")
         if not isinstance(trainer.student, PreTrainedModel):
             raise LmcompressError(
                 f"the student must be a model of transformers to be quantized, got {type(trainer.student).__name__}; "
@@ -93,7 +92,6 @@ class Quantization(SteppedMethod):
         self.attach(trainer.student, cut_later=is_cut(trainer.methods, self))
         if self.config.start_activations_at == 0:
             self._start_activations()
-        trainer.add_callback(StepCallback(self))
 
     def attach(self, student: PreTrainedModel, *, cut_later: bool = False) -> None:
         """The effect of :meth:`prepare` on the model, without a trainer; nothing is calibrated.
@@ -107,6 +105,7 @@ class Quantization(SteppedMethod):
         """
         self._student = student
         self._cut_later = cut_later
+        refuse_unproven(student, "training")
         self.plan = plan(student, self.config)
         check_trainable(self.plan, self.config, cut_later=cut_later)
         self.faked = FakeQuantized(student, self.plan)
@@ -225,6 +224,16 @@ class Quantization(SteppedMethod):
             drift=self._state.drift(self.faked),
         )
 
+    def detach(self) -> None:
+        """Take quantization away: the student computes with its float weights again."""
+        if self.report is None:
+            self.faked.remove()
+
+    @property
+    def complete(self) -> bool:
+        """Whether weights have their final bits and activations are quantized."""
+        return self._stage + 1 >= len(self.config.bits_schedule) and self._started
+
     # called by the callback
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
@@ -244,6 +253,10 @@ class Quantization(SteppedMethod):
                 f"the optimizer must keep second moments for laq's curvature, got {type(inner).__name__}; use "
                 "optim='adamw_torch', or curvature_every=0, which weights all errors equally"
             )
+        self.restored()
+
+    def restored(self) -> None:
+        """Bits, scales and ranges as in the checkpoint that was loaded."""
         # the loaded state belongs to the bits at that time: nothing may be reinitialized
         kept = {name: scale.detach().clone() for name, scale in self.faked.scales().items()}
         self._set_bits(int(self._state.stage))
@@ -336,9 +349,8 @@ class Quantization(SteppedMethod):
             config = self.config
             if self._trainer is None:
                 raise LmcompressError("calibrated ranges need data, got none; pass calibration=")
-            self._given = calibration_rows(
-                self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed
-            )
+            rows = calibration_rows(self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed)
+            self._given = batches_for(self._student, rows)
         return self._given
 
     def _probes(self) -> list[Batch]:
@@ -363,7 +375,7 @@ class Quantization(SteppedMethod):
                     yield path, packable
 
         # blocks that were pruned, or have no heads left, have nothing to quantize
-        attentions = [block.get("attention") for block in anatomy_of(self._student).blocks if block.num_heads]
+        attentions = [module for block in anatomy_of(self._student).blocks for module in block.attentions()]
         pack(self._student, parts(), {m: frozen.attention[m] for m in attentions if m in frozen.attention})
         return rows
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.activations.calibration import Batch
-from lmcompress.activations.hooks import valid_tokens
+from lmcompress.activations.hooks import valid_outputs
 from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.activations.walking import calibration_batches
 from lmcompress.errors import LmcompressError
@@ -105,7 +105,7 @@ def bits_sensitivity(
             quantizer_for(matrix.weights.quantizer, width)
     modules = modules_by_path(model)
     rows = []
-    with FakeQuantized(model, planned) as fake, evaluating(model):
+    with FakeQuantized(model, planned, with_states=False) as fake, evaluating(model):
         fake.set_enabled(False)
         start = 0.0 if evaluate is None else float(evaluate(model))
         for matrix in with_progress(planned.matrices, "sensitivity", enabled=progress):
@@ -255,7 +255,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tenso
     answer = model(**batch)
     classes = "logits" in answer and answer["logits"].shape[-1] > 1
     first: Tensor = answer["logits"] if "logits" in answer else answer[0]
-    mask = valid_tokens(batch)
+    mask = valid_outputs(model, batch)
     return first[mask] if first.dim() == 3 and first.shape[:2] == mask.shape else first, classes
 
 

@@ -8,7 +8,8 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.encoding import Packable, pack_model
+from lmcompress.checkpoint.encoding import pack_model
+from lmcompress.checkpoint.places import Packable
 from lmcompress.checkpoint.schema import ActivationEncoding, AttentionEncoding
 from lmcompress.nn.packed import InputRange
 from lmcompress.nn.quantized_attention import Role, attention_quantizers, quantize_attention

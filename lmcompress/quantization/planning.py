@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.layers import refuse_compact
 from lmcompress.errors import LmcompressError
-from lmcompress.families import Anatomy, ZeroWidthLinear, anatomy_of, is_conv1d
+from lmcompress.families import Anatomy, ZeroWidthLinear, anatomy_of, is_conv1d, outline_of, refuse_foreign
+from lmcompress.families.coupled import stage_of
+from lmcompress.families.foreign import refuse_packed
+from lmcompress.families.outline import is_repeated
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.families.weights import EMBEDDINGS, Weighted, modules_by_path, rules_by_path, weighted_modules
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
-
-_ONE_SIDED = ("ffn_out",)
-_READS_ALIKE = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
     task head, projection of embeddings) stay dense unless a rule matches them.
 
     Args:
-        model: a model of a known family, stock or cut.
+        model: any model with a list of blocks, stock or cut; quantization of attention needs a known family.
         config: the configuration.
 
     Returns:
@@ -88,10 +89,12 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
 
     Raises:
         LmcompressError: If a rule matches nothing or nothing that can be quantized, a group size does not divide the
-            rows, something else has parametrized a matrix, or nothing would be quantized.
+            rows, something else has parametrized a matrix, the model is packed, or nothing would be quantized.
     """
+    refuse_packed(model, "quantize")
+    refuse_foreign(model, "quantize")
     refuse_compact(model, "quantize")
-    anatomy = anatomy_of(model)
+    anatomy = outline_of(model)
     candidates, dense = _candidates(model, anatomy)
     own = [replace(each, aliases=[]) for candidate in candidates for each in (candidate, *candidate.aliases)]
     rules = rules_by_path(own, config.rules, dense)
@@ -104,10 +107,11 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
             dense |= {path: f"it is tied to {candidate.path}, which stays dense" for path in candidate.tied}
             continue
         # for the embeddings it is the head that reads an activation
-        readers = candidate.tied[-1:] if candidate.part == EMBEDDINGS else (candidate.path,)
+        heads = tuple(alias.path for alias in candidate.aliases if alias.kind != "embedding")
+        readers = heads[-1:] if candidate.part == EMBEDDINGS else (candidate.path,)
         inputs = next((_activations(rules.get(path), config) for path in readers), None)
         if inputs is not None:
-            inputs = inputs.resolved(one_sided=candidate.part in _ONE_SIDED)
+            inputs = inputs.resolved(one_sided=candidate.part == "ffn_out" and not anatomy.family.gated)
         _check(candidate, weights)
         matrices.append(Planned(candidate.path, candidate.part, candidate.block, weights, inputs, candidate.tied))
     if not matrices:
@@ -116,8 +120,21 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
             + "; ".join(f"{path}: {reason}" for path, reason in list(dense.items())[:4])
             + ". Give the config weights or embeddings, or remove the rules that leave all dense"
         )
-    heads = any(block.num_heads for block in anatomy.blocks)
-    return Plan(tuple(matrices), config.attention_scheme() if heads else None, dense)
+    if config.attention_scheme() is not None and not anatomy.family.attention:
+        # the message names what is known
+        anatomy_of(model)
+    one_table = bool(anatomy.family.decoder) or not model.config.is_encoder_decoder
+    if not one_table and any(planned.part == EMBEDDINGS for planned in matrices):
+        raise LmcompressError(
+            f"{model.config.model_type} has two stacks of blocks, which share one table of embeddings: its codes would "
+            "have several owners, which is not supported for a family without description. Leave it dense: "
+            "embeddings=None"
+        )
+    attends = bool(anatomy.family.attention) and any(block.attentions() for block in anatomy.blocks)
+    attention = config.attention_scheme() if attends else None
+    if attention is not None:
+        refuse_unproven(model, "quantized_attention", instead="set attention to false")
+    return Plan(tuple(matrices), attention, dense)
 
 
 def stored_weight(module: nn.Module) -> Tensor | None:
@@ -132,16 +149,17 @@ def stored_weight(module: nn.Module) -> Tensor | None:
     return module._parameters.get("weight")
 
 
-def reads_alike(part: str) -> bool:
-    """Whether the modules of this part in one block all read the same tensor: query, key and value do.
+def reads_alike(planned: Planned, matrices: Sequence[Planned]) -> bool:
+    """Whether other matrices of the same block read the same tensor, as query, key and value do.
 
     Args:
-        part: a part, as in :attr:`Planned.part`.
-
-    Returns:
-        Whether they share their input.
+        planned: one matrix.
+        matrices: all that are planned.
     """
-    return part in _READS_ALIKE
+    if planned.block is None or stage_of(planned.part) is None:
+        return False
+    place = planned.block, stage_of(planned.part)
+    return sum((other.block, stage_of(other.part)) == place for other in matrices) > 1
 
 
 def _candidates(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Weighted], dict[str, str]]:
@@ -149,7 +167,7 @@ def _candidates(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[Weighted
     kept = {
         id(module): part.replace("_", " ")
         for part in ("position_embeddings", "token_type_embeddings")
-        if (module := anatomy.embedding(part)) is not None
+        for module in anatomy.embeddings(part)
     }
     dense = {}
     for path, module in modules_by_path(model).items():
@@ -190,7 +208,10 @@ def _weights(candidate: Weighted, rule: Rule | None, config: QuantizationConfig)
             return f"the rule for {rule.modules!r} leaves it dense" if rule.weights is None else "the default is dense"
         return scheme
     if not candidate.default:
-        return "outside of the blocks; a rule that names it would quantize it"
+        where = (
+            "in a block whose family does not describe it" if is_repeated(candidate.path) else "outside of the blocks"
+        )
+        return f"{where}; a rule that names it would quantize it"
     if default is None:
         return f"the config has no {'embeddings' if candidate.part == EMBEDDINGS else 'weights'}"
     return default

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from lmcompress.method import TextReport
+from lmcompress.method import TextReport, noted
 from lmcompress.numerics.packing import stored_bytes
 from lmcompress.numerics.quantizers.base import Quantized
 from lmcompress.quantization.planning import Planned
@@ -106,6 +106,8 @@ class QuantizationReport(TextReport):
         packed_error: after training, the max abs difference between the outputs of the trained model and the
             packed one, relative to the max abs output; None if their shapes differ. Inputs may round differently.
         drift: after training, the relative change of learned scales and ranges since their start, by kind of module.
+        unrecovered: what was done at once at the end of training, and not trained any more, because training ended
+            before the schedule; None if nothing.
     """
 
     method: str
@@ -120,6 +122,7 @@ class QuantizationReport(TextReport):
     seconds: float = 0.0
     packed_error: float | None = None
     drift: dict[str, float] = field(default_factory=dict)
+    unrecovered: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -135,7 +138,8 @@ class QuantizationReport(TextReport):
         hidden = "" if self.hidden_error is None else f" · error of the last hidden state {self.hidden_error:.2e}"
         table = Table(
             title=f"quantized ({self.method}): {_mib(self.bytes_before)} → {_mib(self.bytes_after)}",
-            caption="\n".join([f"{self.bits_per_weight:.2f} bits a weight{hidden}", *_reasons(self.dense)]),
+            caption="\n".join([f"{self.bits_per_weight:.2f} bits a weight{hidden}", *_reasons(self.dense)])
+            + noted(self.unrecovered),
             caption_justify="left",
         )
         for name in ("", "bits", "by", "method"):

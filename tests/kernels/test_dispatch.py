@@ -3,7 +3,11 @@
 import copy
 import logging
 import pickle
+import sys
+import threading
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processors import needs_exact_bytes
 
 from lmcompress.checkpoint.schema import ActivationEncoding
 from lmcompress.errors import CheckpointError, LmcompressError
-from lmcompress.kernels import blockwise, matrix
+from lmcompress.kernels import blockwise, matmul, matrix, ranges
 from lmcompress.kernels import dispatch as kernels
 from lmcompress.kernels.dispatch import using
 from lmcompress.kernels.matmul import Matmul
@@ -24,7 +29,11 @@ from lmcompress.numerics.inputs import static_range
 from lmcompress.numerics.packing import container_for, pack
 from lmcompress.numerics.quantizers.registry import quantizer_for
 
-WORKING = [name for name, said in kernels.ladder().items() if said.startswith("works")]
+LADDER = [name for name, said in kernels.ladder().items() if said.startswith("works")]
+# those that multiply quantized inputs
+WORKING = [name for name in LADDER if name != "fbgemm16"]
+OF_WEIGHTS = "fbgemm16" if "fbgemm16" in LADDER else "reference"
+FEW = kernels.kernels(few=True)[0].name
 GROUPS = PerGroup(8)
 
 
@@ -94,6 +103,7 @@ def test_on_this_machine_more_than_the_reference_works():
     assert WORKING[-1] == "reference" and len(WORKING) > 1
 
 
+@needs_exact_bytes
 @pytest.mark.parametrize("kernel", WORKING)
 @pytest.mark.parametrize("given", ENCODINGS.values(), ids=ENCODINGS)
 def test_every_kernel_multiplies_the_codes_of_every_input(kernel, given):
@@ -173,25 +183,95 @@ def test_nan_and_infinity_show(kernel, wrong, given):
     x[1, 2] = wrong
     with using(kernel=kernel):
         result = Matmul()(x, matrix, None, inputs)
-    if given.range == "static" and wrong == torch.inf:
-        # a given range cuts it
-        assert_near(result, expected(x, matrix, None, inputs))
+    if given.range == "static":
+        # a given range clips it, for which nothing is read twice; what NaN becomes is not said
+        assert_near(result[[0, 2]], expected(x[[0, 2]], matrix, None, inputs))
+        if wrong == torch.inf:
+            assert_near(result, expected(x, matrix, None, inputs))
         return
     assert result[1].isnan().all()
     if given.granularity == "token":
         assert not result[[0, 2]].isnan().any()
 
 
+def odd_inputs(width):
+    x = torch.randn(4, 6, width)
+    return {
+        "transposed": x.transpose(0, 1),
+        "strided": torch.randn(4, 6, 2 * width)[..., ::2],
+        "expanded": x[:1, :1].expand(3, 5, width),
+        "one token": x[0, :1],
+        "a row of zeros": torch.cat([torch.zeros(1, width), x[0]]),
+        "empty": x[:0],
+        "denormal": x * 1e-42,
+        "huge": x * 1e30,
+        "half": x.half(),
+        "bfloat16": x.bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("kernel", WORKING)
+@pytest.mark.parametrize("given", ENCODINGS.values(), ids=ENCODINGS)
+def test_odd_inputs_are_multiplied_as_by_the_reference(kernel, given):
+    for out, width, name in ((7, 13, "asymmetric_minmax"), (16, 1, "minmax")):
+        matrix, inputs, bias = matrix_of(torch.randn(out, width), name), inputs_of(given), torch.randn(out)
+        for what, x in odd_inputs(width).items():
+            with using(kernel=kernel):
+                result = Matmul()(x, matrix, bias, inputs)
+            with using(kernel="reference"):
+                wanted = Matmul()(x, matrix, bias, inputs)
+            assert (result.dtype, result.shape) == (x.dtype, wanted.shape), what
+            if not x.numel():
+                continue
+            # of numbers with few digits some lie in the middle between two codes, and may get the other
+            step = inputs.quantized(x).scales.max() if x.dtype != torch.float32 else 0.0
+            scale = wanted.float().abs().max() * (1e-5 if x.dtype == torch.float32 else 0.01)
+            allowed = scale + step * matrix.values().abs().amax(dim=1)
+            assert ((result - wanted).abs() <= allowed).all(), what
+
+
 @pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), GROUPS], ids=str)
-def test_weights_only_and_groups_are_multiplied_by_the_reference(granularity):
+def test_groups_are_multiplied_by_the_reference(granularity):
     x, bias = torch.randn(2, 3, 16), torch.randn(7)
     matrix, product = matrix_of(torch.randn(7, 16), "minmax", 4, granularity), Matmul()
     assert_near(product(x, matrix, bias), expected(x, matrix, bias), 1e-6)
-    assert product.kernel == "reference"
+    assert product.kernel == ("reference" if granularity == GROUPS else OF_WEIGHTS)
     if granularity == GROUPS:
         inputs = inputs_of(encoding())
         assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
         assert product.kernel == "reference"
+
+
+@pytest.mark.skipif(OF_WEIGHTS == "reference", reason="FBGEMM is not in this torch")
+@pytest.mark.parametrize("granularity", [PerRow(), PerTensor()], ids=str)
+@pytest.mark.parametrize(("name", "bits"), WEIGHTS)
+def test_codes_in_float16_are_exact(granularity, name, bits):
+    matrix, bias, product = matrix_of(torch.randn(13, 33), name, bits, granularity), torch.randn(13), Matmul()
+    for tokens in (0, 1, 5, 40):
+        x = torch.randn(tokens, 33)
+        assert_near(product(x, matrix, bias), expected(x, matrix, bias), 1e-6)
+        assert_near(product(x, matrix, None, post="gelu"), F.gelu(expected(x, matrix)), 1e-6)
+        # few tokens of bfloat16 too, whose weights are then not rounded to it
+        assert_near(product(x.bfloat16(), matrix, bias), expected(x.bfloat16(), matrix, bias), 0.02)
+        if tokens:
+            assert product.kernel == ("fbgemm16" if tokens <= kernels.FEW_TOKENS else "reference")
+    assert torch.isnan(product(torch.full((1, 33), torch.nan), matrix)).all()
+    kernel = kernels.HalfCodes()
+    assert "groups" in kernel.refusal(replace(matrix, granularity=GROUPS), None, torch.float32)
+    assert "torch.float16" in kernel.refusal(matrix, None, torch.float16)
+    assert "many tokens" in kernel.refusal(matrix, None, torch.bfloat16)
+    assert "inputs are quantized" in kernel.refusal(matrix, inputs_of(encoding()), torch.float32)
+    with pytest.raises(LmcompressError, match="use the reference"):
+        kernel.prepack(matrix, None, inputs_of(encoding()), torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(24), torch.ones(24, 80)], ids=["another operation", "wrong numbers"])
+def test_float16_is_tested_too(monkeypatch, wrong):
+    fake = SimpleNamespace(linear_prepack_fp16=lambda values, bias: values)
+    fake.linear_dynamic_fp16 = SimpleNamespace(default=lambda x, packed: x @ wrong.t())
+    monkeypatch.setattr(torch.ops, "quantized", fake)
+    said = kernels.HalfCodes().trouble(torch.device("cpu"))
+    assert said and (said.startswith("not in this torch") or "wrong" in said)
 
 
 @pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), GROUPS], ids=str)
@@ -205,7 +285,7 @@ def test_low_memory_changes_no_result(monkeypatch, granularity, given):
         with using(memory="low"):
             assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
             assert product(x[:0], matrix, bias, inputs).shape == (0, 3, 11)
-        integers = given is not None and granularity != GROUPS
+        integers = given is not None and granularity != GROUPS and "int_mm" in WORKING
         assert product.kernel == ("int_mm by blocks" if integers else "reference by blocks")
 
 
@@ -259,9 +339,9 @@ def test_what_changes_is_made_ready_again():
         assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
 
     check()
-    ready = product._prepacked
+    ready = product._ready["few"]
     check()
-    assert product._prepacked is ready
+    assert product._ready["few"] is ready
     for tensor in (matrix.scales, bias, inputs.scale):
         tensor.mul_(1.5)
         check()
@@ -273,7 +353,7 @@ def test_what_changes_is_made_ready_again():
         check()
         assert product.kernel == "reference"
     check()
-    assert product.kernel == WORKING[0]
+    assert product.kernel == FEW
 
 
 def test_another_description_of_the_input_is_another_product():
@@ -315,7 +395,7 @@ def test_copies_start_afresh():
         assert other.kernel == ""
         assert torch.equal(other(x, matrix, None, inputs), product(x, matrix, None, inputs))
     product.reset()
-    assert product.kernel == "" and product._prepacked is None
+    assert product.kernel == "" and not product._ready
 
 
 @pytest.mark.parametrize("given", [None, *ENCODINGS.values()], ids=["weights only", *ENCODINGS])
@@ -350,6 +430,36 @@ def test_the_gradient_of_the_input_is_the_references(kernel, given):
     assert_near(result.detach(), expected(x, matrix, bias, inputs))
 
 
+@pytest.mark.parametrize("kernel", WORKING)
+@pytest.mark.parametrize("given", [None, *ENCODINGS.values()], ids=["weights only", *ENCODINGS])
+def test_a_gelu_in_the_product_is_that_after_it(kernel, given):
+    x, bias = torch.randn(3, 5, 33), torch.randn(13)
+    inputs, product = None if given is None else inputs_of(given), Matmul()
+    for name, post in (("minmax", "gelu"), ("asymmetric_minmax", "gelu"), ("minmax", "gelu_tanh")):
+        matrix = matrix_of(torch.randn(13, 33), name)
+        approximate = {"gelu": "none", "gelu_tanh": "tanh"}[post]
+        with using(kernel=kernel):
+            result = product(x, matrix, bias, inputs, post=post)
+            assert_near(result, F.gelu(expected(x, matrix, bias, inputs), approximate=approximate))
+            assert product(x[:0], matrix, bias, inputs, post=post).shape == (0, 5, 13)
+            # the other result is still to be had
+            assert_near(product(x, matrix, bias, inputs), expected(x, matrix, bias, inputs))
+
+
+def test_a_gelu_in_the_product_has_its_gradient():
+    x, bias = torch.randn(3, 9, requires_grad=True), torch.randn(4)
+    matrix, inputs = matrix_of(torch.randn(4, 9)), inputs_of(encoding())
+    result = Matmul()(x, matrix, bias, inputs, post="gelu")
+    (ours,) = torch.autograd.grad(result.sum(), x)
+    wanted = F.gelu(F.linear(inputs.quantized(x).values, matrix.values(), bias))
+    torch.testing.assert_close(ours, torch.autograd.grad(wanted.sum(), x)[0])
+
+
+def test_another_function_of_the_result_is_refused():
+    with pytest.raises(LmcompressError, match="unknown function of a matmul's result 'geluu'.*gelu"):
+        Matmul()(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), post="geluu")
+
+
 class _Module(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -362,6 +472,7 @@ class _Module(torch.nn.Module):
         return expected(x * 2, self.matrix, None, self.inputs) + 1
 
 
+@needs_exact_bytes
 def test_a_compiled_model_uses_the_kernel():
     module = _Module()
     compiled = torch.compile(module, backend="eager")
@@ -391,7 +502,7 @@ def test_the_choice_is_made_once_and_said(fresh_choice, caplog):
             kernels.ladder("cpu")
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"int8 matmuls on cpu use {WORKING[0]}, those with only weights quantized ")
-    assert "use reference where it accepts them (" in message and "tinygemm: for CUDA devices" in message
+    assert f"use {OF_WEIGHTS} where it accepts them (" in message and "tinygemm: for CUDA devices" in message
 
 
 @dataclass(frozen=True)
@@ -428,6 +539,63 @@ def test_a_kernel_that_is_missing_or_wrong_is_skipped(monkeypatch, fresh_choice,
         product(x, matrix, None, inputs)
 
 
+def _slowly(*arguments):
+    ready = kernels.Reference().prepack(*arguments)
+    return lambda x: time.sleep(0.02) or ready(x)
+
+
+def test_a_kernel_that_is_slower_than_the_reference_is_skipped(monkeypatch, fresh_choice):
+    monkeypatch.setattr(kernels, "KERNELS", (_Broken(_slowly), kernels.Reference()))
+    assert kernels.ladder()["fbgemm"].startswith("slower than the reference, ")
+    product = Matmul()
+    product(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, inputs_of(encoding()))
+    assert product.kernel == "reference"
+    with (
+        using(kernel="fbgemm"),
+        pytest.raises(LmcompressError, match="does not work on cpu .slower than the reference"),
+    ):
+        product(torch.randn(2, 9), matrix_of(torch.randn(4, 9)), None, inputs_of(encoding()))
+
+
+@needs_exact_bytes
+@pytest.mark.parametrize("gone", [("fbgemm",), ("fbgemm", "int_mm"), ("onednn",), ("onednn", "fbgemm", "int_mm")])
+def test_the_day_kernels_leave_torch_the_next_one_is_used(monkeypatch, fresh_choice, gone):
+    def left(kernel):
+        return replace(_Broken(_missing), name=kernel.name) if kernel.name in gone else kernel
+
+    monkeypatch.setattr(kernels, "KERNELS", tuple(map(left, kernels.KERNELS)))
+    x, matrix, inputs, product = torch.randn(40, 9), matrix_of(torch.randn(4, 9)), inputs_of(encoding()), Matmul()
+    assert_near(product(x, matrix, None, inputs), expected(x, matrix, None, inputs))
+    assert product.kernel == next(name for name in WORKING if name not in gone)
+
+
+@pytest.mark.parametrize("given", ENCODINGS.values(), ids=ENCODINGS)
+def test_without_quantized_tensors_codes_are_the_same(monkeypatch, given):
+    monkeypatch.setattr(ranges, "_quantized_tensors", lambda: False)
+    x, matrix, inputs = torch.randn(3, 5, 33), matrix_of(torch.randn(13, 33)), inputs_of(given)
+    with using(kernel="onednn"):
+        assert_near(Matmul()(x, matrix, None, inputs), expected(x, matrix, None, inputs))
+
+
+@needs_exact_bytes
+@pytest.mark.skipif("onednn" not in WORKING or "fbgemm" not in WORKING, reason="needs both")
+def test_few_tokens_have_a_kernel_of_their_own():
+    matrix, inputs, product = matrix_of(torch.randn(4, 9)), inputs_of(encoding()), Matmul()
+    few, many = torch.randn(2, 4, 9), torch.randn(3, 3, 9)
+    for _ in range(2):
+        for x, kernel in ((few, "fbgemm"), (many, "onednn")):
+            assert_near(product(x, matrix, None, inputs), expected(x, matrix, None, inputs))
+            assert product.kernel == kernel
+    both = dict(product._ready)
+    product(few, matrix, None, inputs)
+    assert product._ready == both
+    # what has changed is dropped of both
+    matrix.scales.mul_(2)
+    product(few, matrix, None, inputs)
+    assert set(product._ready) == {"few"}
+
+
+@needs_exact_bytes
 def test_without_vnni_codes_that_may_saturate_go_elsewhere(monkeypatch, fresh_choice):
     test = kernels.self_test
 
@@ -436,7 +604,7 @@ def test_without_vnni_codes_that_may_saturate_go_elsewhere(monkeypatch, fresh_ch
 
     monkeypatch.setattr(kernels, "self_test", saturating)
     assert kernels.ladder()["fbgemm"] == "works up to codes of 64"
-    for bits, uses in ((8, WORKING[1]), (4, "fbgemm")):
+    for bits, uses in ((8, "onednn"), (4, "fbgemm")):
         product = Matmul()
         product(torch.randn(2, 9), matrix_of(torch.randn(4, 9), bits=bits), None, inputs_of(encoding()))
         assert product.kernel == uses
@@ -495,6 +663,108 @@ def test_integer_kernels_say_what_they_do_not_take(kernel):
     assert kernel.refusal(matrix, inputs_of(encoding()), torch.float32) is None
     with pytest.raises(LmcompressError, match="use the reference"):
         kernel.prepack(matrix, None, None, torch.float32)(torch.randn(1, 16))
+
+
+@pytest.mark.parametrize(("name", "most"), [("minmax", 66_311), ("asymmetric_minmax", 33_025)])
+def test_sums_that_overflow_32_bits_go_to_the_reference(name, most):
+    for width in (most, most + 1, 70_000):
+        weight = torch.ones(8, width)
+        weight[::2] = -1
+        matrix = matrix_of(weight, name)
+        refused = [kernel.refusal(matrix, inputs_of(encoding()), torch.float32) for kernel in kernels.KERNELS[:3]]
+        assert all(r is None for r in refused) if width == most else all(f"{most:,} of them" in r for r in refused)
+    for name in ("symmetric", "asymmetric", "by token", "asymmetric by token", "4 bits, asymmetric"):
+        for memory in ("fast", "low"):
+            x, inputs, product = torch.ones(3, width), inputs_of(ENCODINGS[name]), Matmul()
+            with using(memory=memory):
+                assert_near(product(x, matrix, None, inputs), expected(x, matrix, None, inputs), 1e-4)
+            assert product.kernel.startswith("reference")
+
+
+@pytest.mark.parametrize("kernel", WORKING)
+def test_sums_just_within_32_bits_are_right(kernel):
+    for quantizer, width in (("minmax", 66_311), ("asymmetric_minmax", 33_025)):
+        weight = torch.ones(8, width)
+        weight[::2] = -1
+        matrix = matrix_of(weight, quantizer)
+        for name in ("symmetric", "asymmetric", "by token", "asymmetric by token"):
+            x, inputs = torch.ones(3, width), inputs_of(ENCODINGS[name])
+            with using(kernel=kernel):
+                assert_near(Matmul()(x, matrix, None, inputs), expected(x, matrix, None, inputs), 1e-4)
+
+
+def _in_threads(functions):
+    """Run all at once, and raise what one raised."""
+    errors = []
+
+    def run(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    interval = sys.getswitchinterval()
+    # after nearly every instruction it is another thread's turn
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture
+def slow_preparation(monkeypatch):
+    """Preparing takes so long that another thread gets its turn before and after; the list tells who did."""
+    prepare, prepared = matmul._prepare, []
+
+    def slowly(*arguments):
+        time.sleep(0.001)
+        made = prepare(*arguments)
+        prepared.append(threading.get_ident())
+        time.sleep(0.001)
+        return made
+
+    monkeypatch.setattr(matmul, "_prepare", slowly)
+    return prepared
+
+
+@pytest.mark.parametrize("given", [None, *ENCODINGS.values()], ids=["weights only", *ENCODINGS])
+def test_one_product_serves_many_threads(slow_preparation, given):
+    x, matrix, product = torch.randn(2, 9), matrix_of(torch.randn(4, 9)), Matmul()
+    inputs = None if given is None else inputs_of(given)
+    wanted = expected(x, matrix, None, inputs)
+
+    def serve(dtype):
+        for _ in range(10):
+            result = product(x.to(dtype), matrix, None, inputs)
+            assert result.dtype == dtype
+            assert_near(result, wanted, 1e-5 if dtype == torch.float32 else 0.05)
+
+    _in_threads([partial(serve, dtype) for dtype in (torch.float32, torch.bfloat16) * 3])
+    # one of them prepares for all; only where the input is not quantized does its dtype matter
+    assert given is None or len(slow_preparation) == 1
+
+
+def test_another_thread_may_reset_a_product_at_any_moment():
+    matrix, product, inputs = matrix_of(torch.randn(4, 9)), Matmul(), inputs_of(encoding())
+
+    class Interrupted(torch.Tensor):
+        """Asked for its axes when the matrix has been found and is about to be used."""
+
+        def dim(self):
+            product.reset()
+            return super().dim()
+
+    x = torch.randn(2, 9)
+    for _ in range(2):
+        result = product(x.as_subclass(Interrupted), matrix, None, inputs)
+        assert_near(result.as_subclass(torch.Tensor), expected(x, matrix, None, inputs))
 
 
 def test_a_static_range_without_a_scale_is_refused():

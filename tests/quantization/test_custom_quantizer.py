@@ -68,7 +68,7 @@ else:
 def test_a_packed_model_loads_where_its_quantizer_cannot_be_imported(own_module, tmp_path):
     model = make("bert", "classification")
     args = tiny_arguments(tmp_path / "run", max_steps=3, learning_rate=1e-3)
-    trainer = QuantizationTrainer(model, args, config_of(own_module), train_dataset=rows())
+    trainer = QuantizationTrainer(model, args, quantization=config_of(own_module), train_dataset=rows())
     starts = {name: scale.detach().clone() for name, scale in trainer.quantization.faked.scales().items()}
     trainer.train()
     assert any(not torch.equal(scale, starts[name]) for name, scale in trainer.quantization.faked.scales().items())

@@ -12,6 +12,8 @@ from lmcompress import CompressedModel
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, is_conv1d
 from lmcompress.families.weights import modules_by_path
+from lmcompress.method import Method
+from lmcompress.numerics import padding
 from lmcompress.numerics.activations import initial_step, learned
 from lmcompress.numerics.inputs import static_range
 from lmcompress.numerics.observers import MinMax
@@ -150,7 +152,7 @@ def test_looking_words_up_quantizes_these_alone_and_teaches_the_same():
         fake = faked(model, embeddings=WeightScheme(quantizer="lsq", bits=4, granularity="row"), **NO_ACTIVATIONS)
         words = fake.weights["embeddings.word_embeddings"]
         if not alone:
-            words._shared = True
+            words.shared = words.in_pass = True
         assert (words.rows(fake.parameter(words.path), torch.tensor([3, 5]), 0) is not None) == alone
         model(**inputs(model)).logits.square().sum().backward()
         results.append((words.state.grad, fake.parameter(words.path).grad))
@@ -193,6 +195,77 @@ def test_values_follow_the_weights_and_the_scales():
     seen.append(outputs(model))
     for one, other in itertools.combinations(seen, 2):
         assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_values_follow_what_is_written_without_a_trace(name):
+    model = make(name, "language")
+    fake = faked(model, **NO_ACTIVATIONS)
+    outputs(model)
+    model(**inputs(model)).logits.sum().backward()
+    # as moving averages of weights do
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    with torch.no_grad():
+        fake.parameters()[0].data.mul_(1.5)
+    weights = {path: fake.quantized()[path].values for path in fake.weights}
+    for module in model.modules():
+        path = module.__dict__["_fake_weight"].path if "_fake_weight" in module.__dict__ else None
+        if path is not None:
+            read = module.weight.t() if is_conv1d(module) else module.weight
+            assert torch.equal(read, weights[path])
+    got = outputs(model)
+    other = make(name, "language")
+    other.load_state_dict(model.state_dict())
+    again = faked(other, **NO_ACTIVATIONS)
+    with torch.no_grad():
+        again.parameters()[0].copy_(fake.parameters()[0])
+    assert torch.equal(got, outputs(other))
+
+
+def test_weights_are_quantized_in_every_pass_unless_they_are_held(monkeypatch):
+    model = make("gpt2", "language")
+    fake, calls = faked(model, **NO_ACTIVATIONS), []
+    kind = type(fake.weights["wte"])
+    quantize = kind.quantize
+    monkeypatch.setattr(kind, "quantize", lambda self, w: calls.append(self.path) or quantize(self, w))
+    wanted = outputs(model)
+    # the tied matrix once, too
+    assert sorted(calls) == sorted(fake.weights)
+    with fake.holding():
+        for _ in range(3):
+            assert torch.equal(outputs(model), wanted)
+        assert len(calls) == 2 * len(fake.weights)
+        model(**inputs(model)).logits.sum().backward()
+        model(**inputs(model)).logits.sum().backward()
+    calls.clear()
+    outputs(model)
+    assert len(calls) == len(fake.weights)
+    assert all(weight._kept is None for weight in fake.weights.values())
+
+
+@pytest.mark.parametrize("activations", [ActivationScheme(), STATIC, LEARNED], ids=["dynamic", "static", "learned"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_copy_is_fake_quantized_by_quantizers_of_its_own(name, activations):
+    model = make(name, "language")
+    fake = faked(model, [inputs(model)], activations=activations)
+    wanted = outputs(model)
+    # with a graph that no copy can have
+    model(**inputs(model)).logits.sum()
+    other = copy.deepcopy(model)
+    assert torch.equal(outputs(other), wanted)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    changed = outputs(other)
+    assert torch.equal(outputs(model), wanted) and not torch.equal(changed, wanted)
+    fake.set_bits(2)
+    with torch.no_grad():
+        for parameter in fake.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(outputs(other), changed) and not torch.equal(outputs(model), wanted)
+    fake.remove()
+    assert torch.equal(outputs(other), changed)
 
 
 def test_two_backward_passes_in_a_row_and_evaluation_in_between():
@@ -317,7 +390,8 @@ def test_inputs_are_quantized_where_the_plan_says(family):
         readers = [path] if path != fake.plan.matrices[0].path else list(fake.plan.matrices[0].tied)
         for reader in readers:
             assert len(seen[reader][0].unique()) <= 16, activation.name
-    assert len(fake.inputs) == len(fake.plan.matrices)
+    # embeddings that no head is tied to read ids
+    assert len(fake.inputs) == len(fake.plan.matrices) - (family.name == "llama")
 
 
 def test_query_key_and_value_read_one_quantized_tensor(monkeypatch):
@@ -461,7 +535,7 @@ class Rows(Dataset):
         return self.rows[index]
 
 
-class Quantizing:
+class Quantizing(Method):
     """The least of a method: its scales are trained beside the model."""
 
     name, max_norm = "quantization", None
@@ -508,7 +582,7 @@ def test_a_training_resumes_to_the_bit_and_its_checkpoints_are_ordinary_ones(tmp
             use_cpu=True,
             logging_steps=1,
         )
-        trainer = CompressionTrainer(model, arguments, [method], train_dataset=Rows(model))
+        trainer = CompressionTrainer(model, arguments, methods=[method], train_dataset=Rows(model))
         start = states(method.fake)
         trainer.train(resume_from_checkpoint=resume)
         assert any(not torch.equal(start[name], tensor) for name, tensor in states(method.fake).items())
@@ -559,6 +633,18 @@ def test_what_cannot_be_is_refused_before_the_model_is_changed():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_weight_that_was_taken_away_is_named():
+    model = make("bert", "classification")
+    fake = faked(model, **NO_ACTIVATIONS)
+    dense = model.bert.encoder.layer[0].output.dense
+    kept, dense._parameters["weight"] = dense._parameters["weight"], None
+    for read in (lambda: outputs(model), lambda: fake.parameter("encoder.layer.0.output.dense")):
+        with pytest.raises(LmcompressError, match=r"encoder.layer.0.output.dense must keep the weight that was fake"):
+            read()
+    dense._parameters["weight"] = kept
+    outputs(model)
+
+
 # --- packed
 
 
@@ -569,7 +655,7 @@ def check_finish(fake, model, folder=None):
     fake.finish()
     assert all(encoding.range != "learned" for _, (encoding, _) in encoders)
     modules = dict(model.named_modules())
-    with torch.no_grad():
+    with torch.no_grad(), padding.stated(inputs(model)["attention_mask"].bool()):
         for name, (x, y) in products.items():
             torch.testing.assert_close(
                 modules[name](x), y, rtol=1e-5, atol=1e-5 * float(y.norm(p=torch.inf) if y.numel() else 0), msg=name

@@ -63,7 +63,9 @@ def obq(weight, hessian, plain, places, damping):
 @pytest.mark.parametrize("order", [True, False], ids=["ordered", "in-order"])
 @pytest.mark.parametrize("function", [symmetric, asymmetric], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-def test_codes_are_those_of_column_by_column_elimination(granularity, function, order):
+@pytest.mark.parametrize("few", [4, 16])
+def test_codes_are_those_of_column_by_column_elimination(granularity, function, order, few, monkeypatch):
+    monkeypatch.setattr("lmcompress.quantization.ptq.gptq._FEW", few)
     if isinstance(granularity, PerGroup) and not order:
         pytest.skip("groups are rescaled on the way; see the next test")
     weight, x = weights(7, 12), inputs(12)

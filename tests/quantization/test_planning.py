@@ -1,5 +1,6 @@
 import pytest
 from families import cut_to_nothing, make
+from packing import packed
 
 from lmcompress.errors import LmcompressError
 from lmcompress.families import ZeroWidthLinear, anatomy_of
@@ -19,17 +20,16 @@ def test_by_default_blocks_and_word_embeddings_are_planned_and_nothing_else(fami
     anatomy = anatomy_of(model)
     paths = {id(module): path for path, module in modules_by_path(model).items()}
     parts = ("qkv",) if family.name == "gpt2" else ("query", "key", "value")
-    expected = {
-        paths[id(block.get(part))]
-        for block in anatomy.blocks
-        for part in (*parts, "attention_out", "ffn_in", "ffn_out")
-    }
+    ffn = ("ffn_in", "ffn_gate", "ffn_out") if family.name == "llama" else ("ffn_in", "ffn_out")
+    expected = {paths[id(block.get(part))] for block in anatomy.blocks for part in (*parts, "attention_out", *ffn)}
     expected.add(paths[id(anatomy.embedding("word_embeddings"))])
     planned = by_path(model)
     assert planned.keys() == expected
     words = planned[paths[id(anatomy.embedding("word_embeddings"))]]
     assert words.weights.granularity == "row"
-    assert len(words.tied) == (head == "language") == (words.inputs is not None)
+    # Llama's head has a matrix of its own
+    tied = head == "language" and family.name != "llama"
+    assert len(words.tied) == tied == (words.inputs is not None)
 
 
 def test_paths_are_the_same_with_a_head_and_without():
@@ -38,7 +38,9 @@ def test_paths_are_the_same_with_a_head_and_without():
 
 def test_only_what_follows_the_activation_is_asymmetric(family):
     planned = by_path(make(family, "language")).values()
-    assert {p.part for p in planned if not p.inputs.symmetric} == {"ffn_out"}
+    # a gate has both signs
+    one_sided = set() if family.name == "llama" else {"ffn_out"}
+    assert {p.part for p in planned if p.inputs is not None and not p.inputs.symmetric} == one_sided
 
 
 def test_what_pruning_left_nothing_of_is_passed_over_and_said(family):
@@ -107,6 +109,11 @@ def test_what_stays_dense_is_said_with_a_reason():
 def test_what_cannot_be_done_is_refused(config, message):
     with pytest.raises(LmcompressError, match=message):
         plan(make("gpt2", "language"), QuantizationConfig(**config))
+
+
+def test_what_is_packed_is_refused_by_trainers_too():
+    with pytest.raises(LmcompressError, match=r"cannot quantize a model that is packed already: .*unpacked\(model\)"):
+        plan(packed(make("bert")), QuantizationConfig())
 
 
 def test_a_plan_reads_as_a_text():

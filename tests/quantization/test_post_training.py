@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
-from families import LAYERS, cut_to_nothing, cut_unevenly, inputs, make, outputs
+from families import FAMILIES, LAYERS, cut_to_nothing, cut_unevenly, inputs, make, outputs
 
 from lmcompress.activations.hessian import output_error
 from lmcompress.checkpoint.encoding import packed_modules, unpacked
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
+from lmcompress.kernels.dispatch import using
 from lmcompress.model import CompressedModel
 from lmcompress.numerics.inputs import quantize_input
+from lmcompress.numerics.quantizers import ranges
 from lmcompress.quantization.config import ActivationScheme, QuantizationConfig, Rule, WeightScheme
 from lmcompress.quantization.ptq import POST_TRAINING, quantize
 
@@ -22,7 +24,13 @@ EIGHT = POST_TRAINING.model_copy(update={"weights": BY_ROW, "embeddings": BY_ROW
 FOUR, TWO = (BY_ROW.model_copy(update={"bits": bits}) for bits in (4, 2))
 WEIGHTS_ONLY = QuantizationConfig(weights=FOUR, embeddings=FOUR, activations=None, attention=False)
 STATIC = EIGHT.model_copy(update={"activations": ActivationScheme(range="static"), "attention": True})
+BY_TOKEN = ActivationScheme(granularity="token")
 METHODS = ["rtn", "gptq", "awq"]
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
 
 
 def batches_for(model, count=4):
@@ -59,7 +67,9 @@ def test_every_family_is_packed_and_answers_nearly_the_same(family, head, config
 def test_pruned_models_are_quantized(family, cut, method):
     model = cut(make(family))
     dense = outputs(model)
-    report = quantize(model, EIGHT, batches_for(model, 2), method=method)
+    # what a gate multiplies has outliers, and one range for all tokens would have to hold them
+    config = EIGHT.model_copy(update={"activations": BY_TOKEN}) if family.name == "llama" else EIGHT
+    report = quantize(model, config, batches_for(model, 2), method=method)
     assert relative(outputs(model), dense) < 0.01
     if cut is cut_to_nothing:
         assert any("pruned to nothing" in reason for reason in report.dense.values())
@@ -92,7 +102,7 @@ def recorded(model, batches, modules):
 def test_errors_are_those_of_what_each_module_gives_for_its_inputs_in_the_packed_model(family, method):
     model = make(family)
     batches, dense = batches_for(model), copy.deepcopy(model)
-    report = quantize(model, EIGHT, batches, method=method)
+    report = quantize(model, EIGHT, batches, method=method, output_errors=method != "gptq")
     rows = {row.path: row for row in report.matrices}
     packed = {path: m for path, m in packed_modules(model) if rows[path].part != "embeddings"}
     originals = {path: dense.base_model.get_submodule(path) for path in packed}
@@ -116,10 +126,59 @@ def test_the_error_of_the_hidden_states_is_that_of_the_whole_model(family):
     def last(m):
         return recorded_outputs(m, batches, anatomy_of(m).blocks[-1].module)
 
-    # the walk sums in another order than the whole model: on some processors an input on the edge of a code falls on
+    # the walk multiplies floats as the reference does; for an integer kernel an input on the edge of a code may fall on
     # its other side
-    assert report.hidden_error == pytest.approx(relative(last(model), last(dense)), rel=1e-2)
+    with using(kernel="reference"):
+        after = last(model)
+    assert report.hidden_error == pytest.approx(relative(after, last(dense)), rel=1e-5)
     assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_errors_of_outputs_change_the_report_and_nothing_else(method):
+    cheap, dear = (CompressedModel(make("gpt2", "language")).model for _ in range(2))
+    dear.load_state_dict(cheap.state_dict())
+    batches = batches_for(cheap)
+    reports = [
+        quantize(model, STATIC, batches, method=method, output_errors=wanted)
+        for model, wanted in ((cheap, False), (dear, True))
+    ]
+    assert {row.measured for row in reports[0].matrices} == {"weights"}
+    assert {row.measured for row in reports[1].matrices if row.part != "embeddings"} == {"output"}
+    assert reports[0].hidden_error == reports[1].hidden_error
+    for name, tensor in cheap.state_dict().items():
+        assert torch.equal(tensor, dear.state_dict()[name]), name
+
+
+def test_rounding_to_nearest_looks_at_no_more_batches_than_it_measures(monkeypatch):
+    monkeypatch.setattr("lmcompress.quantization.ptq.run.MEASURED_TOKENS", 40)
+    model = make("bert", "classification")
+    batches = batches_for(model, 6)
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    needed = next(n for n in range(1, 7) if sum(tokens[:n]) >= 40)
+    assert needed < 6
+    seen = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(1))
+    report = quantize(model, EIGHT, batches, method="rtn")
+    handle.remove()
+    # once before, for what it gives, and once to begin the walk through the blocks
+    assert len(seen) == 2 * needed and report.tokens == sum(tokens[:needed])
+    other = make("bert", "classification")
+    short = quantize(other, EIGHT, batches[:needed], method="rtn")
+    assert report.hidden_error == short.hidden_error > 0
+
+
+def test_errors_of_outputs_need_data():
+    with pytest.raises(LmcompressError, match="output_errors=True must have calibration data, got batches=None"):
+        quantize(make("bert"), EIGHT, output_errors=True)
+
+
+def test_scales_are_searched_for_once(monkeypatch):
+    searched = []
+    search = ranges.search_shares
+    monkeypatch.setattr(ranges, "search_shares", lambda *args: searched.append(1) or search(*args))
+    report = quantize(make("bert"))
+    assert len(searched) == len(report.matrices)
 
 
 def recorded_outputs(model, batches, module):
@@ -190,7 +249,7 @@ def test_awq_is_better_than_rounding_where_some_channels_are_great():
     reports = {}
     for method in ("rtn", "awq"):
         model = with_outliers("gpt2")
-        reports[method] = quantize(model, config, batches_for(model), method=method)
+        reports[method] = quantize(model, config, batches_for(model), method=method, output_errors=True)
     errors = {m: {row.path: row.error for row in report.matrices} for m, report in reports.items()}
     assert errors["awq"]["h.0.attn.c_attn"] < 0.5 * errors["rtn"]["h.0.attn.c_attn"]
     assert reports["awq"].hidden_error < reports["rtn"].hidden_error
@@ -208,7 +267,7 @@ def test_static_ranges_are_those_of_what_enters_and_one_sided_after_the_activati
     parts = {id(b.get(p)): p for b in anatomy_of(model).blocks for p in ("ffn_out", "attention_out")}
     for module in packed.values():
         x, scale, zero = read[module], module.input_scale, module.input_zero_point
-        if parts.get(id(module)) == "ffn_out":
+        if parts.get(id(module)) == "ffn_out" and family.name != "llama":
             assert float(scale) == pytest.approx(float(x.max() - x.min().clamp(max=0)) / 255, rel=1e-4)
             assert zero is not None
         else:
@@ -325,7 +384,8 @@ class TestRefusals:
         model = make("bert")
         quantize(model)
         with pytest.raises(
-            LmcompressError, match=r"packed already: quantize the model that lmcompress.checkpoint.encoding.unpacked"
+            LmcompressError,
+            match=r"packed already: quantize the dense one that lmcompress.checkpoint.encoding.unpacked",
         ):
             quantize(model)
         again = unpacked(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +17,7 @@ from lmcompress.nn.quantized_attention import Role
 from lmcompress.numerics.activations import initial_range, initial_step, learned
 from lmcompress.numerics.inputs import quantize_input, static_range
 from lmcompress.numerics.observers import Histogram, MinMax
+from lmcompress.numerics.padding import real
 from lmcompress.quantization.config import ActivationScheme
 
 _NOT_CALIBRATED = (
@@ -49,7 +50,6 @@ class FakeActivation(nn.Module):
         name: name of the activation in errors.
         scheme: its scheme.
         readers: number of modules that read the same tensor.
-        heads: whether the tensor is ``(batch, heads, length, ...)`` and not ``(batch, length, ...)``.
     """
 
     step: Tensor | None
@@ -57,14 +57,13 @@ class FakeActivation(nn.Module):
     scale: Tensor | None
     zero_point: Tensor | None
 
-    def __init__(self, name: str, scheme: ActivationScheme, *, readers: int = 1, heads: bool = False) -> None:
+    def __init__(self, name: str, scheme: ActivationScheme, *, readers: int = 1) -> None:
         super().__init__()
         self.name, self.scheme, self.enabled = name, scheme, True
-        self._readers, self._heads = readers, heads
+        self._readers = readers
         self._encoding = scheme.encoding()
         self._ready = scheme.range == "dynamic"
         self._seen: _Seen | None = None
-        self._mask: Tensor | None = None
         # input, whether with gradient, result, number of modules that have yet to read it
         self._kept: tuple[Tensor, bool, Tensor, int] | None = None
         learns, fixed, shifted = scheme.range == "learned", scheme.range == "static", not scheme.symmetric
@@ -124,14 +123,6 @@ class FakeActivation(nn.Module):
             least = self.scheme.range == "learned" or self.scheme.calibration == "minmax"
             self._seen = _Seen(MinMax() if least else Histogram())
 
-    def look_through(self, mask: Tensor | None) -> None:
-        """Set the mask of the next batch.
-
-        Args:
-            mask: ``(batch, length)``, true for tokens that are not padding; ``None``: all.
-        """
-        self._mask = mask
-
     def freeze(self, *, discard: bool = False) -> None:
         """End calibration, and set the observed range.
 
@@ -141,7 +132,7 @@ class FakeActivation(nn.Module):
         Raises:
             LmcompressError: If calibration observed nothing, or only zeros.
         """
-        seen, self._seen, self._mask = self._seen, None, None
+        seen, self._seen = self._seen, None
         if seen is None or discard:
             return
         try:
@@ -198,9 +189,8 @@ class FakeActivation(nn.Module):
             raise LmcompressError(f"{self.name} {_NOT_CALIBRATED}")
 
     def _look(self, x: Tensor, seen: _Seen) -> None:
-        x = x.transpose(1, 2) if self._heads else x
-        if self._mask is not None and x.dim() > 2 and x.shape[:2] == self._mask.shape:
-            x = x[self._mask.bool()]
+        mask = real(x)
+        x = x if mask is None else x[mask.expand(x.shape)]
         seen.ranges = seen.ranges.updated(x)
         if self.scheme.range == "learned" and self.scheme.symmetric and x.numel() and bool(x.any()):
             step = initial_step(x, bits=self.scheme.bits).to(x.device) * x.numel()
@@ -229,28 +219,25 @@ class FakeActivation(nn.Module):
 
 
 @contextmanager
-def calibrating(activations: Sequence[FakeActivation]) -> Iterator[Callable[[Tensor | None], None]]:
+def calibrating(activations: Sequence[FakeActivation]) -> Iterator[None]:
     """Calibrate activations while the block runs; their ranges are set at its end, or kept if it fails.
+
+    Padding that is known (:mod:`lmcompress.numerics.padding`) is not observed.
 
     Args:
         activations: those whose range is not dynamic.
 
     Yields:
-        A function that takes the mask of the next batch, ``(batch, length)``, or None.
+        Nothing.
 
     Raises:
         LmcompressError: If one of them observed nothing, or only zeros.
     """
-
-    def look_through(mask: Tensor | None) -> None:
-        for activation in activations:
-            activation.look_through(mask)
-
     complete = False
     for activation in activations:
         activation.watch()
     try:
-        yield look_through
+        yield
         complete = True
     finally:
         for activation in activations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel
 
 from lmcompress.activations.hooks import Hooked
 from lmcompress.activations.running import evaluating
-from lmcompress.checkpoint.encoding import Packable
+from lmcompress.checkpoint.places import Packable
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.families import anatomy_of, is_conv1d
+from lmcompress.families import anatomy_of, is_conv1d, readers_of_encoder
+from lmcompress.families.coupled import stage_of
 from lmcompress.families.weights import modules_by_path
+from lmcompress.nn.padding import follow_padding, release_padding
 from lmcompress.nn.quantized_attention import ROLES, Role, attach, release_attention
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.quantizers.base import Quantized
@@ -33,6 +36,8 @@ class FakeQuantized(Hooked):
         model: modified in place, until :meth:`remove` or :meth:`finish`.
         plan: plan of this model.
         batches: batches for calibrated ranges, see :meth:`calibrate`; not needed if all are dynamic.
+        with_states: whether the initial state of every quantizer is found now, which takes some twenty passes over all
+            weights with ``mse``. Without them, the codes of each matrix must come by :meth:`FakeWeight.freeze`.
 
     Attributes:
         weights: the quantizer of each matrix, by its path.
@@ -46,17 +51,25 @@ class FakeQuantized(Hooked):
             infinite, or calibration has no data.
 
     Note:
-        With ranges of the whole tensor, padding and the other rows of a batch influence dynamic ranges, as in
-        TernaryBERT's code. Calibrated ranges exclude padding.
+        With ranges of the whole tensor, the other rows of a batch influence dynamic ranges, as in TernaryBERT's code;
+        padding according to ``attention_mask`` influences neither these nor calibrated ranges.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        *,
+        with_states: bool = True,
+    ) -> None:
         super().__init__()
         self.model, self.plan = model, plan
         self._modules = modules_by_path(model)
+        self._depth = 0
         self._check()
         # everything that can be refused is refused before the model is changed
-        self.weights = {planned.path: self._fake_weight(planned) for planned in plan.matrices}
+        self.weights = {planned.path: self._fake_weight(planned, with_states) for planned in plan.matrices}
         self.activations: dict[str, FakeActivation] = {}
         self.inputs: dict[str, FakeActivation] = {}
         self._readers: list[tuple[nn.Module, FakeActivation]] = []
@@ -128,13 +141,12 @@ class FakeQuantized(Hooked):
         if not waiting:
             return
         enabled = [activation for activation in self.activations.values() if activation.enabled]
-        with evaluating(self.model), calibrating(waiting) as look_through:
+        with evaluating(self.model), calibrating(waiting):
             try:
                 for activation in enabled:
                     activation.enabled = False
                 for batch in batches:
                     inputs = {key: _moved(value, self.model.device) for key, value in batch.items() if key != "labels"}
-                    look_through(inputs.get("attention_mask"))
                     self.model(**inputs)
             finally:
                 for activation in enabled:
@@ -154,6 +166,30 @@ class FakeQuantized(Hooked):
         for kind, fakes in kinds.items():
             for fake in fakes if what in (None, kind) else ():
                 fake.enabled = enabled
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """While the block runs, quantize each weight once, not in every forward pass without gradient.
+
+        For ``generate``, which would quantize all weights for every token. Memory holds a second copy of the weights.
+        Nothing may write to a weight's ``data`` within the block.
+
+        Yields:
+            Nothing.
+
+        Example:
+            with fake.holding():
+                model.generate(**inputs)
+        """
+        fakes = list(self.weights.values())
+        for fake in fakes:
+            fake.held = True
+        try:
+            yield
+        finally:
+            for fake in fakes:
+                fake.held = False
+                fake.forget()
 
     def set_bits(self, bits: Bits, modules: str = "*") -> None:
         """Change the bit-width of weights, such as on a descending schedule.
@@ -213,12 +249,23 @@ class FakeQuantized(Hooked):
         """
         return {m: {role: fake.final() for role, fake in fakes.roles.items()} for m, fakes in self._attention.items()}
 
+    def readers(self, planned: Planned) -> tuple[str, ...]:
+        """Paths of the modules that multiply an activation by a matrix that is tied to a table of embeddings.
+
+        Args:
+            planned: the table.
+        """
+        return tuple(path for path in planned.tied if not isinstance(self._modules[path], nn.Embedding))
+
     def remove(self) -> None:
         """Take quantization away: the model is as it was, with the weights that it has now. Safe to call twice."""
         super().remove()
         release_attention(self.model)
+        release_padding(self.model)
         for module in self.model.modules():
             release_module(module)
+        self._depth = 0
+        self._set_in_pass(False)
         self._forget()
 
     def finish(self) -> None:
@@ -239,7 +286,10 @@ class FakeQuantized(Hooked):
 
     def _check(self) -> None:
         if any(isinstance(module, Faked) for module in self.model.modules()):
-            raise LmcompressError("the model is fake-quantized already; remove() of that FakeQuantized takes it away")
+            raise LmcompressError(
+                "the model is fake-quantized already: release() of the trainer that holds it, or remove() of the "
+                "FakeQuantized, takes that away; a copy is to be loaded again"
+            )
         for planned in self.plan.matrices:
             for path in (planned.path, *planned.tied):
                 module = self._modules.get(path)
@@ -249,22 +299,23 @@ class FakeQuantized(Hooked):
                         f"{nearest(path, self._modules)}"
                     )
 
-    def _fake_weight(self, planned: Planned) -> FakeWeight:
-        module = self._modules[planned.path]
-        return FakeWeight(planned, self._stored(planned.path), transposed=is_conv1d(module))
+    def _fake_weight(self, planned: Planned, with_state: bool) -> FakeWeight:
+        stored, transposed = self._stored(planned.path), is_conv1d(self._modules[planned.path])
+        return FakeWeight(planned, stored, transposed=transposed, with_state=with_state)
 
     def _plan_inputs(self) -> None:
-        alike: dict[tuple[int | None, ActivationScheme], list[Planned]] = {}
+        alike: dict[tuple[int | None, int | None, ActivationScheme], list[Planned]] = {}
         for planned in self.plan.matrices:
             if planned.inputs is None:
                 continue
-            if reads_alike(planned.part):
-                alike.setdefault((planned.block, planned.inputs), []).append(planned)
+            if reads_alike(planned, self.plan.matrices):
+                alike.setdefault((planned.block, stage_of(planned.part), planned.inputs), []).append(planned)
             else:
                 # for the embeddings it is the head that reads an activation
-                reader = planned.tied if isinstance(self._modules[planned.path], nn.Embedding) else (planned.path,)
+                table = isinstance(self._modules[planned.path], nn.Embedding)
+                reader = self.readers(planned) if table else (planned.path,)
                 self.inputs[planned.path] = self._read(reader, planned.inputs)
-        for (_, scheme), group in alike.items():
+        for (_, _, scheme), group in alike.items():
             activation = self._read([planned.path for planned in group], scheme)
             self.inputs |= {planned.path: activation for planned in group}
 
@@ -279,14 +330,11 @@ class FakeQuantized(Hooked):
             return {}
         paths = {id(module): path for path, module in self._modules.items()}
         fakes: dict[nn.Module, AttentionFakes] = {}
-        for block in anatomy_of(self.model).blocks:
-            if not block.num_heads:
-                continue
-            module = block.get("attention")
+        for module in [module for block in anatomy_of(self.model).blocks for module in block.attentions()]:
             roles: dict[Role, FakeActivation] = {}
             for role in ROLES:
                 scheme = self.plan.attention.resolved(one_sided=role == "probabilities")
-                roles[role] = FakeActivation(f"{paths[id(module)]}.{role}", scheme, heads=True)
+                roles[role] = FakeActivation(f"{paths[id(module)]}.{role}", scheme)
                 self.activations[roles[role].name] = roles[role]
             fakes[module] = AttentionFakes(roles)
         return fakes
@@ -294,6 +342,7 @@ class FakeQuantized(Hooked):
     def _put(self) -> None:
         if self._attention:
             attach(self.model, self._attention)
+        follow_padding(self.model, readers_of_encoder(self.model))
         for planned in self.plan.matrices:
             for path in (planned.path, *planned.tied):
                 fake_quantize_module(self._modules[path], self.weights[planned.path])
@@ -301,11 +350,29 @@ class FakeQuantized(Hooked):
             self._handles.append(module.register_forward_pre_hook(activation.before))
         for root in {id(m): m for m in (self.model, self.model.base_model)}.values():
             self._handles.append(root.register_forward_pre_hook(self._begin))
+            self._handles.append(root.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        """Before every forward pass: anything kept with a gradient has had its backward pass."""
-        if torch.is_grad_enabled():
+        """Before every forward pass: what earlier ones kept is no longer needed."""
+        if torch.compiler.is_compiling():
+            return
+        if not self._depth:
             self._forget()
+            self._set_in_pass(True)
+        self._depth += 1
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After it: with a gradient, the loss may still read a weight, which must be the one of the pass."""
+        if torch.compiler.is_compiling():
+            return
+        self._depth = max(0, self._depth - 1)
+        if not (self._depth or torch.is_grad_enabled()):
+            self._forget()
+            self._set_in_pass(False)
+
+    def _set_in_pass(self, on: bool) -> None:
+        for weight in self.weights.values():
+            weight.in_pass = on and weight.shared
 
     def _parts(self, ranges: Mapping[str, FixedActivation]) -> Iterator[tuple[str, Packable]]:
         """The parts to pack, one matrix at a time: all at once would be three times the model."""
@@ -315,13 +382,18 @@ class FakeQuantized(Hooked):
 
     def _forget(self) -> None:
         for weight in self.weights.values():
-            weight.forget()
+            if not weight.held:
+                weight.forget()
         for activation in self.activations.values():
             activation.forget()
 
     def _stored(self, path: str) -> Tensor:
         weight = stored_weight(self._modules[path])
-        assert weight is not None
+        if weight is None:
+            raise LmcompressError(
+                f"{path} must keep the weight that was fake-quantized, it has none now: take quantization away with "
+                "remove() before the model is changed"
+            )
         return weight
 
 

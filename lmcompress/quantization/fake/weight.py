@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcompress.errors import LmcompressError
+from lmcompress.families.matrices import embedding_scale
 from lmcompress.families.narrow import Derived, derive
+from lmcompress.numerics.graphs import recording
 from lmcompress.numerics.grids import Bits
 from lmcompress.numerics.quantizers.base import Quantized, check_finite
 from lmcompress.numerics.quantizers.registry import quantizer_for
@@ -27,11 +29,15 @@ class FakeWeight(nn.Module):
         scheme: its scheme, with the current bits.
         state: the quantizer's learned or chosen state, or ``None``; a parameter if it is learned.
         enabled: whether readers get quantized values; otherwise the parameter itself.
+        shared: whether several modules have it.
+        in_pass: whether a forward pass is going on, in which a shared matrix is quantized once.
+        held: whether it is quantized once without gradient, until this is set again.
 
     Args:
         planned: entry of the plan.
         weight: the parameter.
         transposed: whether it is stored as ``(in, out)``.
+        with_state: whether the initial state is found now; without it, codes must come by :meth:`freeze`.
 
     Raises:
         LmcompressError: If weights are NaN or infinite.
@@ -39,15 +45,16 @@ class FakeWeight(nn.Module):
 
     state: Tensor | None
 
-    def __init__(self, planned: Planned, weight: Tensor, *, transposed: bool) -> None:
+    def __init__(self, planned: Planned, weight: Tensor, *, transposed: bool, with_state: bool = True) -> None:
         super().__init__()
         self.path, self.scheme, self.enabled = planned.path, planned.weights, True
-        self._part, self._transposed, self._shared = planned.part, transposed, bool(planned.tied)
+        self._part, self._transposed, self.shared = planned.part, transposed, bool(planned.tied)
+        self.in_pass = self.held = False
         self._curvature: Tensor | None = None
         self._frozen: Quantized | None = None
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
         check_finite(weight, f"weights of {self.path}")
-        state = self.scheme.initial_state(self._view(weight))
+        state = self.scheme.initial_state(self._view(weight)) if with_state else None
         if state is not None and self.scheme.function().learned:
             self.state = nn.Parameter(state)
         else:
@@ -80,10 +87,11 @@ class FakeWeight(nn.Module):
         return self.scheme.quantize(self._view(stored), self.state, **options)
 
     def values(self, stored: Tensor) -> Tensor:
-        """The value for readers of the weight: quantized once per forward pass, and without gradient once for all.
+        """The value for readers of the weight.
 
-        Without gradient the values are kept until a weight or scale changes, or until the next pass with gradient, so
-        that ``generate`` does not quantize for every token; meanwhile memory holds a second copy of the weights.
+        Quantized anew for every reader, except where :class:`~lmcompress.quantization.fake.FakeQuantized` says that
+        nothing can have changed: ``Tensor.data`` is written to without a trace, by moving averages of weights for
+        example.
 
         Args:
             stored: the parameter.
@@ -93,14 +101,18 @@ class FakeWeight(nn.Module):
         """
         if not self.enabled:
             return stored
-        keep = not torch.compiler.is_compiling() and (self._shared or not torch.is_grad_enabled())
-        key = self._key(stored) if keep else ()
-        if keep and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
-        values = self._view(self.quantize(stored).values).to(stored.dtype)
-        if keep:
+        keep = self.shared and self.in_pass or self.held and not torch.is_grad_enabled()
+        if not keep or torch.compiler.is_compiling() or recording():
+            return self._values(stored)
+        key = self._key(stored)
+        if self._kept is None or self._kept[0] != key:
+            values = self._values(stored)
             self._kept = key, values
-        return values
+            if values.requires_grad:
+                # then its pass is over, and the optimizer's turn comes
+                values.register_hook(self._spent)
+            return values
+        return self._kept[1]
 
     def rows(self, stored: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor | None:
         """The embeddings of tokens, if it is enough to quantize these rows.
@@ -115,7 +127,7 @@ class FakeWeight(nn.Module):
         """
         alone = self.scheme.granularity != "tensor" and self.scheme.function().by_rows
         if not (
-            alone and self._frozen is None and self.enabled and not self._shared and torch.is_grad_enabled()
+            alone and self._frozen is None and self.enabled and not self.shared and torch.is_grad_enabled()
         ) or ids.numel() >= len(stored):
             return None
         self._follow(stored)
@@ -182,7 +194,14 @@ class FakeWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # values with a graph cannot be copied
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "in_pass": False, "held": False}
+
+    def _values(self, stored: Tensor) -> Tensor:
+        return self._view(self.quantize(stored).values).to(stored.dtype)
+
+    def _spent(self, gradient: Tensor) -> None:
+        self.in_pass = False
+        self.forget()
 
     def _view(self, stored: Tensor) -> Tensor:
         return stored.t() if self._transposed else stored
@@ -205,10 +224,14 @@ class Faked(Derived):
     def weight(self) -> Tensor:
         """The quantized values, with a gradient to the parameter; the parameter itself if quantization is off."""
         module = cast(nn.Module, self)
-        stored = module._parameters["weight"]
-        assert stored is not None
+        stored, fake = module._parameters["weight"], cast(FakeWeight, module.__dict__[_FAKE])
+        if stored is None:
+            raise LmcompressError(
+                f"{fake.path} must keep the weight that was fake-quantized, it is None now: take quantization away "
+                "with FakeQuantized.remove() before the model is changed"
+            )
         try:
-            return cast(FakeWeight, module.__dict__[_FAKE]).values(stored)
+            return fake.values(stored)
         except AttributeError as error:
             # nn.Module takes an AttributeError for "no property" and would return the parameter itself
             raise RuntimeError(f"the weight could not be quantized: {error}") from error
@@ -228,6 +251,7 @@ class FakedEmbedding(Faked):
         """
         embedding = cast(nn.Embedding, self)
         plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+        plain = plain and embedding_scale(embedding) is None
         stored, fake = embedding._parameters["weight"], embedding.__dict__[_FAKE]
         rows = fake.rows(stored, ids, embedding.padding_idx) if plain else None
         return cast(Tensor, super().forward(ids) if rows is None else rows)  # type: ignore[misc]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmcompress.activations.hessian import output_error
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, is_conv1d, out_features
+from lmcompress.families.norms import is_norm, scaled_parameters
 from lmcompress.quantization.ptq.gptq import Rounding
 
 _LEAST_SHARE = 1e-4
@@ -102,25 +103,31 @@ class Scaling:
 def scalings(block: Block, change: Change) -> list[Scaling]:
     """The inputs in a block that can be scaled without changing its output.
 
-    Norms whose output nothing else reads (pre-LN) are divided in weight and bias. The value projection is divided for
-    the projection that reads the heads' output, in every family: each channel of that output is a weighted sum, over
-    positions, of one row of the projection. If norms come last (post-LN), their output is the residual stream too, and
-    no scale passes through an activation such as GELU: see :func:`why_unscaled`.
+    Norms whose output nothing else reads (pre-LN) are divided in weight and bias, for all matrices that read it. The
+    value projection is divided for the projection that reads the heads' output, in every family: each channel of that
+    output is a weighted sum, over positions, of one row of the projection. In a gated feed-forward network the matrix
+    that the gate multiplies is divided for the second one. If norms come last (post-LN), their output is the residual
+    stream too, and no scale passes through an activation such as GELU: see :func:`why_unscaled`.
 
     Args:
         block: with heads and neurons, or cut.
         change: applies the changes.
 
     Returns:
-        Those of norms first, in families that have them, then that of ``attention_out``.
+        Those of norms first, in families that have them, then those of ``attention_out`` and ``ffn_out``.
     """
-    family = block.family
+    offset = block.family.norm_offset
     found = []
-    for norm, parts in ((family.attention_norm, _projections(block)), (family.ffn_norm, ("ffn_in",))):
-        if norm and out_features(block.get(parts[0])):
-            found.append(Scaling(parts, partial(_divide_norm, block.module.get_submodule(norm), change)))
-    if block.num_heads:
-        found.append(Scaling(("attention_out",), partial(_divide_values, block, change)))
+    for norm, parts in _normalised(block):
+        if norm is not None and parts and out_features(block.get(parts[0])):
+            found.append(Scaling(parts, partial(_divide_norm, norm, offset, change)))
+    if block.has("attention_out") and block.num_heads and block.queries == 1:
+        part, rows = block.rows("value")
+        found.append(Scaling(("attention_out",), partial(_divide_rows, block.get(part), rows, change)))
+    if block.family.gated and block.ffn_width:
+        # of a fused gate, what it multiplies comes last
+        rows = torch.arange(block.ffn_width) + (block.family.ffn_in_copies - 1) * block.ffn_width
+        found.append(Scaling(("ffn_out",), partial(_divide_rows, block.get("ffn_in"), rows, change)))
     return found
 
 
@@ -133,12 +140,12 @@ def why_unscaled(block: Block) -> dict[str, str]:
     Returns:
         Part to reason.
     """
-    reasons = {"ffn_out": "no scale passes through the activation before it"}
-    stream = "its input is the residual stream too, which cannot take a scale"
-    if not block.family.attention_norm:
-        reasons |= dict.fromkeys(_projections(block), stream)
-    if not block.family.ffn_norm:
-        reasons["ffn_in"] = stream
+    reasons = {} if block.family.gated else {"ffn_out": "no scale passes through the activation before it"}
+    if block.has("attention_out") and block.queries > 1:
+        reasons["attention_out"] = "several query heads read one value, whose scales would have to be equal"
+    for norm, parts in _normalised(block):
+        if norm is None:
+            reasons |= dict.fromkeys(parts, "its input is the residual stream too, which cannot take a scale")
     return reasons
 
 
@@ -154,20 +161,27 @@ def multiply_columns(module: nn.Module, scales: Tensor, change: Change) -> None:
     change(weight, weight.detach().float() * (scales[:, None] if is_conv1d(module) else scales))
 
 
-def _projections(block: Block) -> tuple[str, ...]:
-    return ("qkv",) if block.family.qkv else ("query", "key", "value")
+def _normalised(block: Block) -> list[tuple[nn.Module | None, tuple[str, ...]]]:
+    """For attention and the feed-forward network: the norm that nothing else reads, and the matrices that read it.
+
+    None where there is no such norm, or one without a scale that could be divided.
+    """
+    family, found = block.family, []
+    for path, parts in ((family.attention_norm, block.readers("attention")), (family.ffn_norm, block.readers("ffn"))):
+        norm = block.module.get_submodule(path) if path else None
+        there = norm is not None and is_norm(norm) and norm._parameters.get("weight") is not None
+        found.append((norm if there else None, parts))
+    return found
 
 
-def _divide_norm(norm: nn.Module, change: Change, scales: Tensor) -> None:
-    for parameter in norm.parameters():
-        change(parameter, parameter.detach().float() / scales)
+def _divide_norm(norm: nn.Module, offset: float, change: Change, scales: Tensor) -> None:
+    for parameter, values in scaled_parameters(norm, lambda values: values / scales, offset):
+        change(parameter, values)
 
 
-def _divide_values(block: Block, change: Change, scales: Tensor) -> None:
-    fused = bool(block.family.qkv)
-    module = block.get("qkv" if fused else "value")
-    # query, key and value are concatenated
-    factors = torch.cat([scales.new_ones(2 * len(scales)), scales]) if fused else scales
+def _divide_rows(module: nn.Module, rows: Tensor, change: Change, scales: Tensor) -> None:
+    factors = scales.new_ones(out_features(module))
+    factors[rows.to(scales.device)] = scales
     weight = module.get_parameter("weight")
     change(weight, weight.detach().float() / (factors if is_conv1d(module) else factors[:, None]))
     if module.bias is not None:

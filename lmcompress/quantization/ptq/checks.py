@@ -7,11 +7,10 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.errors import LmcompressError
-from lmcompress.families import anatomy_of
+from lmcompress.families import outline_of, refuse_foreign
+from lmcompress.families.foreign import refuse_packed
 from lmcompress.families.weights import EMBEDDINGS
-from lmcompress.nn.packed import Packed
 from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.quantization.config import ActivationScheme
 from lmcompress.quantization.planning import Plan
@@ -43,18 +42,10 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         model: any model.
 
     Raises:
-        LmcompressError: If it is packed, or another library has quantized it.
+        LmcompressError: If it is packed, another library has quantized it, or it has adapters or masks.
     """
-    if any(isinstance(module, Packed) for module in model.modules()):
-        raise LmcompressError(
-            "the model must be dense to be quantized, it is packed already: quantize the model that "
-            "lmcompress.checkpoint.encoding.unpacked(model) gives, or better the one that was packed"
-        )
-    if getattr(model.config, "quantization_config", None) is not None and recorded_compression(model.config) is None:
-        raise LmcompressError(
-            "the model must be dense to be quantized, it is quantized by another library: load it without "
-            "quantization_config"
-        )
+    refuse_packed(model, "quantize")
+    refuse_foreign(model, "quantize")
 
 
 def _refuse_learned(planned: Plan) -> None:
@@ -84,7 +75,7 @@ def _refuse_idle(model: PreTrainedModel, planned: Plan, method: Method) -> None:
             "method='rtn'"
         )
     if method == "awq":
-        blocks = anatomy_of(model).blocks
+        blocks = outline_of(model).blocks
         parts = {(m.block, m.part) for m in others}
         able = {(i, part) for i, b in enumerate(blocks) for s in scalings(b, leave_unchanged) for part in s.parts}
         if not parts & able:

@@ -12,6 +12,9 @@ from lmcompress.numerics.grids import Granularity, PerGroup
 from lmcompress.numerics.packing import dequantize
 from lmcompress.numerics.quantizers.base import Quantized
 
+# columns whose errors reach one another at once
+_FEW = 16
+
 Rounding = Callable[[Tensor], Quantized]
 """``weight (out, in) -> Quantized``: a quantizer with its bits, granularity and state fixed."""
 
@@ -100,6 +103,7 @@ class _Columns:
         self._scales = plain.scales.to(left.device).clone()
         self._zeros = None if plain.zero_points is None else plain.zero_points.to(left.device).clone()
         self._levels = torch.empty_like(left)
+        self._steps = [self._step(group) for group in range(self._scales.shape[1])]
 
     def block(self, size: int) -> int:
         """Number of columns per block: whole groups, because their scales come from weights that are up to date."""
@@ -107,17 +111,24 @@ class _Columns:
 
     def round(self, start: int, end: int, upper: Tensor) -> Tensor:
         """Round columns from start to end; the errors, each over its U_jj, ``(out, end - start)``."""
-        block, errors = self.left[:, start:end], torch.empty_like(self.left[:, start:end])
-        for j in range(start, end):
-            if self._fresh and j % self._group == 0:
-                self._rescale(j)
-            column = block[:, j - start]
-            levels, values = self._nearest(column, self._places[j])
-            self._levels[:, j] = levels
-            error = (column - values) / upper[j, j]
-            errors[:, j - start] = error
-            block[:, j - start + 1 :] -= torch.outer(error, upper[j, j + 1 : end])
-        return errors
+        # transposed, so that a column is read from consecutive memory
+        block = self.left[:, start:end].t().contiguous()
+        errors, levels = torch.empty_like(block), torch.empty_like(block)
+        for first in range(start, end, self._group if self._fresh else end - start):
+            last = min(end, first + self._group) if self._fresh else end
+            if self._fresh:
+                self._rescale(first, block[first - start : last - start].t())
+            # errors reach the columns behind these few in one product
+            for few in range(first, last, _FEW):
+                behind = min(few + _FEW, last)
+                for j in range(few, behind):
+                    at = j - start
+                    levels[at], values = self._nearest(block[at], self._places[j])
+                    errors[at] = (block[at] - values) / upper[j, j]
+                    block[at + 1 : behind - start] -= torch.outer(upper[j, j + 1 : behind], errors[at])
+                block[behind - start :] -= upper[few:behind, behind:end].t() @ errors[few - start : behind - start]
+        self._levels[:, start:end] = levels.t()
+        return errors.t()
 
     def result(self) -> Quantized:
         """The codes in the weight's order."""
@@ -131,23 +142,29 @@ class _Columns:
             None if self._zeros is None else self._zeros.to(device),
         )
 
-    def _rescale(self, start: int) -> None:
-        group = self._rounding(self.left[:, start : start + self._group].float())
+    def _rescale(self, start: int, weights: Tensor) -> None:
+        group = self._rounding(weights.float().contiguous())
         place = start // self._group
         self._scales[:, place] = group.scales[:, 0].to(self._scales.device)
         if self._zeros is not None and group.zero_points is not None:
             self._zeros[:, place] = group.zero_points[:, 0].to(self._zeros.device)
+        self._steps[place] = self._step(place)
+
+    def _step(self, group: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scales, what to divide by, and zero points of one group."""
+        # float32 scales, or the compensated error is not the error of the stored values
+        scale = self._scales[:, group].contiguous()
+        zero = None if self._zeros is None else self._zeros[:, group].double()
+        return scale, torch.where(scale > 0, scale, torch.inf).double(), zero
 
     def _nearest(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        grid, group = self._plain.grid, place // self._group if self._group else 0
-        # float32 scales, or the compensated error is not the error of the stored values
-        scale = self._scales[:, group]
-        steps = column / torch.where(scale > 0, scale, torch.inf).double()
-        if self._zeros is None:
-            levels = grid.nearest(steps)
+        grid = self._plain.grid
+        scale, divisor, zero = self._steps[place // self._group if self._group else 0]
+        steps = column / divisor
+        if zero is None:
+            levels = grid.nearest(steps, overwrite=True)
             return levels, (levels.float() * scale).double()
-        zero = self._zeros[:, group].double()
-        levels = (steps.round() + zero).clamp(grid.low, grid.high)
+        levels = steps.round_().add_(zero).clamp_(grid.low, grid.high)
         return levels, ((levels - zero).float() * scale).double()
 
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.activations.hessian import exact, output_error
+from lmcompress.activations.hooks import valid_tokens
 from lmcompress.activations.running import with_progress
 from lmcompress.activations.walking import Take, Walk, without_padding
 from lmcompress.errors import LmcompressError
-from lmcompress.families import Block, anatomy_of, weight_view
+from lmcompress.families import STAGES, Block, outline_of, weight_view
+from lmcompress.families.coupled import stage_of
 from lmcompress.families.weights import EMBEDDINGS, modules_by_path
 from lmcompress.nn.quantized_attention import ROLES
 from lmcompress.numerics.errors import relative_error
@@ -24,9 +26,10 @@ from lmcompress.quantization.ptq.checks import Method
 from lmcompress.quantization.ptq.gptq import gptq
 from lmcompress.quantization.report import QuantizedMatrix, matrix_row
 
-_STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("ffn_out",))
+MEASURED_TOKENS = 4096
+"""Tokens after which no further batch is compared: the error of the last hidden state has two digits by then."""
 
-Look = Callable[[Mapping[nn.Module, Take], "Callable[[Tensor], None] | None"], None]
+Look = Callable[[Mapping[nn.Module, Take]], None]
 
 
 class InputMoments:
@@ -58,6 +61,23 @@ class InputMoments:
         self.count += len(rows)
 
 
+def measured_batches(data: Sequence[Mapping[str, Tensor]]) -> int:
+    """Number of batches, from the first, on which the error of the last hidden state is measured.
+
+    Args:
+        data: from :func:`~lmcompress.activations.walking.calibration_batches`.
+
+    Returns:
+        The fewest that have :data:`MEASURED_TOKENS` tokens without padding; all if they have fewer.
+    """
+    tokens = 0
+    for number, batch in enumerate(data):
+        if tokens >= MEASURED_TOKENS:
+            return number
+        tokens += int(valid_tokens(batch).sum())
+    return len(data)
+
+
 class PostTrainingRun:
     """Post-training quantization of one model, block by block.
 
@@ -68,11 +88,11 @@ class PostTrainingRun:
         method: rounding method.
         damping: for ``gptq``.
         order: for ``gptq``.
+        output_errors: whether to measure the error of each matrix at its outputs, whatever the method.
 
     Attributes:
         rows: result for each matrix, by path.
-        hidden_error: error of the last block's output on the data; None without data.
-        tokens: number of tokens of the data, without padding.
+        hidden_error: error of the last block's output on the first :func:`measured_batches`; None without data.
     """
 
     def __init__(
@@ -83,13 +103,15 @@ class PostTrainingRun:
         method: Method,
         damping: float,
         order: bool,
+        output_errors: bool,
     ) -> None:
         self.rows: dict[str, QuantizedMatrix] = {}
         self.hidden_error: float | None = None
-        self.tokens = 0
         self._model, self._fake, self._method = model, fake, method
         self._damping, self._order = damping, order
+        self._outputs = output_errors or method == "gptq"
         self._walk = None if data is None else Walk(model, data)
+        self._measured = 0 if data is None else measured_batches(data)
         self._modules = modules_by_path(model)
         self._paths = {id(module): path for path, module in self._modules.items()}
         self._changed: list[tuple[nn.Parameter, Tensor]] = []
@@ -109,22 +131,22 @@ class PostTrainingRun:
         """
         matrices = self._fake.plan.matrices
         walk = self._walk
-        dense = [] if walk is None else walk.last_hidden()
+        dense = [] if walk is None else walk.last_hidden(self._measured)
         for planned in matrices:
             if planned.part == EMBEDDINGS:
                 self._round(planned, None)
         self._outside([p for p in matrices if p.part == "embedding_projection"])
         if walk is not None:
             walk.start()
-        blocks = anatomy_of(self._model).blocks
+        blocks = outline_of(self._model).blocks
         for index in with_progress(range(len(blocks)), "quantize", enabled=progress):
             self._block(index, blocks[index])
         if walk is not None:
-            self._compare(dense, walk.hidden())
+            self._compare(dense, walk.hidden()[: self._measured])
         self._outside([p for p in matrices if p.block is None and p.part not in (EMBEDDINGS, "embedding_projection")])
         for planned in matrices:
             if planned.part == EMBEDDINGS and walk is not None and planned.path in self._fake.inputs:
-                heads = [self._modules[path] for path in planned.tied]
+                heads = [self._modules[path] for path in self._fake.readers(planned)]
                 self._calibrate([self._fake.inputs[planned.path]], heads, walk.look_outside)
 
     def _block(self, index: int, block: Block) -> None:
@@ -133,10 +155,14 @@ class PostTrainingRun:
         look = None if walk is None else partial(walk.look, index)
         if self._method == "awq" and look is not None:
             self._scale(block, parts, look)
-        for number, stage in enumerate(_STAGES):
-            if number == 1 and look is not None:
-                self._attention(block, look)
+        for stage in STAGES:
+            if look is not None and stage in (("attention_out",), ("cross_out",)):
+                self._attention(block, stage[0], look)
             self._stage([parts[part] for part in stage if part in parts], look)
+        for planned in self._fake.plan.matrices:
+            # in a block that nobody has described: each by itself, in the order of its modules
+            if planned.block == index and stage_of(planned.part) is None:
+                self._stage([planned], look)
         if walk is not None:
             walk.step(index)
 
@@ -156,11 +182,15 @@ class PostTrainingRun:
         modules = {planned.path: self._modules[planned.path] for planned in matrices}
         inputs = {path: self._fake.inputs.get(path) for path in modules}
         self._calibrate([a for a in set(inputs.values()) if a is not None], list(modules.values()), look)
+        if not self._outputs:
+            for planned in matrices:
+                self._round(planned, None)
+            return
         # query, key and value have the same input, unless rules quantize it differently
         moments = {activation: InputMoments() for activation in inputs.values()}
         first = {activation: path for path, activation in reversed(inputs.items())}
         takes = {m: moments[inputs[p]].take if first[inputs[p]] == p else _ignore for p, m in modules.items()}
-        look(takes, None)
+        look(takes)
         for planned in matrices:
             self._round(planned, moments[inputs[planned.path]])
 
@@ -168,17 +198,21 @@ class PostTrainingRun:
         """Fix static ranges, and quantize these activations from now on."""
         waiting = [activation for activation in activations if activation.scheme.range != "dynamic"]
         if waiting:
-            with calibrating(waiting) as look_through:
-                look({module: _ignore for module in readers}, look_through)
+            with calibrating(waiting):
+                look({module: _ignore for module in readers})
         for activation in activations:
             activation.enabled = True
 
-    def _attention(self, block: Block, look: Look) -> None:
-        path = self._paths[id(block.get("attention"))]
+    def _attention(self, block: Block, out: str, look: Look) -> None:
+        """The ranges within the attention whose output a matrix reads."""
+        part = "attention" if out == "attention_out" else "cross_attention"
+        if not block.family.attention or not block.has(out):
+            return
+        path = self._paths[id(block.get(part))]
         names = [f"{path}.{role}" for role in ROLES]
         found = [self._fake.activations[name] for name in names if name in self._fake.activations]
         if found:
-            self._calibrate(found, [block.get("attention_out")], look)
+            self._calibrate(found, [block.get(out)], look)
 
     def _scale(self, block: Block, parts: Mapping[str, Planned], look: Look) -> None:
         """AWQ: scale inputs where it is exact, by statistics of the block before it is quantized."""
@@ -186,7 +220,7 @@ class PostTrainingRun:
         moments = [InputMoments() for _ in found]
         if found:
             takes = zip(found, moments, strict=True)
-            look({block.get(scaling.parts[0]): own.take for scaling, own in takes}, None)
+            look({block.get(scaling.parts[0]): own.take for scaling, own in takes})
         for scaling, own in zip(found, moments, strict=True):
             chosen = [parts[part] for part in scaling.parts if part in parts]
             if not own.count:
@@ -251,7 +285,6 @@ class PostTrainingRun:
     def _compare(self, dense: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
         error = sum(float((exact(a) - exact(b)).square().sum()) for a, b in zip(dense, hidden, strict=True))
         norm = sum(float(exact(a).square().sum()) for a in dense)
-        self.tokens = sum(len(a) for a in dense)
         self.hidden_error = error / norm if norm > 0 else 0.0
 
 

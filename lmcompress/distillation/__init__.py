@@ -1,6 +1,6 @@
 """Distillation: losses, matches, teachers, and the method that adds them to a training run."""
 
-from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatch, Match, TemperatureSchedule
+from lmcompress.distillation.config import Contrast, DistillationConfig, EmdMatch, Match, OnPolicy, TemperatureSchedule
 from lmcompress.distillation.losses import LogitLoss
 from lmcompress.distillation.matches import MatchLoss
 from lmcompress.distillation.method import Distillation
@@ -19,6 +19,7 @@ __all__ = [
     "LogitLoss",
     "Match",
     "MatchLoss",
+    "OnPolicy",
     "StoredTeacher",
     "TeacherStore",
     "TemperatureSchedule",

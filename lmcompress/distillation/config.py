@@ -14,6 +14,8 @@ from lmcompress.registry import PartField
 
 LogitLossPart = Annotated[str | LogitLoss, PartField(LOGIT_LOSSES, "auto")]
 MatchPart = Annotated[str | MatchLoss, PartField(MATCHES)]
+StackLayer = Annotated[str, Field(pattern=r"^(encoder|decoder)\.-?[0-9]+$")]
+"""A layer of one of two stacks, counted from 1 or, if negative, from its end."""
 WeightSchedule = Annotated[str | Callable[[float], float], PartField(WEIGHT_SCHEDULES)]
 """Factor of a weight over training: constant, linear_decay, linear_growth, cosine_decay, or a custom function."""
 
@@ -46,14 +48,17 @@ class Match(_Part):
         ),
     ]
     student: Annotated[
-        int | tuple[int, ...] | Literal["nearest"],
+        int | StackLayer | tuple[int | StackLayer, ...] | Literal["nearest"],
         Field(
-            description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1; -1 is the last. "
+            description="Student layer; hidden states: 0 = embeddings, i = block i; others from 1; -1 is the last; "
+            "of a model with an encoder and a decoder, encoder.i or decoder.i. "
             "nearest, for hidden states: at every step the block with the nearest states, in order over all such "
             "matches, among those that pruning has kept."
         ),
     ]
-    teacher: Annotated[int | tuple[int, ...], Field(description="Teacher layer, counted the same way.")]
+    teacher: Annotated[
+        int | StackLayer | tuple[int | StackLayer, ...], Field(description="Teacher layer, counted the same way.")
+    ]
     weight: Annotated[float, Field(ge=0, description="Weight of the term in the loss.")] = 1.0
     weight_schedule: WeightSchedule = "constant"
     projection: Annotated[
@@ -63,6 +68,12 @@ class Match(_Part):
     projection_learning_rate: Annotated[
         float | None, Field(gt=0, description="Learning rate of the projection; default: that of the model.")
     ] = None
+    projection_optimizer: Annotated[
+        dict[str, Any],
+        Field(
+            description="Further options of the projection's optimizer group, such as weight_decay; default: 0 of it."
+        ),
+    ] = {}
     on: Annotated[
         Literal["scores", "probabilities"] | None,
         Field(description="For attention matches, which require it: before or after the softmax."),
@@ -95,13 +106,15 @@ class Contrast(_Part):
         float, Field(gt=0, description="Divisor of the cosines; low values weight the nearest negatives only.")
     ] = 0.1
     student: Annotated[
-        int | Literal["output"],
+        int | StackLayer | Literal["output"],
         Field(
             description="Student layer of hidden states, as in matches; output: the input of the head, after the final "
             "norm if there is one."
         ),
     ] = "output"
-    teacher: Annotated[int | Literal["output"], Field(description="Teacher layer, counted the same way.")] = "output"
+    teacher: Annotated[
+        int | StackLayer | Literal["output"], Field(description="Teacher layer, counted the same way.")
+    ] = "output"
     negatives: Annotated[
         Literal["teacher", "student", "vocabulary"],
         Field(
@@ -135,14 +148,14 @@ class Contrast(_Part):
     ] = None
     which: Annotated[int, Field(ge=0, description="Number of the teacher, if there are several.")] = 0
 
-    def feature(self, side: Literal["student", "teacher"]) -> tuple[str, int]:
+    def feature(self, side: Literal["student", "teacher"]) -> tuple[str, int | str]:
         """The feature to capture on one side.
 
         Args:
             side: student or teacher.
 
         Returns:
-            A kind of feature and its layer, which may be negative.
+            A kind of feature and its layer, which may be negative, or named by its stack.
         """
         layer = self.student if side == "student" else self.teacher
         return ("output", -1) if layer == "output" else ("hidden", layer)
@@ -163,6 +176,25 @@ class Contrast(_Part):
         return self
 
 
+class OnPolicy(_Part):
+    """Optimizer steps on texts that the student itself writes, and its teacher judges (GKD)."""
+
+    fraction: Annotated[
+        float, Field(ge=0, le=1, description="Share of the optimizer steps that are on the student's own texts.")
+    ] = 0.5
+    max_new_tokens: Annotated[int, Field(ge=1, description="Maximum tokens that the student writes for a row.")] = 64
+    temperature: Annotated[float, Field(gt=0, description="Temperature of its sampling.")] = 1.0
+    prompt_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Length of the prompt in rows without one, which are running text; a conversation's is all "
+            "before its last answer.",
+        ),
+    ] = 32
+    seed: Annotated[int | None, Field(ge=0, description="Seed of choices and samples; default: the run's.")] = None
+
+
 class DistillationConfig(_Part):
     """The objective by which a student is fitted to its teachers.
 
@@ -173,7 +205,7 @@ class DistillationConfig(_Part):
     loss: Annotated[
         LogitLossPart,
         Field(
-            description="Loss on the logits: kl, ce, reverse_kl, jsd, mse, or module:attribute of a custom one. "
+            description="Loss on the logits: kl, ce, reverse_kl, jsd, mse, uld, or module:attribute of a custom one. "
             "auto: KL for classes and tokens, mean squared error for regression, Bernoulli KL for multi-label."
         ),
     ] = "auto"
@@ -197,6 +229,15 @@ class DistillationConfig(_Part):
         tuple[float, ...] | None,
         Field(min_length=1, description="Weights of the logits of several teachers; default: equal."),
     ] = None
+    shared_tokens: Annotated[
+        Literal["with_rest", "renormalized"] | None,
+        Field(
+            description="For a teacher with another tokenizer: compare the logits of the tokens that both "
+            "vocabularies share; with_rest: all others are one class more; renormalized: they do not count. Default: "
+            "both have one vocabulary, or loss uld needs none."
+        ),
+    ] = None
+    on_policy: OnPolicy | None = None
     token_scaling: Annotated[
         float | None,
         Field(
@@ -215,6 +256,15 @@ class DistillationConfig(_Part):
             "contrast always does."
         ),
     ] = False
+    vocab_size: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Heads over the vocabulary: number of tokens of the tokenizer that student and teachers share. "
+            "Where their tables have been padded to other sizes, the logits behind it are left out. Default: the sizes "
+            "must agree (recipes: taken from the tokenizer).",
+        ),
+    ] = None
     chunk_tokens: Annotated[
         int, Field(ge=1, description="Causal models: rows of the (tokens, vocabulary) matrix in memory at a time.")
     ] = 512
@@ -229,6 +279,11 @@ class DistillationConfig(_Part):
             raise ValueError("weight, label_weight and matches are all zero: there is nothing to train on")
         if self.teacher_weights is not None and (min(self.teacher_weights) < 0 or sum(self.teacher_weights) <= 0):
             raise ValueError(f"teacher_weights must be >= 0 and not all 0, got {self.teacher_weights}")
+        self._check_shared_tokens()
+        if self.on_policy is not None and self.on_policy.fraction > 0 and self.weight == 0:
+            raise ValueError(
+                "on_policy needs a weight > 0: what the student writes has no labels, only its teacher's logits"
+            )
         schedule = self.temperature_schedule
         if schedule.kind != "constant" and not schedule.minimum <= self.temperature <= schedule.maximum:
             raise ValueError(
@@ -236,3 +291,11 @@ class DistillationConfig(_Part):
                 f"{schedule.maximum}, got {self.temperature}"
             )
         return self
+
+    def _check_shared_tokens(self) -> None:
+        if self.shared_tokens is None:
+            return
+        if self.loss == "uld" or (isinstance(self.loss, LogitLoss) and self.loss.across):
+            raise ValueError("loss uld compares whole vocabularies: leave shared_tokens out, or choose another loss")
+        if self.weight == 0:
+            raise ValueError("shared_tokens is of the loss on the logits, whose weight is 0: leave it out")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.activations.capture import Features, resolve, shape_of
+from lmcompress.activations.capture import Feature, Features, resolve, shape_of, stack_of
 from lmcompress.distillation.config import Match
 from lmcompress.distillation.layer_maps import nearest_in_order
 from lmcompress.distillation.matches import MATCHES, MatchLoss, match_for
@@ -42,15 +42,24 @@ def matched(match: Match, number: int, student: PreTrainedModel, teacher: Teache
             f"{loss.layers} layer(s) of {loss.feature}: name its student layers"
         )
     # "nearest" stands for the first block until the first step chooses one
-    wanted = (1,) if match.student == "nearest" else _layers(match.student), _layers(match.teacher)
+    wanted = (1,) if nearest else _layers(match.student), _layers(match.teacher)
     if {len(side) for side in wanted} != {loss.layers}:
         raise LmcompressError(
             f"the match {loss.name!r} takes {loss.layers} layer(s) of each model, got student {match.student} and "
             f"teacher {match.teacher}"
         )
-    assert loss.feature is not None
+    if loss.feature is None:
+        raise LmcompressError(f"the match {loss.name!r} must say what it compares: on: scores or probabilities")
     mine = [resolve(student, loss.feature, layer) for layer in wanted[0]]
     theirs = [teacher.resolve(loss.feature, layer) for layer in wanted[1]]
+    _check_stacks(student, teacher, mine, theirs, match, nearest=nearest)
+    causal = _causal(student, mine[0])
+    attention = loss.feature in ("scores", "probabilities")
+    if attention and teacher.model is not None and _causal(teacher.model, theirs[0]) != causal:
+        raise LmcompressError(
+            f"the match {loss.name!r} compares attention, of which one looks ahead and the other does not: student and "
+            "teacher must both be causal or neither; compare hidden states, queries, keys or values"
+        )
     shapes = [shape_of(student, feature) for feature in mine], [teacher.shape_of(feature) for feature in theirs]
     blocks = range(1, len(anatomy_of(student).block_list) + 1)
     made = Matched(
@@ -58,12 +67,37 @@ def matched(match: Match, number: int, student: PreTrainedModel, teacher: Teache
         loss,
         name,
         (mine, theirs),
-        causal=anatomy_of(student).family.causal,
+        causal=causal,
         projection=_projection(match, loss, shapes[0][0][-1], shapes[1][0][-1], number),
         nearest=[("hidden", layer) for layer in blocks] if nearest else (),
     )
     _try(made, *shapes)
     return made
+
+
+def _causal(model: PreTrainedModel, feature: Feature) -> bool:
+    """Whether attention of a layer looks at earlier tokens only."""
+    return anatomy_of(model).causal or stack_of(model, feature[1]) > 0
+
+
+def _check_stacks(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    mine: Sequence[Feature],
+    theirs: Sequence[Feature],
+    match: Match,
+    *,
+    nearest: bool,
+) -> None:
+    """Refuse to compare an encoder with a decoder."""
+    stacks = {stack_of(student, layer) for _, layer in mine}
+    if teacher.model is not None:
+        stacks |= {stack_of(teacher.model, layer) for _, layer in theirs}
+    if len(stacks) > 1 or (nearest and anatomy_of(student).reads_encoder):
+        raise LmcompressError(
+            f"a match must compare layers of two encoders, or of two decoders, got student {match.student} and teacher "
+            f"{match.teacher}: name them encoder.i or decoder.i"
+        )
 
 
 def nearest_chooser(matches: Sequence[Matched]) -> Callable[[Step, Features, Sequence[Answers], Tensor], None] | None:
@@ -113,13 +147,14 @@ def _distances(one: Matched, student: Features, layers: Sequence[int], teacher: 
     return torch.stack([hidden_mse(state, teacher, mask).sum() for state in states])
 
 
-def _layers(value: int | tuple[int, ...]) -> tuple[int, ...]:
+def _layers(value: int | str | tuple[int | str, ...]) -> tuple[int | str, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
 def _projection(match: Match, loss: MatchLoss, width: int, target: int, number: int) -> Projection | None:
-    if match.projection == "none" or not loss.projectable:
-        if match.projection not in ("none", "auto"):
+    asked = match.projection not in ("none", "auto")
+    if match.projection == "none" or not (loss.projectable or (loss.may_project and asked)):
+        if asked:
             raise LmcompressError(f"the match {loss.name!r} takes no projection; leave it out")
         return None
     if match.projection == "auto":

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lmcompress.activations.capture import Capture, Feature, Features
-from lmcompress.distillation.causal import chunked_term
+from lmcompress.activations.capture import Capture, Feature, Features, stack_of
+from lmcompress.activations.documents import Documents, documents_in, documents_of
+from lmcompress.activations.hooks import valid_targets
+from lmcompress.data.text import TEACHER_PREFIX
+from lmcompress.data.windows import SPAN_LABELS
+from lmcompress.distillation.causal import by_document, chunked_term, next_token_labels
 from lmcompress.distillation.config import DistillationConfig, Match
+from lmcompress.distillation.crossing import SharedTokens
 from lmcompress.distillation.losses import LOGIT_LOSSES, LogitLoss
 from lmcompress.distillation.losses.outputs import probability_shift, token_weights
+from lmcompress.distillation.losses.vocabularies import over_shared_tokens
 from lmcompress.distillation.matches import MatchLoss
 from lmcompress.distillation.projections import Projection
 from lmcompress.distillation.schedules import WEIGHT_SCHEDULES, WeightSchedule, cwsm, flsw
-from lmcompress.distillation.teachers import Answers, Teacher
+from lmcompress.distillation.teachers import Answers, Teacher, teacher_inputs
 from lmcompress.errors import LmcompressError
+from lmcompress.families import anatomy_of, head_logits, with_decoder_inputs
 from lmcompress.method import Method, Step, Term
 
-PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
+SPANS = "question_answering"
+"""The head whose two distributions, of the first and the last token of an answer, are over the tokens of a row."""
+
+PER_TOKEN = ("token_classification", "masked_lm", "causal_lm", "seq2seq_lm", SPANS)
 """Heads with one output per token."""
+
+# a logit whose probability is 0 at every temperature, and finite, so that 0 times it is 0
+_NEVER = -1e30
 
 
 def scheduled(weight: float, schedule: str | WeightSchedule, progress: float) -> float:
@@ -45,6 +60,7 @@ class FeatureTerm:
         teacher: features of the teacher it reads.
         modules: modules trained or kept alongside the student, by name.
         learning_rate: learning rate of their parameters; None: the model's.
+        optimizer_options: further options of their group in the optimizer.
     """
 
     which: int = 0
@@ -52,11 +68,20 @@ class FeatureTerm:
     teacher: Sequence[Feature]
     modules: Mapping[str, nn.Module] = {}
     learning_rate: float | None = None
+    optimizer_options: Mapping[str, Any] = {}
 
     @property
     def captured(self) -> Sequence[Feature]:
         """All features of the student that it may read."""
         return self.student
+
+    def of_decoder(self, model: PreTrainedModel) -> bool:
+        """Whether it reads features of a decoder that reads an encoder, which has tokens of its own.
+
+        Args:
+            model: the student.
+        """
+        return stack_of(model, self.student[0][1]) > 0
 
     def terms(self, student: Features, teacher: Features, step: Step, mask: Tensor) -> dict[str, Term]:
         """The terms of one micro-batch.
@@ -99,6 +124,7 @@ class Matched(FeatureTerm):
     ) -> None:
         self.match, self.loss, self.name = match, loss, name
         self.which, self.learning_rate = match.which, match.projection_learning_rate
+        self.optimizer_options = match.projection_optimizer
         self.student, self.teacher = sides
         self.projection, self.nearest = projection, nearest
         self.modules = {} if projection is None else {name: projection}
@@ -147,7 +173,7 @@ class DistillationStep(Method):
     Attributes:
         config: the compared features and their weights.
         teachers: sources of the teachers' outputs.
-        problem: kind of the student's head, from :func:`~lmcompress.distillation.checks.problem_type_of`.
+        problem: kind of the student's head, from :func:`~lmcompress.distillation.checks.problem_of`.
     """
 
     config: DistillationConfig
@@ -157,17 +183,22 @@ class DistillationStep(Method):
     _shares: list[float]
     _needed: list[bool]
     _capture: Capture | None = None
+    # whether the student's logits are its head on its last hidden states, computed in chunks
+    _chunked: bool = False
+    # number of logits compared, where tables are padded to different sizes; None: all
+    _tokens: int | None = None
     _logit_loss: LogitLoss
     _loss_options: Mapping[str, float]
+    # the tokens that are compared, of two vocabularies; and whether the loss is for two at all
+    _shared: SharedTokens | None = None
+    _crossing: bool = False
+    # whether the batches of the current optimizer step were written by the student
+    _own_texts: bool = False
     # why a batch without separate inputs for the teacher is refused, if it is
     _refused_inputs: str | None
     _parts: list[FeatureTerm]
     _choose_nearest: Callable[[Step, Features, Sequence[Answers], Tensor], None] | None
     _autocast: Any
-
-    @property
-    def _chunked(self) -> bool:
-        return self.problem == "causal_lm"
 
     def before_forward(self, step: Step) -> None:
         """Request only hidden states from a causal student: the vocabulary is computed in chunks.
@@ -177,14 +208,17 @@ class DistillationStep(Method):
         """
         if self._chunked:
             step.student_inputs = {**step.student_inputs, "logits_to_keep": 1, "use_cache": False}
+        elif self._documents(step) is not None:
+            # with a cache, Transformers would let packed documents attend to each other
+            step.student_inputs = {**step.student_inputs, "use_cache": False}
 
     def label_weight(self, progress: float) -> float:
-        """The weight of the labels; 0 for causal models, where the labels are part of the chunked term.
+        """The weight of the labels; 0 without a head, and for causal models, whose chunked term includes them.
 
         Args:
             progress: share of the training done.
         """
-        return 0.0 if self._chunked else self._weight_of_labels(progress)
+        return 0.0 if self._chunked or self.problem == "headless" else self._weight_of_labels(progress)
 
     def loss_terms(self, step: Step) -> dict[str, Term]:
         """The loss on the logits, and one term for each match.
@@ -193,27 +227,41 @@ class DistillationStep(Method):
             step: the step, with the student's outputs.
 
         Returns:
-            ``kd`` (causal models: ``label+kd``), the matches under their name and number, ``emd``, ``contrast``;
-            ``homogeneity_student`` and ``homogeneity_teacher`` are only measured.
+            ``kd`` (causal models: ``label+kd``; question answering: the mean over both ends), the matches under their
+            name and number, ``emd``, ``contrast``; ``homogeneity_student`` and ``homogeneity_teacher`` are only
+            measured.
         """
-        assert self._capture is not None
+        if self._capture is None:
+            raise LmcompressError("this distillation has been released or finished: pass a new one to train again")
         self.check_batch(step.inputs)
-        answers = self._answers(step)
-        mask = step.inputs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(step.inputs["input_ids"])
+        answers, documents = self._answers(step), self._documents(step)
         terms: dict[str, Term] = {}
         if self._chunked:
             if self.config.weight > 0 or self.config.label_weight > 0:
                 terms |= self._chunked_term(step, self._capture, answers)
         elif self.config.weight > 0:
-            terms["kd"] = self._logit_term(step, answers, mask)
-        student = self._capture.take(mask)
+            terms["kd"] = self._logit_term(step, answers, documents)
+        seen = step if documents is None else replace(step, inputs=_unpacked(step.inputs, documents))
+        mask = _mask_of(seen.inputs)
+        student = self._capture.take(documents)
         if self._choose_nearest is not None:
-            self._choose_nearest(step, student, answers, mask)
+            self._choose_nearest(seen, student, answers, mask)
+        targets = self._of_targets(seen)
         for part in self._parts:
-            terms |= part.terms(student, answers[part.which].features, step, mask)
+            own = targets if targets is not None and part.of_decoder(self._capture.model) else seen
+            found = part.terms(student, answers[part.which].features, own, _mask_of(own.inputs))
+            terms |= found if own is seen else {name: _over_labels(term, own.inputs) for name, term in found.items()}
         return terms
+
+    def _of_targets(self, step: Step) -> Step | None:
+        """The step as the decoder of the student sees it, with its tokens, if there is one that reads an encoder."""
+        model = cast(Capture, self._capture).model
+        if not anatomy_of(model).reads_encoder:
+            return None
+        inputs = with_decoder_inputs(model, step.inputs)
+        return replace(
+            step, inputs={"input_ids": inputs["decoder_input_ids"], "attention_mask": valid_targets(inputs).long()}
+        )
 
     def check_batch(self, inputs: Mapping[str, Any]) -> None:
         """Refuse a batch for which the losses cannot be computed; checks only shapes and types.
@@ -235,6 +283,9 @@ class DistillationStep(Method):
             )
         contrast = self.config.contrast
         per_token = self.config.weight > 0 and self.problem in PER_TOKEN
+        if self._crossing:
+            # its positions are aligned by what counts, whatever the lengths
+            per_token = False
         if (per_token or (contrast is not None and contrast.level == "token")) and "teacher_input_ids" in inputs:
             lengths = inputs["input_ids"].shape[1], inputs["teacher_input_ids"].shape[1]
             if lengths[0] != lengths[1]:
@@ -242,6 +293,9 @@ class DistillationStep(Method):
                     f"student and teacher see sequences of {lengths[0]} and {lengths[1]} tokens: a loss per token "
                     "needs one tokenisation for both"
                 )
+
+    def _documents(self, step: Step) -> Documents | None:
+        return None if self._capture is None else documents_of(self._capture.model, step.inputs)
 
     def _answers(self, step: Step) -> list[Answers]:
         # by identity: two methods with the same teacher share its one forward pass
@@ -252,13 +306,19 @@ class DistillationStep(Method):
         return [known.get(id(teacher), Answers(None, None, {})) for teacher in self.teachers]
 
     def _weight_of_labels(self, progress: float) -> float:
+        if self._own_texts:
+            # what the student wrote is no target
+            return 0.0
         return scheduled(self.config.label_weight, self.config.label_weight_schedule, progress)
 
-    def _logit_term(self, step: Step, answers: Sequence[Answers], mask: Tensor) -> Term:
-        student = step.outputs["logits"]
-        teacher = self._mean_logits([answer.logits for answer in answers if answer.logits is not None])
+    def _logit_term(self, step: Step, answers: Sequence[Answers], documents: Documents | None) -> Term:
+        student = cast(Tensor, head_logits(step.outputs))[..., : self._tokens]
+        given = [answer.logits for answer in answers if answer.logits is not None]
+        teacher = self._mean_logits([logits[..., : self._tokens] for logits in given])
         weight = scheduled(self.config.weight, self.config.weight_schedule, step.progress)
-        labels = step.inputs.get("labels")
+        if self.problem == SPANS:
+            return self._span_term(step, student, teacher, weight)
+        labels = next_token_labels(step.inputs) if self.problem == "causal_lm" else step.inputs.get("labels")
         if self.problem not in PER_TOKEN:
             if self.problem == "regression":
                 student, teacher = student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
@@ -266,13 +326,22 @@ class DistillationStep(Method):
         if labels is None and self.config.token_scaling is not None:
             raise LmcompressError("token_scaling needs labels; the batch has none")
         # positions without a label (padding, continuation pieces of a word) teach nothing the head is used for
-        rows = mask.bool() if labels is None else labels != -100
+        rows = _mask_of(step.inputs).bool() if labels is None else labels != -100
         chosen = None if labels is None else labels[rows]
         loss = self._row_loss(student[rows], teacher[rows], chosen)
         if self.config.token_scaling is not None and chosen is not None:
             surprise = F.cross_entropy(teacher[rows].float(), chosen, reduction="none")
-            loss = loss * token_weights(surprise, rows, self.config.token_scaling)
+            loss = loss * token_weights(surprise, by_document(rows, documents), self.config.token_scaling)
         return Term(loss.sum(), "tokens" if labels is None else "labels", weight)
+
+    def _span_term(self, step: Step, student: Tensor, teacher: Tensor, weight: float) -> Term:
+        """The mean of the losses on both ends, each over the tokens of a row that are not padding."""
+        mask = _mask_of(step.inputs).bool()
+        ends = [torch.cat([side.masked_fill(~mask, _NEVER) for side in logits.float().unbind(-1)])
+                for logits in (student, teacher)]  # fmt: skip
+        positions = [step.inputs[name] for name in SPAN_LABELS if name in step.inputs]
+        loss = self._row_loss(ends[0], ends[1], torch.cat(positions) if positions else None)
+        return Term(loss.sum() / 2, "examples", weight)
 
     def _chunked_term(self, step: Step, capture: Capture, answers: Sequence[Answers]) -> dict[str, Term]:
         plain = self.config.temperature_schedule.kind == "constant" and not self.config.probability_shift
@@ -285,9 +354,11 @@ class DistillationStep(Method):
                 self._weight_of_labels(step.progress),
                 scheduled(self.config.weight, self.config.weight_schedule, step.progress),
             ),
-            soft=None if plain and self._logit_loss is LOGIT_LOSSES["kl"] else self._row_loss,
+            soft=None if plain and self._logit_loss is LOGIT_LOSSES["kl"] and self._shared is None else self._row_loss,
             mean=self._mean_logits,
+            tokens=self._tokens,
             autocast=self._autocast,
+            crossing=self._crossing and f"{TEACHER_PREFIX}input_ids" in step.inputs,
         )
 
     def _mean_logits(self, logits: Sequence[Tensor]) -> Tensor:
@@ -304,6 +375,8 @@ class DistillationStep(Method):
             if labels is None:
                 raise LmcompressError("probability_shift needs labels; the batch has none")
             teacher = probability_shift(teacher, labels)
+        if self._shared is not None:
+            return self._shared_loss(student, teacher, self._shared)
         return self._logit_loss.function(
             student,
             teacher,
@@ -311,6 +384,17 @@ class DistillationStep(Method):
             scale_by_temperature=self.config.scale_by_temperature,
             **self._loss_options,
         )
+
+    def _shared_loss(self, student: Tensor, teacher: Tensor, shared: SharedTokens) -> Tensor:
+        temperature, rest = self.config.temperature, self.config.shared_tokens == "with_rest"
+        # at the temperature first: the rest is a sum of probabilities
+        student, teacher = over_shared_tokens(
+            student, teacher, shared.student, shared.teacher, temperature=temperature, rest=rest
+        )
+        rows = self._logit_loss.function(
+            student, teacher, temperature=1.0, scale_by_temperature=False, **self._loss_options
+        )
+        return rows * temperature**2 if self.config.scale_by_temperature else rows
 
     def _temperature(self, student: Tensor, teacher: Tensor) -> float | Tensor:
         schedule = self.config.temperature_schedule
@@ -320,3 +404,31 @@ class DistillationStep(Method):
         if schedule.kind == "flsw":
             return flsw(student, teacher, self.config.temperature, gamma=schedule.gamma, **limits)
         return cwsm(student, self.config.temperature, **limits)
+
+
+def _over_labels(term: Term, inputs: Mapping[str, Any]) -> Term:
+    """A term over tokens of a decoder, or pairs of them: the units that a trainer counts are those of the encoder."""
+    if term.unit == "tokens":
+        return replace(term, unit="labels")
+    if term.unit != "pairs":
+        return term
+    # the mean over the pairs of this micro-batch, which counts as much as it has tokens
+    lengths = inputs["attention_mask"].sum(-1)
+    share = lengths.sum() / (lengths * (lengths + 1) / 2).sum().clamp(min=1)
+    return replace(term, total=term.total * share, unit="labels")
+
+
+def _mask_of(inputs: Mapping[str, Any]) -> Tensor:
+    """``(batch, length)``, 1 = real token; the choices of multiple choice are rows, one after the other."""
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    return mask.reshape(-1, mask.shape[-1])
+
+
+def _unpacked(inputs: Mapping[str, Any], documents: Documents) -> dict[str, Any]:
+    """A packed batch with one document in each row, a teacher's own columns included."""
+    split = documents.of_inputs(inputs)
+    own = teacher_inputs(inputs)
+    if f"{TEACHER_PREFIX}input_ids" in inputs and (theirs := documents_in(own)) is not None:
+        split |= {f"{TEACHER_PREFIX}{name}": value for name, value in theirs.of_inputs(own).items()}
+    return split

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.activations.capture import Capture, Feature, Features, resolve, shape_of
+from lmcompress.activations.documents import documents_of
+from lmcompress.data.text import TEACHER_PREFIX
+from lmcompress.data.windows import SPAN_LABELS
+from lmcompress.distillation.borrowing import borrow, give_back, movable
 from lmcompress.distillation.vocabulary import TeacherChunk
 from lmcompress.errors import LmcompressError
-from lmcompress.families import anatomy_of
+from lmcompress.families import anatomy_of, head_logits, inner_model, input_names, with_decoder_inputs
 
-TEACHER_PREFIX = "teacher_"
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -41,7 +43,7 @@ class Answers:
 class Teacher(Protocol):
     """A source of a teacher's outputs."""
 
-    def resolve(self, kind: str, layer: int) -> Feature:
+    def resolve(self, kind: str, layer: int | str) -> Feature:
         """A feature with its layer counted from the start.
 
         Args:
@@ -87,7 +89,7 @@ class Teacher(Protocol):
         """
 
     def release(self) -> None:
-        """Called after training: removes hooks."""
+        """Called after training, once for each call of :meth:`prepare`: removes hooks and restores the model."""
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -108,30 +110,45 @@ def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
         The inputs by name, without ``teacher_``.
     """
     own = {name.removeprefix(TEACHER_PREFIX): v for name, v in batch.items() if name.startswith(TEACHER_PREFIX)}
-    return {name: v for name, v in (own or batch).items() if name not in ("labels", "task")}
+    return {name: v for name, v in (own or batch).items() if name not in ("labels", *SPAN_LABELS, "task")}
 
 
 class LiveTeacher:
     """A model that runs alongside the student, frozen and without dropout.
 
+    The model is borrowed: once all that use it have released it, its gradients, modes and device are what they were.
+
     Args:
-        model: of any precision; before training it is put in evaluation mode and its gradients are switched off.
+        model: of any precision; before training it is put in evaluation mode and its gradients are switched off. It
+            may be packed, compiled, or a ``PeftModel``: what runs is the model inside.
+        tokenizer: the teacher's, if it is another one than the student's and logits are compared by the tokens that
+            both share (``shared_tokens``).
+
+    Raises:
+        LmcompressError: If the model is no Transformers model, or a ``PeftModel`` that learns a prompt.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        inner = inner_model(model)
+        if not isinstance(inner, PreTrainedModel):
+            raise LmcompressError(
+                f"a teacher must be a PreTrainedModel, or a source such as StoredTeacher, got {type(inner).__name__}; "
+                "load a path with load_teacher"
+            )
+        self._model: PreTrainedModel = inner
+        self.tokenizer = tokenizer
         self._capture: Capture | None = None
         self._features: set[Feature] = set()
+        self._users = 0
         self._logits = self._causal = False
-        # the class's method: accelerate and hooks wrap the instance's
-        self._accepted = set(inspect.signature(type(model).forward).parameters)
+        self._accepted = input_names(inner)
 
     @property
     def model(self) -> PreTrainedModel:
         """The model."""
         return self._model
 
-    def resolve(self, kind: str, layer: int) -> Feature:
+    def resolve(self, kind: str, layer: int | str) -> Feature:
         """A feature with its layer counted from the start; see :class:`Teacher`.
 
         Args:
@@ -165,14 +182,15 @@ class LiveTeacher:
         """
         if self._capture is not None:
             self._capture.remove()
+        if not self._users:
+            borrow(self._model)
+        self._users += 1
         self._model.eval().requires_grad_(False)
         self._features.update(features)
         self._capture = Capture(self._model, self._features)
         self._logits = self._logits or logits
         self._causal = causal
-        if not getattr(self._model, "is_loaded_in_8bit", False) and not getattr(
-            self._model, "is_loaded_in_4bit", False
-        ):
+        if movable(self._model):
             self._model.to(device)
 
     def answer(self, batch: Mapping[str, Any], autocast: Autocast) -> Answers:
@@ -184,38 +202,91 @@ class LiveTeacher:
 
         Returns:
             Logits, or a function that returns them in chunks, and the features.
+
+        Raises:
+            LmcompressError: If the teacher is not prepared.
         """
-        assert self._capture is not None
+        if (capture := self._capture) is None:
+            raise LmcompressError("a teacher must be prepared before it answers, it was not, or was released already")
         if self._model.training:
             # train() may have been called on it in the meantime
             self._model.eval()
-        inputs = {name: v for name, v in teacher_inputs(batch).items() if name in self._accepted}
+        given = teacher_inputs(batch)
+        if anatomy_of(self._model).reads_encoder:
+            # made from the labels, which a teacher does not get
+            labels = batch.get(f"{TEACHER_PREFIX}labels", batch.get("labels"))
+            given = with_decoder_inputs(self._model, given | {"labels": labels})
+            del given["labels"]
+        inputs = {name: v for name, v in given.items() if name in self._accepted}
+        documents = documents_of(self._model, inputs)
+        if "use_cache" in self._accepted:
+            # with a cache, which its config may ask for, packed documents would attend to each other
+            inputs["use_cache"] = False
+        head = anatomy_of(self._model).head if self._causal else None
         with torch.no_grad(), autocast():
             if not self._logits:
                 self._model.base_model(**inputs)
-                return Answers(None, None, self._capture.take(inputs.get("attention_mask")))
-            if not self._causal:
-                return Answers(self._model(**inputs).logits, None, self._capture.take(inputs.get("attention_mask")))
-            hidden = self._model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
-        head = anatomy_of(self._model).head
-        assert head is not None
-
-        def chunk(rows: Tensor) -> TeacherChunk:
-            selected = hidden[rows]
-
-            def logits(start: int, stop: int) -> Tensor:
-                with torch.no_grad(), autocast():
-                    return head(selected[start:stop].to(head.weight.dtype))
-
-            return logits
-
-        return Answers(None, chunk, self._capture.take(inputs.get("attention_mask")))
+                return Answers(None, None, capture.take(documents))
+            if head is None:
+                logits = logits_of(self._model(**inputs))
+                chunk = _rows_of(logits.flatten(0, 1)) if self._causal else None
+                return Answers(None if self._causal else logits, chunk, capture.take(documents))
+            hidden = self._model.base_model(**inputs)[0].flatten(0, 1)
+        return Answers(None, _chunks(head, hidden, autocast), capture.take(documents))
 
     def release(self) -> None:
-        """Remove the hooks; see :class:`Teacher`."""
+        """Give the model back once as many have released it as prepared it; see :class:`Teacher`."""
+        if not self._users:
+            return
+        self._users -= 1
+        if self._users:
+            return
         if self._capture is not None:
             self._capture.remove()
         self._capture, self._features, self._logits = None, set(), False
+        give_back(self._model)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits of a model that was given no labels.
+
+    Args:
+        outputs: an output of Transformers, a dictionary, a tuple (``return_dict=False``), or the logits themselves.
+
+    Raises:
+        LmcompressError: If there are none.
+    """
+    if isinstance(outputs, (tuple, list)) and outputs:
+        outputs = outputs[0]
+    found = head_logits(outputs) if isinstance(outputs, Mapping) else outputs
+    if not isinstance(found, Tensor):
+        raise LmcompressError(f"a teacher must return logits, got {type(outputs).__name__} without any")
+    return found
+
+
+def _chunks(head: nn.Module, hidden: Tensor, autocast: Autocast) -> Callable[[Tensor], TeacherChunk]:
+    weight: Tensor = head.weight  # type: ignore[assignment]
+
+    def chunk(rows: Tensor) -> TeacherChunk:
+        selected = hidden[rows]
+
+        def logits(start: int, stop: int) -> Tensor:
+            with torch.no_grad(), autocast():
+                return cast(Tensor, head(selected[start:stop].to(weight.dtype)))
+
+        return logits
+
+    return chunk
+
+
+def _rows_of(logits: Tensor) -> Callable[[Tensor], TeacherChunk]:
+    """The same from logits that are there already."""
+
+    def chunk(rows: Tensor) -> TeacherChunk:
+        selected = logits[rows]
+        return lambda start, stop: selected[start:stop]
+
+    return chunk
 
 
 def load_teacher(

@@ -134,7 +134,7 @@ def _chunk_gradient(
 ) -> Tensor:
     """Adds the chunk's losses to ``sums`` and returns the gradient of their weighted sum with respect to ``logits``."""
     if asked.soft is not None:
-        return _chunk_gradient_by_autograd(logits, targets, labels, asked, sums, row_weight)
+        return _chunk_gradient_by_autograd(logits, targets, labels, asked.soft, asked, sums, row_weight)
     index = labels[:, None]
     gradient = torch.zeros((), device=logits.device)
     log_q = _log_softmax(logits, asked.temperature)
@@ -159,13 +159,18 @@ def _chunk_gradient(
 
 
 def _chunk_gradient_by_autograd(
-    logits: Tensor, targets: Tensor, labels: Tensor, asked: VocabularyLoss, sums: Tensor, row_weight: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    soft_loss: SoftLoss,
+    asked: VocabularyLoss,
+    sums: Tensor,
+    row_weight: Tensor | None,
 ) -> Tensor:
-    assert asked.soft is not None
     with torch.enable_grad():
         logits = logits.requires_grad_()
         hard = F.cross_entropy(logits, labels, reduction="sum")
-        rows = asked.soft(logits, targets, labels)
+        rows = soft_loss(logits, targets, labels)
         soft = rows.sum() if row_weight is None else torch.dot(rows, row_weight)
         (gradient,) = torch.autograd.grad(asked.label_weight * hard + asked.soft_weight * soft, logits)
     sums[0] += hard.detach()

@@ -11,12 +11,20 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from lmcompress.activations.hooks import valid_tokens
+from lmcompress.activations.hooks import valid_targets, valid_tokens
 from lmcompress.activations.walking import calibration_batches, without_padding
 from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.checkpoint.layers import PARTS, check_replaceable
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.families import ZeroWidthLinear, anatomy_of, in_features
+from lmcompress.families import (
+    Block,
+    ZeroWidthLinear,
+    anatomy_of,
+    in_features,
+    out_features,
+    refuse_foreign,
+)
+from lmcompress.families.coupled import ATTENTION_READERS, CROSS
 from lmcompress.families.mixing import mixing_of
 from lmcompress.families.tied_blocks import shared_sources
 
@@ -31,12 +39,14 @@ class Projection(NamedTuple):
         block: number of its block.
         part: the family's name of it.
         module: its module.
+        sections: lengths of the parts of its output that are matrices of their own, such as queries, keys and values.
     """
 
     path: str
     block: int
     part: str
     module: nn.Module
+    sections: tuple[int, ...] = ()
 
 
 def check_ready(model: PreTrainedModel) -> None:
@@ -46,17 +56,15 @@ def check_ready(model: PreTrainedModel) -> None:
         model: a model of a known family.
 
     Raises:
-        LmcompressError: If it is packed or quantized by another library, parametrized, or its blocks share parameters.
+        LmcompressError: If it is packed or quantized by another library, has adapters or another library's masks, is
+            parametrized, or its blocks share parameters.
     """
+    refuse_foreign(model, "make compact")
     recorded = recorded_compression(model.config)
     if recorded is not None and recorded.encoding is not None:
         raise LmcompressError(
             "cannot make a model compact whose weights are packed: make it compact first, or take the dense model that "
             "lmcompress.checkpoint.encoding.unpacked(model) gives"
-        )
-    if recorded is None and getattr(model.config, "quantization_config", None) is not None:
-        raise LmcompressError(
-            "cannot make a model compact that is quantized by another library: take the dense model it was made of"
         )
     for name, module in model.named_modules():
         if is_parametrized(module):
@@ -90,7 +98,7 @@ def projections(
             is compact already.
     """
     anatomy = anatomy_of(model)
-    has = [part for part in PARTS if getattr(anatomy.family, part)]
+    has = [part for part in PARTS if any(getattr(stack, part) for stack in anatomy.family.stacks)]
     patterns = ["*"] if parts is None else list(parts)
     for pattern in patterns:
         if not any(fnmatchcase(part, pattern) for part in has):
@@ -100,9 +108,9 @@ def projections(
     left: dict[str, str] = {}
     for index in block_numbers(model, blocks):
         block = anatomy.blocks[index]
-        for part in wanted:
-            path = f"{anatomy.family.blocks}.{index}.{getattr(anatomy.family, part)}"
-            if mixing_of(block) is not None and part in ("query", "key", "value", "qkv"):
+        for part in (part for part in wanted if getattr(block.family, part)):
+            path = f"{anatomy.path(index)}.{getattr(block.family, part)}"
+            if mixing_of(block) is not None and part in ATTENTION_READERS:
                 left[path] = "its block mixes neighbours and does not attend"
                 continue
             module = block.get(part)
@@ -110,10 +118,19 @@ def projections(
                 left[path] = "pruned to nothing"
                 continue
             check_replaceable(module, path)
-            found.append(Projection(path, index, part, module))
+            found.append(Projection(path, index, part, module, _sections(block, part)))
     if not found:
         raise LmcompressError(f"there must be something to replace, got nothing: {_first(left)}")
     return found, left
+
+
+def _sections(block: Block, part: str) -> tuple[int, ...]:
+    """The parts of a matrix's output that are side by side; one if it is a single matrix."""
+    for kind in ("heads", "neurons"):
+        for coupled in block.coupled(kind):
+            if coupled.part == part and coupled.side == "in":
+                return tuple(block.units(kind) * size for size in coupled.sections)
+    return (out_features(block.get(part)),)
 
 
 def block_numbers(model: PreTrainedModel, blocks: Sequence[int] | None) -> list[int]:
@@ -187,13 +204,18 @@ def run(
     Raises:
         LmcompressError: If there is no batch, or none with a token that is not padding.
     """
-    mask = torch.ones(0)
+    mask = targets = torch.ones(0)
+    of_decoder = _of_decoder(model)
     handles = [
-        module.register_forward_pre_hook(lambda module, args, take=take: take(args[0].detach(), mask))
+        module.register_forward_pre_hook(
+            lambda module, args, take=take: take(args[0].detach(), targets if module in of_decoder else mask)
+        )
         for module, take in reads.items()
     ]
     handles += [
-        module.register_forward_hook(lambda module, args, output, take=take: take(output.detach(), mask))
+        module.register_forward_hook(
+            lambda module, args, output, take=take: take(output.detach(), targets if module in of_decoder else mask)
+        )
         for module, take in (writes or {}).items()
     ]
     training = model.training
@@ -202,11 +224,19 @@ def run(
         with torch.no_grad():
             for batch in calibration_batches(model, batches):
                 mask = valid_tokens(batch)
+                targets = valid_targets(batch) if of_decoder else mask
                 model(**batch)
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
+
+
+def _of_decoder(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules of a decoder that see its own tokens, and not those of the encoder that it reads."""
+    blocks = [block for block in anatomy_of(model).blocks if block.looks_back]
+    of_encoder = {block.get(part) for block in blocks for part in CROSS[1:3]}
+    return {module for block in blocks for module in block.module.modules()} - of_encoder
 
 
 def _first(left: Mapping[str, str]) -> str:

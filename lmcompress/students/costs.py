@@ -31,7 +31,7 @@ def model_flops(model: PreTrainedModel, *, batch_size: int = 1, length: int = 12
     for block in anatomy.blocks:
         macs += sum(projection_macs(block.get(part)) for part in PARTS if block.has(part))
         if mixing_of(block) is None:
-            macs += 2 * length * block.num_heads * block.head_size
+            macs += 2 * length * block.num_heads * block.head_width
     words = anatomy.embedding("word_embeddings")
     macs += words.macs if isinstance(words, Compact) else 0
     return 2 * batch_size * length * macs

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.layers import alike, record_layers
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.families.tied_blocks import share_parameters
 from lmcompress.students._choosing import check_ready
 from lmcompress.students.report import Before, CompactReport
@@ -40,6 +41,7 @@ def share_layers(
         Lan et al., *ALBERT*, 2020, https://arxiv.org/abs/1909.11942, section 3.1, "Cross-layer parameter sharing".
     """
     check_ready(model)
+    refuse_unproven(model, "shared")
     if values not in ("first", "mean"):
         raise LmcompressError(f"values must be 'first' or 'mean', got {values!r}")
     anatomy = anatomy_of(model)

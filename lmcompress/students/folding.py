@@ -20,9 +20,10 @@ def fold_shuffles(model: PreTrainedModel) -> CompactReport:
     """Remove permutations of channels by permuting adjacent matrices; outputs are unchanged.
 
     Neurons of a feed-forward network have no inherent order: a permutation of the output of ``ffn_in``, or of the input
-    of ``ffn_out``, is folded into the other matrix, full or grouped. Between the values and ``attention_out`` the same
-    holds as long as channels stay in their head. Permutations of the residual stream stay, since every block
-    reads it, and so do those between two grouped matrices that need one of them.
+    of ``ffn_out``, is folded into the other matrix, full or grouped; where there is a gate, that of the input of
+    ``ffn_out`` into both matrices before it, if they are full. Between the values and ``attention_out`` the same holds
+    as long as channels stay in their head and no two query heads read one value. Permutations of the residual stream
+    stay, since every block reads it, and so do those between two grouped matrices that need one of them.
 
     Args:
         model: modified in place, including its config. On ``meta`` permutations are assumed not to be the identity.
@@ -60,22 +61,21 @@ def fold_where_possible(model: PreTrainedModel) -> CompactReport:
     before = Before.of(model)
     changed, left = {}, {}
     anatomy = anatomy_of(model)
-    family = anatomy.family
     for index, block in enumerate(anatomy.blocks):
-        pairs = [("ffn_in", "ffn_out")]
-        if not family.qkv and mixing_of(block) is None:
-            pairs.append(("value", "attention_out"))
-        for writer, reader in pairs:
-            for part, side, reason in _fold(block, writer, reader):
-                path = f"{family.blocks}.{index}.{getattr(family, part)}.{side}"
-                if reason:
-                    left[path] = reason
-                else:
-                    changed[path] = "folded"
+        told = _fold_gated(block) if block.family.gated else _fold(block, "ffn_in", "ffn_out")
+        # several query heads may read one value, whose channels they would have to permute alike
+        if block.value_part == "value" and block.queries == 1 and mixing_of(block) is None:
+            told += _fold(block, "value", "attention_out")
+        for part, side, reason in told:
+            path = f"{anatomy.path(index)}.{getattr(block.family, part)}.{side}"
+            if reason:
+                left[path] = reason
+            else:
+                changed[path] = "folded"
         for part in PARTS:
             module = block.get(part) if block.has(part) else None
             for side in ("input_order", "output_order"):
-                path = f"{family.blocks}.{index}.{getattr(family, part)}.{side}"
+                path = f"{anatomy.path(index)}.{getattr(block.family, part)}.{side}"
                 if isinstance(module, GroupedLinear) and getattr(module, side) is not None and path not in left:
                     left[path] = "no matrix beside it can take it"
     record_layers(model)
@@ -118,6 +118,25 @@ def _fold(block: Block, writer: str, reader: str) -> list[tuple[str, str, str]]:
         return told("both matrices are grouped, one of them needs it")
     _set_order(second, "input_order", None)
     return told()
+
+
+def _fold_gated(block: Block) -> list[tuple[str, str, str]]:
+    """The same for a feed-forward network with a gate: a neuron has its row in two matrices, which move together."""
+    second = block.get("ffn_out")
+    if not isinstance(second, GroupedLinear) or second.input_order is None:
+        return []
+    writers = [coupled for coupled in block.coupled("neurons") if coupled.side == "in"]
+    if not all(_has_rows(block.get(coupled.part)) for coupled in writers):
+        return [("ffn_out", "input_order", "one of the matrices whose product it reads is grouped too")]
+    for coupled in writers:
+        _move_rows(block.get(coupled.part), coupled.places(block.ffn_width, second.input_order))
+    _set_order(second, "input_order", None)
+    return [("ffn_out", "input_order", "")]
+
+
+def _has_rows(module: nn.Module) -> bool:
+    """Whether a module is a full matrix whose output can be permuted."""
+    return isinstance(module, (nn.Linear, LowRankLinear)) or is_conv1d(module)
 
 
 def _stays(order: Tensor, within: int | None) -> bool:

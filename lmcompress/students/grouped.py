@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.layers import grouped_place, put, record_layers
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import weight_view
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.nn.grouped import GroupedLinear, channel_shuffle, check_groups
 from lmcompress.students._choosing import Batch, Projection, check_ready, projections, second_moments
 from lmcompress.students.report import Before, CompactReport
@@ -73,12 +74,13 @@ def group(
     if groups < 2:
         raise LmcompressError(f"groups must be at least 2, got {groups}; one group is the matrix that is there")
     check_ready(model)
+    refuse_unproven(model, "compact")
     found, left = projections(model, parts, blocks)
     for one in found:
-        rows, columns = weight_view(one.module).shape
+        columns = weight_view(one.module).shape[1]
         try:
-            # each of three matrices side by side has a third of the rows
-            check_groups(groups, columns, rows // 3 if one.part == "qkv" else rows)
+            for section in one.sections:
+                check_groups(groups, columns, section)
         except LmcompressError as error:
             raise LmcompressError(f"{one.path}: {error}") from error
     before = Before.of(model)
@@ -156,7 +158,7 @@ def _grouped_shape(one: Projection, groups: int, shuffle: Shuffle) -> GroupedLin
     """The result of :func:`_grouped`, without values."""
     fitted = shuffle == "fitted"
     reads = fitted or (shuffle == "channel" and one.part in _SHUFFLED)
-    new = grouped_place(one.module, groups, input_order=reads, output_order=fitted or one.part == "qkv")
+    new = grouped_place(one.module, groups, input_order=reads, output_order=fitted or len(one.sections) > 1)
     return new.requires_grad_(weight_view(one.module).requires_grad)
 
 
@@ -165,10 +167,10 @@ def _grouped(one: Projection, groups: int, shuffle: Shuffle, moment: Tensor | No
     if not bool(torch.isfinite(weight).all()):
         raise LmcompressError(f"{one.path} must be finite to be grouped, got NaN or infinite weights")
     rows, columns = weight.shape
-    row_order, column_order = torch.arange(rows), torch.arange(columns)
-    if one.part == "qkv":
-        # group j has the j-th part of the queries, of the keys and of the values
-        row_order = row_order.view(3, groups, -1).transpose(0, 1).flatten()
+    column_order = torch.arange(columns)
+    # group j has the j-th part of each section: of the queries, of the keys and of the values
+    sections = [section.chunk(groups) for section in torch.arange(rows).split(list(one.sections))]
+    row_order = torch.cat([part for parts in zip(*sections, strict=True) for part in parts])
     if shuffle == "fitted":
         scale = torch.ones(columns, dtype=torch.float64) if moment is None else moment.diagonal()
         energy = weight.square() * scale

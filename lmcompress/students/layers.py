@@ -16,7 +16,8 @@ from lmcompress.checkpoint.cutting import keep_layers
 from lmcompress.checkpoint.layers import layers_of
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.families import anatomy_of
+from lmcompress.families import anatomy_of, inner_model, refuse_foreign
+from lmcompress.families.refusal import refuse_unproven
 
 Choice = Literal["uniform", "first", "last", "skip"]
 
@@ -89,6 +90,9 @@ def choose_layers(total: int, keep: int, choose: Choice = "uniform") -> tuple[in
 def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: Choice = "uniform") -> Student:
     """A copy of the teacher with some of its blocks; embeddings and head are copied as well.
 
+    Each block computes what it did, also where attention is scaled by the number of its block
+    (``scale_attn_by_inverse_layer_idx``): what it owes to its old number is multiplied into its queries.
+
     Args:
         teacher: a model of a family that :mod:`lmcompress.families` describes; not modified. Its hooks are not copied.
         layers: number of blocks, or their numbers (from 0, in the desired order).
@@ -98,8 +102,12 @@ def by_layers(teacher: PreTrainedModel, layers: int | Sequence[int], *, choose: 
         The student and the numbers of its blocks in the teacher. Its config has the new number of blocks.
 
     Raises:
-        LmcompressError: If the teacher lacks a block, or none is requested.
+        LmcompressError: If the teacher lacks a block, none is requested, it has adapters, another library's masks or
+            quantized weights, or attention that is scaled by the number of its block in weights that are packed.
     """
+    teacher = inner_model(teacher)
+    refuse_foreign(teacher, "make a student of")
+    refuse_unproven(teacher, "students", "layers")
     kept = chosen_layers(len(anatomy_of(teacher).blocks), layers, choose)
     student = copy.deepcopy(teacher, _without_hooks(teacher))
     keep_layers(student, kept)

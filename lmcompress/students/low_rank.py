@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.layers import check_replaceable, factorized_place, low_rank_place, put, record_layers
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, in_features, out_features, weight_view
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.students._choosing import Batch, check_ready, projections, second_moments
 from lmcompress.students.report import Before, CompactReport
 
@@ -116,6 +117,7 @@ def factorize(
     """
     check_goal(rank, energy, parameters)
     check_ready(model)
+    refuse_unproven(model, "compact")
     found, left = projections(model, parts, blocks)
     sizes = {one.path: (out_features(one.module), in_features(one.module)) for one in found}
     for path, size in sizes.items():
@@ -174,10 +176,12 @@ def factorize_embeddings(model: PreTrainedModel, rank: int) -> CompactReport:
         scratch; here they start as the truncated SVD of the table.
     """
     check_ready(model)
+    refuse_unproven(model, "compact")
     path = anatomy_of(model).family.word_embeddings
     old = model.get_input_embeddings()
     check_replaceable(old, path)
-    assert isinstance(old, nn.Embedding)
+    if not isinstance(old, nn.Embedding):
+        raise LmcompressError(f"{path} must be a plain nn.Embedding to be factorized, got a {type(old).__name__}")
     before = Before.of(model)
     new = factorized_place(old, rank)
     words, width = old.weight.shape

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.layers import mixing_place, record_layers
 from lmcompress.errors import LmcompressError
-from lmcompress.families import anatomy_of, weight_view
+from lmcompress.families import Block, anatomy_of, weight_view
 from lmcompress.families.mixing import mix_locally
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.nn.separable import SeparableMixing, check_kernel
 from lmcompress.students._choosing import Batch, block_numbers, check_ready, run
 from lmcompress.students.report import Before, CompactReport
@@ -50,19 +51,20 @@ def separate(
         2020, https://arxiv.org/abs/2008.02496, which shows how much of attention is local.
     """
     check_ready(model)
-    anatomy, family = anatomy_of(model), anatomy_of(model).family
-    check_kernel(kernel, family.causal)
+    refuse_unproven(model, "compact")
+    anatomy = anatomy_of(model)
+    check_kernel(kernel, anatomy.causal)
     numbers = block_numbers(model, blocks)
     places = {index: mixing_place(model, index, kernel) for index in numbers}
     before = Before.of(model)
     for index, place in places.items():
-        _take_values(anatomy.blocks[index].get("qkv" if family.qkv else "value"), place)
+        _take_values(anatomy.blocks[index], place)
     missed = {} if model.device.type == "meta" else _fitted(model, places, batches, ridge)
     changed, errors = {}, {}
     for index, place in places.items():
         block = anatomy.blocks[index]
-        trainable = weight_view(block.get("qkv" if family.qkv else "value")).requires_grad
-        path = f"{family.blocks}.{index}.{family.attention}"
+        trainable = weight_view(block.get(block.value_part)).requires_grad
+        path = f"{anatomy.path(index)}.{block.family.attention}"
         if index in missed:
             errors[path] = missed[index]
         mix_locally(block, place.requires_grad_(trainable))
@@ -75,32 +77,40 @@ def _fitted(
     model: PreTrainedModel, places: Mapping[int, SeparableMixing], batches: Iterable[Batch], ridge: float
 ) -> dict[int, float]:
     """Set the kernels; returns their errors, by block."""
-    anatomy, family = anatomy_of(model), anatomy_of(model).family
-    fits = {index: _Fit(place, ridge) for index, place in places.items()}
+    anatomy = anatomy_of(model)
+    fits = {index: _Fit(place, _value_rows(anatomy.blocks[index])[1], ridge) for index, place in places.items()}
     reads, writes = {}, {}
     for index, fit in fits.items():
         block = anatomy.blocks[index]
-        writes[block.get("qkv" if family.qkv else "value")] = fit.values
+        writes[block.get(block.value_part)] = fit.values
         reads[block.get("attention_out")] = fit.context
     run(model, batches, reads, writes)
     return {index: fit.solve() for index, fit in fits.items()}
 
 
-def _take_values(old: nn.Module, place: SeparableMixing) -> None:
-    """The rows of a projection that compute values, the last ones of a fused one."""
-    inner, rows = place.pointwise, place.out_features
+def _value_rows(block: Block) -> tuple[str, Tensor]:
+    """The projection that computes a block's values, and its row for each channel of the heads' output."""
+    part, rows = block.rows("value")
+    # several query heads may read one value
+    return part, rows.view(block.num_heads, 1, block.head_size).expand(-1, block.queries, -1).flatten()
+
+
+def _take_values(block: Block, place: SeparableMixing) -> None:
+    part, rows = _value_rows(block)
+    old, inner = block.get(part), place.pointwise
+    rows = rows.to(weight_view(old).device)
     with torch.no_grad():
-        weight_view(inner).copy_(weight_view(old)[-rows:])
+        weight_view(inner).copy_(weight_view(old)[rows])
         if isinstance(old.bias, Tensor):
             assert isinstance(inner.bias, Tensor)
-            inner.bias.copy_(old.bias[-rows:])
+            inner.bias.copy_(old.bias[rows])
 
 
 class _Fit:
     """The normal equations of each channel's kernel and bias."""
 
-    def __init__(self, place: SeparableMixing, ridge: float) -> None:
-        self.place, self.ridge = place, ridge
+    def __init__(self, place: SeparableMixing, rows: Tensor, ridge: float) -> None:
+        self.place, self.rows, self.ridge = place, rows, ridge
         channels, taps = place.out_features, place.kernel + 1
         self._gram = torch.zeros(channels, taps, taps, dtype=torch.float64)
         self._target = torch.zeros(channels, taps, dtype=torch.float64)
@@ -108,8 +118,8 @@ class _Fit:
         self._values: Tensor | None = None
 
     def values(self, x: Tensor, mask: Tensor) -> None:
-        """Record the projection's output, whose last channels are values."""
-        self._values = x.reshape(*mask.shape, -1)[..., -self.place.out_features :]
+        """Record the values in the projection's output."""
+        self._values = x.reshape(*mask.shape, -1)[..., self.rows.to(x.device)]
 
     def context(self, x: Tensor, mask: Tensor) -> None:
         """Record the heads' output."""

@@ -9,9 +9,18 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lmcompress.checkpoint.cutting import refuse_undescribed
 from lmcompress.checkpoint.structure import stock_structure
 from lmcompress.errors import LmcompressError, nearest
-from lmcompress.families import anatomy_of, config_value, family_of
+from lmcompress.families import (
+    anatomy_of,
+    choose_layers_in_config,
+    config_value,
+    family_of,
+    inner_model,
+    refuse_foreign,
+)
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.students.layers import Choice, Student, chosen_layers
 from lmcompress.students.slicing import refuse_growth, slice_into
 
@@ -55,8 +64,8 @@ def by_shape(
         hidden_size: width of the residual stream; default: the teacher's. If ELECTRA's embeddings are as wide as
             its hidden states they follow.
         intermediate_size: number of neurons of each feed-forward network; default: proportional to the width.
-        num_heads: number of attention heads of each block; default: as many as keep the teacher's head size, or else
-            the teacher's number.
+        num_heads: number of attention heads of each block, of grouped queries that of key/value heads; default: as
+            many as keep the teacher's head size, or else the teacher's number.
         choose: rule for blocks, if ``layers`` is a number: see :func:`choose_layers`.
         initialise: ``"slice"`` or ``"random"``; only random students can be larger than the teacher.
         seed: seed of random values; the global generator is unaffected.
@@ -65,11 +74,20 @@ def by_shape(
         The student, in evaluation mode as after ``from_pretrained``, and the teacher's blocks it was cut from.
 
     Raises:
-        LmcompressError: If the width is not divisible by the heads, a size is not positive, or a slice would have to be
-            larger than the teacher's.
+        LmcompressError: If the width is not divisible by the heads, a size is not positive, a slice would have to be
+            larger than the teacher's, or is to be of a model with adapters, or another library's masks or quantized
+            weights, or of a hidden size below that of blocks with cross-attention, or has an encoder and a decoder.
     """
     if initialise not in INITIALISATIONS:
         raise LmcompressError(f"unknown initialisation {initialise!r}{nearest(str(initialise), INITIALISATIONS)}")
+    teacher = inner_model(teacher)
+    if initialise == "slice":
+        refuse_foreign(teacher, "slice a student from")
+    if anatomy_of(teacher).reads_encoder:
+        raise LmcompressError(
+            f"a student of another width is cut from one stack of blocks, and a {type(teacher).__name__} has two: take "
+            "some of its layers (by_layers), or prune its heads and neurons"
+        )
     blocks = anatomy_of(teacher).blocks
     if initialise == "random" and isinstance(layers, int):
         kept: tuple[int, ...] = ()
@@ -77,7 +95,9 @@ def by_shape(
     else:
         kept = chosen_layers(len(blocks), len(blocks) if layers is None else layers, choose)
         count = len(kept)
-    config = _shaped_config(teacher.config, count, hidden_size, intermediate_size, num_heads)
+    if initialise == "slice" and hidden_size not in (None, anatomy_of(teacher).hidden_size):
+        refuse_undescribed(teacher)
+    config = _shaped_config(teacher.config, kept or range(count), hidden_size, intermediate_size, num_heads)
     student = _built(teacher, config, seed)
     if initialise == "random":
         return Student(student, ())
@@ -112,7 +132,7 @@ def by_width(
         The student and the teacher's blocks it was cut from.
 
     Raises:
-        LmcompressError: If the multiplier is out of range.
+        LmcompressError: If the multiplier is out of range, or the family cannot lose heads or hidden dimensions.
 
     Reference:
         Howard et al., *MobileNets*, 2017, https://arxiv.org/abs/1704.04861, section 3.3, "Width Multiplier". There the
@@ -121,12 +141,13 @@ def by_width(
     # written this way round so that NaN fails
     if not 0 < multiplier <= 1:
         raise LmcompressError(f"the width multiplier must be above 0 and at most 1, got {multiplier}")
+    refuse_unproven(teacher, "students", "heads", "hidden")
     shape = stock_structure(teacher.config)
     heads = max(1, round(multiplier * shape.blocks[0].heads))
     return by_shape(
         teacher,
         layers=layers,
-        hidden_size=heads * shape.head_size,
+        hidden_size=heads * anatomy_of(teacher).hidden_size // shape.blocks[0].heads,
         intermediate_size=max(1, round(multiplier * shape.blocks[0].ffn)),
         num_heads=heads,
         choose=choose,
@@ -142,17 +163,20 @@ def _positive(name: str, value: int) -> int:
 
 
 def _shaped_config(
-    old: PretrainedConfig, layers: int, hidden: int | None, ffn: int | None, heads: int | None
+    old: PretrainedConfig, layers: Sequence[int], hidden: int | None, ffn: int | None, heads: int | None
 ) -> PretrainedConfig:
     family = family_of(old)
     stock = stock_structure(old)
     shape, old_hidden = stock.blocks[0], int(config_value(old, family, "hidden_size"))
     hidden = _positive("hidden_size", old_hidden if hidden is None else hidden)
     if heads is None:
-        heads = hidden // stock.head_size if hidden % stock.head_size == 0 else shape.heads
+        # heads keep their share of the hidden size, which may differ from their width
+        share = old_hidden // shape.heads
+        heads = hidden // share if hidden % share == 0 else shape.heads
     _positive("num_heads", heads)
-    if hidden % heads:
-        widths = [width for width in (hidden - hidden % heads, hidden + heads - hidden % heads) if width]
+    if hidden % (heads * stock.queries):
+        every = heads * stock.queries
+        widths = [width for width in (hidden - hidden % every, hidden + every - hidden % every) if width]
         counts = [number for number in range(1, hidden + 1) if hidden % number == 0]
         raise LmcompressError(
             f"hidden_size {hidden} is not divisible by {heads} heads. Nearest widths for {heads} heads: "
@@ -163,11 +187,15 @@ def _shaped_config(
     if getattr(config, "quantization_config", None) is not None:
         # it describes the teacher's shapes; a student of by_shape is stock
         del config.quantization_config
-    if getattr(config, "embedding_size", None) == old_hidden:
-        config.embedding_size = hidden
-    setattr(config, family.num_layers, layers)
+    if family.embedding_size and config_value(config, family, "embedding_size") == old_hidden:
+        setattr(config, family.embedding_size, hidden)
+    choose_layers_in_config(config, family, layers)
     setattr(config, family.hidden_size, hidden)
-    setattr(config, family.num_heads, heads)
+    setattr(config, family.num_heads, heads * stock.queries)
+    if family.key_value_heads:
+        setattr(config, family.key_value_heads, heads)
+    if family.head_size:
+        setattr(config, family.head_size, stock.head_size)
     if ffn is None:
         ffn = max(1, round(shape.ffn * hidden / old_hidden))
     # GPT-2's None means four times the width, and stays None if that is intended

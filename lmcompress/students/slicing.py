@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families import Block, anatomy_of, weight_view
+from lmcompress.families import Block, anatomy_of, out_features, weight_view
+from lmcompress.families.coupled import READ_STREAM, ROLES, WRITE_STREAM
+from lmcompress.families.matrices import scale_queries
 
 
 def refuse_growth(new: Block, old: Sequence[Block]) -> None:
@@ -59,22 +61,35 @@ def slice_into(student: PreTrainedModel, teacher: PreTrainedModel, kept: Sequenc
     for name, parameter in student.named_parameters():
         if id(parameter) not in inside and name in theirs:
             parameter.copy_(_cut_hidden(theirs[name], parameter.shape, hidden, name))
-    for block, source in zip(new.blocks, chosen, strict=True):
+    for index, (block, source) in enumerate(zip(new.blocks, chosen, strict=True)):
         _slice_block(block, source, hidden)
+        _keep_scale(block, source, index)
+
+
+def _keep_scale(new: Block, old: Block, index: int) -> None:
+    """Multiply into the queries what the teacher's attention owes to the number of its block."""
+    for _, query, factor in old.number_factors(index):
+        scale_queries(new.module.get_submodule(query), factor, fused=query == old.family.qkv)
 
 
 def _slice_block(new: Block, old: Block, hidden: Tensor) -> None:
     family = old.family
     axes = _attention_axes(new, old)
-    neurons = _best(_squares(old.get("ffn_in"), 0) + _squares(old.get("ffn_out"), 1), new.ffn_width)
-    axes |= {"ffn_in": (neurons, None), "ffn_out": (None, neurons)}
+    neurons = _best(_neuron_scores(old), new.ffn_width)
+    for coupled in old.coupled("neurons"):
+        kept = coupled.places(old.ffn_width, neurons)
+        axes[coupled.part] = (kept, None) if coupled.side == "in" else (None, kept)
     done = set()
     for part, (rows, columns) in axes.items():
         target, source = new.get(part), old.get(part)
         rows, columns = hidden if rows is None else rows, hidden if columns is None else columns
         weight_view(target).copy_(weight_view(source)[rows][:, columns])
         if isinstance(source.bias, Tensor):
-            assert isinstance(target.bias, Tensor)
+            if not isinstance(target.bias, Tensor):
+                raise LmcompressError(
+                    f"{part} has a bias in the teacher and none in a model that its config describes: a slice needs "
+                    "stock layers; use by_layers, or initialise='random'"
+                )
             target.bias.copy_(source.bias[rows])
         done.add(getattr(family, part))
     theirs = dict(old.module.named_parameters())
@@ -83,24 +98,41 @@ def _slice_block(new: Block, old: Block, hidden: Tensor) -> None:
             parameter.copy_(_cut_hidden(theirs[name], parameter.shape, hidden, name))
 
 
+def _neuron_scores(block: Block) -> Tensor:
+    """The squared norm of all weights that are cut with each neuron."""
+    width, total = block.ffn_width, torch.zeros(block.ffn_width, device=weight_view(block.get("ffn_out")).device)
+    for coupled in block.coupled("neurons"):
+        squares = _squares(block.get(coupled.part), 0 if coupled.side == "in" else 1)
+        for view in coupled.views(squares, width):
+            total = total + view.reshape(width, -1).sum(1)
+    return total
+
+
 def _attention_axes(new: Block, old: Block) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """For each matrix of attention the rows and columns to keep; None for the hidden size's own."""
-    heads, size = old.num_heads, old.head_size
-    width = heads * size
-    if old.family.qkv:
-        norms = list(_squares(old.get("qkv"), 0).split(width))
-    else:
-        norms = [_squares(old.get(part), 0) for part in ("query", "key", "value")]
-    scores = (norms[0] + norms[1]).view(heads, size)
-    contents = (norms[2] + _squares(old.get("attention_out"), 1)).view(heads, size)
+    heads, size, queries = old.num_heads, old.head_size, old.queries
+    written = _squares(old.get("attention_out"), 1)
+    shapes = {"query": (heads, queries, size), "key": (heads, 1, size), "value": (heads, 1, size)}
+    places = {role: old.rows(role) for role in ROLES}
+    norms = {role: _squares(old.get(part), 0)[rows.to(written.device)] for role, (part, rows) in places.items()}
+    of_heads = {role: norm.view(shapes[role]).sum(1) for role, norm in norms.items()}
+    scores = of_heads["query"] + of_heads["key"]
+    contents = of_heads["value"] + written.view(heads, queries, size).sum(1)
     best = _best((scores + contents).sum(1), new.num_heads)
-    queries, values = (
-        (best[:, None] * size + _best(norm[best], new.head_size)).flatten() for norm in (scores, contents)
-    )
-    axes: dict[str, tuple[Tensor | None, Tensor | None]] = {"attention_out": (None, values)}
-    if old.family.qkv:
-        return axes | {"qkv": (torch.cat([queries, queries + width, values + 2 * width]), None)}
-    return axes | {"query": (queries, None), "key": (queries, None), "value": (values, None)}
+    asked, told = (_best(norm[best], new.head_size) for norm in (scores, contents))
+
+    def entries(dimensions: Tensor, copies: int) -> Tensor:
+        """Places of some dimensions of the chosen heads on an axis where each head has several of its size."""
+        firsts = (best[:, None] * copies + torch.arange(copies, device=best.device)) * size
+        return (firsts[:, :, None] + dimensions[:, None]).flatten()
+
+    chosen = {"query": entries(asked, queries), "key": entries(asked, 1), "value": entries(told, 1)}
+    rows_kept: dict[str, Tensor] = {}
+    for role, (part, rows) in places.items():
+        kept = rows_kept.setdefault(part, best.new_empty(out_features(new.get(part))))
+        kept[new.rows(role)[1].to(best.device)] = rows.to(best.device)[chosen[role]]
+    axes: dict[str, tuple[Tensor | None, Tensor | None]] = {"attention_out": (None, entries(told, queries))}
+    return axes | {part: (kept, None) for part, kept in rows_kept.items()}
 
 
 def _hidden_scores(teacher: PreTrainedModel, blocks: Sequence[Block]) -> Tensor:
@@ -112,11 +144,12 @@ def _hidden_scores(teacher: PreTrainedModel, blocks: Sequence[Block]) -> Tensor:
     if isinstance(table, Tensor) and table.shape[1] == hidden:
         total += _share(table.detach().float().square().sum(0))
     for block in blocks:
-        for part, axis in (("qkv", 1), ("query", 1), ("key", 1), ("value", 1), ("ffn_in", 1)):
+        for part in READ_STREAM:
             if getattr(block.family, part):
-                total += _share(_squares(block.get(part), axis))
-        for part in ("attention_out", "ffn_out"):
-            total += _share(_squares(block.get(part), 0))
+                total += _share(_squares(block.get(part), 1))
+        for part in WRITE_STREAM:
+            if getattr(block.family, part):
+                total += _share(_squares(block.get(part), 0))
     return total
 
 

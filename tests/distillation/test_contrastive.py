@@ -358,7 +358,7 @@ def test_every_variant_trains_the_student_and_can_be_cut_into_micro_batches(tmp_
         args = arguments(
             tmp_path, max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
         )
-        trainer = DistillationTrainer(student, teacher, args, config, train_dataset=rows_for(kind))
+        trainer = DistillationTrainer(student, args, teacher=teacher, distillation=config, train_dataset=rows_for(kind))
         trainer.train()
         logs = trainer.state.log_history[:3]
         assert any(log["loss_contrast"] > 0 for log in logs)
@@ -421,7 +421,11 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(tmp_path, kind):
             per_device_train_batch_size=2, **changes,
         )  # fmt: skip
         return DistillationTrainer(
-            student, teacher, args, DistillationConfig(contrast=contrast), train_dataset=rows_for(kind, 12)
+            student,
+            args,
+            teacher=teacher,
+            distillation=DistillationConfig(contrast=contrast),
+            train_dataset=rows_for(kind, 12),
         )
 
     whole = trainer("whole", save_strategy="steps", save_steps=4)
@@ -442,7 +446,7 @@ def test_homogeneity_is_logged_without_a_contrast_too(tmp_path, kind):
     expected = homogeneity(output(teacher, batch_for(kind)), batch_for(kind)["attention_mask"]).mean()
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     trainer = DistillationTrainer(
-        student, teacher, args, DistillationConfig(homogeneity=True), train_dataset=rows_for(kind)
+        student, args, teacher=teacher, distillation=DistillationConfig(homogeneity=True), train_dataset=rows_for(kind)
     )
     trainer.train()
     logs = trainer.state.log_history[0]
@@ -454,7 +458,9 @@ def test_a_measured_term_that_is_zero_is_no_dead_loss(tmp_path):
     student, teacher = pair("encoder")
     rows = [{**row, "attention_mask": torch.eye(9, dtype=torch.long)[0]} for row in rows_for("encoder")]
     args = arguments(tmp_path, max_steps=60, logging_steps=30, learning_rate=1e-4)
-    trainer = DistillationTrainer(student, teacher, args, DistillationConfig(homogeneity=True), train_dataset=rows)
+    trainer = DistillationTrainer(
+        student, args, teacher=teacher, distillation=DistillationConfig(homogeneity=True), train_dataset=rows
+    )
     trainer.train()
     assert trainer.state.log_history[0]["homogeneity_student"] == 0
     assert _renamed("task", Term(torch.ones(()), "examples", 0.0, measured=True)).measured
@@ -538,7 +544,9 @@ def test_what_quantizes_the_input_of_the_head_is_seen_by_the_chunks():
 def test_presets_train(tmp_path):
     for kind, config in (("causal", quantgpt()), ("encoder", ternarybert(3))):
         student, teacher = pair(kind)
-        trainer = DistillationTrainer(student, teacher, arguments(tmp_path), config, train_dataset=rows_for(kind))
+        trainer = DistillationTrainer(
+            student, arguments(tmp_path), teacher=teacher, distillation=config, train_dataset=rows_for(kind)
+        )
         trainer.train()
         logged = {name.removeprefix("loss_") for name in trainer.state.log_history[0] if name.startswith("loss_")}
         hidden, scores = ({f"{m.loss}_{n}" for n, m in enumerate(config.matches) if m.loss == loss} for loss in LOSSES)
@@ -591,7 +599,8 @@ def test_a_contrast_that_makes_no_sense_is_refused(values, message):
 def test_what_cannot_work_is_refused_before_training(tmp_path, student, config, message):
     args = arguments(tmp_path, per_device_train_batch_size=1)
     with pytest.raises(LmcompressError, match=message):
-        DistillationTrainer(*pair("encoder", **student), args, DistillationConfig(**config))
+        model, teacher = pair("encoder", **student)
+        DistillationTrainer(model, args, teacher=teacher, distillation=DistillationConfig(**config))
 
 
 def test_batches_that_do_not_fit_are_refused():

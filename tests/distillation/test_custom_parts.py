@@ -48,7 +48,7 @@ def trained(tmp_path, config, family="bert", steps=1):
     rows = [{"input_ids": torch.arange(3, 9), "attention_mask": torch.ones(6, dtype=torch.long)} for _ in range(4)]
     rows = [row | {"labels": row["input_ids"] if family == "gpt2" else torch.tensor(1)} for row in rows]
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    trainer = DistillationTrainer(student, teacher, args, config, train_dataset=rows)
+    trainer = DistillationTrainer(student, args, teacher=teacher, distillation=config, train_dataset=rows)
     trainer.train()
     moved = [name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])]
     return trainer.state.log_history[:-1], moved

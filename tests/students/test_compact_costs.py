@@ -1,13 +1,18 @@
 """compact.costs: operations are those that the modules do."""
 
 import pytest
-from families import cut_to_nothing, cut_unevenly, make
+from families import FAMILIES, cut_to_nothing, cut_unevenly, make
 
 from lmcompress import LmcompressError
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.families import anatomy_of
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
 from lmcompress.students import by_width, factorize, factorize_embeddings, group, model_flops
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
 
 
 @pytest.mark.parametrize("shape", [lambda m: m, cut_unevenly, cut_to_nothing], ids=["whole", "uneven", "hollow"])

@@ -25,7 +25,7 @@ def trainer(family, folder, **changes):
     student, teacher = everything(make(family, seed=1)), make(family, seed=1)
     config = DistillationConfig(matches=[Match(loss="hidden_mse", student=-1, teacher=-1)])
     args = tiny_arguments(folder, max_steps=6, learning_rate=1e-2, **changes)
-    return DistillationTrainer(student, teacher, args, config, train_dataset=rows())
+    return DistillationTrainer(student, args, teacher=teacher, distillation=config, train_dataset=rows())
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -56,7 +56,7 @@ def test_the_chunked_loss_of_a_causal_model_trains_the_factors_of_its_head(tmp_p
     losses = []
     for model in (student, plain):
         args = tiny_arguments(tmp_path, max_steps=1, learning_rate=1e-2)
-        run = DistillationTrainer(model, teacher, args, train_dataset=data)
+        run = DistillationTrainer(model, args, teacher=teacher, train_dataset=data)
         before = copy.deepcopy(model.state_dict())
         run.train()
         losses.append(run.state.log_history[0]["loss"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -204,7 +204,11 @@ class ContrastTerm(FeatureTerm):
                 num_negatives=wanted.num_negatives,
             )
         # one sample for the whole micro-batch: one per token would need a matrix of states for each
-        assert self.bank is not None and wanted.num_negatives is not None
+        if self.bank is None or wanted.num_negatives is None:
+            raise LmcompressError(
+                "negatives='vocabulary' are drawn from the memory: they need memory='vocabulary' and num_negatives, "
+                f"got memory={wanted.memory!r} and num_negatives={wanted.num_negatives}"
+            )
         drawn, states = self.bank.draw(wanted.num_negatives)
         padding = ~mask.bool()
         allowed = ~padding.unsqueeze(-1).expand(-1, -1, len(drawn))
@@ -264,8 +268,8 @@ def _projections(asked: str | int, mine: int, theirs: int) -> dict[str, Projecti
 
 
 def _commit(module: nn.Module, *_: Any) -> None:
-    assert isinstance(module, MemoryBank)
-    module.commit()
+    # of the module that is saved, which may be a copy of the one that registered it
+    cast(MemoryBank, module).commit()
 
 
 def _of_all_processes(ids: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

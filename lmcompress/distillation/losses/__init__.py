@@ -15,14 +15,24 @@ from lmcompress.distillation.losses.outputs import (
     logit_mse,
     regression_mse,
 )
+from lmcompress.distillation.losses.vocabularies import universal_logit_distance
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.registry import Registry
 
 ProblemType = Literal[
-    "single_label_classification", "token_classification", "causal_lm", "multi_label_classification", "regression"
+    "single_label_classification",
+    "token_classification",
+    "causal_lm",
+    "question_answering",
+    "multi_label_classification",
+    "regression",
 ]
 OF_CLASSES: tuple[ProblemType, ...] = ("single_label_classification", "token_classification", "causal_lm")
 """Heads whose logits are those of one softmax; masked language models are token classifiers over the vocabulary."""
+
+
+# the classes of a head of question answering are the tokens of a window
+_OF_DISTRIBUTIONS: tuple[ProblemType, ...] = (*OF_CLASSES, "question_answering")
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,14 @@ class LogitLoss:
         problems: problem types that it fits.
         truncated: whether it accepts only the largest logits of a stored teacher, the rest of the probability spread
             evenly; losses that use more than the softmax do not.
+        across: whether the last axes of the two may differ: distributions over two vocabularies.
     """
 
     name: str
     function: Callable[..., Tensor]
     problems: tuple[ProblemType, ...] = OF_CLASSES
     truncated: bool = False
+    across: bool = False
 
     @property
     def takes_beta(self) -> bool:
@@ -64,13 +76,14 @@ class LogitLoss:
 
 
 _ALL = (
-    LogitLoss("kl", kl_divergence, truncated=True),
-    LogitLoss("ce", soft_cross_entropy, truncated=True),
-    LogitLoss("reverse_kl", reverse_kl, truncated=True),
-    LogitLoss("jsd", js_divergence, truncated=True),
+    LogitLoss("kl", kl_divergence, _OF_DISTRIBUTIONS, truncated=True),
+    LogitLoss("ce", soft_cross_entropy, _OF_DISTRIBUTIONS, truncated=True),
+    LogitLoss("reverse_kl", reverse_kl, _OF_DISTRIBUTIONS, truncated=True),
+    LogitLoss("jsd", js_divergence, _OF_DISTRIBUTIONS, truncated=True),
     LogitLoss("mse", logit_mse, (*OF_CLASSES, "multi_label_classification")),
     LogitLoss("binary_kl", binary_kl, ("multi_label_classification",)),
     LogitLoss("regression_mse", regression_mse, ("regression",)),
+    LogitLoss("uld", universal_logit_distance, ("causal_lm",), across=True),
 )
 
 LOGIT_LOSSES: Registry[LogitLoss] = Registry(
@@ -85,6 +98,7 @@ _DEFAULTS: dict[ProblemType, str] = {"multi_label_classification": "binary_kl", 
 _REASONS: dict[ProblemType, str] = {
     "regression": "the softmax of one output is 1 whatever the output, so the gradient would be exactly zero",
     "multi_label_classification": "its labels are independent, not alternatives of one softmax",
+    "question_answering": "its logits are those of the tokens of a window, whose number differs",
 }
 
 
@@ -94,8 +108,8 @@ def loss_for(problem_type: str, loss: str | LogitLoss = "auto") -> LogitLoss:
     Args:
         problem_type: one of :data:`ProblemType`.
         loss: a key of :data:`LOGIT_LOSSES`, ``module:attribute`` of a custom loss, or a loss; ``"auto"`` is the usual
-            one: ``kl`` for classes and tokens, ``binary_kl`` for multi-label and ``regression_mse`` for regression,
-            which ``mse`` stands for too.
+            one: ``kl`` for classes, tokens and spans, ``binary_kl`` for multi-label and ``regression_mse`` for
+            regression, which ``mse`` stands for too.
 
     Raises:
         LmcompressError: If the problem type or the loss is unknown, or the loss does not fit.

@@ -33,6 +33,7 @@ from lmcompress.distillation.matches.relations import (
     relation_kl,
     value_relation_kl,
 )
+from lmcompress.distillation.matches.sentences import embedding_cosine, embedding_mse
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.registry import Registry
 
@@ -54,6 +55,7 @@ class MatchLoss:
         features: features it can compare; of several, one is chosen with :meth:`on`.
         layers: number of layers of each model; with 2, ``student`` and ``teacher`` are pairs of features.
         projectable: whether unequal widths need (and allow) a projection of the student.
+        may_project: whether one is allowed that is asked for, though unequal widths need none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class MatchLoss:
     features: tuple[Feature, ...]
     layers: int = 1
     projectable: bool = False
+    may_project: bool = False
 
     @property
     def feature(self) -> Feature | None:
@@ -102,7 +105,7 @@ class MatchLoss:
                 return replace(self, features=(known,), function=function)
         raise LmcompressError(f"the match {self.name!r} cannot compare {feature!r}{nearest(feature, self.features)}")
 
-    def bound(self, *, causal: bool = False, **options: float) -> Callable[[Features, Features, Tensor], Tensor]:
+    def bound(self, *, causal: bool = False, **options: float | str) -> Callable[[Features, Features, Tensor], Tensor]:
         """The function of ``(student, teacher, mask)`` only.
 
         Args:
@@ -124,7 +127,7 @@ class MatchLoss:
         return partial(self.function, **options, **({"causal": causal} if "causal" in self._keywords else {}))
 
     def __call__(
-        self, student: Features, teacher: Features, mask: Tensor, *, causal: bool = False, **options: float
+        self, student: Features, teacher: Features, mask: Tensor, *, causal: bool = False, **options: float | str
     ) -> Tensor:
         """The sum for each example, in :attr:`unit`.
 
@@ -161,8 +164,10 @@ _ALL = (
     MatchLoss("hidden_mse", hidden_mse, "tokens", ("hidden",), projectable=True),
     MatchLoss("hidden_cosine", hidden_cosine, "tokens", ("hidden",), projectable=True),
     MatchLoss("pkd", pkd, "examples", ("hidden",), projectable=True),
+    MatchLoss("embedding_mse", embedding_mse, "examples", ("hidden",), projectable=True),
+    MatchLoss("embedding_cosine", embedding_cosine, "examples", ("hidden",), projectable=True),
     MatchLoss("gram", gram, "examples", ("hidden",), layers=2, projectable=True),
-    MatchLoss("nst", nst, "pairs", ("hidden",), layers=2),
+    MatchLoss("nst", nst, "pairs", ("hidden",), layers=2, may_project=True),
     MatchLoss("attention_transfer", attention_transfer, "examples", ("hidden",)),
     MatchLoss("attention_mse", attention_mse, "pairs", _ATTENTION),
     MatchLoss("attention_mse_mean", attention_mse_mean, "pairs", _ATTENTION),

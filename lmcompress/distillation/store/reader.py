@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lmcompress.activations.capture import Feature, Features, resolve
+from lmcompress.activations.documents import refuse_packed
 from lmcompress.checkpoint.saving import replaced_folder
 from lmcompress.distillation.store import format as layout
 from lmcompress.distillation.store.writer import Extract, StoreWriter
@@ -202,6 +203,7 @@ class TeacherStore:
                 writer = StoreWriter(temporary, dtype, top_k)
                 for batch in batches:
                     inputs = layout.store_inputs(batch)
+                    refuse_packed(teacher, batch)
                     on_device = {k: v.to(teacher.device) for k, v in inputs.items() if k in takes}
                     logits, captured = extract(teacher, on_device, wanted)
                     answers = {feature: captured[feature] for feature in wanted}
@@ -272,6 +274,14 @@ class TeacherStore:
         return Stored(
             logits, top_k, {feature: self._get(layout.field_name(feature), rows, mask).to(device) for feature in wanted}
         )
+
+    def missing(self, batch: Mapping[str, Any]) -> int:
+        """The number of a batch's rows that are not in the store.
+
+        Args:
+            batch: batch as for :meth:`lookup`.
+        """
+        return sum(key not in self._rows for key in layout.keys_of(layout.store_inputs(batch)))
 
     def _top_k(self, rows: Sequence[int], mask: Tensor, device: torch.device) -> TopK:
         vocab = self.meta.vocab_size

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmcompress.activations.capture import Feature
+from lmcompress.activations.documents import Documents, documents_in
 from lmcompress.distillation.store.reader import TeacherStore, expand_top_k
-from lmcompress.distillation.teachers import Answers, Autocast
+from lmcompress.distillation.teachers import Answers, Autocast, teacher_inputs
 from lmcompress.distillation.vocabulary import TeacherChunk
 from lmcompress.errors import LmcompressError
 
@@ -28,8 +29,9 @@ class StoredTeacher:
         self.store = store
         self._features: set[Feature] = set()
         self._causal = False
+        self._users = 0
 
-    def resolve(self, kind: str, layer: int) -> Feature:
+    def resolve(self, kind: str, layer: int | str) -> Feature:
         """A feature with its layer counted from the start; see :class:`Teacher`.
 
         Args:
@@ -40,8 +42,13 @@ class StoredTeacher:
             ``(kind, layer)``.
 
         Raises:
-            LmcompressError: If the store lacks it.
+            LmcompressError: If the store lacks it, or the layer is named by its stack.
         """
+        if isinstance(layer, str):
+            raise LmcompressError(
+                f"a teacher store has no layers by the name of their stack, got {layer!r}: count them, the decoder's "
+                "after the encoder's"
+            )
         feature = (kind, layer if layer >= 0 else self.store.meta.layers + 1 + layer)
         if feature not in self.store.features:
             there = ", ".join(f"{kind} {layer}" for kind, layer in self.store.features) or "no features"
@@ -71,6 +78,7 @@ class StoredTeacher:
             causal: whether logits are requested in chunks.
             device: unused, outputs are on the batch's device.
         """
+        self._users += 1
         self._features.update(features)
         self._causal = causal
 
@@ -84,10 +92,13 @@ class StoredTeacher:
         Returns:
             Logits, or a function that returns them in chunks, and the features.
         """
+        documents = documents_in(teacher_inputs(batch)) if self.store.meta.logits == "token" else None
+        if documents is not None:
+            batch = documents.of_inputs(teacher_inputs(batch))
         found = self.store.lookup(batch, sorted(self._features))
-        if found.top_k is None:
-            logits = found.logits
-            assert logits is not None
+        whole = _as_packed(documents)
+        if found.logits is not None:
+            logits = whole(found.logits)
             if not self._causal:
                 return Answers(logits, None, found.features)
             flat = logits.flatten(0, 1)
@@ -98,9 +109,11 @@ class StoredTeacher:
 
             return Answers(None, full, found.features)
         top = found.top_k
+        if top is None:
+            raise LmcompressError(f"the teacher store {self.store.folder} has no logits: build it again")
         if not self._causal:
-            return Answers(top.logits(), None, found.features)
-        values, indices, total = top.values.flatten(0, -2), top.indices.flatten(0, -2), top.logsumexp.flatten()
+            return Answers(whole(top.logits()), None, found.features)
+        values, indices, total = (whole(part).flatten(0, 1) for part in (top.values, top.indices, top.logsumexp))
 
         def sparse(rows: Tensor) -> TeacherChunk:
             kept = values[rows], indices[rows], total[rows]
@@ -114,5 +127,12 @@ class StoredTeacher:
         return Answers(None, sparse, found.features)
 
     def release(self) -> None:
-        """Clear the record of what was requested; see :class:`Teacher`."""
-        self._features.clear()
+        """Clear the record of what was requested, once all have released it; see :class:`Teacher`."""
+        self._users = max(0, self._users - 1)
+        if not self._users:
+            self._features.clear()
+
+
+def _as_packed(documents: Documents | None) -> Callable[[Tensor], Tensor]:
+    """Puts what was found for each document back to its place in the packed row."""
+    return (lambda tensor: tensor) if documents is None else documents.packed

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmcompress.activations.calibration import CalibrationData
-from lmcompress.activations.capture import masked_softmax
 from lmcompress.activations.hooks import Taps
-from lmcompress.families import Block, anatomy_of, weight_view
+from lmcompress.families import anatomy_of, weight_view
+from lmcompress.nn.listening import Heard
 from lmcompress.pruning.structured.registry import Criterion
 from lmcompress.pruning.structured.units import Part, Units, assembled
 
@@ -97,12 +97,11 @@ def _tap_activations(taps: Taps, part: Part, feed: Feed) -> None:
         if part == "neurons" and block.ffn_width:
             taps.on_input(block.get("ffn_out"), partial(feed, ("neurons", index)))
         elif part == "heads" and block.num_heads:
-            taps.on_input(block.get("attention_out"), partial(vectors, index, block.head_size))
+            taps.on_input(block.get("attention_out"), partial(vectors, index, block.head_width))
         elif part == "hidden":
             # the inputs of a block's matrices, which are normalised in every family
-            reader = block.get("qkv" if block.family.qkv else "query")
-            for module in (reader, block.get("ffn_in")):
-                taps.on_input(module, partial(feed, ("hidden", 0)))
+            for part_read in (block.readers("attention")[0], block.readers("ffn")[0]):
+                taps.on_input(block.get(part_read), partial(feed, ("hidden", 0)))
 
 
 def _tap_blocks(taps: Taps, criterion: Criterion, means: _Means) -> None:
@@ -115,33 +114,17 @@ def _tap_blocks(taps: Taps, criterion: Criterion, means: _Means) -> None:
 
 
 def _tap_attention(taps: Taps, criterion: Criterion, means: _Means) -> None:
-    causal = anatomy_of(taps.model).family.causal
-    queries: dict[int, Tensor] = {}
+    anatomy = anatomy_of(taps.model)
 
-    def keep(index: int, query: Tensor) -> None:
-        queries[index] = query
+    def take(index: int, heads: int, causal: bool, heard: Heard) -> None:
+        summed = criterion.function(heard.probabilities(), taps.mask, causal=causal)
+        # a unit is a key head with its queries
+        of_units = summed[:, :-1].unflatten(1, (heads, -1)).mean(dim=-1)
+        means.add(("heads", index), of_units.sum(dim=0), float(summed[:, -1].sum()))
 
-    def finish(index: int, block: Block, key: Tensor) -> None:
-        query, key = (t.unflatten(-1, (-1, block.head_size)).transpose(1, 2).float() for t in (queries.pop(index), key))
-        scores = query @ key.transpose(-1, -2) * block.scaling
-        # a query of padding may see nothing at all; it is not counted
-        probabilities = masked_softmax(scores, taps.mask, causal=causal)
-        summed = criterion.function(probabilities, taps.mask, causal=causal)
-        means.add(("heads", index), summed[:, :-1].sum(dim=0), float(summed[:, -1].sum()))
-
-    def fused(index: int, block: Block, output: Tensor) -> None:
-        query, key, _ = output.chunk(3, dim=-1)
-        keep(index, query)
-        finish(index, block, key)
-
-    for index, block in enumerate(anatomy_of(taps.model).blocks):
-        if not block.num_heads:
-            continue
-        if block.family.qkv:
-            taps.on_output(block.get("qkv"), partial(fused, index, block))
-        else:
-            taps.on_output(block.get("query"), partial(keep, index))
-            taps.on_output(block.get("key"), partial(finish, index, block))
+    for index, block in enumerate(anatomy.blocks):
+        if block.num_heads:
+            taps.on_attention(block, partial(take, index, block.num_heads, anatomy.causal or block.looks_back))
 
 
 def _summed_columns(model: PreTrainedModel, criterion: Criterion, key: tuple[Part, int], norm: Tensor) -> Tensor:
@@ -149,4 +132,4 @@ def _summed_columns(model: PreTrainedModel, criterion: Criterion, key: tuple[Par
     block = anatomy_of(model).blocks[index]
     module = block.get("attention_out" if part == "heads" else "ffn_out")
     columns = criterion.function(weight_view(module).detach().cpu(), norm).double().sum(dim=0)
-    return columns.unflatten(0, (-1, block.head_size)).sum(dim=-1) if part == "heads" else columns
+    return columns.unflatten(0, (-1, block.head_width)).sum(dim=-1) if part == "heads" else columns

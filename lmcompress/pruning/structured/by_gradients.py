@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lmcompress.activations.calibration import CalibrationData, rows_of
 from lmcompress.activations.hooks import model_inputs
 from lmcompress.errors import LmcompressError
-from lmcompress.families import anatomy_of, weight_view
+from lmcompress.families import Block, anatomy_of
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.objectives import Labels, Objective, label_objective, own_objectives
 from lmcompress.pruning.structured.registry import Criterion
@@ -59,7 +60,7 @@ def from_gradients(
     gated: list[Part] = [p for p in parts if p != "layers"] if by_products else list(parts)
     if by_products and "layers" in parts:
         gated += [part for part in ("attention", "ffn") if part not in gated]
-    # the first matrix of the feed-forward network has no gate of its own
+    # the matrices that feed neurons have no gates of their own
     first = by_products and any(part in parts for part in ("neurons", "ffn", "layers"))
     sums: dict[tuple[Part, int], Tensor] = {}
     examples = 0.0
@@ -123,30 +124,48 @@ def _by_unit(
             continue
         first = [g for key, g in gradients.items() if key[0] == "first"]
         if part == "neurons":
-            found |= {("neurons", i): criterion.function([gradients["neurons", i], g]) for i, g in enumerate(first)}
+            for i, g in enumerate(first):
+                found["neurons", i] = criterion.function([gradients["neurons", i], *g.unbind(1)])
             continue
         whole = torch.stack([g.sum(dim=-1) for g in first], dim=-1)
-        products = [gradients["ffn", 0], whole]
+        products = [gradients["ffn", 0], *whole.unbind(1)]
         found[part, 0] = criterion.function(products if part == "ffn" else [gradients["attention", 0], *products])
     return found
 
 
 class _FirstMatrices:
-    """Ones on the output of the first matrix of every feed-forward network, separate for each example."""
+    """Ones on the outputs of the matrices that feed the neurons of every feed-forward network.
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+    Args:
+        blocks: hooks are put on their matrices.
+        device: that of the model.
+
+    Attributes:
+        leaves: by block ``(examples, matrices, neurons)``; a gate that is fused into the first matrix counts as one.
+    """
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
         self.leaves: list[Tensor] = []
-        self._widths = [weight_view(module).shape[0] for module in modules]
+        self._shapes: list[tuple[int, int]] = []
         self._device = device
-        self.handles = [module.register_forward_hook(self._times(index)) for index, module in enumerate(modules)]
+        self.handles: list[RemovableHandle] = []
+        for index, block in enumerate(blocks):
+            feeding = [coupled for coupled in block.coupled("neurons") if coupled.side == "in"]
+            matrices = 0
+            for coupled in feeding:
+                copies = slice(matrices, matrices + len(coupled.sections))
+                hook = self._times(index, copies)
+                self.handles.append(block.get(coupled.part).register_forward_hook(hook))
+                matrices = copies.stop
+            self._shapes.append((matrices, block.ffn_width))
 
     def fresh(self, rows: int) -> None:
         """Create new leaves for the examples of a batch."""
-        self.leaves = [torch.ones(rows, width, device=self._device, requires_grad=True) for width in self._widths]
+        self.leaves = [torch.ones(rows, *shape, device=self._device, requires_grad=True) for shape in self._shapes]
 
-    def _times(self, index: int) -> Callable[..., Tensor]:
+    def _times(self, index: int, copies: slice) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-            leaf = self.leaves[index]
+            leaf = self.leaves[index][:, copies].flatten(1)
             rows = output.shape[0] // leaf.shape[0]
             # several rows of one example, such as the choices of a question, share its leaf
             value = leaf.repeat_interleave(rows, 0).to(output.dtype)
@@ -157,8 +176,7 @@ class _FirstMatrices:
 
 @contextmanager
 def _first_matrices(model: PreTrainedModel, there: bool) -> Iterator[_FirstMatrices]:
-    modules = [block.get("ffn_in") for block in anatomy_of(model).blocks] if there else []
-    inner = _FirstMatrices(modules, model.device)
+    inner = _FirstMatrices(anatomy_of(model).blocks if there else [], model.device)
     try:
         yield inner
     finally:

@@ -54,8 +54,4 @@ def _groups(model: PreTrainedModel, part: Part) -> Iterator[tuple[int, Tensor]]:
 def _modules(block: Block, part: Part) -> list[nn.Module]:
     if part == "layers":
         return [block.module]
-    if part == "ffn":
-        return [block.get("ffn_in"), block.get("ffn_out")]
-    return [
-        block.get(name) for name in ("qkv", "query", "key", "value", "attention_out") if getattr(block.family, name)
-    ]
+    return [block.get(coupled.part) for coupled in block.coupled("neurons" if part == "ffn" else "heads")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -135,8 +136,19 @@ class PruningConfig(_Part):
     )
     multiple_of: Annotated[
         int,
-        Field(ge=1, description="Group size of neurons and hidden dimensions: counts become multiples of it."),
+        Field(
+            ge=1,
+            description="Group size of neurons and hidden dimensions: counts become multiples of it. round_to is "
+            "another name of it.",
+        ),
     ] = 1
+    uniform: Annotated[
+        bool,
+        Field(
+            description="Whether all blocks keep as many heads and neurons, each its own best ones, so that a stock "
+            "config expresses the result (Transformers, vLLM, TGI)."
+        ),
+    ] = False
     keep_at_least: Annotated[
         dict[Part, Annotated[int, Field(ge=0)]],
         Field(description="Minimum number of units kept: heads and neurons of each block, others of the model."),
@@ -152,6 +164,15 @@ class PruningConfig(_Part):
     seed: Annotated[
         int, Field(ge=0, lt=1 << 32, description="Seed of calibration rows, sampled labels and gate noise.")
     ] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _round_to(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "round_to" not in values:
+            return values
+        if "multiple_of" in values:
+            raise ValueError("round_to is another name of multiple_of, got both: leave one out")
+        return {("multiple_of" if name == "round_to" else name): value for name, value in values.items()}
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruningConfig:
@@ -175,12 +196,23 @@ class PruningConfig(_Part):
                 f"repair re-fits hard masks, the schedule hard_concrete has soft gates, got repair: {self.repair}; "
                 "leave it out and let the phase end earlier for recovery"
             )
+        if self.uniform:
+            self._check_uniform()
         if kind in ("iht", "group_lasso") and set(self.parts) - units:
             raise ValueError(
                 f"the schedule {kind} knows groups of weights of heads and neurons only, got parts "
                 f"{', '.join(self.parts)}: choose hard_concrete or a criterion for the others"
             )
         return self
+
+    def _check_uniform(self) -> None:
+        if single := sorted({"attention", "ffn"} & set(self.parts)):
+            raise ValueError(
+                f"uniform blocks have both sub-layers, got parts with {' and '.join(single)}: leave them out; layers "
+                "cuts whole blocks"
+            )
+        if self.order != "score":
+            raise ValueError(f"uniform cuts all blocks at once, got order: {self.order}, which takes them in turn")
 
     def _check_criterion(self) -> None:
         criterion, name = self.chosen_criterion, self.criterion_name

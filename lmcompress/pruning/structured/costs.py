@@ -6,13 +6,14 @@ be asked about without a model: what they need of the model is read once, as :cl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lmcompress.checkpoint.cutting import hidden_axes
 from lmcompress.checkpoint.schema import BlockShape, Structure
@@ -46,19 +47,21 @@ class ModelSizes:
     Attributes:
         structure: the model's shapes.
         hidden: width of the residual stream.
-        qkv_bias: whether query, key and value have biases.
-        ffn_bias: whether the first matrix of the feed-forward network has one.
+        head: parameters of a head for each hidden dimension, and those of its biases.
+        neuron: the same of a neuron.
         block_vectors: parameters of a block per hidden dimension that belong to no head and no neuron: norms and
             biases of the two output projections.
         outside: parameters outside the blocks, as coefficients of 1, width and width².
+        config: the model's, to ask what a stock model can be like.
     """
 
     structure: Structure
     hidden: int
-    qkv_bias: bool
-    ffn_bias: bool
+    head: tuple[int, int]
+    neuron: tuple[int, int]
     block_vectors: float
     outside: tuple[int, int, int]
+    config: PretrainedConfig = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSizes:
@@ -68,11 +71,11 @@ class ModelSizes:
             model: a model of a known family, on any device, ``meta`` too.
         """
         anatomy, structure, hidden = anatomy_of(model), structure_of(model), anatomy_of(model).hidden_size
-        qkv_bias, ffn_bias = _has_bias(anatomy, "heads"), _has_bias(anatomy, "neurons")
-        bare = cls(structure, hidden, qkv_bias, ffn_bias, 0.0, (0, 0, 0))
+        head, neuron = _of_a_unit(anatomy, "heads"), _of_a_unit(anatomy, "neurons")
+        bare = cls(structure, hidden, head, neuron, 0.0, (0, 0, 0), model.config)
         first = sum(p.numel() for p in anatomy.blocks[0].module.parameters())
         vectors = (first - bare.block_parameters(structure.blocks[0], hidden)) / hidden
-        return cls(structure, hidden, qkv_bias, ffn_bias, vectors, _outside(anatomy))
+        return cls(structure, hidden, head, neuron, vectors, _outside(anatomy), copy.deepcopy(model.config))
 
     def width(self, structure: Structure) -> int:
         """Width of the residual stream of a structure, also if it does not name it.
@@ -89,10 +92,17 @@ class ModelSizes:
             shape: heads and neurons of the block.
             hidden: width of the residual stream.
         """
-        size = self.structure.head_size
-        head = 4 * hidden * size + 3 * size * self.qkv_bias
-        neuron = 2 * hidden + self.ffn_bias
+        head, neuron = (hidden * rows + biases for rows, biases in (self.head, self.neuron))
         return shape.heads * head + shape.ffn * neuron + hidden * self.block_vectors
+
+    def matrix_weights(self, shape: BlockShape, hidden: int) -> int:
+        """Weights of the matrices of one block, which is also their multiply-accumulates for one token.
+
+        Args:
+            shape: heads and neurons of the block.
+            hidden: width of the residual stream.
+        """
+        return hidden * (shape.heads * self.head[0] + shape.ffn * self.neuron[0])
 
 
 @dataclass(frozen=True)
@@ -197,29 +207,32 @@ class EnergyCost:
         hidden, tokens = self.sizes.width(structure), self.batch_size * self.length
         total = 0.0
         for shape in structure.blocks:
-            inner = shape.heads * structure.head_size
-            weights = 4 * hidden * inner + 2 * hidden * shape.ffn
+            weights = self.sizes.matrix_weights(shape, hidden)
+            # queries, keys, values and the heads' output pass the buffer twice, neurons' values once per matrix
+            inner = 2 * shape.heads * self.sizes.head[0] + shape.ffn * self.sizes.neuron[0]
             # input and output of the matrices, then the attention probabilities, written and read
-            activations = tokens * (8 * inner + 2 * shape.ffn + 6 * hidden + 2 * shape.heads * self.length)
+            probabilities = 2 * shape.heads * structure.queries * self.length
+            activations = tokens * (inner + 6 * hidden + probabilities)
             total += (1 + 3 * register) * _macs(self, structure, shape)
             total += buffer * (weights + activations) + dram * (weights + 2 * tokens * hidden)
         return total
 
 
 def _macs(cost: FlopCost | EnergyCost, structure: Structure, shape: BlockShape) -> int:
-    inner, hidden = shape.heads * structure.head_size, cost.sizes.width(structure)
+    inner = shape.heads * structure.head_width
     tokens = cost.batch_size * cost.length
-    return tokens * (4 * hidden * inner + 2 * hidden * shape.ffn + 2 * cost.length * inner)
+    return tokens * (cost.sizes.matrix_weights(shape, cost.sizes.width(structure)) + 2 * cost.length * inner)
 
 
-def _has_bias(anatomy: Anatomy, part: Literal["heads", "neurons"]) -> bool:
-    """The value of the first block that has any such unit; if none has, it does not matter."""
-    for block in anatomy.blocks:
-        if part == "heads" and block.num_heads:
-            return block.get("qkv" if block.family.qkv else "query").bias is not None
-        if part == "neurons" and block.ffn_width:
-            return block.get("ffn_in").bias is not None
-    return True
+def _of_a_unit(anatomy: Anatomy, part: Literal["heads", "neurons"]) -> tuple[int, int]:
+    """Parameters of a unit for each hidden dimension, and those of its biases.
+
+    Biases are those of the first block that has any such unit; if none has, they do not matter.
+    """
+    block = next((block for block in anatomy.blocks if block.units(part)), anatomy.blocks[0])
+    table = block.coupled(part)
+    biased = [coupled for coupled in table if coupled.side == "in" and block.get(coupled.part).bias is not None]
+    return sum(coupled.width(1) for coupled in table), sum(coupled.width(1) for coupled in biased)
 
 
 def _outside(anatomy: Anatomy) -> tuple[int, int, int]:

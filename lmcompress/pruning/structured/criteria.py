@@ -280,7 +280,8 @@ def attention_entropy(probabilities: Tensor, mask: Tensor, *, causal: bool) -> T
 
     1 is a head that attends to all tokens equally, 0 one that attends to one token. **Ranking:** uniform heads compute
     little more than a bias could, so the score is 1 minus this value, and focused heads are kept. (For activations Luo
-    & Wu rank the other way round: there low entropy means little information.)
+    & Wu rank the other way round: there low entropy means little information.) Keys outside of a sliding window count
+    as visible, so that heads of layers with a window seem more focused than they are.
 
     Args:
         probabilities: ``(batch, heads, queries, keys)``.

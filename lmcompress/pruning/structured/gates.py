@@ -14,6 +14,7 @@ from lmcompress.checkpoint.cutting import hidden_axes
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import Block, anatomy_of, is_conv1d
+from lmcompress.families.norms import is_norm, normalised
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, full, unit_shapes
 
 
@@ -194,7 +195,7 @@ class Gates(Hooked):
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
         if "heads" in self._parts:
-            before(block.get("attention_out"), "heads", block.head_size)
+            before(block.get("attention_out"), "heads", block.head_width)
         if "neurons" in self._parts:
             before(block.get("ffn_out"), "neurons", 1)
         if "attention" in self._parts:
@@ -206,6 +207,8 @@ class Gates(Hooked):
             self._handles.append(block.module.register_forward_hook(bypass, with_kwargs=True, prepend=True))
 
     def _attach_hidden(self, model: PreTrainedModel) -> None:
+        offset = anatomy_of(model).family.norm_offset
+
         def scale(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
             if "hidden" not in self._active:
                 return None
@@ -213,8 +216,10 @@ class Gates(Hooked):
             part, index = self._sub_layers.get(module, ("hidden", 0))
             if part != "hidden" and part in self._active:
                 value = value * self._one(part, index)
-            if isinstance(module, nn.LayerNorm) and self._some_hidden_gone:
-                output = _norm(args[0], module, value)
+            if is_norm(module) and self._some_hidden_gone:
+                # what it computes of the others is multiplied by 0
+                keep = _shaped(value.detach() != 0, args[0].float())
+                output = normalised(args[0], module, keep, offset)
             return _times(output, value)
 
         def read(_: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -238,13 +243,13 @@ def gated_hidden(model: PreTrainedModel) -> list[nn.Module]:
     Returns:
         Norms, and projections that write, of the stream's width; embeddings where no norm follows them.
     """
-    embeddings = bool(anatomy_of(model).family.final_norm)
+    embeddings = not anatomy_of(model).embeddings_normed
 
     def writes(module: nn.Module, kind: str, axes: tuple[int, ...]) -> bool:
         if isinstance(module, nn.Embedding):
             return embeddings and 1 in axes
         # a bias is enough for a module without a matrix, too
-        if isinstance(module, nn.LayerNorm) or kind == "bias":
+        if is_norm(module) or kind == "bias":
             return 0 in axes
         return (1 if is_conv1d(module) else 0) in axes
 
@@ -262,7 +267,7 @@ def reading_hidden(model: PreTrainedModel) -> list[nn.Module]:
     """
 
     def reads(module: nn.Module, kind: str, axes: tuple[int, ...]) -> bool:
-        if kind == "bias" or isinstance(module, (nn.Embedding, nn.LayerNorm)):
+        if kind == "bias" or isinstance(module, nn.Embedding) or is_norm(module):
             return False
         return (0 if is_conv1d(module) else 1) in axes
 
@@ -303,16 +308,3 @@ def _shaped(value: Tensor, x: Tensor) -> Tensor:
             )
         value = value.repeat_interleave(rows // value.shape[0], 0)
     return value.reshape(value.shape[0], *(1,) * (x.dim() - 2), value.shape[-1])
-
-
-def _norm(x: Tensor, module: nn.LayerNorm, value: Tensor) -> Tensor:
-    """LayerNorm over the dimensions whose value is not 0; its output in the others must be multiplied by 0."""
-    keep = _shaped(value.detach() != 0, x.float())
-    count = keep.sum(-1, keepdim=True)
-    centred = (x.float() - (x * keep).sum(-1, keepdim=True) / count) * keep
-    scaled = centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + module.eps)
-    if module.weight is not None:
-        scaled = scaled * module.weight.float()
-    if isinstance(module.bias, Tensor):
-        scaled = scaled + module.bias.float()
-    return scaled.to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmcompress.checkpoint.schema import BlockShape, Structure
+from lmcompress.checkpoint.structure import why_not_vanilla
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel, ModelSizes, ParameterCost, secant_costs
@@ -125,9 +126,8 @@ def expected_costs(sizes: ModelSizes, cost: CostModel) -> UnitCosts:
     structure, width = sizes.structure, sizes.hidden
     count = len(structure.blocks)
     if isinstance(cost, ParameterCost):
-        size = structure.head_size
-        per_head, head_fixed = torch.full((count,), 4.0 * size), torch.full((count,), 3.0 * size * sizes.qkv_bias)
-        per_neuron, neuron_fixed = torch.full((count,), 2.0), torch.full((count,), 1.0 * sizes.ffn_bias)
+        per_head, head_fixed = (torch.full((count,), float(number)) for number in sizes.head)
+        per_neuron, neuron_fixed = (torch.full((count,), float(number)) for number in sizes.neuron)
         return UnitCosts(
             per_head, head_fixed, per_neuron, neuron_fixed, torch.full((count,), float(sizes.block_vectors)), width
         )
@@ -181,6 +181,7 @@ def choose(
         ranking=config.ranking,
         order=config.order,
         multiple_of=config.multiple_of,
+        uniform=config.uniform,
         keep_at_least=config.keep_at_least,
         cost=cost,
         gone=gone,
@@ -224,10 +225,14 @@ def feasible(config: PruningConfig, sizes: ModelSizes, cost: CostModel | None = 
         A shape that meets it (the choice of units is another question).
 
     Raises:
-        LmcompressError: If no shape meets the target, or the model already meets it.
+        LmcompressError: If no shape meets the target, the model already meets it, or a uniform shape has no stock
+            config.
     """
     mask = choose(config, _in_order(sizes, config.parts), sizes, config.target, cost=cost, per_cost=False)
-    return masked_structure(sizes.structure, mask)
+    structure = masked_structure(sizes.structure, mask)
+    if config.uniform and (reason := why_not_vanilla(structure, sizes.config)) is not None:
+        raise LmcompressError(f"uniform: true needs a target that a stock config can express: {reason}")
+    return structure
 
 
 def _times(tensor: Tensor, factors: list[Tensor]) -> Tensor:

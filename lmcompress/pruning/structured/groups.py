@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families import Block, anatomy_of, is_conv1d
+from lmcompress.families import Block, Coupled, anatomy_of, is_conv1d
 from lmcompress.pruning.proximal import group_norms, proximal_factor
 from lmcompress.pruning.structured.units import Units
 
@@ -46,32 +46,23 @@ def unit_views(
     if part not in ("heads", "neurons"):
         raise LmcompressError(f"coupled weights must be of heads or neurons, got {part!r}: other parts have no groups")
     views: list[Tensor] = []
-    heads, size = block.num_heads, block.head_size
+    units = block.units(part)
 
-    def add(module: nn.Module, split: Callable[[Tensor], Tensor], out: bool) -> None:
+    def add(module: nn.Module, coupled: Coupled) -> None:
+        out = coupled.side == "out"
         # bypasses the module's attribute, which in a fake-quantized one is the quantized weight
         stored = module._parameters.get("weight")
         weight = pick(module.get_parameter("weight") if stored is None else stored)
         if weight is not None:
             oriented = weight.t() if is_conv1d(module) else weight
-            views.append(split(oriented.t() if out else oriented))
+            views.extend(coupled.views(oriented.t() if out else oriented, units))
         bias = None if out or module.bias is None else pick(module.get_parameter("bias"))
         if bias is not None:
-            views.append(split(bias))
+            views.extend(coupled.views(bias, units))
 
-    if part == "neurons":
-        if "in" in sides:
-            add(block.get("ffn_in"), lambda tensor: tensor, out=False)
-        if "out" in sides:
-            add(block.get("ffn_out"), lambda tensor: tensor, out=True)
-        return views
-    if "in" in sides and block.family.qkv:
-        add(block.get("qkv"), lambda tensor: tensor.unflatten(0, (3, heads, size)).transpose(0, 1), out=False)
-    elif "in" in sides:
-        for name in ("query", "key", "value"):
-            add(block.get(name), lambda tensor: tensor.unflatten(0, (heads, size)), out=False)
-    if "out" in sides:
-        add(block.get("attention_out"), lambda tensor: tensor.unflatten(0, (heads, size)), out=True)
+    for coupled in block.coupled(part):
+        if coupled.side in sides:
+            add(block.get(coupled.part), coupled)
     return views
 
 

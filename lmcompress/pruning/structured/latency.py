@@ -18,7 +18,8 @@ from lmcompress.checkpoint.schema import Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation.speed import compare_latency, machine
-from lmcompress.families import Anatomy, anatomy_of
+from lmcompress.evaluation.timing import steady_clock
+from lmcompress.families import Anatomy, anatomy_of, choose_layers_in_config
 from lmcompress.pruning.structured.surgery import cut
 from lmcompress.pruning.structured.units import full
 
@@ -38,7 +39,7 @@ class LatencyTable(BaseModel):
         length: tokens of a row.
         model_type: model family.
         hidden: width of the residual stream.
-        head_size: width of a head.
+        head_size: width of the output of a head, that of its queries.
         heads: milliseconds of attention by number of heads, from 0.
         ffn: milliseconds of a feed-forward network by number of neurons, from 0.
         block_ms: milliseconds of the rest of a block, without heads and neurons.
@@ -89,10 +90,11 @@ class LatencyTable(BaseModel):
         Raises:
             LmcompressError: If hidden size or head size differ from the table's, or there are more heads or neurons.
         """
-        if structure.hidden not in (None, self.hidden) or structure.head_size != self.head_size:
+        width = structure.head_width
+        if structure.hidden not in (None, self.hidden) or width != self.head_size:
             raise LmcompressError(
                 f"this latency table is of hidden size {self.hidden} with heads of {self.head_size}, got "
-                f"{structure.hidden or self.hidden} with {structure.head_size}: times do not carry over; measure a "
+                f"{structure.hidden or self.hidden} with {width}: times do not carry over; measure a "
                 "model of that width, or target flops_share if hidden dimensions are pruned"
             )
         blocks = sum(
@@ -185,9 +187,9 @@ def measure_latency(
     """Measure a model's sub-layers at several widths, on the model's machine and device.
 
     Whole models are timed, not single sub-layers: copies of this one in which every attention has n heads,
-    or every feed-forward network n neurons. All of them are in one process and timed in turn, call by call,
-    and medians are compared, so that slowdowns and load affect all equally. Times are made monotone
-    in the width.
+    or every feed-forward network n neurons. All of them are in one process and timed in rounds of random order, and
+    their times are the dense model's median over medians of pairs within rounds, so that slowdowns and load affect all
+    equally; on one thread of a CPU, these ratios are of CPU time. Times are made monotone in the width.
 
     Args:
         model: dense, of a known family; not modified.
@@ -228,7 +230,9 @@ def measure_latency(
     rows = compare_latency(
         models, batch_sizes=(batch_size,), sequence_length=length, repeats=max(3, repeats), warmup=warmup
     )
-    times = {row.model: row.median_ms for row in rows} | {}
+    clock = steady_clock(torch.get_num_threads(), model.device)
+    # of pairs within rounds, and so of equal conditions
+    times = {row.model: rows[0].median_ms / row.speedup(clock).median for row in rows}
     times[f"heads {most_heads}"] = times[f"ffn {most_ffn}"] = times["small"]
     head_points = _points(times, "heads", head_counts, small)
     ffn_points = _points(times, "ffn", ffn_counts, small)
@@ -244,7 +248,7 @@ def measure_latency(
         length=length,
         model_type=model.config.model_type,
         hidden=anatomy.hidden_size,
-        head_size=structure.head_size,
+        head_size=structure.head_width,
         heads=tuple((count, ms * shrink) for count, ms in head_points),
         ffn=tuple((count, ms * shrink) for count, ms in ffn_points),
         block_ms=max(0.0, block - own * shrink),
@@ -277,7 +281,7 @@ def _with_blocks(anatomy: Anatomy, count: int) -> PreTrainedModel:
     inside = {id(p) for p in anatomy.block_list.parameters()}
     memo |= {id(p): p for p in anatomy.model.parameters() if id(p) not in inside}
     clone = copy.deepcopy(anatomy.model, memo)
-    setattr(clone.config, anatomy.family.num_layers, count)
+    choose_layers_in_config(clone.config, anatomy.family, range(count))
     return clone
 
 
@@ -300,7 +304,7 @@ def _dtype_name(model: PreTrainedModel) -> str:
 
 
 def _widths(model: PreTrainedModel) -> str:
-    return f"{model.config.model_type}-{anatomy_of(model).hidden_size}x{structure_of(model).head_size}"
+    return f"{model.config.model_type}-{anatomy_of(model).hidden_size}x{structure_of(model).head_width}"
 
 
 def _read_tables(file: Path) -> dict[str, LatencyTable]:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmcompress.activations.calibration import Batch
+from lmcompress.activations.batches import Batch, as_batches
+from lmcompress.data.windows import SPAN_LABELS
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
-from lmcompress.method import Step, StepCallback, SteppedMethod, Term, undisturbed
+from lmcompress.method import Step, SteppedMethod, Term, undisturbed
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel
 from lmcompress.pruning.structured.finishing import Finish
@@ -63,7 +64,7 @@ class StructuredPruning(SteppedMethod):
         self.config = config
         self.cost = cost
         self.report: PruningReport | None = None
-        self._calibration = None if calibration is None else list(calibration)
+        self._calibration = None if calibration is None else as_batches(calibration)
         self._trainer: Any = None
         self._events: list[Event] = []
         self._seconds = 0.0
@@ -76,21 +77,15 @@ class StructuredPruning(SteppedMethod):
 
         Raises:
             LmcompressError: If no shape meets the target, the model is quantized by another library, calibration rows
-                that will be needed are not available or have no labels, the criterion is a custom one without a name,
-                or the best checkpoint is to be loaded at the end.
+                that will be needed are not available or have no labels, or the criterion is a custom one without a
+                name.
         """
-        if trainer.args.load_best_model_at_end:
-            raise LmcompressError(
-                "load_best_model_at_end must be false with pruning: the weights of an earlier checkpoint do not fit "
-                "the final mask. Evaluate checkpoints of the next stage, once the model is cut"
-            )
         self._trainer = trainer
         student: PreTrainedModel = trainer.student
         self.attach(student, trainer.args.device)
         # before training, not at its first pruning
         if trainer.train_dataset is not None and self.config.needs_data:
             _refuse_unlabelled(student, self.config, self.run.calibration())
-        trainer.add_callback(StepCallback(self))
 
     def attach(self, student: PreTrainedModel, device: torch.device) -> None:
         """The effect of :meth:`prepare` on the model, without a trainer.
@@ -117,8 +112,12 @@ class StructuredPruning(SteppedMethod):
 
     @property
     def folds(self) -> bool:
-        """Whether gates end between 0 and 1, so that weights are multiplied by them in the end."""
-        return STRATEGIES[self.config.schedule.kind].folds
+        """Whether weights are multiplied in the end: by soft gates, or for a block that gets another number."""
+        folds = STRATEGIES[self.config.schedule.kind].folds
+        if folds or "layers" not in self.config.parts or not hasattr(self, "run"):
+            return folds
+        blocks = anatomy_of(self.run.student).blocks
+        return any(block.number_factors(index + 1) for index, block in enumerate(blocks))
 
     # called by the trainer in every step
 
@@ -197,6 +196,16 @@ class StructuredPruning(SteppedMethod):
         values, probes = run.layout.split(run.state.values.detach()), run.calibration_data or []
         self.report = self._end.cut(run.gates, values, run.mask(), probes, run.goal, self._seconds)
 
+    def detach(self) -> None:
+        """Take the gates off the student; units that were pruned on the way stay zero."""
+        if self.report is None:
+            self.run.gates.remove()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the mask is final."""
+        return self.run.finished
+
     # called by the callback
 
     def begin(self, max_steps: int, optimizer: Any) -> None:
@@ -215,9 +224,7 @@ class StructuredPruning(SteppedMethod):
         self.strategy.begin()
         self._events = schedule.events(max_steps)
         run.first, run.last = round(schedule.begin * max_steps), self._events[-1].step
-        self._set_done(int(run.state.done))
-        self._some_pruned = bool((run.state.values != 1).any())
-        self._surviving = survivors(run.mask(), run.sizes.structure) if self._some_pruned else None
+        self._read_state()
 
     def advance(self, step: int) -> None:
         """The action due before an optimizer step.
@@ -253,6 +260,11 @@ class StructuredPruning(SteppedMethod):
         if self.run.step + 1 >= max_steps:
             self._finalise()
 
+    def restored(self) -> None:
+        """Gates as in the checkpoint that was loaded."""
+        self._read_state()
+        self._put("mask")
+
     def metrics(self) -> dict[str, float]:
         """Share of the cost that is pruned and that is due by now, for the log."""
         past = self._events[: self._done]
@@ -265,6 +277,12 @@ class StructuredPruning(SteppedMethod):
     @property
     def _learning(self) -> bool:
         return self.run.begun and not self.run.finished
+
+    def _read_state(self) -> None:
+        run = self.run
+        self._set_done(int(run.state.done))
+        self._some_pruned = bool((run.state.values != 1).any())
+        self._surviving = survivors(run.mask(), run.sizes.structure) if self._some_pruned else None
 
     def _set_done(self, events: int) -> None:
         # also as a number, so that reading it does not wait for a GPU
@@ -332,7 +350,8 @@ class StructuredPruning(SteppedMethod):
 
 
 def _refuse_unlabelled(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> None:
-    if config.needs_labels and anatomy_of(model).head is None and any("labels" not in batch for batch in batches):
+    unlabelled = any("labels" not in batch and SPAN_LABELS[0] not in batch for batch in batches)
+    if config.needs_labels and unlabelled and not anatomy_of(model).predicts_next:
         raise LmcompressError(
             f"the criterion {config.criterion_name} must have labels, the calibration rows have none; add a column "
             "'labels', or use the model's own predictions with labels: self"

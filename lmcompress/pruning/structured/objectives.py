@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.activations.hooks import valid_tokens
+from lmcompress.activations.hooks import valid_outputs, valid_tokens
+from lmcompress.data.windows import SPAN_LABELS
 from lmcompress.errors import LmcompressError
-from lmcompress.families import anatomy_of
+from lmcompress.families import anatomy_of, head_logits
 
 Labels = Literal["given", "self"]
 IGNORED = -100
@@ -41,7 +42,8 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
     """The loss on the labels, for each example as if it were a batch of its own.
 
     Cross-entropy for classes, the mean over an example's labels if tokens have them; mean squared error for one
-    output (or ``problem_type="regression"``); the mean of binary cross-entropies for float labels in several columns.
+    output (or ``problem_type="regression"``); the mean of binary cross-entropies for float labels in several columns;
+    the mean of the cross-entropies of both ends for question answering.
     Causal language models predict the next token: without ``labels`` the text itself is used.
 
     Args:
@@ -52,7 +54,9 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
     Raises:
         LmcompressError: If there are no labels, or no logits.
     """
-    causal = anatomy_of(model).head is not None
+    if all(name in batch for name in SPAN_LABELS) and (ends := head_logits(outputs)) is not None:
+        return _span_objective(ends, *(batch[name] for name in SPAN_LABELS))
+    causal = anatomy_of(model).predicts_next
     labels = batch.get("labels")
     if labels is None and causal:
         labels = batch["input_ids"].masked_fill(~valid_tokens(batch), IGNORED)
@@ -61,7 +65,7 @@ def label_objective(model: PreTrainedModel, outputs: Any, batch: Mapping[str, Te
             f"this criterion needs labels in every batch, got {', '.join(batch)}; add a column 'labels', or use "
             'the model\'s own predictions with labels="self"'
         )
-    logits = _logits(outputs)
+    logits = head_logits(outputs)
     if logits is None:
         raise LmcompressError(
             f"{type(model).__name__} must return logits to have a loss on labels, it returns {', '.join(outputs)}; use "
@@ -91,6 +95,7 @@ def own_objectives(
 
     - up to 8 classes: every label, weighted by its probability, which is the exact expectation; more: one is sampled;
     - tokens: one label is sampled for each valid token, in causal models for each predicted one; mean over them;
+    - question answering: a first and a last token are sampled, each of all valid tokens;
     - multi-label: each label is sampled independently;
     - regression: the output is the mean of a Gaussian of variance 1, and the sample is one standard deviation off, up
       or down. For one output the gradient is then that of the output itself, without randomness;
@@ -106,7 +111,7 @@ def own_objectives(
     Raises:
         LmcompressError: If the outputs have neither logits nor hidden states.
     """
-    logits, mask = _logits(outputs), valid_tokens(batch)
+    logits, mask = head_logits(outputs), valid_outputs(model, batch)
     if logits is None:
         hidden = outputs.get("last_hidden_state")
         if hidden is None:
@@ -115,8 +120,12 @@ def own_objectives(
                 "is nothing to sample labels from; use a criterion without gradients"
             )
         return [_evenly(_signed_sum(hidden, mask, generator))]
+    if "start_logits" in outputs:
+        ends = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        uniform = torch.stack([torch.rand(2, generator=generator) for _ in logits]).to(logits.device)
+        return [_span_objective(ends, *_draw(ends.detach().transpose(1, 2), uniform).unbind(-1))]
     if logits.dim() == 3:
-        if anatomy_of(model).head is not None:
+        if anatomy_of(model).predicts_next:
             logits, mask = logits[:, :-1], mask[:, :-1] & mask[:, 1:]
         uniform = _uniform_per_token(mask, generator)
         drawn = _draw(logits.detach(), uniform.to(logits.device)).masked_fill(~mask, IGNORED)
@@ -133,11 +142,6 @@ def own_objectives(
         return [Objective(-log_p[:, label], log_p[:, label].detach().exp()) for label in range(classes)]
     uniform = torch.stack([torch.rand(1, generator=generator)[0] for _ in logits]).to(logits.device)
     return [_evenly(-log_p.gather(-1, _draw(logits.detach(), uniform)[:, None])[:, 0])]
-
-
-def _logits(outputs: Any) -> Tensor | None:
-    logits = outputs.get("logits")
-    return logits if isinstance(logits, Tensor) else None
 
 
 def _evenly(loss: Tensor) -> Objective:
@@ -165,6 +169,16 @@ def _token_objective(logits: Tensor, labels: Tensor) -> Objective:
     ).view(labels.shape)
     count = (labels != IGNORED).sum(dim=-1)
     return Objective(losses.sum(dim=-1) / count.clamp_min(1), (count > 0).float())
+
+
+def _span_objective(ends: Tensor, *positions: Tensor) -> Objective:
+    length = ends.shape[1]
+    # as in the heads of Transformers: positions beyond the row are ignored
+    sides = [
+        F.cross_entropy(ends[..., side].float(), place.clamp(0, length), ignore_index=length, reduction="none")
+        for side, place in enumerate(positions)
+    ]
+    return _evenly((sides[0] + sides[1]) / 2)
 
 
 def _uniform_per_token(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -62,7 +62,12 @@ class Groups:
 
 
 def group_units(
-    scores: Units, left: Units, sizes: ModelSizes, cost: CostModel, multiple_of: int, keep: Mapping[Part, int]
+    scores: Units,
+    left: Units,
+    sizes: ModelSizes,
+    cost: CostModel,
+    together: Mapping[Part, int],
+    keep: Mapping[Part, int],
 ) -> Groups:
     """Group units that are cut together.
 
@@ -71,7 +76,7 @@ def group_units(
         left: bool, False if a unit is pruned already.
         sizes: sizes of the model.
         cost: cost by which scores are divided.
-        multiple_of: size of the groups of neurons and hidden dimensions.
+        together: size of the groups, by part; 1 where it is left out.
         keep: minimum number of units of each part.
     """
     members: list[Tensor] = []
@@ -88,7 +93,7 @@ def group_units(
         zip(scores.items(), slopes.items(), left.items(), strict=True)
     ):
         costs.append(float(unit_costs.sum()))
-        size = multiple_of if part in ("neurons", "hidden") else 1
+        size = together.get(part, 1)
         places = there.nonzero().flatten()
         per_cost = (tensor.detach().cpu().double() / unit_costs)[places]
         by_score = per_cost.argsort(stable=True)
@@ -146,6 +151,32 @@ def steps_of(groups: Groups, ranking: Ranking, order: Order) -> Tensor:
         before = groups.gone[part] + 1
         share[of_part] = (_positions(groups.value[of_part]).double() + before) / groups.totals[part]
     return _positions(share)
+
+
+def uniform_steps(groups: Groups, ranking: Ranking, *, heads_with_hidden: bool) -> Tensor:
+    """Step at which each group is cut, from 0, if every block is to have as many units as the others.
+
+    The n-th lowest group of a part is cut from all blocks at once, by the mean over blocks.
+
+    Args:
+        groups: from :func:`group_units`, with as many groups of a part in each block.
+        ranking: scope of the comparison; ``per_layer`` and ``isomorphic``, by which each part loses the same share, are
+            the same here.
+        heads_with_hidden: whether the n-th group of hidden dimensions goes with the n-th heads.
+    """
+    part = groups.part.clone()
+    if heads_with_hidden:
+        part[part == PARTS.index("hidden")] = PARTS.index("heads")
+    # within a part, the share of a group is its place in every block
+    places = torch.stack([part.double(), groups.share.round(decimals=12)], dim=1)
+    found, joint = torch.unique(places, dim=0, return_inverse=True)
+    value = groups.value
+    if ranking in ("per_layer", "isomorphic"):
+        value = groups.share
+    elif ranking == "relative":
+        value = value / groups.mean.clamp_min(torch.finfo(torch.float64).tiny)[groups.source]
+    means = torch.zeros(len(found), dtype=torch.float64).scatter_reduce_(0, joint, value, "mean", include_self=False)
+    return _positions(means)[joint]
 
 
 def _positions(keys: Tensor) -> Tensor:

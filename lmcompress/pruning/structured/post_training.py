@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.activations.calibration import Batch, on_device
+from lmcompress.activations.batches import Batch, batches_for
+from lmcompress.activations.calibration import on_device
 from lmcompress.errors import LmcompressError
-from lmcompress.model import CompressedModel
+from lmcompress.families import inner_model
+from lmcompress.model import CompressedModel, unwrapped
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.costs import CostModel, ModelSizes
 from lmcompress.pruning.structured.finishing import Finish
@@ -40,7 +42,8 @@ def prune(
     Args:
         model: cut in place.
         config: the configuration; shares of training in its schedule are ignored.
-        batches: calibration data, with labels if the criterion needs them; none for criteria of weights only.
+        batches: calibration data, with labels if the criterion needs them; none for criteria of weights only. Any form
+            that :func:`~lmcompress.activations.batches.as_batches` takes: batches, a ``DataLoader``, a ``Dataset``.
         cost: a latency table, for a latency target.
         progress: whether to show a bar while scoring.
         before_cut: called with the masked model before it is cut, for example to keep its outputs for the round-trip
@@ -55,14 +58,14 @@ def prune(
             :func:`~lmcompress.pruning.structured.scoring.score`.
         EquivalenceError: If the outputs of the cut model differ from the masked one's.
     """
-    inner = model.model if isinstance(model, CompressedModel) else model
+    inner = inner_model(unwrapped(model))
     if config.trains:
         raise LmcompressError(
             f"the schedule {config.schedule.kind} needs training: use PruningTrainer, or choose one_shot or iterative"
         )
     refuse_quantized(inner)
     started = time.perf_counter()
-    data = [on_device(batch, inner.device) for batch in batches or ()]
+    data = [] if batches is None else [on_device(batch, inner.device) for batch in batches_for(inner, batches)]
     sizes, end = ModelSizes.of(inner), Finish(inner, config)
     goal = goal_of(config.target, sizes, cost)
     feasible(config, sizes, cost)
@@ -81,7 +84,8 @@ def prune(
                 end.repair(new, data)
             mask = new
             gates.set(mask)
-        assert mask is not None
+        if mask is None:
+            raise LmcompressError(f"a schedule must have at least one round that prunes something, got {rounds}")
         if before_cut is not None:
             before_cut(inner)
         values = mask.map(lambda tensor: tensor.float())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lmcompress.checkpoint.structure import why_not_vanilla
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.families import family_of
 from lmcompress.pruning.structured.costs import CostModel, ModelSizes
 from lmcompress.pruning.structured.order import (
     KEEP_AT_LEAST,
@@ -18,6 +21,7 @@ from lmcompress.pruning.structured.order import (
     Ranking,
     group_units,
     steps_of,
+    uniform_steps,
 )
 from lmcompress.pruning.structured.targets import Shape, Target, counted_in
 from lmcompress.pruning.structured.units import PARTS, Part, Units, check_units, masked_structure, unit_shapes
@@ -37,6 +41,7 @@ def select(
     ranking: Ranking = "global",
     order: Order = "score",
     multiple_of: int = 1,
+    uniform: bool = False,
     keep_at_least: Mapping[Part, int] | None = None,
     cost: CostModel | None = None,
     gone: Units | None = None,
@@ -65,6 +70,9 @@ def select(
         ranking: scope of the comparison.
         order: by score, or sub-layer by sub-layer by cost.
         multiple_of: group size of neurons and hidden dimensions: counts that change are multiples of it.
+        uniform: whether every block loses as many units of a part, its own lowest ones, so that a stock config
+            expresses the shape. Where a stock config derives the size of a head from the hidden size, heads and hidden
+            dimensions are cut together.
         keep_at_least: minimum number of units of each part, overriding :data:`KEEP_AT_LEAST`.
         cost: cost that scores are divided by, and that a latency target is read from; a
             :class:`~lmcompress.pruning.structured.latency.LatencyTable` then. Default: the target's own unit.
@@ -78,8 +86,9 @@ def select(
 
     Raises:
         LmcompressError: If no shape meets the target (the message gives the lowest cost that can be reached), the model
-            already meets it, a latency target has no table, scores do not fit the model's shapes or are NaN, or an
-            argument is out of range.
+            already meets it, a latency target has no table, scores do not fit the model's shapes or are NaN, an
+            argument is out of range, or with ``uniform`` the blocks differ already or no shape that meets the target is
+            expressible in a stock config.
     """
     _check(scores, sizes, ranking, order, multiple_of, keep_at_least)
     keep = {**KEEP_AT_LEAST, **(keep_at_least or {})}
@@ -87,8 +96,17 @@ def select(
     if target.shape is not None:
         return _select_shape(scores.zip(left, _last), sizes, target.shape)
     counted, budget, describe = _budget(target, sizes, cost)
-    groups = group_units(scores, left, sizes, cost or counted, multiple_of, keep)
-    steps = steps_of(groups, ranking, order)
+    together: dict[Part, int] = {"neurons": multiple_of, "hidden": multiple_of}
+    if uniform:
+        _check_uniform(scores, left, order)
+        keep |= {"heads": max(1, keep["heads"]), "neurons": max(1, keep["neurons"])}
+        together |= _heads_with_hidden(scores, sizes, multiple_of)
+    groups = group_units(scores, left, sizes, cost or counted, together, keep)
+    steps = (
+        uniform_steps(groups, ranking, heads_with_hidden="heads" in together)
+        if uniform
+        else steps_of(groups, ranking, order)
+    )
     plan = Plan(scores, groups, steps)
     structure = sizes.structure
 
@@ -107,10 +125,12 @@ def select(
         raise LmcompressError(
             f"the model already meets the target {target.kind}={getattr(target, target.kind)}: nothing would be cut"
         )
-    if ranking == "per_layer" and order == "score":
+    if ranking == "per_layer" and order == "score" and not uniform:
         return plan.mask(low)
-    plan, low = _around_large_pieces(plan, low, reached, budget)
-    return _put_back(plan.mask(low), plan, low, lambda tried: reached(tried) <= budget)
+    nearer, step = _around_large_pieces(plan, low, reached, budget)
+    mask = _put_back(nearer.mask(step), nearer, step, lambda tried: reached(tried) <= budget)
+    # the nearer plan keeps some pieces for good, and may have no such shape: the plain one has more
+    return _expressible(mask, [(nearer, step), (plan, low)], sizes) if uniform else mask
 
 
 def _check(
@@ -146,6 +166,52 @@ def _check(
         least = 1 if part in ("layers", "hidden") else 0
         if count < least:
             raise LmcompressError(f"keep_at_least of {part} must be >= {least}, got {count}; no model has fewer")
+
+
+def _check_uniform(scores: Units, left: Units, order: str) -> None:
+    """Refuse what cannot have as many units in every block."""
+    if order != "score":
+        raise LmcompressError(
+            f"uniform cuts all blocks at once, so the order must be 'score', got {order!r}, which takes them in turn"
+        )
+    for part in scores.parts():
+        if part in ("attention", "ffn"):
+            raise LmcompressError(
+                f"uniform blocks have both sub-layers, so {part} must have no scores: cut heads, neurons, layers or "
+                "hidden dimensions"
+            )
+        counts = [int(tensor.sum()) for tensor in left.tensors(part)]
+        if len(set(counts)) > 1:
+            raise LmcompressError(
+                f"uniform needs blocks that are alike to begin with, got {counts} {part}; cut the model without it"
+            )
+
+
+def _heads_with_hidden(scores: Units, sizes: ModelSizes, multiple_of: int) -> dict[Part, int]:
+    """Groups of whole heads and as many hidden dimensions, where a stock config has no size of a head of its own."""
+    if scores.heads is None or scores.hidden is None or family_of(sizes.config).head_size:
+        return {}
+    width = sizes.structure.head_width
+    dimensions = math.lcm(width, multiple_of)
+    return {"heads": dimensions // width, "hidden": dimensions}
+
+
+def _expressible(mask: Units, plans: Sequence[tuple[Plan, int]], sizes: ModelSizes) -> Units:
+    """The mask, or the first one of the plans, from these steps on, whose shapes a stock config can express."""
+
+    def obstacle(tried: Units) -> str | None:
+        return why_not_vanilla(masked_structure(sizes.structure, tried), sizes.config)
+
+    if (first := obstacle(mask)) is None:
+        return mask
+    for plan, start in plans:
+        for step in range(start, plan.last + 2):
+            if obstacle(tried := plan.mask(step)) is None:
+                return tried
+    raise LmcompressError(
+        f"no uniform shape that meets the target has a stock config: {first}. Leave out the part that it names, or "
+        "give the target as a shape"
+    )
 
 
 def _budget(

@@ -17,6 +17,7 @@ from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of, weight_view
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.pruning.structured.gates import Gates
 from lmcompress.pruning.structured.units import Part, Units, check_units, unit_shapes
 from lmcompress.pruning.unstructured.scoring import Batch
@@ -76,6 +77,7 @@ def least_squares(
     """
     layers = _losing(model, mask)
     _check_damping(damping)
+    refuse_unproven(model, "repair")
     moments = [torch.zeros(0)] * len(layers)
     squares = [0.0] * len(layers)
 
@@ -127,6 +129,7 @@ def least_squares_in_order(
     """
     _losing(model, mask)
     _check_damping(damping)
+    refuse_unproven(model, "repair")
     kept_batches = list(batches)
     layers = _sub_layers(model, mask)
     dense = copy.deepcopy(model)
@@ -312,7 +315,7 @@ def _sub_layers(model: PreTrainedModel, mask: Units) -> list[_SubLayer]:
         heads = torch.ones(block.num_heads, dtype=torch.bool) if mask.heads is None else mask.heads[index].cpu()
         neurons = torch.ones(block.ffn_width, dtype=torch.bool) if mask.neurons is None else mask.neurons[index].cpu()
         kinds: list[tuple[Part, str, Tensor | None, Tensor]] = [
-            ("heads", "attention_out", mask.attention, heads.repeat_interleave(block.head_size)),
+            ("heads", "attention_out", mask.attention, heads.repeat_interleave(block.head_width)),
             ("neurons", "ffn_out", mask.ffn, neurons),
         ]
         for part, name, whole, kept in kinds:

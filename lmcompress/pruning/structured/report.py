@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from lmcompress.checkpoint.schema import Structure
+from lmcompress.method import noted
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class PruningReport:
         stock: whether the result loads without lmcompress, why not, and the nearest shape that would.
         seconds: wall time of scoring, choosing and cutting, without training.
         kept_heads: for each original block, the numbers of the remaining heads.
+        unrecovered: what was done at once at the end of training, and not trained any more, because training ended
+            before the schedule; None if nothing.
     """
 
     before: Structure
@@ -45,6 +48,7 @@ class PruningReport:
     stock: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     kept_heads: list[list[int]] = field(default_factory=list)
+    unrecovered: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -58,7 +62,8 @@ class PruningReport:
         table = Table(
             title=f"pruned: {self.removed:.1%} of {self.unit} ({self.asked:.1%} requested)",
             caption=f"masked against cut: {self.masked_error:.1e} · "
-            + ("loads with stock transformers" if self.stock.get("loads") else "needs lmcompress to load"),
+            + ("loads with stock transformers" if self.stock.get("loads") else "needs lmcompress to load")
+            + noted(self.unrecovered),
         )
         for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("pruned", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]

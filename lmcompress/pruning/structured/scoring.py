@@ -14,6 +14,7 @@ from lmcompress.activations.running import evaluating
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of
+from lmcompress.families.refusal import refuse_unproven
 from lmcompress.pruning.structured import criteria
 from lmcompress.pruning.structured.by_activations import from_activations
 from lmcompress.pruning.structured.by_gradients import from_gradients
@@ -66,6 +67,7 @@ def score(
     """
     chosen = CRITERIA.resolve(criterion)
     _check_request(chosen, parts, batches, labels)
+    refuse_unproven(model, "scores", *parts)
     wanted: tuple[Part, ...] = tuple(part for part in PARTS if part in parts)
     if chosen.needs == "nothing":
         generator = torch.Generator().manual_seed(seed)

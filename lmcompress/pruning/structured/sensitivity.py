@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmcompress.activations.batches import as_batches
 from lmcompress.activations.calibration import CalibrationData
 from lmcompress.activations.hooks import model_inputs
 from lmcompress.activations.running import evaluating, with_progress
@@ -111,7 +112,7 @@ def mean_loss(batches: Iterable[Batch]) -> Evaluate:
     Raises:
         LmcompressError: If the batches have no labels; when called.
     """
-    data = list(batches)
+    data = as_batches(batches)
 
     def evaluate(model: PreTrainedModel) -> float:
         total, count = 0.0, 0.0

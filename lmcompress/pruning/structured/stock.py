@@ -38,9 +38,14 @@ def stock_verdict(structure: Structure, config: PretrainedConfig) -> StockVerdic
     reason = why_not_vanilla(structure, config)
     if reason is None:
         return StockVerdict(True, None, structure)
-    # a stock config has hidden / heads as the size of a head, so the width goes up to a whole number of heads
-    heads = -(-hidden // structure.head_size)
+    if family.head_size:
+        heads = max(1, *(block.heads for block in structure.blocks))
+    else:
+        # a stock config has hidden / heads as the size of a head, so the width goes up to a whole number of heads
+        heads = -(-hidden // structure.head_width)
     width = max(1, *(block.ffn for block in structure.blocks))
     blocks = tuple(BlockShape(heads=heads, ffn=width, source=block.source) for block in structure.blocks)
-    wider = heads * structure.head_size if structure.hidden is not None else None
-    return StockVerdict(False, reason, Structure(head_size=structure.head_size, blocks=blocks, hidden=wider))
+    wider = None
+    if structure.hidden is not None:
+        wider = structure.hidden if family.head_size else heads * structure.head_width
+    return StockVerdict(False, reason, structure.model_copy(update={"blocks": blocks, "hidden": wider}))

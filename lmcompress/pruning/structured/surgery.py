@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmcompress.checkpoint.behaviour import behave
 from lmcompress.checkpoint.config import CompressionConfig, recorded_compression
 from lmcompress.checkpoint.cutting import drop_heads, drop_neurons, keep_heads, keep_hidden, keep_layers, keep_neurons
 from lmcompress.checkpoint.encoding import weight_count
@@ -22,7 +23,10 @@ from lmcompress.checkpoint.structure import (
     why_not_vanilla,
 )
 from lmcompress.errors import LmcompressError
-from lmcompress.families import anatomy_of, weight_view
+from lmcompress.families import anatomy_of, refuse_foreign, weight_view
+from lmcompress.families.norms import is_norm, scaled_parameters
+from lmcompress.families.refusal import refuse_unproven
+from lmcompress.nn.configs import own_config
 from lmcompress.pruning.structured.gates import gated_hidden
 from lmcompress.pruning.structured.units import Units, check_units, masked_structure, unit_shapes
 
@@ -41,10 +45,11 @@ def cut(model: PreTrainedModel, mask: Units) -> None:
 
     Raises:
         LmcompressError: If the mask keeps everything, no block or no hidden dimension, or has other shapes, or the
-            model is quantized by another library.
+            model is quantized by another library, or its family cannot lose one of the parts.
     """
     anatomy = anatomy_of(model)
     refuse_quantized(model)
+    refuse_unproven(model, *mask.parts())
     before = recorded_structure(model)
     check_units(mask, unit_shapes(before, anatomy.hidden_size), "a mask")
     after = masked_structure(before, mask)
@@ -84,19 +89,16 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         model: a model of a known family.
 
     Raises:
-        LmcompressError: If it is quantized by another library, packed, or has compact layers.
+        LmcompressError: If it is quantized by another library, has adapters or another library's masks, is packed, or
+            has compact layers.
     """
+    refuse_foreign(model, "cut")
     refuse_compact(model, "cut")
     recorded = recorded_compression(model.config)
     if recorded is not None and recorded.encoding is not None:
         raise LmcompressError(
             "cannot cut a model whose weights are packed: prune first, then quantize the result, or cut the dense "
             "model that lmcompress.checkpoint.encoding.unpacked(model) gives"
-        )
-    if getattr(model.config, "quantization_config", None) is not None and recorded is None:
-        raise LmcompressError(
-            "cannot cut a model that is quantized by another library: its packed weights have no units. Prune the "
-            "model first, then quantize the result"
         )
 
 
@@ -132,7 +134,7 @@ def fold(model: PreTrainedModel, values: Units) -> None:
         for index, block in enumerate(anatomy.blocks):
             attention_out, ffn_out = block.get("attention_out"), block.get("ffn_out")
             if values.heads is not None:
-                columns = values.heads[index].repeat_interleave(block.head_size)
+                columns = values.heads[index].repeat_interleave(block.head_width)
                 weight_view(attention_out).mul_(_like(columns, attention_out))
             if values.neurons is not None:
                 weight_view(ffn_out).mul_(_like(values.neurons[index], ffn_out))
@@ -198,7 +200,7 @@ def coverage(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 
 
 def _record(model: PreTrainedModel, blocks: tuple[BlockShape, ...]) -> None:
-    set_stock_shapes(model.config, structure_of(model))
+    set_stock_shapes(own_config(model), structure_of(model))
     # read again: shapes that the stock config now expresses are not in the structure
     structure = structure_of(model)
     structure = structure.model_copy(update={"blocks": blocks})
@@ -206,6 +208,7 @@ def _record(model: PreTrainedModel, blocks: tuple[BlockShape, ...]) -> None:
     stock = why_not_vanilla(structure, model.config) is None and all(block.source is None for block in blocks)
     if old is not None or not stock:
         model.config.quantization_config = CompressionConfig(None if stock else structure, old and old.provenance)
+    behave(model)
 
 
 def _silenced(model: PreTrainedModel, mask: Units) -> bool:
@@ -237,10 +240,11 @@ def _fold_hidden(model: PreTrainedModel, values: Tensor) -> None:
         if isinstance(module, nn.Embedding):
             module.weight.mul_(value)
             continue
-        if isinstance(module, nn.LayerNorm):
-            module.weight.mul_(value)
-        else:
-            weight_view(module).mul_(value[:, None])
+        if is_norm(module):
+            for parameter, scaled in scaled_parameters(module, value.mul, family.norm_offset):
+                parameter.copy_(scaled)
+            continue
+        weight_view(module).mul_(value[:, None])
         if isinstance(module.bias, Tensor):
             module.bias.mul_(value)
 

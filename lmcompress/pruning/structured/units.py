@@ -14,6 +14,7 @@ from lmcompress.checkpoint.schema import BlockShape, Structure
 from lmcompress.checkpoint.structure import structure_of
 from lmcompress.errors import LmcompressError, nearest
 from lmcompress.families import anatomy_of
+from lmcompress.families.refusal import refuse_unproven
 
 Part = Literal["heads", "neurons", "attention", "ffn", "layers", "hidden"]
 PARTS: tuple[Part, ...] = ("heads", "neurons", "attention", "ffn", "layers", "hidden")
@@ -174,11 +175,12 @@ def full(
         Tensors on the CPU.
 
     Raises:
-        LmcompressError: If a part does not exist.
+        LmcompressError: If a part does not exist, or the model's family cannot lose it.
     """
-    shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
     for part in parts:
         _known(part)
+    refuse_unproven(model, *parts)
+    shapes = unit_shapes(structure_of(model), anatomy_of(model).hidden_size)
     wanted = [part for part in PARTS if part in parts]
     return _build({part: [torch.full((n,), value, dtype=dtype) for n in shapes[part]] for part in wanted})
 
@@ -265,10 +267,17 @@ def masked_structure(structure: Structure, mask: Units) -> Structure:
                 source=index if dropped and block.source is None else block.source,
             )
         )
-    hidden = structure.hidden
+    hidden, encoder = structure.hidden, structure.encoder
+    if encoder is not None and mask.layers is not None:
+        encoder = int(mask.layers[: structure.encoder].sum())
+        if not 0 < encoder < len(blocks):
+            raise LmcompressError(
+                f"a mask must keep at least one of the layers of each stack, got {encoder} of the encoder and "
+                f"{len(blocks) - encoder} of the decoder"
+            )
     if mask.hidden is not None and not bool(mask.hidden.all()):
         hidden = int(mask.hidden.sum())
-    return Structure(head_size=structure.head_size, blocks=tuple(blocks), hidden=hidden)
+    return structure.model_copy(update={"blocks": tuple(blocks), "hidden": hidden, "encoder": encoder})
 
 
 def _known(part: str) -> None:

@@ -13,7 +13,7 @@ from lmcompress.activations.hessian import check_hessian, exact, inverse_factor,
 from lmcompress.activations.running import evaluating
 from lmcompress.activations.walking import Walk, calibration_batches, without_padding
 from lmcompress.errors import LmcompressError
-from lmcompress.families import FAMILIES
+from lmcompress.families import FAMILIES, STAGES
 from lmcompress.pruning.unstructured.config import SparsityConfig
 from lmcompress.pruning.unstructured.patterns import Blocks, NOfM, Unstructured, keep_largest, masks_of
 from lmcompress.pruning.unstructured.planning import Planned, choose
@@ -23,7 +23,6 @@ Choose = Callable[[Tensor, int], Tensor]
 """``(scores (out, columns), number of the first column) -> bool of that shape``, True where the weight is kept."""
 
 BLOCK = 128
-_STAGES = (("query", "key", "value", "qkv"), ("attention_out",), ("ffn_in",), ("ffn_out",))
 
 
 def compensate(
@@ -231,7 +230,7 @@ def _by_blocks(
         walk.start()
         for index in range(1 + max((one.at.block for one in planned if one.at.block is not None), default=-1)):
             own = [one for one in planned if one.at.block == index]
-            for parts in _STAGES:
+            for parts in STAGES:
                 stage([one for one in own if one.at.part in parts], index)
             walk.step(index)
         for one in planned:

@@ -116,8 +116,7 @@ def _columns(module: nn.Module, units: int) -> Tensor:
 def _keep_outputs(module: nn.Module, keep: Tensor) -> None:
     module.weight = nn.Parameter(_weight(module)[keep])
     if module.bias is not None:
-        assert isinstance(module.bias, Tensor)
-        module.bias = nn.Parameter(module.bias.detach()[keep])
+        module.bias = nn.Parameter(_tensor(module, "bias")[keep])
     setattr(module, "out_channels" if isinstance(module, nn.Conv2d) else "out_features", int(keep.sum()))
 
 
@@ -136,6 +135,14 @@ def _read(module: nn.Module) -> int:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _tensor(module, "weight")
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    values = getattr(module, name)
+    if not isinstance(values, Tensor):
+        raise LmcompressError(
+            f"a layer must hold its {name} as a tensor to be cut, got a {type(module).__name__} whose {name} is a "
+            f"{type(values).__name__}: cut the model before it is quantized or replaced"
+        )
+    return values.detach()

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lmcompress.errors import LmcompressError
-from lmcompress.method import StepCallback, SteppedMethod, inner_optimizer
+from lmcompress.method import SteppedMethod, inner_optimizer
 from lmcompress.pruning.proximal import STEER_EVERY, proximal_factor, steering_factor
 from lmcompress.pruning.unstructured.groups import GroupRule, Groups, groups_of
 from lmcompress.schedules import Phase, linear, phase_share
@@ -114,17 +114,11 @@ class GroupSparsity(SteppedMethod):
             trainer: the trainer; its ``student`` is the model without wrappers.
 
         Raises:
-            LmcompressError: If a rule matches nothing, groups do not divide a matrix, more are to be kept than exist,
-                or the best checkpoint is to be loaded at the end.
+            LmcompressError: If a rule matches nothing, groups do not divide a matrix, or more are to be kept than
+                exist.
         """
-        if trainer.args.load_best_model_at_end:
-            raise LmcompressError(
-                "load_best_model_at_end must be false with group sparsity: an earlier checkpoint has fewer zeros than "
-                "the last. Compare checkpoints after the run, or train for fewer steps"
-            )
         self._trainer = trainer
         self.attach(trainer.student)
-        trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module) -> None:
         """The effect of :meth:`prepare` on the model, without a trainer.
@@ -160,9 +154,18 @@ class GroupSparsity(SteppedMethod):
             raise LmcompressError("no group was shrunk: finish() must come after train()")
         if not self._final:
             self._decide()
+        self.detach()
+
+    def detach(self) -> None:
+        """Stop masking gradients; groups that are zero stay zero."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the zero groups are final."""
+        return self._final
 
     def finish(self) -> None:
         """Write the report.
@@ -188,6 +191,10 @@ class GroupSparsity(SteppedMethod):
         """
         self._optimizer = optimizer
         self._begin, self._end = self.config.steps(max_steps, "a group lasso")
+        self.restored()
+
+    def restored(self) -> None:
+        """Whether groups are final as in the checkpoint that was loaded."""
         self._final = bool(self._state.final)
 
     def advance(self, step: int) -> None:

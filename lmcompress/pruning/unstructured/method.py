@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lmcompress.activations.batches import as_batches, batches_for
 from lmcompress.errors import LmcompressError
-from lmcompress.method import StepCallback, SteppedMethod, calibration_rows, inner_optimizer, undisturbed
+from lmcompress.method import SteppedMethod, calibration_rows, inner_optimizer, undisturbed
 from lmcompress.pruning.saved import saved
 from lmcompress.pruning.unstructured.compensation import compensated, in_order
 from lmcompress.pruning.unstructured.config import SparsityConfig, Surgery
@@ -27,6 +28,8 @@ from lmcompress.pruning.unstructured.surgery import Splicing
 from lmcompress.schedules import Event
 
 Batch = Mapping[str, Tensor]
+
+_ALL_EVENTS = 1 << 30
 
 
 class Sparsity(SteppedMethod):
@@ -53,12 +56,14 @@ class Sparsity(SteppedMethod):
     """
 
     name = "sparsity"
+    goes_on = True
     changes_values = True
 
     def __init__(self, config: SparsityConfig, *, calibration: Sequence[Batch] | None = None) -> None:
         self.config = config
         self.report: SparsityReport | None = None
-        self._given = None if calibration is None else list(calibration)
+        self._handles: list[RemovableHandle] = []
+        self._given = None if calibration is None else as_batches(calibration)
         self._trainer: Any = None
         self._optimizer: Any = None
         self._events: list[Event] = []
@@ -73,20 +78,13 @@ class Sparsity(SteppedMethod):
 
         Raises:
             LmcompressError: As :func:`~lmcompress.pruning.unstructured.planning.plan`; if calibration rows that will be
-                needed are not available, the criterion is a custom one without a name, or the best checkpoint is to be
-                loaded at the end.
+                needed are not available, or the criterion is a custom one without a name.
         """
-        if trainer.args.load_best_model_at_end:
-            raise LmcompressError(
-                "load_best_model_at_end must be false with sparsity: an earlier checkpoint has fewer zeros than the "
-                "last. Compare checkpoints after the run, or train for fewer steps"
-            )
         self._trainer = trainer
         self.attach(trainer.student)
         if self.config.needs_data and trainer.train_dataset is not None:
             # before training, not at its first pruning
             self._calibration()
-        trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module) -> None:
         """The effect of :meth:`prepare` on the model, without a trainer.
@@ -111,11 +109,7 @@ class Sparsity(SteppedMethod):
         # whether pruning is temporary, and whether pruned weights are trained
         self._some_pruned = self.config.keep_zeros and any(self._zeros_before)
         self._tracks = self.config.removed_is_trained
-        self._handles: list[RemovableHandle] = [
-            one.weight.register_hook(self._masking(mask))
-            for one, mask in zip(self.planned, self._state.masks(), strict=True)
-            if one.weight.requires_grad
-        ]
+        self._mask_gradients()
 
     # called by the trainer in every step
 
@@ -134,7 +128,7 @@ class Sparsity(SteppedMethod):
         if self._trainer is not None and not self._events:
             raise LmcompressError("nothing was pruned: finish() must come after train()")
         self._finalise()
-        self._release()
+        self.detach()
         self._rows = [
             SparseMatrix(one.path, one.at.part, one.weight.numel(), int((one.weight == 0).sum()), before)
             for one, before in zip(self.planned, self._zeros_before, strict=True)
@@ -149,6 +143,29 @@ class Sparsity(SteppedMethod):
         if self.report is None:
             self.freeze()
             self.report = self._reported(trained=True)
+
+    def resume(self, trainer: Any) -> None:
+        """After :meth:`finish`, mask gradients again: the zeros stay in further training.
+
+        Args:
+            trainer: unused.
+        """
+        if self.report is not None:
+            self.report = self._rows = None
+            # more than any schedule has events: nothing more is pruned
+            self._state.done.fill_(_ALL_EVENTS)
+            self._mask_gradients()
+
+    def detach(self) -> None:
+        """Stop masking gradients; weights that were pruned on the way stay zero."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the mask is final."""
+        return self._finished
 
     # called by the callback
 
@@ -165,6 +182,10 @@ class Sparsity(SteppedMethod):
         self._optimizer = optimizer
         self._events = self.config.events(max_steps)
         # all later decisions depend only on the state, so that a resumed run decides in the same way
+        self.restored()
+
+    def restored(self) -> None:
+        """Masks as in the checkpoint that was loaded."""
         self._done = int(self._state.done)
         self._some_pruned = any(not bool(mask.all()) for mask in self._state.masks())
         self._tracks = self.config.removed_is_trained and not self._finished
@@ -219,6 +240,13 @@ class Sparsity(SteppedMethod):
 
     # private below
 
+    def _mask_gradients(self) -> None:
+        self._handles = [
+            one.weight.register_hook(self._masking(mask))
+            for one, mask in zip(self.planned, self._state.masks(), strict=True)
+            if one.weight.requires_grad
+        ]
+
     @property
     def _finished(self) -> bool:
         return bool(self._events) and self._done >= len(self._events)
@@ -246,11 +274,6 @@ class Sparsity(SteppedMethod):
         for one, mask, hidden in zip(self.planned, self._state.masks(), self._state.hidden(), strict=True):
             # unmasked weights may have been changed by others
             keep_where(one.weight, mask, hidden)
-
-    def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     @torch.no_grad()
     def _collect(self) -> None:
@@ -365,9 +388,8 @@ class Sparsity(SteppedMethod):
             config = self.config
             if self._trainer is None:
                 raise LmcompressError(f"the criterion {config.criterion_name} must have data, got none; pass batches")
-            self._given = calibration_rows(
-                self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed
-            )
+            rows = calibration_rows(self._trainer, config.calibration_rows, config.calibration_batch_size, config.seed)
+            self._given = batches_for(self._student, rows)
         return self._given
 
     def prune_now(self, rounds: int) -> SparsityReport:
@@ -388,7 +410,7 @@ class Sparsity(SteppedMethod):
             for number in range(1, rounds + 1):
                 self._happen(Event(0, number / rounds, final=number == rounds))
         finally:
-            self._release()
+            self.detach()
         self._events, self._done = [Event(0, 1.0, final=True)], 1
         self.freeze()
         return self._reported(trained=False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families import is_conv1d
+from lmcompress.families import is_conv1d, refuse_foreign
+from lmcompress.families.foreign import refuse_packed
 from lmcompress.families.weights import Weighted, rules_by_path, weighted_modules
 from lmcompress.pruning.unstructured.config import SparsityConfig
 from lmcompress.pruning.unstructured.patterns import Blocks, NOfM, Unstructured, keep_in_rows, masks_of
@@ -76,6 +77,8 @@ def plan(model: nn.Module, config: SparsityConfig) -> tuple[list[Planned], dict[
         LmcompressError: If a rule matches nothing, a matrix is packed or computed by another module, the pattern does
             not divide one, a weight is NaN or infinite, or nothing would be pruned.
     """
+    refuse_packed(model, "prune the weights of")
+    refuse_foreign(model, "prune the weights of")
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)
     by_pattern = isinstance(config.pattern, NOfM)

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from lmcompress.activations.batches import batches_for
 from lmcompress.errors import LmcompressError
-from lmcompress.model import CompressedModel
+from lmcompress.families import inner_model
+from lmcompress.model import CompressedModel, unwrapped
 from lmcompress.pruning.unstructured.config import SparsityConfig
 from lmcompress.pruning.unstructured.method import Batch, Sparsity
 from lmcompress.pruning.unstructured.report import SparsityReport
@@ -25,8 +27,8 @@ def prune_weights(
     Args:
         model: a ``PreTrainedModel`` or any other module; its weights are modified in place.
         config: the configuration; shares of training in its schedule are ignored.
-        batches: model inputs, for criteria and compensation that need data; with labels for
-            gradients.
+        batches: model inputs, for criteria and compensation that need data; with labels for gradients; any form that
+            :func:`~lmcompress.activations.batches.as_batches` takes.
 
     Returns:
         The result.
@@ -35,12 +37,12 @@ def prune_weights(
         LmcompressError: If the schedule needs training, data are missing, the criterion is a custom one without a
             name, or as :func:`~lmcompress.pruning.unstructured.planning.plan`; the model is then unchanged.
     """
-    inner = model.model if isinstance(model, CompressedModel) else model
+    inner = inner_model(unwrapped(model))
     if config.trains:
         raise LmcompressError(
             f"the schedule {config.schedule.kind} needs training: use SparsityTrainer, or choose one_shot or iterative"
         )
-    method = Sparsity(config, calibration=None if batches is None else list(batches))
+    method = Sparsity(config, calibration=None if batches is None else batches_for(inner, batches))
     method.attach(inner)
     kept = [one.weight.detach().clone() for one in method.planned]
     rounds = config.schedule.rounds if isinstance(config.schedule, Iterative) else 1

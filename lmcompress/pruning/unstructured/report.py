@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lmcompress.method import TextReport
+from lmcompress.method import TextReport, noted
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class SparsityReport(TextReport):
         untouched: path to reason, for the others.
         trained: whether the model was trained meanwhile.
         seconds: wall time of choosing and compensation.
+        unrecovered: what was done at once at the end of training, and not trained any more, because training ended
+            before the schedule; None if nothing.
     """
 
     config: dict[str, Any]
@@ -51,6 +53,7 @@ class SparsityReport(TextReport):
     untouched: dict[str, str]
     trained: bool
     seconds: float
+    unrecovered: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -72,7 +75,8 @@ class SparsityReport(TextReport):
         """A table for the terminal, one row per matrix."""
         table = Table(
             title=f"sparse weights ({'trained' if self.trained else 'not trained'}): {self.sparsity:.1%} zero, "
-            f"{self.factor:.1f} × fewer"
+            f"{self.factor:.1f} × fewer",
+            caption=noted(self.unrecovered).strip() or None,
         )
         table.add_column("matrix")
         for name in ("weights", "left", "zero"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lmcompress.activations.batches import batches_for
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.unstructured.config import SparsityConfig, SparsityRule
 from lmcompress.pruning.unstructured.planning import choose, plan
@@ -80,7 +81,8 @@ def sensitivity_scan(
         raise LmcompressError(f"shares must increase within (0, 1), got {list(shares)}")
     asked = SparsityConfig(sparsity=shares[-1]) if config is None else config
     planned, _ = plan(model, asked)
-    scores = score(model, planned, asked.chosen_criterion, batches, seed=asked.seed)
+    data = None if batches is None else batches_for(model, batches)
+    scores = score(model, planned, asked.chosen_criterion, data, seed=asked.seed)
     values: dict[str, tuple[float, ...]] = {}
     for one, ranked in zip(planned, scores, strict=True):
         kept = one.weight.detach().clone()

@@ -9,24 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MarianTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.errors import LmcompressError
+from lmcompress.model import CompressedModel, unwrapped
+from lmcompress.pruning.vocabulary.marian import MarianReader
+from lmcompress.pruning.vocabulary.readers import FastReader, Reader
 from lmcompress.pruning.vocabulary.report import REASONS, Reason, VocabularyReport
 from lmcompress.pruning.vocabulary.staying import asked_for, special_ids, staying
 from lmcompress.pruning.vocabulary.tables import Tables, shrink, tables_of
 from lmcompress.pruning.vocabulary.tokenizers import (
     Vocabulary,
-    alphabet_of,
     checked_texts,
-    compare,
     count_ids,
     fast_backend,
     new_order,
     plain_backend,
-    read_vocabulary,
-    rebuilt,
-    unknown_words,
 )
 
 
@@ -52,7 +50,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Co
 
 
 def prune_vocabulary(
-    model: PreTrainedModel,
+    model: PreTrainedModel | CompressedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
@@ -60,6 +58,7 @@ def prune_vocabulary(
     keep: Collection[str] = (),
     max_size: int | None = None,
     keep_characters: bool = True,
+    target_texts: Iterable[str] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, VocabularyReport]:
     """Reduce a model's vocabulary to the tokens that ``texts`` use, and create the matching tokenizer.
 
@@ -70,26 +69,31 @@ def prune_vocabulary(
 
     - **WordPiece** (BERT, DistilBERT, ELECTRA): a word is split into the longest pieces available, so a word whose
       pieces are kept is split as before.
-    - **Byte-level BPE** (GPT-2, RoBERTa): the merges that build a kept token from bytes are kept, and
-      so are the intermediate tokens. The merges that a word uses then exist in their order, and no others come between:
-      it is split as before.
+    - **BPE**, byte-level (GPT-2, RoBERTa) or of characters that falls back to bytes (Llama 2): the merges that build a
+      kept token from bytes or characters are kept, and so are the intermediate tokens. The merges that a word uses then
+      exist in their order, and no others come between: it is split as before.
+    - **Unigram** (SentencePiece: XLM-R, ALBERT, T5; Marian's two models): a text is split on the path of the highest
+      total score. Pieces beside that path can go: what is left to compete with it is as good as before or worse. The
+      score of an unknown character is the lowest of all less 10, so the piece of the lowest score stays too.
 
-    Both are checked on all of ``texts`` before the model is changed; on any error, model and tokenizer are
+    All are checked on all of ``texts`` before the model is changed; on any error, model and tokenizer are
     unchanged.
 
     Args:
         model: modified in place, with or without a head; create optimizers afterwards, since the parameters are new
             ones.
-        tokenizer: the model's, a fast one; unchanged.
+        tokenizer: the model's, a fast one or Marian's; unchanged.
         texts: a representative sample of the texts the model will read; read twice, and kept in memory meanwhile. For
             pairs of sentences pass both.
         min_count: minimum number of occurrences of a token that is kept.
-        keep: tokens to keep in any case, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``).
+        keep: tokens to keep in any case, in the tokenizer's spelling (``"##ing"``, ``"Ġcat"``, ``"▁cat"``).
         max_size: maximum number of embeddings; the most frequent tokens are kept. With BPE a token counts together with
             those it is merged from, and is skipped if they do not all fit.
         keep_characters: whether to keep every single character of a WordPiece vocabulary, so that words outside the
-            corpus can still be spelled; without, they become unknown tokens. The bytes of a byte-level BPE are kept in
-            any case.
+            corpus can still be spelled; without, they become unknown tokens. So are those of a Unigram model, or of a
+            BPE that falls back to bytes. Bytes are kept in any case.
+        target_texts: texts that the model writes, if they are others: a Marian tokenizer splits them with another
+            SentencePiece model and needs them (``[]``: the model only reads); others read all texts alike.
 
     Returns:
         The new tokenizer and the report.
@@ -111,15 +115,13 @@ def prune_vocabulary(
         https://arxiv.org/abs/2203.15996, "Vocabulary Pruning".
     """
     _check_numbers(min_count, max_size)
-    tables = tables_of(model)
-    vocabulary = read_vocabulary(tokenizer)
+    tables = tables_of(model := unwrapped(model))
+    reader = _reader_of(tokenizer, texts, target_texts)
+    vocabulary, counts = reader.vocabulary, reader.counts
     special = special_ids(model, tokenizer, tables, vocabulary)
-    texts = checked_texts(texts)
-    backend = plain_backend(tokenizer)
-    counts = count_ids(backend, texts)
     if not counts:
         raise LmcompressError(
-            f"the corpus must hold some text, got {len(texts)} texts without a single token; "
+            f"the corpus must hold some text, got {reader.texts} texts without a single token; "
             "give the texts that the model will read"
         )
 
@@ -130,17 +132,16 @@ def prune_vocabulary(
             ("special", [vocabulary.names[number] for number in sorted(special)]),
             ("added", vocabulary.added),
             ("asked for", asked_for(keep, vocabulary)),
-            ("alphabet", alphabet_of(vocabulary, keep_characters)),
-            ("unknown words", unknown_words(vocabulary, backend, texts, counts)),
+            *reader.always(keep_characters),
         ),
         min_count,
         max_size,
     )
-    rows = tables.embedding.num_embeddings
+    rows = tables.rows
     new_ids = _renumbered(tables, vocabulary, reasons, min_count)
     order = list(new_ids)
-    pruned = rebuilt(tokenizer, vocabulary, new_ids, merges.used)
-    compared = compare(backend, plain_backend(pruned), texts, new_ids, vocabulary.unknown)
+    pruned = reader.rebuilt(new_ids, merges.used)
+    compared = reader.compared(pruned, new_ids)
     names = [vocabulary.names[old] for old in order]
     kept = {reason: tuple(name for name in names if reasons[name] == reason) for reason in REASONS}
     report = VocabularyReport(
@@ -154,12 +155,20 @@ def prune_vocabulary(
         tokens_after=compared.tokens,
         unknown_before=counts[vocabulary.unknown] if vocabulary.unknown is not None else 0,
         unknown_after=compared.unknown,
-        texts=len(texts),
+        texts=reader.texts,
         texts_changed=compared.changed,
         kept={reason: tokens for reason, tokens in kept.items() if tokens},
         old_ids=tuple(order),
     )
     return pruned, report
+
+
+def _reader_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], target_texts: Iterable[str] | None) -> Reader:
+    if isinstance(tokenizer, MarianTokenizer):
+        return MarianReader(tokenizer, texts, target_texts)
+    if target_texts is None:
+        return FastReader(tokenizer, texts)
+    return FastReader(tokenizer, [*checked_texts(texts), *checked_texts(target_texts)])
 
 
 def _check_numbers(min_count: int, max_size: int | None) -> None:
@@ -173,7 +182,7 @@ def _renumbered(
     tables: Tables, vocabulary: Vocabulary, reasons: Mapping[str, Reason], min_count: int
 ) -> dict[int, int]:
     """The new id of each kept token by its old one, in the order of the new ones."""
-    rows = tables.embedding.num_embeddings
+    rows = tables.rows
     if len(reasons) == rows:
         raise LmcompressError(
             f"all {rows} tokens are kept, so there is nothing to prune: raise min_count ({min_count}), set max_size, "

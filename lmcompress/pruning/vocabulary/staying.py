@@ -27,7 +27,7 @@ def special_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tables: Tables, vocabulary: Vocabulary
 ) -> set[int]:
     """Every id that is referenced, after checking that model and tokenizer belong together."""
-    rows, largest = tables.embedding.num_embeddings, max(vocabulary.names, default=-1)
+    rows, largest = tables.rows, max(vocabulary.names, default=-1)
     if not largest < rows <= largest + 1 + _MAX_SPARE_ROWS:
         raise LmcompressError(
             f"model and tokenizer must belong together: the tokenizer's ids go up to {largest}, the embeddings have "
@@ -84,7 +84,7 @@ def asked_for(keep: Collection[str], vocabulary: Vocabulary) -> list[str]:
     for token in keep:
         if token not in vocabulary.ids:
             inside = f"a piece inside a word begins with {vocabulary.prefix}"
-            written = "a space is written Ġ" if vocabulary.is_bpe else inside
+            written = f"a space is written {vocabulary.space}" if vocabulary.space else inside
             near = get_close_matches(str(token), vocabulary.ids, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise LmcompressError(
@@ -139,7 +139,7 @@ def _choose(
         listed = ", ".join(f"{groups[reason]} {reason}" for reason in REASONS if groups[reason])
         raise LmcompressError(
             f"max_size must be at least {len(reasons)}, the number of tokens kept in any case ({listed}); got "
-            f"{max_size}" + ("" if vocabulary.is_bpe else ". keep_characters=False drops the alphabet")
+            f"{max_size}" + ("" if vocabulary.space == "Ġ" else ". keep_characters=False drops single characters")
         )
     special = {vocabulary.ids[token] for token, reason in reasons.items() if reason == "special"}
     frequent = [number for number, count in counts.items() if count >= min_count and number not in special]

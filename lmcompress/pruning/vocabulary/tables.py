@@ -11,41 +11,60 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmcompress.errors import LmcompressError
-from lmcompress.families import Anatomy, anatomy_of
+from lmcompress.families import anatomy_of, refuse_foreign
+from lmcompress.nn.configs import own_config
+
+_LOGITS_BIAS = "final_logits_bias"
+"""The buffer that Marian and BART add to their logits, ``(1, rows)``."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The parts of a model with one row per token."""
+    """The parts of a model with one row per token.
 
-    embedding: nn.Embedding
+    Attributes:
+        embeddings: the tables of token embeddings: one, or those of encoder and decoder, tied or not.
+        head: the vocabulary head, if there is one.
+        padding: id of the padding token as the embeddings know it.
+        counts_positions: whether positions are counted from that id.
+    """
+
+    embeddings: tuple[nn.Embedding, ...]
     head: nn.Linear | None
     padding: int | None
     counts_positions: bool
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of each table."""
+        return self.embeddings[0].num_embeddings
 
 
 def tables_of(model: PreTrainedModel) -> Tables:
     """The tables of a model.
 
     Args:
-        model: a model of a known family, with or without a vocabulary head.
+        model: a model of a known family, or an encoder–decoder, with or without a vocabulary head.
 
     Raises:
-        LmcompressError: If a table is quantized, packed or parametrized, or the config has another number of rows.
+        LmcompressError: If a table is quantized, packed or parametrized, tables or config have other numbers of rows,
+            or the model has adapters, or another library's masks or quantized weights.
     """
     if not isinstance(model, PreTrainedModel):
         raise LmcompressError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; pass a CompressedModel's .model"
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; load one with "
+            "AutoModelFor….from_pretrained"
         )
-    anatomy = anatomy_of(model)
-    embedding = anatomy.embedding("word_embeddings")
-    if not isinstance(embedding, nn.Embedding) or not _is_plain(embedding, embedding.num_embeddings):
+    refuse_foreign(model, "prune the vocabulary of")
+    embeddings = _embeddings_of(model)
+    rows = embeddings[0].num_embeddings
+    if any(other.num_embeddings != rows for other in embeddings):
         raise LmcompressError(
-            "the token embeddings must be a plain nn.Embedding with a floating-point weight, got "
-            f"{_describe(embedding)}; if they are quantized, packed or parametrized, prune the vocabulary first"
+            "encoder and decoder must share one vocabulary, got embeddings of "
+            f"{' and '.join(map(str, sorted({table.num_embeddings for table in embeddings})))} rows; "
+            "two vocabularies cannot be pruned as one"
         )
     head = model.get_output_embeddings()
-    rows = embedding.num_embeddings
     if head is not None and not (isinstance(head, nn.Linear) and _is_plain(head, rows)):
         raise LmcompressError(
             f"the vocabulary head must be a plain nn.Linear with {rows} rows, as the embeddings have, got "
@@ -56,7 +75,30 @@ def tables_of(model: PreTrainedModel) -> Tables:
             f"model.config.vocab_size must be the embeddings' number of rows, {rows}, got {model.config.vocab_size}; "
             "change sizes with model.resize_token_embeddings, which sets both"
         )
-    return Tables(embedding, head, embedding.padding_idx, _counts_positions(anatomy))
+    return Tables(embeddings, head, embeddings[0].padding_idx, _counts_positions(model, embeddings))
+
+
+def _embeddings_of(model: PreTrainedModel) -> tuple[nn.Embedding, ...]:
+    """The modules of token embeddings, each once; anything but plain ones is refused."""
+    if model.config.is_encoder_decoder:
+        stacks = (model, model.get_encoder(), model.get_decoder())
+        found: list[nn.Module | None] = [stack.get_input_embeddings() for stack in stacks]
+    else:
+        found = [anatomy_of(model).embedding("word_embeddings")]
+    plain: list[nn.Embedding] = []
+    for embedding in found:
+        if not isinstance(embedding, nn.Embedding) or not _is_plain(embedding, embedding.num_embeddings):
+            raise LmcompressError(
+                "the token embeddings must be a plain nn.Embedding with a floating-point weight, got "
+                f"{_describe(embedding)}; if they are quantized, packed or parametrized, prune the vocabulary first"
+            )
+        plain.append(embedding)
+    # Marian and BART hold the same weight a third time
+    weights = {id(embedding.weight) for embedding in plain}
+    holders = [
+        module for module in model.modules() if isinstance(module, nn.Embedding) and id(module.weight) in weights
+    ]
+    return tuple(sorted(holders, key=lambda module: module is not plain[0]))
 
 
 def _is_plain(module: nn.Module, rows: int) -> bool:
@@ -71,10 +113,14 @@ def _describe(module: nn.Module | None) -> str:
     return type(module).__name__ + of
 
 
-def _counts_positions(anatomy: Anatomy) -> bool:
+def _counts_positions(model: PreTrainedModel, tables: Sequence[nn.Module]) -> bool:
     """Whether positions are counted from the padding id, as in RoBERTa: its position table has a padding row."""
-    positions = anatomy.embedding("position_embeddings")
-    return isinstance(positions, nn.Embedding) and positions.padding_idx is not None
+    others = (module for module in model.modules() if all(module is not table for table in tables))
+    return any(
+        isinstance(getattr(module, "padding_idx", None), int)
+        and (isinstance(module, nn.Embedding) or "Position" in type(module).__name__)
+        for module in others
+    )
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
@@ -99,33 +145,48 @@ def is_token_id(field: str) -> bool:
 
 def shrink(model: PreTrainedModel, tables: Tables, order: Sequence[int], new_ids: Mapping[int, int]) -> int:
     """Remove the rows from every module that has them; returns the bytes saved."""
-    rows, embedding, head = tables.embedding.num_embeddings, tables.embedding, tables.head
-    tensors: list[Tensor | None] = [embedding.weight]
-    if head is not None:
-        tensors += [head.weight, head.bias]
-        # BERT and RoBERTa store the head's bias a second time, next to the head: the same tensor only if it is tied
-        around = (module for module in model.modules() if any(child is head for child in module.children()))
-        tensors += [p for module in around for p in module.parameters(recurse=False) if tuple(p.shape) == (rows,)]
-    old = {id(tensor): tensor for tensor in tensors if tensor is not None}
-    index = torch.tensor(list(order), device=embedding.weight.device)
+    rows = tables.rows
+    old = {id(tensor): tensor for tensor in _tensors_of(model, tables)}
+    index = torch.tensor(list(order), device=tables.embeddings[0].weight.device)
     new = {
         key: nn.Parameter(tensor.detach()[index.to(tensor.device)].clone(), requires_grad=tensor.requires_grad)
         for key, tensor in old.items()
     }
+    saved = sum((old[key].numel() - new[key].numel()) * old[key].element_size() for key in old)
     # by identity and in every module, so that tied tensors stay tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) in new:
                 setattr(module, name, new[id(parameter)])
-    embedding.num_embeddings = len(order)
-    if embedding.padding_idx is not None:
-        embedding.padding_idx = new_ids[embedding.padding_idx]
-    if head is not None:
-        head.out_features = len(order)
-    model.config.vocab_size = len(order)
+        if isinstance(bias := module._buffers.get(_LOGITS_BIAS), Tensor) and bias.shape[-1] == rows:
+            setattr(module, _LOGITS_BIAS, bias[..., index.to(bias.device)].clone())
+            saved += (bias.shape[-1] - len(order)) * bias.element_size()
+    for embedding in tables.embeddings:
+        embedding.num_embeddings = len(order)
+        if embedding.padding_idx is not None:
+            embedding.padding_idx = new_ids[embedding.padding_idx]
+    if tables.head is not None:
+        tables.head.out_features = len(order)
+    own_config(model).vocab_size = len(order)
+    # Marian's decoder, whose table is the encoder's
+    if getattr(model.config, "decoder_vocab_size", None) == rows:
+        model.config.decoder_vocab_size = len(order)
     for config in configs_of(model):
         _renumber_config(config, new_ids)
-    return sum((old[key].numel() - new[key].numel()) * old[key].element_size() for key in old)
+    return saved
+
+
+def _tensors_of(model: PreTrainedModel, tables: Tables) -> list[Tensor]:
+    """The parameters with one row per token; a tied one several times."""
+    tensors: list[Tensor | None] = [embedding.weight for embedding in tables.embeddings]
+    if (head := tables.head) is not None:
+        tensors += [head.weight, head.bias]
+        # BERT and RoBERTa store the head's bias a second time, next to the head: the same tensor only if it is tied
+        around = (module for module in model.modules() if any(child is head for child in module.children()))
+        tensors += [
+            p for module in around for p in module.parameters(recurse=False) if tuple(p.shape) == (tables.rows,)
+        ]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _renumber_config(config: Any, new_ids: Mapping[int, int]) -> None:

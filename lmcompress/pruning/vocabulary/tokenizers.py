@@ -44,8 +44,25 @@ class Vocabulary:
 
     @property
     def is_bpe(self) -> bool:
-        """Whether it is a byte-level BPE; otherwise it is WordPiece."""
+        """Whether it is a BPE: byte-level, or of characters with bytes for those that it lacks."""
         return bool(self.model["type"] == "BPE")
+
+    @property
+    def is_unigram(self) -> bool:
+        """Whether it is a Unigram model."""
+        return bool(self.model["type"] == "Unigram")
+
+    @property
+    def falls_back_to_bytes(self) -> bool:
+        """Whether a character without a token is spelled by tokens such as ``<0x0A>``, one for each byte."""
+        return bool(self.model.get("byte_fallback"))
+
+    @property
+    def space(self) -> str:
+        """How tokens spell a space; empty for WordPiece, which splits at spaces."""
+        if self.is_bpe and not self.falls_back_to_bytes:
+            return "Ġ"
+        return "▁" if self.is_bpe or self.is_unigram else ""
 
     @property
     def prefix(self) -> str:
@@ -54,7 +71,7 @@ class Vocabulary:
 
 
 class Merges:
-    """The merges of a byte-level BPE, and those that are needed; empty for WordPiece.
+    """The merges of a BPE, and those that are needed; empty for WordPiece and Unigram.
 
     BPE repeatedly merges, of the pairs of neighbours in a word, the one of lowest rank. Between the ends of a
     resulting token nothing else was merged than if the token were a word of its own, so its merges are found
@@ -68,7 +85,7 @@ class Merges:
         self.used: set[tuple[str, str]] = set()
 
     def path(self, token: str) -> list[tuple[str, str]]:
-        """The merges that lead from single bytes to ``token``, or none if they lead elsewhere."""
+        """The merges that lead from single symbols to ``token``, or none if they lead elsewhere."""
         symbols, path = list(token), []
         while self.ranks and len(symbols) > 1:
             pairs = list(zip(symbols, symbols[1:], strict=False))
@@ -122,25 +139,21 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Read a tokenizer; kinds that cannot be reduced exactly are refused."""
-    data = json.loads(fast_backend(tokenizer).to_str())
+    backend = fast_backend(tokenizer)
+    data = json.loads(backend.to_str())
     model = data["model"]
-    obstacle = None
-    if model["type"] not in ("WordPiece", "BPE"):
-        obstacle = f"a {model['type']} model" + (" (SentencePiece)" if model["type"] == "Unigram" else "")
-    elif model["type"] == "BPE":
-        if not (_has_step(data["pre_tokenizer"], "ByteLevel") or _has_step(data["normalizer"], "ByteLevel")):
-            obstacle = "a BPE model that does not work on bytes"
-        elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-            obstacle = "a BPE model that marks the parts of a word"
-        elif model.get("dropout"):
-            obstacle = f"a BPE model with dropout {model['dropout']}, which splits a text differently each time"
+    obstacle = _obstacle(data)
+    # not in the JSON
+    if (alpha := getattr(backend.model, "alpha", None)) is not None:
+        obstacle = f"a Unigram model that samples (alpha {alpha}), which splits a text differently each time"
     if obstacle is not None:
         raise LmcompressError(
-            "the tokenizer must be WordPiece (BERT, DistilBERT, ELECTRA) or byte-level BPE (GPT-2, RoBERTa), whose "
-            f"tokens can be removed without changing how the rest is split; got {type(tokenizer).__name__} with "
-            f"{obstacle}"
+            "the tokenizer must be WordPiece (BERT, DistilBERT, ELECTRA) or byte-level BPE (GPT-2, RoBERTa), Unigram "
+            "(XLM-R, ALBERT, T5) or BPE with bytes for unknown characters (Llama 2), whose tokens can be removed "
+            f"without changing how the rest is split; got {type(tokenizer).__name__} with {obstacle}"
         )
-    own: dict[str, int] = dict(model["vocab"])
+    unigram = model["type"] == "Unigram"
+    own: dict[str, int] = {piece: i for i, (piece, _) in enumerate(model["vocab"])} if unigram else dict(model["vocab"])
     ids = own | {token["content"]: token["id"] for token in data["added_tokens"]}
     return Vocabulary(
         json=data,
@@ -148,8 +161,29 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         names={number: token for token, number in ids.items()},
         own=own,
         added=tuple(token["content"] for token in data["added_tokens"] if not token["special"]),
-        unknown=ids.get(model.get("unk_token") or ""),
+        unknown=model["unk_id"] if unigram else ids.get(model.get("unk_token") or ""),
     )
+
+
+def _obstacle(data: dict[str, Any]) -> str | None:
+    """Why a tokenizer cannot lose tokens without changing how the rest is split, or None if it can."""
+    model = data["model"]
+    if model["type"] not in ("WordPiece", "BPE", "Unigram"):
+        return f"a {model['type']} model"
+    if model["type"] == "Unigram" and model["unk_id"] is None:
+        return "a Unigram model without an unknown token (unk_id)"
+    if model["type"] == "Unigram" and len({piece for piece, _ in model["vocab"]}) < len(model["vocab"]):
+        return "a Unigram model that lists a piece twice"
+    if model["type"] != "BPE":
+        return None
+    byte_level = _has_step(data["pre_tokenizer"], "ByteLevel") or _has_step(data["normalizer"], "ByteLevel")
+    if not (byte_level or model.get("byte_fallback")):
+        return "a BPE model that does not work on bytes"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return "a BPE model that marks the parts of a word"
+    if model.get("dropout"):
+        return f"a BPE model with dropout {model['dropout']}, which splits a text differently each time"
+    return None
 
 
 def _has_step(step: dict[str, Any] | None, kind: str) -> bool:
@@ -187,7 +221,8 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
     return listed
 
 
-def _encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
+def encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
+    """The encoding of each text, without special tokens around it."""
     for start in range(0, len(texts), _BATCH):
         yield from backend.encode_batch_fast(list(texts[start : start + _BATCH]), add_special_tokens=False)
 
@@ -195,18 +230,36 @@ def _encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
 def count_ids(backend: Tokenizer, texts: Sequence[str]) -> Counter[int]:
     """The number of occurrences of each id, without special tokens around the texts."""
     counts: Counter[int] = Counter()
-    for encoding in _encodings(backend, texts):
+    for encoding in encodings(backend, texts):
         counts.update(encoding.ids)
     return counts
 
 
 def alphabet_of(vocabulary: Vocabulary, keep_characters: bool) -> list[str]:
     """The tokens with which any text can be spelled, as far as this vocabulary can."""
-    if vocabulary.is_bpe:
+    if vocabulary.is_bpe and not vocabulary.falls_back_to_bytes:
         return [byte for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if byte in vocabulary.own]
-    if not keep_characters:
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if vocabulary.falls_back_to_bytes else []
+    found = [byte for byte in fallback if byte in vocabulary.own]
+    if keep_characters:
+        found += [token for token in vocabulary.own if len(token) == 1 or _is_continuation(token, vocabulary.prefix)]
+    return found
+
+
+def _is_continuation(token: str, prefix: str) -> bool:
+    return bool(prefix) and len(token.removeprefix(prefix)) == 1
+
+
+def of_lowest_score(vocabulary: Vocabulary) -> list[str]:
+    """A piece of the lowest score of a Unigram model, from which it takes the score of an unknown character.
+
+    Any split competes with one in which characters are unknown. If the lowest score rose, so would that of the unknown,
+    and texts might be split differently although all their pieces are kept.
+    """
+    if not vocabulary.is_unigram:
         return []
-    return [token for token in vocabulary.own if len(token) == 1 or len(token.removeprefix(vocabulary.prefix)) == 1]
+    piece, _ = min(vocabulary.model["vocab"], key=lambda entry: entry[1])
+    return [piece]
 
 
 def unknown_words(vocabulary: Vocabulary, backend: Tokenizer, texts: Sequence[str], counts: Counter[int]) -> set[str]:
@@ -215,10 +268,10 @@ def unknown_words(vocabulary: Vocabulary, backend: Tokenizer, texts: Sequence[st
     Such a word becomes the unknown token. If the pieces were dropped, shorter ones might lead past that place, and the
     word would be tokenized although it was unknown before.
     """
-    if vocabulary.is_bpe or vocabulary.unknown is None or not counts[vocabulary.unknown]:
+    if vocabulary.model["type"] != "WordPiece" or vocabulary.unknown is None or not counts[vocabulary.unknown]:
         return set()
     words: set[str] = set()
-    for text, encoding in zip(texts, _encodings(backend, texts), strict=True):
+    for text, encoding in zip(texts, encodings(backend, texts), strict=True):
         if vocabulary.unknown in encoding.ids:
             if backend.normalizer is not None:
                 text = backend.normalizer.normalize_str(text)
@@ -264,7 +317,12 @@ def rebuilt(
     data = json.loads(json.dumps(vocabulary.json))
     model = data["model"]
     own = sorted((new_ids[old], token) for token, old in vocabulary.own.items() if old in new_ids)
-    model["vocab"] = {token: new for new, token in own}
+    if vocabulary.is_unigram:
+        scores = dict(model["vocab"])
+        model["vocab"] = [[token, scores[token]] for _, token in own]
+        model["unk_id"] = None if vocabulary.unknown is None else new_ids[vocabulary.unknown]
+    else:
+        model["vocab"] = {token: new for new, token in own}
     if vocabulary.is_bpe:
         model["merges"] = [pair for pair in model["merges"] if tuple(pair) in merges]
     data["added_tokens"] = sorted(
@@ -288,14 +346,27 @@ def rebuilt(
     # settings made after the tokenizer was created are not in its files
     for setting in ("name_or_path", "padding_side", "truncation_side", "model_input_names"):
         setattr(pruned, setting, getattr(tokenizer, setting))
+    check_ids(pruned, vocabulary, new_ids)
+    if vocabulary.is_unigram and vocabulary.unknown is not None:
+        # some classes write its number in their code
+        wanted = new_ids[vocabulary.unknown]
+        if (unknown := json.loads(fast_backend(pruned).to_str())["model"]["unk_id"]) != wanted:
+            raise EquivalenceError(
+                f"{type(pruned).__name__} takes token {unknown} for the unknown one whatever its files say, and that "
+                f"is now token {wanted}; nothing was changed. Name the tokens before it in keep"
+            )
+    return pruned
+
+
+def check_ids(pruned: PreTrainedTokenizerBase, vocabulary: Vocabulary, new_ids: Mapping[int, int]) -> None:
+    """Refuse a tokenizer whose class numbers tokens otherwise than its files do."""
     expected = {vocabulary.names[old]: new for old, new in new_ids.items()}
     if pruned.get_vocab() != expected:
         wrong = {token for token, _ in pruned.get_vocab().items() ^ expected.items()}
         raise EquivalenceError(
-            f"{type(tokenizer).__name__}, loaded from its own files, numbers {len(wrong)} tokens otherwise than they "
+            f"{type(pruned).__name__}, loaded from its own files, numbers {len(wrong)} tokens otherwise than they "
             f"say, such as {sorted(wrong)[:3]}; nothing was changed. Please report this with the tokenizer's name"
         )
-    return pruned
 
 
 def _renumber_processor(processor: dict[str, Any] | None, new_ids: Mapping[int, int]) -> None:
@@ -321,7 +392,7 @@ def compare(
     """Tokenize the whole corpus with both tokenizers; if every old token is kept, the pieces must be the same."""
     new_unknown = None if unknown is None else new_ids[unknown]
     tokens = unknowns = changed = 0
-    pairs = zip(texts, _encodings(before, texts), _encodings(after, texts), strict=True)
+    pairs = zip(texts, encodings(before, texts), encodings(after, texts), strict=True)
     for text, old, new in pairs:
         wanted = [new_ids.get(number) for number in old.ids]
         tokens += len(new.ids)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FFN, HEAD_SIZE, HEADS, HIDDEN, LAYERS, inputs, make, outputs
+from families import FAMILIES, FFN, HEAD_SIZE, HEADS, HIDDEN, LAYERS, inputs, make, outputs
 from torch import nn
 from transformers import BertForMultipleChoice
 
@@ -13,6 +13,11 @@ from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
 from lmcompress.pruning import PARTS, Gates, Units, full
 from lmcompress.pruning.structured.gates import gated_hidden, reading_hidden
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
 
 
 def test_ones_change_nothing_to_the_bit(family):

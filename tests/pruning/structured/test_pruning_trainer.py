@@ -65,7 +65,9 @@ def trainer_of(tmp_path, config, family="bert", head="classification", dropout=0
     student = make(family, head, seed=1)
     set_dropout(student, dropout)
     rows = ragged_rows(head == "language")
-    return PruningTrainer(student, arguments(tmp_path, **changes), config, teacher, train_dataset=rows, **given)
+    return PruningTrainer(
+        student, arguments(tmp_path, **changes), pruning=config, teacher=teacher, train_dataset=rows, **given
+    )
 
 
 def block_parameters(model) -> int:
@@ -202,7 +204,7 @@ def test_before_anything_is_pruned_the_run_is_the_one_without(tmp_path):
 
 @schedules("one_shot", "iterative", "gradual-movement", "hard_concrete")
 def test_what_is_gone_stays_at_zero_under_momentum_and_weight_decay(tmp_path, config):
-    trainer = trainer_of(tmp_path, config, changes=dict(learning_rate=0.01))
+    trainer = trainer_of(tmp_path, config, changes=dict(learning_rate=0.01), auto_finish=False)
     trainer.train()
     state = trainer.pruning.modules()["state"]
     mask = trainer.pruning.run.mask()
@@ -281,7 +283,7 @@ def test_movement_closes_units_on_its_way(tmp_path):
 
 
 def test_gates_learn_at_their_own_constant_rate_without_decay_and_multipliers_ascend(tmp_path):
-    trainer = trainer_of(tmp_path, SCHEDULES["hard_concrete"])
+    trainer = trainer_of(tmp_path, SCHEDULES["hard_concrete"], auto_finish=False)
     trainer.train()
     state = trainer.pruning.modules()["state"]
     groups = {id(g["params"][0]): g for g in trainer.optimizer.param_groups}
@@ -420,9 +422,8 @@ def test_a_mask_that_keeps_everything_is_refused(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, SCHEDULES["one_shot"])
     keeping = lambda config, scores, *args, **kwargs: scores.map(lambda t: torch.ones(len(t), dtype=torch.bool))  # noqa: E731
     monkeypatch.setattr(method_module, "choose", keeping)
-    trainer.train()
     with pytest.raises(LmcompressError, match="nothing was pruned, but the target is sparsity=0.5"):
-        trainer.finish()
+        trainer.train()
 
 
 def test_gates_that_did_not_learn_are_refused(tmp_path):
@@ -448,27 +449,19 @@ def test_a_run_that_stops_early_is_cut_to_the_target_all_the_same(tmp_path):
     assert 0.5 <= trainer.report.removed < 0.53
 
 
-def test_the_best_model_cannot_be_loaded_at_the_end(tmp_path):
-    changes = dict(
-        load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2
-    )
-    with pytest.raises(LmcompressError, match="load_best_model_at_end must be false"):
-        trainer_of(tmp_path, SCHEDULES["one_shot"], changes=changes, eval_dataset=ragged_rows())
-
-
 def test_what_is_missing_is_said(tmp_path):
     student = make("bert")
     with pytest.raises(LmcompressError, match="pruning must say what to prune"):
         PruningTrainer(student, arguments(tmp_path))
     with pytest.raises(LmcompressError, match="distillation needs a teacher, got none"):
-        PruningTrainer(student, arguments(tmp_path), SCHEDULES["one_shot"], distillation=DistillationConfig())
+        PruningTrainer(student, arguments(tmp_path), pruning=SCHEDULES["one_shot"], distillation=DistillationConfig())
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(ragged_rows())
 
     with pytest.raises(LmcompressError, match="can be indexed, got Stream; pass calibration="):
-        PruningTrainer(student, arguments(tmp_path), SCHEDULES["iterative"], train_dataset=Stream())
+        PruningTrainer(student, arguments(tmp_path), pruning=SCHEDULES["iterative"], train_dataset=Stream())
 
 
 def test_given_calibration_batches_are_used(tmp_path):
@@ -505,7 +498,7 @@ def test_running_scores_are_those_of_the_gradients_at_a_standstill(tmp_path, cri
 def test_the_method_works_beside_others_in_the_plain_trainer(tmp_path):
     student = make("bert", seed=1)
     method = StructuredPruning(SCHEDULES["gradual"])
-    trainer = CompressionTrainer(student, arguments(tmp_path), [method], train_dataset=ragged_rows())
+    trainer = CompressionTrainer(student, arguments(tmp_path), methods=[method], train_dataset=ragged_rows())
     trainer.train()
     before = outputs_of(student, [ragged_batch()])
     trainer.finish()
@@ -535,9 +528,9 @@ def test_rows_without_labels_are_refused_before_training(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in ragged_rows()]
     config = PruningConfig(target=HALF, schedule=OneShot(begin=0.5))
     with pytest.raises(LmcompressError, match="fisher must have labels, the calibration rows have none"):
-        PruningTrainer(make("bert"), arguments(tmp_path), config, train_dataset=rows)
+        PruningTrainer(make("bert"), arguments(tmp_path), pruning=config, train_dataset=rows)
     own = config.model_copy(update={"labels": "self"})
-    PruningTrainer(make("bert"), arguments(tmp_path), own, train_dataset=rows)
+    PruningTrainer(make("bert"), arguments(tmp_path), pruning=own, train_dataset=rows)
 
 
 def test_rows_that_cannot_be_had_are_refused_before_training(tmp_path):
@@ -546,9 +539,9 @@ def test_rows_that_cannot_be_had_are_refused_before_training(tmp_path):
             return iter(ragged_rows())
 
     with pytest.raises(LmcompressError, match="must come from a training set that can be indexed, got Stream"):
-        PruningTrainer(make("bert"), arguments(tmp_path), PruningConfig(target=HALF), train_dataset=Stream())
+        PruningTrainer(make("bert"), arguments(tmp_path), pruning=PruningConfig(target=HALF), train_dataset=Stream())
     by_weights = PruningConfig(target=HALF, criterion="l1")
-    PruningTrainer(make("bert"), arguments(tmp_path), by_weights, train_dataset=Stream())
+    PruningTrainer(make("bert"), arguments(tmp_path), pruning=by_weights, train_dataset=Stream())
 
 
 def test_what_a_collator_draws_for_calibration_does_not_depend_on_when(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FFN, HEADS, HIDDEN, LAYERS, make
+from families import FAMILIES, FFN, HEADS, HIDDEN, LAYERS, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -21,6 +21,11 @@ from lmcompress.pruning.structured.units import PARTS, Units, full, masked_struc
 MODEL = make("bert")
 SIZES = ModelSizes.of(MODEL)
 BOTH = ("heads", "neurons")
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
 
 
 def random_scores(parts=BOTH, seed=0, model=MODEL):

@@ -21,6 +21,11 @@ from lmcompress.pruning import PARTS, Gates, Units, census, coverage, cut, fold,
 HEAD_CLASSES = ["base", "classification", "tokens", "language"]
 
 
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
+
+
 def some(shape, share, seed):
     """A random mask of which about ``share`` stays: at least one, and not all."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share

@@ -35,7 +35,7 @@ def trainer_of(folder, net, config, *, image=False, **changes):
     given = dict(max_steps=STEPS, learning_rate=1e-2, optim="adamw_torch", remove_unused_columns=False)
     args = tiny_arguments(folder, **(given | changes))
     return CompressionTrainer(
-        net, args, [GroupSparsity(config)], train_dataset=rows(48, image=image), data_collator=default_collate
+        net, args, methods=[GroupSparsity(config)], train_dataset=rows(48, image=image), data_collator=default_collate
     )
 
 
@@ -155,7 +155,7 @@ def test_zero_groups_of_transformers_are_handed_to_surgery(tmp_path, family_name
         model.config.pad_token_id = 0
     args = tiny_arguments(tmp_path, max_steps=10, learning_rate=1e-3)
     trainer = CompressionTrainer(
-        model, args, [GroupSparsity(GroupLassoConfig(rules=rules, penalty=1.0))], train_dataset=examples
+        model, args, methods=[GroupSparsity(GroupLassoConfig(rules=rules, penalty=1.0))], train_dataset=examples
     )
     trainer.train()
     trainer.finish()
@@ -215,9 +215,6 @@ def test_what_cannot_be_cut_or_grouped_is_refused(tmp_path):
         trainer_of(tmp_path, mlp(), config).finish()
     with pytest.raises(LmcompressError, match="must have optimizer steps between begin and end, got 0 of 1"):
         trainer_of(tmp_path, mlp(), config.model_copy(update={"end": 0.1}), max_steps=1).train()
-    with pytest.raises(LmcompressError, match="load_best_model_at_end must be false with group sparsity"):
-        args = tiny_arguments(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
-        CompressionTrainer(mlp(), args, [GroupSparsity(config)], train_dataset=rows(8), eval_dataset=rows(8))
 
 
 def test_a_scan_says_what_each_matrix_can_lose_by_itself():

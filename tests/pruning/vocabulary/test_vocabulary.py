@@ -28,6 +28,11 @@ BY_HEAD = [(family, head) for family in FAMILIES for head in ("base", "classific
 IDS = [f"{family}-{head}" for family, head in BY_HEAD]
 
 
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    return request.param
+
+
 @functools.cache
 def _texts():
     return load_task("embedded/clinc150").train["text"][:600]
@@ -638,10 +643,18 @@ def _fast(model, pre_tokenizer=None):
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
+def _sampling():
+    tokenizer = _fast(models.Unigram([("a", -1.0)], unk_id=0))
+    tokenizer.backend_tokenizer.model.alpha = 0.1
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "kind"),
     [
-        (_fast(models.Unigram([("a", -1.0), ("b", -2.0)])), r"a Unigram model \(SentencePiece\)"),
+        (_fast(models.Unigram([("a", -1.0), ("b", -2.0)])), r"a Unigram model without an unknown token \(unk_id\)"),
+        (_fast(models.Unigram([("a", -1.0), ("a", -2.0)], unk_id=0)), "a Unigram model that lists a piece twice"),
+        (_sampling(), r"a Unigram model that samples \(alpha 0.1\), which splits a text differently each time"),
         (_fast(models.WordLevel({"a": 0}, unk_token="a")), "a WordLevel model"),
         (_fast(models.BPE({"a": 0, "b": 1}, [])), "a BPE model that does not work on bytes"),
         (
@@ -653,7 +666,7 @@ def _fast(model, pre_tokenizer=None):
             "a BPE model with dropout 0.1, which splits a text differently each time",
         ),
     ],
-    ids=["unigram", "wordlevel", "characters", "suffix", "dropout"],
+    ids=["unigram", "twice", "samples", "wordlevel", "characters", "suffix", "dropout"],
 )
 def test_other_kinds_of_tokenizers_are_refused_with_those_that_are_supported(bert, tokenizer, kind):
     with pytest.raises(LmcompressError, match=rf"must be WordPiece \(BERT, .*byte-level BPE \(GPT-2, .* with {kind}"):
@@ -702,10 +715,8 @@ def test_a_head_that_is_quantized_is_refused():
 
 
 def test_what_is_no_model_of_a_known_family_is_refused(bert):
-    with pytest.raises(
-        LmcompressError, match="must be a transformers PreTrainedModel, got CompressedModel; pass a Comp"
-    ):
-        prune_vocabulary(CompressedModel(bert[0]), bert[1], CORPUS)
+    with pytest.raises(LmcompressError, match="must be a transformers PreTrainedModel, got Linear; load one with"):
+        prune_vocabulary(torch.nn.Linear(2, 2), bert[1], CORPUS)
     stranger = make("bert")
     stranger.config.model_type = "stranger"
     with pytest.raises(UnknownFamilyError, match="does not know the model family 'stranger'"):
@@ -735,3 +746,12 @@ def test_ids_that_come_back_other_than_they_were_written_are_refused(monkeypatch
     monkeypatch.setattr(tokenizers, "_write_json", shuffled)
     with pytest.raises(EquivalenceError, match=r"numbers \d+ tokens otherwise than they say, such as .*nothing was ch"):
         prune_vocabulary(model, tokenizer, CORPUS)
+
+
+def test_a_compressed_model_is_taken_as_its_inner_model(bert):
+    model, tokenizer = copy.deepcopy(bert[0]), bert[1]
+    twin = copy.deepcopy(model)
+    prune_vocabulary(CompressedModel(model), tokenizer, CORPUS)
+    prune_vocabulary(twin, tokenizer, CORPUS)
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)

@@ -59,13 +59,13 @@ class GroupLassoStrategy(SteeredStrategy):
         shrink_(run.student, self._parts, rate * self.penalty, run.optimizer, norms=norms)
 
     def final_mask(self, mask: Units) -> Units:
-        """The mask without zero groups, unless counts must be multiples or a shape.
+        """The mask without zero groups, unless counts must be multiples, alike in all blocks, or a shape.
 
         Args:
             mask: bool, on the CPU.
         """
         config = self.run.config
-        if config.multiple_of != 1 or config.target.shape is not None:
+        if config.multiple_of != 1 or config.uniform or config.target.shape is not None:
             return mask
         return without_dead(mask, self._of_norms(self._norms()), config)
 

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmcompress.activations.batches import batches_for
 from lmcompress.clustering.config import SharingConfig
 from lmcompress.clustering.kmeans import Clusters, kmeans, look_up, sum_by_cluster
 from lmcompress.clustering.planning import Planned, plan
 from lmcompress.clustering.report import SharedMatrix, SharingReport
 from lmcompress.clustering.sensitivity import fisher_diagonal
 from lmcompress.errors import LmcompressError
-from lmcompress.method import StepCallback, SteppedMethod, calibration_rows
-from lmcompress.model import CompressedModel
+from lmcompress.families import inner_model
+from lmcompress.method import SteppedMethod, calibration_rows
+from lmcompress.model import CompressedModel, unwrapped
 from lmcompress.numerics.errors import relative_error
 
 Batch = Mapping[str, Tensor]
@@ -98,6 +100,7 @@ class WeightSharing(SteppedMethod):
     """
 
     name = "sharing"
+    goes_on = True
     max_norm: float | None = 0.0
 
     def __init__(self, config: SharingConfig | None = None, *, calibration: Sequence[Batch] | None = None) -> None:
@@ -114,14 +117,9 @@ class WeightSharing(SteppedMethod):
 
         Raises:
             LmcompressError: If :func:`~lmcompress.clustering.planning.plan` or
-                :func:`~lmcompress.clustering.kmeans.kmeans` refuses, a sensitivity has no data, another method in the
-                run cuts the model or changes single weights, or a best checkpoint is to be loaded at the end.
+                :func:`~lmcompress.clustering.kmeans.kmeans` refuses, a sensitivity has no data, or another method in
+                the run cuts the model or changes single weights.
         """
-        if trainer.args.load_best_model_at_end:
-            raise LmcompressError(
-                "load_best_model_at_end must be false with shared weights: the weights of an earlier checkpoint do not "
-                "have the values of the last. Compare checkpoints after the run, or train for fewer steps"
-            )
         for other in trainer.methods:
             if other.changes_shapes or other.changes_values:
                 raise LmcompressError(
@@ -133,7 +131,6 @@ class WeightSharing(SteppedMethod):
         if self.config.sensitivity and batches is None:
             batches = calibration_rows(trainer, self.config.calibration_rows, 1, self.config.seed)
         self.attach(student, batches)
-        trainer.add_callback(StepCallback(self))
 
     def attach(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> None:
         """The effect of :meth:`prepare` on the model, without a trainer.
@@ -185,6 +182,14 @@ class WeightSharing(SteppedMethod):
                 )
         self.report = self._reported(trained=True)
 
+    def resume(self, trainer: Any) -> None:
+        """After :meth:`finish`, go on with the same clusters.
+
+        Args:
+            trainer: unused.
+        """
+        self.report = None
+
     def before_optimizer_step(self) -> None:
         """Turn gradients of weights into those of their shared values.
 
@@ -220,7 +225,8 @@ def share_weights(
         LmcompressError: If :class:`WeightSharing` refuses the config or the data; the model is then unchanged.
     """
     method = WeightSharing(config)
-    method.attach(model.model if isinstance(model, CompressedModel) else model, batches)
+    inner = inner_model(unwrapped(model))
+    method.attach(inner, None if batches is None else batches_for(inner, batches))
     return method._reported(trained=False)
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from lmcompress.clustering.config import SharingConfig
 from lmcompress.errors import LmcompressError
+from lmcompress.families import refuse_foreign
+from lmcompress.families.foreign import refuse_packed
 from lmcompress.families.weights import Weighted, rules_by_path, weighted_modules
 
 
@@ -35,9 +37,11 @@ def plan(model: nn.Module, config: SharingConfig) -> tuple[list[Planned], dict[s
         The matrices to cluster, in the order of the model, and path to reason for the others.
 
     Raises:
-        LmcompressError: If a rule matches nothing, something else has parametrized a matrix, or no matrix would be
-            clustered.
+        LmcompressError: If a rule matches nothing, something else has parametrized a matrix, the model is packed, or
+            no matrix would be clustered.
     """
+    refuse_packed(model, "share the weights of")
+    refuse_foreign(model, "share the weights of")
     candidates = weighted_modules(model)
     rules = rules_by_path(candidates, config.rules)
     by_kind = {

@@ -36,14 +36,33 @@ class Coded(NamedTuple):
     method: str
     data: bytes
 
-    @property
-    def cost(self) -> float:
-        """Size in bytes, with a small penalty for methods that are slow to decode."""
-        return len(self.data) / (_WORTH_IT if self.method == "huffman" else 1)
+
+class Choice(NamedTuple):
+    """The smallest code of an array of symbols, which is encoded when it is decided that it is stored.
+
+    Attributes:
+        part: the array.
+        method: one of :data:`METHODS`.
+        cost: size in bytes, with a small penalty for methods that are slow to decode.
+        content: the bytes, or Huffman's code for them, whose size is known without encoding.
+    """
+
+    part: Part
+    method: str
+    cost: float
+    content: bytes | huffman.Code
+
+    def coded(self) -> Coded:
+        """The array as bytes."""
+        symbols, width = self.part
+        done = self.content if isinstance(self.content, bytes) else huffman.encode(symbols, self.content)
+        return Coded(len(symbols), width, self.method, done)
 
 
-def encode_symbols(part: Part, coder: Coder) -> Coded:
-    """An array of symbols coded by the coder, or by a fixed-width code if that is not longer.
+def choose_code(part: Part, coder: Coder) -> Choice:
+    """The smallest code of an array that the coder has, a fixed-width code if that is not longer.
+
+    Huffman's is not encoded for that: zstd is an order of magnitude faster, and usually chosen.
 
     Args:
         part: the array.
@@ -53,17 +72,20 @@ def encode_symbols(part: Part, coder: Coder) -> Coded:
         LmcompressError: If zstd is needed and the package zstandard is not installed.
     """
     plain = packed(part)
-    found = {"fixed": plain}
+    found: dict[str, bytes] = {"fixed": plain}
     if coder != "huffman":
         zstd = _zstandard()
         # zstd sees repeated text where there is none; the less it searches for it, the smaller the streams
         options = zstd.ZstdCompressionParameters.from_level(3, strategy=zstd.STRATEGY_FAST, min_match=7)
         found["zstd"] = zstd.ZstdCompressor(compression_params=options).compress(plain)
+    method = min(found, key=lambda name: len(found[name]))
+    best = Choice(part, method, len(found[method]), found[method])
     # only a coder of the dependence between symbols, such as zstd, gets below the entropy of single symbols
-    if coder != "zstd" and entropy_bits(symbol_counts(part)) < _WORTH_IT * 8 * min(map(len, found.values())):
-        found["huffman"] = huffman.encode(part.symbols)
-    coded = [Coded(len(part.symbols), part.width, method, data) for method, data in found.items()]
-    return min(coded, key=lambda one: one.cost)
+    if coder == "zstd" or entropy_bits(symbol_counts(part)) >= _WORTH_IT * 8 * best.cost:
+        return best
+    code = huffman.best_code(part.symbols)
+    other = Choice(part, "huffman", code.size / _WORTH_IT, code)
+    return min(best, other, key=lambda one: one.cost)
 
 
 def decode_symbols(method: str, data: memoryview, count: int, width: int) -> Symbols:
@@ -71,7 +93,7 @@ def decode_symbols(method: str, data: memoryview, count: int, width: int) -> Sym
 
     Args:
         method: one of :data:`METHODS`.
-        data: from :func:`encode_symbols`, not trusted.
+        data: of a :class:`Coded`, not trusted.
         count: number of symbols.
         width: bits of each in a fixed-width code.
 
@@ -98,7 +120,7 @@ def symbol_counts(part: Part) -> np.ndarray:
     Args:
         part: an array of symbols.
     """
-    return np.bincount(part.symbols) if len(part.symbols) else np.zeros(0, np.int64)
+    return huffman.counts_of(part.symbols)
 
 
 def entropy_bits(counts: np.ndarray) -> float:

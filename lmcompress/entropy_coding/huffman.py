@@ -17,6 +17,7 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lmcompress.errors import CheckpointError
@@ -96,17 +97,62 @@ def encoded_bits(counts: NDArray[np.int64]) -> int:
     return int((counts * code_lengths(counts)).sum())
 
 
-def encode(symbols: NDArray[np.unsignedinteger]) -> bytes:
+class Code(NamedTuple):
+    """The code of an array of symbols.
+
+    Attributes:
+        base: size of the alphabet of single symbols.
+        digits: number of symbols that one code stands for.
+        lengths: :func:`code_lengths` of the groups.
+        size: bytes of the encoded array, exactly.
+    """
+
+    base: int
+    digits: int
+    lengths: NDArray[np.uint8]
+    size: int
+
+
+def best_code(symbols: NDArray[np.unsignedinteger]) -> Code:
+    """The code that :func:`encode` uses, and the size it gives, from counts alone.
+
+    Args:
+        symbols: ``(n,)``, each less than :data:`MAX_ALPHABET`.
+    """
+    base = int(symbols.max()) + 1 if len(symbols) else 1
+    digits, lengths, bits = _best_groups(symbols, base)
+    chunks = -(-len(symbols) // (digits * CHUNK))
+    return Code(base, digits, lengths, _HEAD.size + len(_table_bytes(lengths)) + 2 * chunks + -(-bits // 8))
+
+
+def counts_of(symbols: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
+    """The number of occurrences of each symbol up to the greatest.
+
+    Args:
+        symbols: ``(n,)``; bytes are counted without a copy of eight bytes for each.
+    """
+    if symbols.dtype == np.uint8 and len(symbols):
+        # torch's has a loop for bytes, NumPy's has not
+        symbols = np.require(symbols, requirements=["C", "W"])
+        if symbols.strides[0] < 0:
+            # one number counts as contiguous whatever its stride
+            symbols = symbols.copy()
+        return torch.bincount(torch.from_numpy(symbols)).numpy()
+    return np.bincount(symbols) if len(symbols) else np.zeros(0, np.int64)
+
+
+def encode(symbols: NDArray[np.unsignedinteger], code: Code | None = None) -> bytes:
     """Symbols as bytes, with everything :func:`decode` needs.
 
     Args:
         symbols: ``(n,)``, each less than :data:`MAX_ALPHABET`.
+        code: :func:`best_code` of them, if it is known.
 
     Returns:
         Header, code lengths, bits of each chunk, and the bits.
     """
-    total, base = len(symbols), int(symbols.max()) + 1 if len(symbols) else 1
-    digits, lengths = _best_groups(symbols, base)
+    total = len(symbols)
+    base, digits, lengths, _ = best_code(symbols) if code is None else code
     symbols = _grouped(symbols, base, digits)
     codes = canonical_codes(lengths)
     sizes = np.zeros(-(-len(symbols) // CHUNK), np.int64)
@@ -204,22 +250,23 @@ def _groups(
     return found.T.reshape(-1)[:count]
 
 
-def _best_groups(symbols: NDArray[np.unsignedinteger], base: int) -> tuple[int, NDArray[np.uint8]]:
-    """The number of symbols per code, and the code lengths: larger groups lose fewer bits to rounding of code
-    lengths, but make the table longer."""
-    best: tuple[float, int, NDArray[np.uint8]] = (np.inf, 1, np.zeros(0, np.uint8))
+def _best_groups(symbols: NDArray[np.unsignedinteger], base: int) -> tuple[int, NDArray[np.uint8], int]:
+    """The number of symbols per code, the code lengths, and the bits of all codes: larger groups lose fewer bits to
+    rounding of code lengths, but make the table longer."""
+    best: tuple[float, int, NDArray[np.uint8], int] = (np.inf, 1, np.zeros(0, np.uint8), 0)
     if not len(symbols):
         return best[1:]
     most = min(_MAX_GROUPS, len(symbols))
     fitting = [digits for digits in range(1, MAX_DIGITS + 1) if base > 1 and base**digits <= most]
     for digits in reversed(fitting or [1]):
         groups = _grouped(symbols, base, digits)
-        counts = np.bincount(groups)
+        counts = counts_of(groups)
         lengths = code_lengths(counts)
-        bits = float((counts * lengths).sum()) + 16 * len(groups) / CHUNK + 8 * len(_table_bytes(lengths))
-        if bits >= best[0]:
+        bits = int((counts * lengths).sum())
+        cost = bits + 16 * len(groups) / CHUNK + 8 * len(_table_bytes(lengths))
+        if cost >= best[0]:
             break
-        best = bits, digits, lengths
+        best = cost, digits, lengths, bits
     return best[1:]
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_safetensors
 from torch import Tensor
 
-from lmcompress.entropy_coding.coders import CODERS, Coder, decode_symbols, encode_symbols
+from lmcompress.entropy_coding.coders import CODERS, Coder, choose_code, decode_symbols
 from lmcompress.entropy_coding.forms import check_sizes, forms_for, join, patterns, split
 from lmcompress.entropy_coding.header import MAX_AXES, PART_BYTES, read_head, with_head
 from lmcompress.entropy_coding.symbols import Part
@@ -50,9 +50,9 @@ def encode(tensor: Tensor, coder: Coder = "auto") -> bytes:
         raise LmcompressError(f"a tensor must have at most {MAX_AXES} axes to be a stream, got {tensor.dim()}")
     found = patterns(tensor)
     # a generator: memory holds the best form so far and one more
-    options = ((form, [encode_symbols(part, coder) for part in split(found, form)]) for form in forms_for(found))
-    form, coded = min(options, key=lambda option: sum(PART_BYTES + one.cost for one in option[1]))
-    return with_head(form, tensor.dtype, tensor.shape, coded)
+    options = ((form, [choose_code(part, coder) for part in split(found, form)]) for form in forms_for(found))
+    form, choices = min(options, key=lambda option: sum(PART_BYTES + one.cost for one in option[1]))
+    return with_head(form, tensor.dtype, tensor.shape, [one.coded() for one in choices])
 
 
 def decode(

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from families import inputs, make, outputs, set_dropout
+from packing import packed
 from pydantic import ValidationError
 from torch import nn
 from torch.func import functional_call
@@ -49,7 +50,7 @@ def trainer_of(folder, model, config, methods=(), **changes):
     args = tiny_arguments(folder, remove_unused_columns=False, **({"max_steps": 3, "max_grad_norm": 0.0} | changes))
     sharing = WeightSharing(config)
     return CompressionTrainer(
-        model, args, [sharing, *methods], train_dataset=pictures(), eval_dataset=pictures()
+        model, args, methods=[sharing, *methods], train_dataset=pictures(), eval_dataset=pictures()
     ), sharing
 
 
@@ -281,7 +282,7 @@ def test_methods_that_change_single_weights_are_refused_before_training(tmp_path
     methods = [other, WeightSharing(SharingConfig(clusters=4))]
     with pytest.raises(LmcompressError, match=f"{other.name} must be done in a stage before weights are shared"):
         CompressionTrainer(
-            make("bert"), tiny_arguments(tmp_path), methods if first else methods[::-1],
+            make("bert"), tiny_arguments(tmp_path), methods=methods if first else methods[::-1],
             train_dataset=pictures(),
         )  # fmt: skip
 
@@ -289,6 +290,7 @@ def test_methods_that_change_single_weights_are_refused_before_training(tmp_path
 def test_weights_that_something_else_has_changed_are_refused_in_the_end(tmp_path):
     model = Small()
     trainer, _ = trainer_of(tmp_path, model, SharingConfig(clusters=4))
+    trainer.auto_finish = False
     trainer.train()
     with torch.no_grad():
         model.features[0].weight.view(-1)[0] += 1.0
@@ -296,12 +298,9 @@ def test_weights_that_something_else_has_changed_are_refused_in_the_end(tmp_path
         trainer.finish()
 
 
-def test_the_best_checkpoint_cannot_be_loaded_in_the_end(tmp_path):
-    with pytest.raises(LmcompressError, match="load_best_model_at_end must be false with shared weights"):
-        trainer_of(
-            tmp_path, Small(), SharingConfig(), load_best_model_at_end=True, save_strategy="epoch",
-            eval_strategy="epoch",
-        )  # fmt: skip
+def test_what_is_packed_is_refused():
+    with pytest.raises(LmcompressError, match=r"cannot share the weights of a model that is packed already"):
+        share_weights(packed(make("bert")), SharingConfig())
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,18 @@ def test_what_is_decoded_is_what_was_encoded(symbols):
     assert np.array_equal(huffman.decode(huffman.encode(symbols), len(symbols)), symbols)
 
 
+@given(SYMBOLS)
+def test_the_size_is_known_before_anything_is_encoded(symbols):
+    code = huffman.best_code(symbols)
+    assert code.size == len(huffman.encode(symbols)) == len(huffman.encode(symbols, code))
+
+
+@given(SYMBOLS)
+def test_counts_are_numpys(symbols):
+    for found in (symbols, symbols[::2], symbols.astype(np.uint8)[::-1]):
+        assert np.array_equal(huffman.counts_of(found), np.bincount(found) if len(found) else [])
+
+
 @pytest.mark.parametrize("count", [0, 1, huffman.CHUNK - 1, huffman.CHUNK, huffman.CHUNK + 1, 5 * huffman.CHUNK + 7])
 @pytest.mark.parametrize("base", [1, 2, 3, 40, 256])
 def test_chunks_and_groups_of_every_length_come_back(count, base):
@@ -48,7 +60,7 @@ def test_groups_are_no_larger_than_pays(count):
     for digits in (1, 2, 3):
         lengths = huffman.code_lengths(np.bincount(huffman._grouped(symbols, 12, digits)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(huffman, "_best_groups", lambda *_, d=digits, n=lengths: (d, n))
+            patch.setattr(huffman, "_best_groups", lambda *_, d=digits, n=lengths: (d, n, 0))
             sizes.append(len(huffman.encode(symbols)))
             assert np.array_equal(huffman.decode(huffman.encode(symbols), count), symbols)
     assert sizes[0] <= 1.002 * min(sizes[1:])

@@ -164,6 +164,30 @@ def test_only_the_wanted_coder_is_used(coder):
     assert told.coders[-1] != "fixed"
 
 
+CHOICES = {
+    "8 bits": lambda w: (w / w.abs().max() * 127).round().to(torch.int8),
+    "base 3": lambda w: pack(ternary(w), TERNARY),
+    "pruned": lambda w: torch.where(w.abs() > 1.2, w, 0.0),
+    "pruned and shared": lambda w: torch.where(w.abs() > 0.84, torch.round(w * 2.5) / 2.5, 0.0),
+    "shared": lambda w: torch.round(w * 4) / 4 + 0.0,
+    "repeated": lambda w: w[:8].repeat(32, 1),
+    "float": lambda w: w,
+}
+
+
+@pytest.mark.parametrize("make", CHOICES.values(), ids=CHOICES.keys())
+def test_auto_takes_the_smaller_of_both_and_encodes_by_huffman_only_what_is_stored(make, monkeypatch):
+    torch.manual_seed(0)
+    tensor = make(torch.randn(256, 300))
+    alone = {coder: len(encode(tensor, coder)) for coder in ("zstd", "huffman")}
+    encoded = []
+    monkeypatch.setattr(huffman, "encode", lambda *args, do=huffman.encode: encoded.append(1) or do(*args))
+    told = describe(encode(tensor))
+    # arrays of one stream may have different coders; Huffman's must save half a per cent, for it is slow to decode
+    assert told.bytes <= 1.006 * min(alone.values()) + 16
+    assert len(encoded) == told.coders.count("huffman")
+
+
 def test_files_hold_any_network_and_are_replaced_whole(tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(50, 20), torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))

@@ -22,9 +22,10 @@ from lmcompress.data.multitask import (
     sampling_probabilities,
 )
 from lmcompress.data.tasks import Task, TaskData, TaskKind
-from lmcompress.data.text import pack_blocks
+from lmcompress.data.text import documents_for_two, pack_blocks, pack_documents
 from lmcompress.data.tokenization import same_tokenizer, tokenize
 from lmcompress.data.tokenizer_training import train_tokenizer
+from lmcompress.data.windows import Windows, windows
 
 __all__ = [
     "EMBEDDED_SETS",
@@ -37,19 +38,23 @@ __all__ = [
     "TaskData",
     "TaskKind",
     "TaskSampledBatches",
+    "Windows",
     "augment",
     "collator",
     "delete_tokens",
+    "documents_for_two",
     "load_task",
     "long_disorder",
     "mask_tokens",
     "n_gram_sample",
     "nearest_words",
     "pack_blocks",
+    "pack_documents",
     "replace_tokens",
     "same_tokenizer",
     "sampling_probabilities",
     "short_disorder",
     "tokenize",
     "train_tokenizer",
+    "windows",
 ]

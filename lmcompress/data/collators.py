@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lmcompress.data.labels import IGNORED_LABEL
 from lmcompress.data.tasks import Task, TaskKind
-from lmcompress.data.tokenization import IGNORED_LABEL, TEACHER_PREFIX
+from lmcompress.data.text import TEACHER_PREFIX
+from lmcompress.data.windows import SPAN_LABELS
 from lmcompress.errors import LmcompressError
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
@@ -80,9 +82,11 @@ class Collator:
             rows: tokenized; columns that are neither model inputs nor ``labels`` must have one shape and are stacked.
 
         Returns:
-            ``(batch, length)`` int64 inputs (``teacher_*`` of their own length) and ``labels``: ``(batch,)`` int64
+            ``(batch, length)`` int64 inputs (``teacher_*`` of their own length, labels of a causal teacher's tokens
+            among them) and ``labels``: ``(batch,)`` int64
             classes, ``(batch,)`` float32 scores, ``(batch, classes)`` float32, or ``(batch, length)`` int64 with -100
-            where there is nothing to predict.
+            where there is nothing to predict. For question answering ``start_positions`` and ``end_positions``
+            ``(batch,)`` int64 instead.
 
         Raises:
             LmcompressError: If rows have a teacher's inputs but its tokenizer was not given.
@@ -97,6 +101,10 @@ class Collator:
                 batch[key] = self._pad(values, self.padding.values[key], self.padding.on_the_left)
             elif key == "labels":
                 batch[key] = self._labels(values)
+            elif key == f"{TEACHER_PREFIX}labels":
+                batch[key] = self._pad(values, IGNORED_LABEL, self._teacher().on_the_left)
+            elif key in SPAN_LABELS:
+                batch[key] = self._positions(values, [len(row["input_ids"]) for row in rows])
             else:
                 batch[key] = torch.tensor(values)
         return batch
@@ -104,12 +112,23 @@ class Collator:
     def _labels(self, values: list[Any]) -> torch.Tensor:
         if self.task.kind in (TaskKind.TOKEN_CLASSIFICATION, TaskKind.CAUSAL_LM):
             return self._pad(values, IGNORED_LABEL, self.padding.on_the_left)
+        if self.task.kind.generates:
+            # a decoder begins with the first
+            return self._pad(values, IGNORED_LABEL, False)
         is_class = self.task.kind is TaskKind.CLASSIFICATION
         return torch.tensor(values, dtype=torch.int64 if is_class else torch.float32)
 
-    def _pad(self, values: list[Sequence[int]], fill: int, on_the_left: bool) -> torch.Tensor:
+    def _positions(self, values: list[int], lengths: list[int]) -> torch.Tensor:
+        positions = torch.tensor(values)
+        # padding on the left moves every token
+        return positions + self._length(lengths) - torch.tensor(lengths) if self.padding.on_the_left else positions
+
+    def _length(self, lengths: list[int]) -> int:
         multiple = self.pad_to_multiple_of or 1
-        length = -(-max(map(len, values)) // multiple) * multiple
+        return -(-max(lengths) // multiple) * multiple
+
+    def _pad(self, values: list[Sequence[int]], fill: int, on_the_left: bool) -> torch.Tensor:
+        length = self._length(list(map(len, values)))
         padded = torch.full((len(values), length), fill, dtype=torch.int64)
         for row, value in zip(padded, values, strict=True):
             start = length - len(value) if on_the_left else 0

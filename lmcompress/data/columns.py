@@ -16,6 +16,7 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("question", "context"),
     ("text_a", "text_b"),
     ("tokens",),
     ("sentence",),
@@ -23,14 +24,21 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("review",),
     ("content",),
     ("body",),
+    ("dialogue",),
+    ("document",),
+    ("article",),
+    ("source",),
 )
 """Names looked up when no text columns are given; the first entry whose names all exist is used."""
 
 LABEL_COLUMNS = (
     *("label", "labels", "ner_tags", "pos_tags", "chunk_tags", "tags", "score"),
-    *("sentiment", "class", "category", "target"),
+    *("sentiment", "class", "category", "target", "answers"),
 )
 """Names looked up when no label column is given."""
+
+TARGET_COLUMNS = ("summary", "highlights", "target", "translation")
+"""The same for texts that are to be written."""
 
 
 def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None) -> tuple[str, ...]:
@@ -59,8 +67,10 @@ def find_text_columns(columns: Sequence[str], text_columns: Sequence[str] | None
     for usual in TEXT_COLUMNS:
         if set(usual) <= set(columns):
             return usual
+    conversations = f", or read conversations with {argument('chat', 'True')}" if "messages" in columns else ""
     raise LmcompressError(
         f"no text column found among: {', '.join(columns)}; name one or two with {argument('text_columns', '')}"
+        f"{conversations}"
     )
 
 
@@ -102,7 +112,7 @@ def find_label_column(
                 f"{argument('label_column')} must not be a column of texts, got {label_column!r}{others}"
             )
         return label_column
-    for usual in LABEL_COLUMNS:
+    for usual in TARGET_COLUMNS if kind is not None and kind.generates else LABEL_COLUMNS:
         if usual in columns and usual not in text_columns:
             return usual
     if kind is None and list(columns) == list(text_columns) and len(columns) == 1:

@@ -12,6 +12,9 @@ from lmcompress.data.columns import arrow_column, is_list
 from lmcompress.data.tasks import Task, TaskKind
 from lmcompress.errors import LmcompressError
 
+IGNORED_LABEL = -100
+"""The label that losses ignore."""
+
 HIDDEN_LABEL = -1
 """Label of rows without one in the Hub's GLUE test sets."""
 
@@ -69,10 +72,12 @@ def encode_labels(dataset: Dataset, task: Task, split: str) -> Dataset:
         the same rows, in order; the label column comes last.
 
     Raises:
-        LmcompressError: If a label is missing, unknown, out of range or not a number; the message names row and value.
+        LmcompressError: If the task has no labels, or a label is missing, unknown, out of range or not a number; the
+            message names row and value.
     """
     column = task.label_column
-    assert column is not None, "only tasks with labels have labels encoded"
+    if column is None:
+        raise LmcompressError(f"{task.name} is a {task.kind} task, which has no labels to encode")
     feature = dataset.features[column]
     where = f"column {column!r} of split {split!r}"
     _check_same_names(feature, task, where)

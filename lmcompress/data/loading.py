@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from lmcompress.data.answers import encode_answers, holds_answers
+from lmcompress.data.chat import MESSAGES, check_conversations
 from lmcompress.data.columns import check_column, check_texts, find_label_column, find_text_columns, infer_kind, is_list
 from lmcompress.data.embedded import EMBEDDED_SETS, embedded_splits
 from lmcompress.data.glue import EVALUATION_ONLY, GLUE_HUB_ID, GLUE_TASKS
@@ -41,6 +43,7 @@ def load_task(
     kind: str | None = None,
     splits: Mapping[str, str] | None = None,
     limit: int | None = None,
+    chat: bool = False,
 ) -> TaskData:
     """Reads a task from any source, infers its kind unless given, and checks every row.
 
@@ -58,19 +61,25 @@ def load_task(
         text_columns: one or two columns; default: the usual names.
         label_column: default: the usual names. A table with only texts is ``causal_lm``.
         kind: a :class:`~lmcompress.data.tasks.TaskKind`; default: inferred from the labels (integers and strings
-            are classes, other numbers are scores, lists are several labels, or one for each word).
+            are classes, other numbers are scores, lists are several labels, or one for each word, ``{text,
+            answer_start}`` are answers in a context). Texts that are to be written are ``summarization`` or
+            ``translation`` if that is said: by themselves they are names of classes.
         splits: ``train``, ``validation``, ``test``, ``validation_<name>`` to their names in the source; default: all
             splits, by name.
         limit: maximum number of rows of each split, drawn with a fixed seed and kept in order.
+        chat: whether rows are conversations: a list of messages with ``role`` and ``content``, in the column
+            ``messages`` or the one in ``text_columns``. Their kind is ``causal_lm``.
 
     Returns:
         Rows with the text columns and the label column only. Labels are numbers: int64 classes, float32 scores,
-        float32 zeros and ones, or a list of classes. Without a validation split, a tenth of the training rows is held
-        out (the last tenth of a single text). ``notes`` describes what was done.
+        float32 zeros and ones, a list of classes, or answers (``{text: [...], answer_start: [...]}``). Without a
+        validation split, a tenth of the training rows is held out (the last tenth of a single text). ``notes``
+        describes what was done.
 
     Raises:
         LmcompressError: If a name is unknown, a file or column is missing, a split is empty, a text is not a string, a
-            label is missing, not a number, out of range, or unknown from training. Messages name row and value.
+            label is missing, not a number, out of range, or unknown from training, or an answer does not stand where it
+            says. Messages name row and value.
 
     Example:
         >>> pairs = load_task("embedded/clinc150_pairs", limit=10)
@@ -83,13 +92,14 @@ def load_task(
     name = str(name_or_path)
     prefix, _, rest = name.partition("/")
     if prefix in ("glue", "embedded") and not Path(name).exists():
-        if text_columns is not None or label_column is not None or kind is not None:
-            given = ", ".join(argument(word) for word in ("text_columns", "label_column", "kind"))
+        if text_columns is not None or label_column is not None or kind is not None or chat:
+            given = ", ".join(argument(word) for word in ("text_columns", "label_column", "kind", "chat"))
             raise LmcompressError(f"{name} fixes its own columns and kind; leave out {given}")
         task, source = _glue(rest, data, splits) if prefix == "glue" else _embedded(rest, data, splits)
     else:
         source = _used_splits(name, _own_source(name, data, splits))
-        task = _describe(name, source, text_columns, label_column, kind)
+        described = _describe_chat if chat else _describe
+        task = described(name, source, text_columns, label_column, kind)
     return limit_rows(_assemble(task, source), limit)
 
 
@@ -168,11 +178,13 @@ def _describe(
     wanted = None if kind is None else task_kind(kind)
     texts = find_text_columns(rows.column_names, text_columns)
     label = find_label_column(rows.column_names, texts, label_column, wanted)
+    if wanted is None and label is not None and holds_answers(rows.features[label]):
+        wanted = TaskKind.QUESTION_ANSWERING
     found = wanted or infer_kind(rows, label)
     if wanted is None and found is TaskKind.MULTI_LABEL and is_list(rows.features[texts[0]]):
         found = TaskKind.TOKEN_CLASSIFICATION
-    if label is None:
-        return Task(name, found, texts)
+    if label is None or found is TaskKind.QUESTION_ANSWERING or found.generates:
+        return Task(name, found, texts, label)
     needs_lists = found in (TaskKind.MULTI_LABEL, TaskKind.TOKEN_CLASSIFICATION)
     if needs_lists != is_list(rows.features[label]):
         raise LmcompressError(
@@ -180,6 +192,26 @@ def _describe(
             f"got {rows.features[label]}"
         )
     return Task(name, found, texts, label, find_label_names(rows, label, found))
+
+
+def _describe_chat(
+    name: str,
+    source: Source,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    kind: str | None,
+) -> Task:
+    """The task of conversations."""
+    if label_column is not None or kind not in (None, TaskKind.CAUSAL_LM.value):
+        given = argument("kind", repr(kind)) if label_column is None else argument("label_column", repr(label_column))
+        raise LmcompressError(
+            f"{argument('chat', 'True')} is of causal_lm, whose labels are the answers, got {given}; leave it out"
+        )
+    columns = source.splits.get("train", next(iter(source.splits.values()))).column_names
+    texts = (MESSAGES,) if text_columns is None else tuple(text_columns)
+    for column in texts:
+        check_column(column, columns)
+    return Task(name, TaskKind.CAUSAL_LM, texts, chat=True)
 
 
 def _assemble(task: Task, source: Source) -> TaskData:
@@ -210,22 +242,30 @@ def _check_split(task: Task, split: str, rows: Dataset) -> tuple[Dataset, list[s
     is_words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     for column in task.text_columns:
         check_column(column, rows.column_names, f" in split {split!r}")
-        check_texts(rows, column, split, words=is_words)
+        if task.chat:
+            check_conversations(rows, column, split)
+        else:
+            check_texts(rows, column, split, words=is_words)
     label = task.label_column
     if label is None:
         return rows.select_columns(list(task.text_columns)), []
     if split == "test" and labels_are_hidden(rows, label):
         return rows.select_columns(list(task.text_columns)), ["test has no labels: it can be predicted, not scored"]
     check_column(label, rows.column_names, f" in split {split!r}")
-    ready = encode_labels(rows.select_columns([*task.text_columns, label]), task, split)
+    chosen = rows.select_columns([*task.text_columns, label])
+    if task.kind is TaskKind.QUESTION_ANSWERING:
+        return encode_answers(chosen, task.text_columns[1], label, split), []
+    if task.kind.generates:
+        check_texts(chosen, label, split, words=False)
+        return chosen, []
+    ready = encode_labels(chosen, task, split)
     if is_words:
-        _check_a_label_for_each_word(ready, task, split)
+        _check_a_label_for_each_word(ready, task.text_columns[0], label, split)
     return ready, []
 
 
-def _check_a_label_for_each_word(rows: Dataset, task: Task, split: str) -> None:
-    assert task.label_column is not None
-    for row, (words, labels) in enumerate(zip(rows[task.text_columns[0]], rows[task.label_column], strict=True)):
+def _check_a_label_for_each_word(rows: Dataset, text: str, label: str, split: str) -> None:
+    for row, (words, labels) in enumerate(zip(rows[text], rows[label], strict=True)):
         if len(words) != len(labels):
             raise LmcompressError(
                 f"split {split!r}: row {row} (from 0) must have one label for each word, got {len(words)} words and "
@@ -237,8 +277,7 @@ def _scored_diagnostics(task: Task, source: Source) -> Source:
     """AX has only a test split on the Hub, without labels; a copy with labels can be evaluated."""
     if task not in EVALUATION_ONLY or "test" not in source.splits or "validation" in source.splits:
         return source
-    assert task.label_column is not None
-    if labels_are_hidden(source.splits["test"], task.label_column):
+    if task.label_column is None or labels_are_hidden(source.splits["test"], task.label_column):
         return source
     renamed = {("validation" if split == "test" else split): rows for split, rows in source.splits.items()}
     return replace(source, splits=renamed)
@@ -253,7 +292,7 @@ def _evaluation_only(task: Task, checked: dict[str, Dataset], notes: list[str]) 
 def _hold_out(train: Dataset, task: Task) -> tuple[Dataset, Dataset, str]:
     share = f"{HELD_OUT_SHARE:.0%}"
     if train.num_rows == 1:
-        if task.kind is not TaskKind.CAUSAL_LM:
+        if task.kind is not TaskKind.CAUSAL_LM or task.chat:
             raise LmcompressError("one training row and no validation split: no rows can be held out; add rows")
         column = task.text_columns[0]
         head, tail = _cut_text(train[0][column])

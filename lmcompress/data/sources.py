@@ -15,6 +15,7 @@ import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from lmcompress.data.answers import squad_rows
 from lmcompress.data.columns import string_features
 from lmcompress.errors import LmcompressError, argument, nearest
 
@@ -148,7 +149,8 @@ def read_files(paths: Sequence[Path]) -> Dataset:
     """One split from one file, or from shards of one format.
 
     Every column of csv (quoted as usual) and tsv (never quoted, as in GLUE) is read as text, so that a sentence
-    ``"None"`` or ``"007"`` is unchanged. A txt file is one document, byte for byte.
+    ``"None"`` or ``"007"`` is unchanged. A txt file is one document, byte for byte. SQuAD's nested json becomes one row
+    for each question.
 
     Args:
         paths: one file, or the shards of one split.
@@ -170,6 +172,8 @@ def read_files(paths: Sequence[Path]) -> Dataset:
         return Dataset.from_dict({"text": [_text(path) for path in paths]})
     try:
         return _read_table(kind, paths)
+    except LmcompressError:
+        raise
     except (ValueError, OSError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise LmcompressError(f"could not read {paths[0]}: {type(cause).__name__}: {str(cause).strip()}") from error
@@ -196,6 +200,8 @@ def _read_table(kind: str, paths: Sequence[Path]) -> Dataset:
     names = [str(path) for path in paths]
     if kind == ".parquet":
         return Dataset.from_parquet(names)
+    if kind == ".json" and all(nested := [squad_rows(path) for path in paths]):
+        return Dataset.from_list([row for rows in nested for row in rows or ()])
     if kind in (".jsonl", ".json"):
         return Dataset.from_json(names)
     options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {"sep": ","}

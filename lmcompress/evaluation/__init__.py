@@ -1,6 +1,13 @@
 """Evaluation: GLUE metrics, perplexity, size on disk, latency and memory. Needs no trainer and no network."""
 
 from lmcompress.activations.running import showing_progress as showing_progress
+from lmcompress.evaluation.embeddings import SIMILARITY_METRICS as SIMILARITY_METRICS
+from lmcompress.evaluation.embeddings import cosine_similarities as cosine_similarities
+from lmcompress.evaluation.embeddings import mean_ndcg as mean_ndcg
+from lmcompress.evaluation.embeddings import similarity_metrics as similarity_metrics
+from lmcompress.evaluation.entities import ENTITY_F1 as ENTITY_F1
+from lmcompress.evaluation.entities import entity_f1 as entity_f1
+from lmcompress.evaluation.entities import is_iob as is_iob
 from lmcompress.evaluation.memory import Memory as Memory
 from lmcompress.evaluation.memory import measure_peak_memory as measure_peak_memory
 from lmcompress.evaluation.memory import peak_memory as peak_memory
@@ -12,8 +19,10 @@ from lmcompress.evaluation.metrics import glue_score as glue_score
 from lmcompress.evaluation.metrics import predictions_from_logits as predictions_from_logits
 from lmcompress.evaluation.perplexity import Perplexity as Perplexity
 from lmcompress.evaluation.perplexity import perplexity as perplexity
+from lmcompress.evaluation.perplexity import perplexity_of_labels as perplexity_of_labels
 from lmcompress.evaluation.predict import evaluate_classifier as evaluate_classifier
 from lmcompress.evaluation.predict import predict as predict
+from lmcompress.evaluation.predict import predict_logits as predict_logits
 from lmcompress.evaluation.size import Size as Size
 from lmcompress.evaluation.size import TensorInfo as TensorInfo
 from lmcompress.evaluation.size import WeightBytes as WeightBytes
@@ -22,7 +31,23 @@ from lmcompress.evaluation.size import size_on_disk as size_on_disk
 from lmcompress.evaluation.size import stream_table as stream_table
 from lmcompress.evaluation.size import tensor_table as tensor_table
 from lmcompress.evaluation.size import weight_bytes as weight_bytes
+from lmcompress.evaluation.spans import SPAN_METRICS as SPAN_METRICS
+from lmcompress.evaluation.spans import Candidate as Candidate
+from lmcompress.evaluation.spans import answer_candidates as answer_candidates
+from lmcompress.evaluation.spans import span_scores as span_scores
+from lmcompress.evaluation.speed import BUSY as BUSY
 from lmcompress.evaluation.speed import LatencyRow as LatencyRow
 from lmcompress.evaluation.speed import compare_latency as compare_latency
 from lmcompress.evaluation.speed import machine as machine
 from lmcompress.evaluation.speed import verdict as verdict
+from lmcompress.evaluation.timing import Clock as Clock
+from lmcompress.evaluation.timing import Quartiles as Quartiles
+from lmcompress.evaluation.timing import Sample as Sample
+from lmcompress.evaluation.timing import Turns as Turns
+from lmcompress.evaluation.timing import take_turns as take_turns
+from lmcompress.evaluation.timing import timed as timed
+from lmcompress.evaluation.workers import ModelLike as ModelLike
+from lmcompress.evaluation.workers import Worker as Worker
+from lmcompress.evaluation.written import WRITTEN_METRICS as WRITTEN_METRICS
+from lmcompress.evaluation.written import written_scores as written_scores
+from lmcompress.evaluation.written import written_texts as written_texts

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcompress.activations.running import evaluating, with_progress
 from lmcompress.errors import LmcompressError
+from lmcompress.families.positions import positions_of
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -122,6 +125,54 @@ def perplexity(
     return replace(summary, window_nll=tuple(nll), window_tokens=tokens)
 
 
+def perplexity_of_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    collate: Callable[[list[Any]], Mapping[str, Tensor]],
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of the tokens that have a label, each given all before it in its row: of the answers of conversations.
+
+    Args:
+        model: causal; evaluated on its device and in its dtype, the softmax in float32.
+        tokenizer: the model's.
+        rows: tokenized, with ``labels``: a token, or -100 where none is to be predicted.
+        collate: makes a batch of rows.
+        batch_size: rows per forward pass.
+        progress: whether to show a bar, on a terminal.
+
+    Returns:
+        The perplexities; tokens, words and bytes are those of the labels, windows are rows.
+
+    Raises:
+        LmcompressError: If no token has a label.
+    """
+    nll: list[float] = []
+    tokens: list[int] = []
+    texts: list[str] = []
+    with evaluating(model):
+        for start in with_progress(range(0, len(rows), batch_size), "perplexity", enabled=progress):
+            batch = collate([rows[n] for n in range(start, min(start + batch_size, len(rows)))])
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits
+            for row_labels, row_logits in zip(batch["labels"], logits, strict=True):
+                # position i predicts token i + 1
+                labels = row_labels[1:].to(model.device)
+                kept = labels != -100
+                surprise = F.cross_entropy(row_logits[:-1][kept].float(), labels[kept], reduction="none")
+                nll.append(surprise.double().sum().item())
+                tokens.append(int(kept.sum()))
+                texts.append(tokenizer.decode(labels[kept].tolist(), clean_up_tokenization_spaces=False))
+    if not sum(tokens):
+        raise LmcompressError("no token has a label, so that there is no perplexity; give rows with labels")
+    words = sum(map(count_words, texts))
+    summary = _summary(sum(nll) / sum(tokens), sum(tokens), sum(tokens), words, "".join(texts))
+    return replace(summary, window_nll=tuple(nll), window_tokens=tuple(tokens))
+
+
 def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
     """Windows in which the tokens of a text are predicted, each at most once.
 
@@ -187,10 +238,10 @@ def _text_and_ids(tokenizer: PreTrainedTokenizerBase, text_or_ids: str | Sequenc
 
 
 def _max_length(model: PreTrainedModel, max_length: int | None) -> int:
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if max_length is None:
-        return min(positions or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if positions is not None and max_length > positions:
+        return min(positions, DEFAULT_MAX_LENGTH)
+    if max_length > positions:
         raise LmcompressError(f"max_length must be at most the model's {positions} positions, got {max_length}")
     return max_length
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.activations.running import evaluating, with_progress
+from lmcompress.activations.running import batches_by_length, evaluating, with_progress
+from lmcompress.data.windows import SPAN_LABELS
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation.metrics import Array, Ragged, compute_metrics, predictions_from_logits
+from lmcompress.families import head_logits
 
 Row: TypeAlias = Mapping[str, Any]
+_LABELS = ("labels", *SPAN_LABELS)
 Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Tensor]]
 """``rows -> batch``, padded, with ``labels``."""
 
@@ -52,13 +54,34 @@ def predict(
     Raises:
         LmcompressError: If the data set is empty, batches have no labels, or the model returns no logits.
     """
+    logits, labels = _predicted(model, dataset, collator, batch_size, progress, labelled=True)
+    return logits, cast(Ragged, labels)
+
+
+def predict_logits(
+    model: PreTrainedModel, dataset: Rows, collator: Collator, batch_size: int = 32, progress: bool = True
+) -> Ragged:
+    """The logits of :func:`predict`, of rows that need no labels.
+
+    Args:
+        model: a model with logits in its output; those of a head of question answering are ``(batch, length, 2)``.
+        dataset: see :func:`predict`.
+        collator: see :func:`predict`.
+        batch_size: rows per forward pass.
+        progress: whether to show a bar, on a terminal.
+
+    Returns:
+        the logits, as :func:`predict` returns them.
+    """
+    return _predicted(model, dataset, collator, batch_size, progress, labelled=False)[0]
+
+
+def _predicted(
+    model: PreTrainedModel, dataset: Rows, collator: Collator, batch_size: int, progress: bool, *, labelled: bool
+) -> tuple[Ragged, Ragged | None]:
     if len(dataset) == 0:
         raise LmcompressError("the data set must have rows, got none")
-    if batch_size < 1:
-        raise LmcompressError(f"batch_size must be >= 1, got {batch_size}")
-    # longest first: a model that does not fit into memory fails at once
-    order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches_by_length([len(dataset[index]["input_ids"]) for index in range(len(dataset))], batch_size)
     logits: list[Array] = []
     labels: list[Array] = []
     ragged = False
@@ -66,14 +89,21 @@ def predict(
     with evaluating(model):
         for indices in with_progress(batches, "predict", enabled=progress):
             batch = {name: value.to(model.device) for name, value in collator([dataset[i] for i in indices]).items()}
-            batch_logits, batch_labels = _forward(model, batch, accepted)
+            if labelled and "labels" not in batch:
+                raise LmcompressError(f"the collator's batches must have 'labels', got {sorted(batch)}")
+            batch_logits = _forward(model, batch, accepted)
             ragged = batch_logits.dim() == 3
             mask = batch.get("attention_mask") if ragged else None
             logits.extend(_rows(batch_logits.float(), mask))
-            labels.extend(_rows(batch_labels, mask))
-    back = np.argsort(order).tolist()
-    restored = [logits[i] for i in back], [labels[i] for i in back]
-    return restored if ragged else (np.stack(restored[0]), np.stack(restored[1]))
+            if labelled:
+                labels.extend(_rows(batch["labels"], mask))
+    back = np.argsort([index for indices in batches for index in indices]).tolist()
+    return _in_order(logits, back, ragged), _in_order(labels, back, ragged) if labelled else None
+
+
+def _in_order(values: Sequence[Array], order: Sequence[int], ragged: bool) -> Ragged:
+    restored = [values[index] for index in order]
+    return restored if ragged else np.stack(restored)
 
 
 def evaluate_classifier(
@@ -103,15 +133,13 @@ def evaluate_classifier(
     return compute_metrics(metric_names, predictions_from_logits(logits, kind), labels)
 
 
-def _forward(model: PreTrainedModel, batch: dict[str, Tensor], accepted: set[str]) -> tuple[Tensor, Tensor]:
-    if "labels" not in batch:
-        raise LmcompressError(f"the collator's batches must have 'labels', got {sorted(batch)}")
+def _forward(model: PreTrainedModel, batch: dict[str, Tensor], accepted: set[str]) -> Tensor:
     # with labels the model would compute an unused loss, and fail on GLUE's hidden -1
-    inputs = {name: value for name, value in batch.items() if name in accepted and name != "labels"}
-    logits = getattr(model(**inputs), "logits", None)
-    if not isinstance(logits, torch.Tensor):
+    inputs = {name: value for name, value in batch.items() if name in accepted and name not in _LABELS}
+    logits = head_logits(model(**inputs))
+    if logits is None:
         raise LmcompressError(f"{type(model).__name__} does not return logits; load the model with its head")
-    return logits, batch["labels"]
+    return logits
 
 
 def _rows(values: Tensor, mask: Tensor | None) -> Sequence[Array]:

@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lmcompress.data import EMBEDDED_SETS, GLUE_TASKS, TaskKind, load_task
+from lmcompress.data import EMBEDDED_SETS, GLUE_TASKS, Task, TaskKind, load_task
+from lmcompress.data.labels import encode_labels
 from lmcompress.errors import LmcompressError
 
 ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(20)]
@@ -490,3 +491,9 @@ def test_files_that_can_not_be_read_are_refused(tmp_path):
         load_task("mine", data={"train": tmp_path / "b.csv"})
     with pytest.raises(LmcompressError, match="no folder .*; data= must hold glue/sst2/"):
         load_task("glue/sst2", data=tmp_path)
+
+
+def test_a_task_without_labels_has_none_to_encode():
+    texts = Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(LmcompressError, match="lines is a causal_lm task, which has no labels to encode"):
+        encode_labels(texts, Task("lines", "causal_lm", ("text",)), "train")

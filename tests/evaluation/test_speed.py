@@ -1,5 +1,4 @@
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -8,26 +7,58 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation import LatencyRow, compare_latency, machine, verdict
+from lmcompress.evaluation import BUSY, LatencyRow, Sample, compare_latency, machine, speed, timing, verdict
 
 FAST = dict(batch_sizes=(1,), sequence_length=4, repeats=3, warmup=1)
 
 
-def slow_down(model, seconds):
-    model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
-    return model
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only calls move, and how to make a model move it by seconds of wall and of CPU time."""
+    time = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(timing, "now", lambda: Sample(**time))
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
+
+    def takes(model, wall, cpu=None):
+        def move(*_):
+            took = wall(time) if callable(wall) else wall
+            time["wall"] += took
+            time["cpu"] += took if cpu is None else cpu
+
+        model.register_forward_pre_hook(move)
+        return model
+
+    return takes
 
 
-def test_a_slower_model_is_measured_and_called_slower(make_gpt2):
-    models = {"plain": make_gpt2(), "sleepy": slow_down(make_gpt2(), 0.05)}
+def test_a_slower_model_is_called_slower_beside_the_first_one_timed_again(make_gpt2, clock):
+    models = {"plain": clock(make_gpt2(), 0.2), "slow": clock(make_gpt2(), 0.5, 0.1)}
     rows = compare_latency(models, batch_sizes=(1, 2), sequence_length=4, repeats=5, warmup=1)
-    assert [(row.model, row.batch_size) for row in rows] == [("plain", 1), ("sleepy", 1), ("plain", 2), ("sleepy", 2)]
-    for plain, sleepy in (rows[:2], rows[2:]):
-        assert plain.speedup_vs_first == 1.0
-        assert sleepy.median_ms >= 50
-        assert sleepy.speedup_vs_first == pytest.approx(plain.median_ms / sleepy.median_ms)
-        assert sleepy.lower_ms <= sleepy.median_ms <= sleepy.upper_ms
-    assert all(text.endswith("x: slower") for text in verdict(rows)[1::2])
+    assert [(row.model, row.kind, row.batch_size) for row in rows] == [
+        (name, kind, batch)
+        for batch in (1, 2)
+        for name, kind in (("plain", "first"), ("plain, again", "again"), ("slow", "other"))
+    ]
+    for plain, again, slow in (rows[:3], rows[3:]):
+        assert (plain.median_ms, again.median_ms, slow.median_ms, slow.cpu_ms) == pytest.approx((200, 200, 500, 100))
+        assert (plain.speedup_vs_first, again.speedup_vs_first, slow.speedup_vs_first) == pytest.approx((1, 1, 0.4))
+        assert slow.cpu_speedup_vs_first == pytest.approx(2)
+    # 0.4 of its 0.5 seconds it waited
+    assert verdict(rows)[:3] == ["baseline", "1.00x (1.00 – 1.00) of itself", BUSY]
+    assert verdict([replace(row, cpu_ms=row.median_ms) for row in rows])[2] == "0.40x: slower"
+    assert verdict(rows, "cpu")[2] == "2.00x faster"
+
+
+def test_there_is_no_verdict_if_the_first_model_differs_from_itself(make_gpt2, clock, monkeypatch):
+    def disturbed(*args, **kwargs):
+        turns = timing.take_turns(*args, **kwargs)
+        return timing.Turns(turns.samples, [Sample(1.5 * wall, cpu) for wall, cpu in turns.again])
+
+    monkeypatch.setattr(speed, "take_turns", disturbed)
+    rows = compare_latency({"a": clock(make_gpt2(), 1.0), "b": clock(make_gpt2(), 5.0)}, **FAST)
+    assert verdict(rows) == ["baseline", "0.67x (0.67 – 0.67) of itself", BUSY]
+    # other programs take wall time, and no CPU time of this one
+    assert verdict(rows, "cpu")[2] == "0.20x: slower"
 
 
 def test_models_take_turns_and_see_the_same_ids_within_both_vocabularies(make_gpt2):
@@ -42,7 +73,8 @@ def test_models_take_turns_and_see_the_same_ids_within_both_vocabularies(make_gp
             with_kwargs=True,
         )
     compare_latency(models, **FAST)
-    assert [name for name, _, _ in calls] == ["a", "b"] * 4
+    names = [name for name, _, _ in calls]
+    assert names[:2] == ["a", "b"] and [sorted(names[i : i + 3]) for i in (2, 5, 8)] == [["a", "a", "b"]] * 3
     assert all(inference for _, _, inference in calls)
     assert all(torch.equal(ids, calls[0][1]) for _, ids, _ in calls)
     assert calls[0][1].shape == (1, 4) and calls[0][1].max() < 100
@@ -109,44 +141,73 @@ def test_models_on_two_devices_are_not_compared(make_gpt2):
         compare_latency({"a": make_gpt2(), "b": make_gpt2().to("meta")}, **FAST)
 
 
-def row(name, lower, median, upper):
-    return LatencyRow(name, 1, 128, "forward", median, lower, upper, 1.0)
+def row(name, lower, median, upper, kind="other"):
+    """A row whose ratio has these quartiles, of either clock."""
+    times = dict.fromkeys(("median_ms", "lower_ms", "upper_ms", "cpu_ms", "cpu_lower_ms", "cpu_upper_ms"), 1.0)
+    ratios = dict(speedup_lower=lower, speedup_vs_first=median, speedup_upper=upper)
+    ratios |= {f"cpu_{name}": value for name, value in ratios.items()}
+    return LatencyRow(name, 1, 128, "forward", threads=1, kind=kind, **times, **ratios)
+
+
+FIRST = row("teacher", 1.0, 1.0, 1.0, "first")
+QUIET = (0.98, 1.0, 1.02)
+
+
+def judged(student, itself=QUIET):
+    return verdict([FIRST, row("teacher, again", *itself, "again"), row("student", *student)])[2]
 
 
 @pytest.mark.parametrize(
     ("student", "expected"),
     [
-        ((4.9, 5.0, 5.1), "1.80x faster"),
-        ((12.0, 12.86, 13.0), "0.70x: slower"),
-        ((8.0, 8.5, 8.9), "no measurable difference"),
-        ((9.2, 9.5, 12.0), "no measurable difference"),
-        ((9.0, 9.0, 9.0), "no measurable difference"),
+        ((1.7, 1.8, 1.9), "1.80x faster"),
+        ((0.6, 0.7, 0.9), "0.70x: slower"),
+        ((0.9, 1.1, 1.3), "no measurable difference"),
+        ((1.01, 1.1, 1.3), "no measurable difference"),
+        ((0.9, 0.95, 0.99), "no measurable difference"),
+        ((1.0, 1.0, 1.0), "no measurable difference"),
     ],
-    ids=["faster", "slower", "overlap-below", "overlap-above", "equal"],
+    ids=["faster", "slower", "contains-1", "overlap-above", "overlap-below", "equal"],
 )
 def test_verdicts(student, expected):
-    assert verdict([row("teacher", 8.8, 9.0, 9.3), row("student", *student)]) == ["baseline", expected]
+    assert judged(student) == expected
+
+
+def test_a_model_that_waits_for_its_core_gives_no_verdicts():
+    first = replace(FIRST, median_ms=145.0, cpu_ms=7.1)
+    rows = [first, replace(first, model="teacher, again", kind="again"), row("student", 57.0, 62.0, 81.0)]
+    assert verdict(rows)[2] == BUSY
+    assert verdict(rows, "cpu")[2] == "62.00x faster"
+
+
+def test_a_busy_machine_gives_no_verdicts():
+    assert judged((1.7, 1.8, 1.9), itself=(1.02, 1.04, 1.06)) == BUSY
+    assert judged((1.7, 1.8, 1.9), itself=(1.001, 1.004, 1.006)) == "1.80x faster"
 
 
 quartiles = st.lists(st.floats(0.01, 1e4), min_size=3, max_size=3).map(sorted)
 
 
 @given(quartiles, quartiles)
-def test_no_verdict_flatters(teacher, student):
-    text = verdict([row("teacher", *teacher), row("student", *student)])[1]
+def test_no_verdict_flatters(itself, student):
+    text = judged(student, itself)
     if "faster" in text:
-        assert student[2] < teacher[0] and float(text.split("x")[0]) > 1
+        assert student[0] > max(itself[2], 1)
     elif "slower" in text:
-        assert student[0] > teacher[2] and float(text.split("x")[0]) < 1
+        assert student[2] < min(itself[0], 1)
     else:
-        assert text == "no measurable difference"
+        assert text in ("no measurable difference", BUSY)
 
 
-def test_each_batch_size_has_its_own_baseline():
-    first = row("teacher", 8.8, 9.0, 9.3)
-    second = replace(first, batch_size=32)
-    student = replace(row("student", 4.4, 4.5, 4.6), batch_size=32)
-    assert verdict([first, second, student]) == ["baseline", "baseline", "2.00x faster"]
+def test_each_batch_size_has_its_own_second_timing():
+    rows = [FIRST, row("teacher, again", 1.1, 1.2, 1.3, "again"), row("student", 2.9, 3.0, 3.1)]
+    rows += [replace(each, batch_size=32) for each in (FIRST, row("teacher, again", *QUIET, "again"), rows[2])]
+    assert verdict(rows)[2::3] == [BUSY, "3.00x faster"]
+
+
+def test_rows_without_the_second_timing_are_refused():
+    with pytest.raises(LmcompressError, match="rows must hold the second timing .* got none beside 'student'"):
+        verdict([FIRST, row("student", 2.9, 3.0, 3.1)])
 
 
 def test_the_machine_is_described_in_json():
@@ -155,3 +216,18 @@ def test_the_machine_is_described_in_json():
     assert described["torch"] == torch.__version__
     assert described["cores"] >= 1 and described["threads"] == torch.get_num_threads()
     assert described["processor"]
+
+
+def test_the_machine_names_the_instruction_sets_of_its_processor(monkeypatch):
+    files = {"flags": "fpu sse4_2 avx2 avx512f avx512_vnni avx512_bitalg amx_tile amx_int8"}
+    monkeypatch.setattr(speed, "_proc_value", lambda file, key: files.get(key))
+    assert machine()["instructions"] == "avx2, avx512f, avx512_vnni, amx_int8"
+    files["flags"] = "fpu sse4_2"
+    assert machine()["instructions"] == ""
+    del files["flags"]
+    assert machine()["instructions"] is None
+
+
+@pytest.mark.parametrize(("cpu", "expected"), [(1.0, False), (0.81, False), (0.79, True), (0.5, True)])
+def test_a_call_waited_if_much_more_time_passed_than_it_computed(cpu, expected):
+    assert timing.waited(1.0, cpu) is expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.metadata import version as version_of
 from typing import Annotated
@@ -14,6 +15,8 @@ from lmcompress.cli.benchmark import benchmark
 from lmcompress.cli.compare import compare
 from lmcompress.cli.console import error_console
 from lmcompress.cli.evaluate import evaluate
+from lmcompress.cli.export import export
+from lmcompress.cli.families import families
 from lmcompress.cli.frontier import frontier
 from lmcompress.cli.inspect import inspect
 from lmcompress.cli.prune import prune
@@ -29,6 +32,9 @@ from lmcompress.errors import LmcompressError
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of the signal."""
 
+TERMINATED = 143
+"""Exit code after SIGTERM, as batch systems and containers send it."""
+
 _RESUMABLE = ("run", "quickstart", "frontier")
 
 app = typer.Typer(
@@ -42,14 +48,20 @@ app = typer.Typer(
     "Start here:  [bold]lmcompress quickstart[/]  trains a teacher, distils a student from it and compares them, "
     "in some minutes on a CPU.",
 )
-for _verb in (run, quickstart, evaluate, benchmark, inspect, compare, prune, sensitivity, frontier, quantize, push):
+_VERBS = (
+    *(run, quickstart, evaluate, benchmark, inspect, compare, prune, sensitivity, frontier, quantize, export, push),
+    families,
+)
+for _verb in _VERBS:
     _panel = "Pruning" if _verb in (prune, sensitivity, frontier) else None
-    app.command(cls=Verb, no_args_is_help=_verb is not quickstart, rich_help_panel=_panel)(_verb)
+    app.command(cls=Verb, no_args_is_help=_verb not in (quickstart, families), rich_help_panel=_panel)(_verb)
 app.add_typer(recipes_app, name="recipes")
 
 
 def main() -> None:
     """The entry point of ``lmcompress``."""
+    # by an exception, so that temporary folders are deleted
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run_app(sys.argv[1:]))
 
 
@@ -102,6 +114,10 @@ def run_app(arguments: list[str]) -> int:
         then = "the same command resumes from the last checkpoint" if resumes else "the same command starts over"
         error_console().print(f"stopped; {then}", style="yellow")
     return code if isinstance(code, int) else 0
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(TERMINATED)
 
 
 def _print_error(message: str) -> None:

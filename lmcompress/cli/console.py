@@ -27,24 +27,17 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
 
 def print_how_to_load(console: Console, report: Mapping[str, Any]) -> None:
     """The two lines of Python that load the last model of a report."""
+    from lmcompress.data.tasks import auto_class_name
+
     made = [row for row in report["rows"] if row["role"] not in ("teacher", "control", "model")]
     last = (made or report["rows"])[-1]
     head = auto_class_name(report["kind"])
-    needed = "" if last["format"] == "vanilla" else "import lmcompress; "
+    needed = "" if last["format"] in ("vanilla", "self_loading") else "import lmcompress; "
+    trust = ", trust_remote_code=True" if last["format"] == "self_loading" else ""
     console.print(
         f"load it:\n  {needed}from transformers import {head}\n"
-        f"  model = {head}.from_pretrained({str(last['folder'])!r})",
+        f"  model = {head}.from_pretrained({str(last['folder'])!r}{trust})",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
-
-
-def auto_class_name(kind: str) -> str:
-    """The import name of the ``AutoModelFor...`` class of a kind of task.
-
-    Args:
-        kind: a :class:`~lmcompress.data.TaskKind`.
-    """
-    heads = {"causal_lm": "CausalLM", "token_classification": "TokenClassification"}
-    return f"AutoModelFor{heads.get(kind, 'SequenceClassification')}"

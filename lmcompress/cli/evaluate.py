@@ -34,7 +34,9 @@ def evaluate(
     max_length: Annotated[
         int | None,
         typer.Option(
-            "--max-length", help="Maximum length of an input, or of a window for perplexity, in tokens. Default: 128."
+            "--max-length",
+            help="Maximum length of an input, or of a window for perplexity, in tokens. Default: 128, or what the "
+            "model has positions for.",
         ),
     ] = None,
     stride: Annotated[

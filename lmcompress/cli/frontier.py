@@ -67,7 +67,7 @@ def frontier(
     rows: CalibrationRows = 256,
     iterations: Iterations = 1,
     repair: Repair = "least_squares",
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     limit: RowLimit = None,
     split: SplitName = "validation",
     metric: MetricNames = None,

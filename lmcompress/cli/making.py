@@ -9,12 +9,14 @@ from lmcompress.cli.console import output_console, print_how_to_load, print_note
 
 if TYPE_CHECKING:
     from lmcompress.recipes.schema import Recipe
+    from lmcompress.recipes.without_task import Alone
 
 
 def run_recipe(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite: bool, resume: bool = True) -> None:
     """Carry out all stages of a recipe into one folder, or only check and plan it."""
     from lmcompress.recipes import plan, run
-    from lmcompress.recipes.folder import check_folder, stage_hashes
+    from lmcompress.recipes.contents import dependencies
+    from lmcompress.recipes.folder import check_folder
     from lmcompress.recipes.planning import run_folder
     from lmcompress.recipes.progress import quiet_libraries
     from lmcompress.reporting import print_plan, results_table
@@ -23,7 +25,7 @@ def run_recipe(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite:
     if dry_run:
         with quiet_libraries():
             planned = plan(recipe, output)
-            check_folder(run_folder(recipe, output), planned, stage_hashes(planned), overwrite)
+            check_folder(run_folder(recipe, output), planned, dependencies(planned), overwrite)
             print_plan(planned, console)
         return
     result = run(recipe, output, overwrite=overwrite, resume=resume, console=console)
@@ -32,6 +34,21 @@ def run_recipe(recipe: Recipe, output: Path | None, *, dry_run: bool, overwrite:
     report = result.folder / "report.html"
     console.print(f"report: {report} (also .md, results.json, plots)", highlight=False, soft_wrap=True)
     print_how_to_load(console, result.report)
+
+
+def print_alone(made: Alone, output: Path) -> None:
+    """What was quantized without a task."""
+    console = output_console()
+    console.print(
+        f"{made.matrices} matrices in {made.bits_per_weight:.2f} bits a weight, scales included: "
+        f"{made.bytes_before / 1e6:.1f} MB of weights are {made.bytes_after / 1e6:.1f} MB",
+        highlight=False,
+    )
+    if made.cosine is not None:
+        console.print(f"cosine of embeddings before and after, mean over texts: {made.cosine:.4f}", highlight=False)
+    console.print("note: its quality was not measured: --task does so", highlight=False)
+    saved = f"saved to {output}, reloaded and compared\nload it:\n  {made.loads_with}"
+    console.print(saved, highlight=False, soft_wrap=True, markup=False)
 
 
 def compress(recipe: Recipe, output: Path, *, report: Path | None, dry_run: bool, overwrite: bool) -> None:

@@ -34,6 +34,15 @@ ROUNDINGS = ("rtn", "gptq", "awq")
 QUANTIZERS = ("mse", "minmax", "percentile", "asymmetric_mse", "asymmetric_minmax", "laq", "twn", "tbt", "binary")
 FORMATS = ("native", "vanilla", "self_loading")
 STORAGES = ("plain", "auto", "zstd", "huffman")
+EXPORT_TASKS = (
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "masked_lm",
+    "text_generation_with_past",
+    "text_generation",
+    "embeddings",
+)
 METRICS = (
     "accuracy",
     "f1",
@@ -43,6 +52,8 @@ METRICS = (
     "pearson",
     "spearmanr",
     "mse",
+    "exact_match",
+    "entity_f1",
     "token_perplexity",
     "word_perplexity",
     "bits_per_byte",
@@ -81,7 +92,13 @@ MetricNames = Annotated[
     ),
 ]
 SplitName = Annotated[str, typer.Option("--split", help="Split to measure quality on.")]
-MaxLength = Annotated[int, typer.Option("--max-length", help="Maximum length of an input in tokens.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        help="Maximum length of an input in tokens. Default: 128, or what the model has positions for.",
+    ),
+]
 RowLimit = Annotated[
     int | None,
     typer.Option("--limit", help="Maximum number of rows of each split; for language models, of blocks of tokens."),
@@ -107,6 +124,7 @@ LabelSource = Annotated[
         "--labels", help="Labels of the calibration rows: given (the task's) or self (the model's predictions)."
     ),
 ]
+Format = Annotated[str, typer.Option("--format", help=f"Format of the checkpoint: {', '.join(FORMATS)}.")]
 StorageName = Annotated[
     str,
     typer.Option(
@@ -125,7 +143,7 @@ Overrides = Annotated[
 ReportFolder = Annotated[Path | None, typer.Option("--report", help="Folder for a report with plots.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
 OverwriteStages = Annotated[
-    bool, typer.Option("--overwrite", help="Replace stages in the folder that come from a different recipe.")
+    bool, typer.Option("--overwrite", help="Replace stages in the folder that were made from something else.")
 ]
 OverwriteModel = Annotated[bool, typer.Option("--overwrite", help="Replace a model in the folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -10,13 +10,13 @@ import typer
 
 from lmcompress.cli.options import (
     DEFAULT_CRITERION,
-    FORMATS,
     RANKINGS,
     REPAIRS,
     CalibrationRows,
     CriterionName,
     DataFolder,
     DryRun,
+    Format,
     LabelColumn,
     LabelSource,
     LatencyBatches,
@@ -76,7 +76,14 @@ Ranking = Annotated[
     ),
 ]
 MultipleOf = Annotated[
-    int, typer.Option("--multiple-of", help="Group size of neurons and hidden dimensions, for the hardware.")
+    int,
+    typer.Option("--multiple-of", "--round-to", help="Group size of neurons and hidden dimensions, for the hardware."),
+]
+Uniform = Annotated[
+    bool,
+    typer.Option(
+        "--uniform", help="Keep as many heads and neurons in every block, so that stock Transformers and vLLM load it."
+    ),
 ]
 Repair = Annotated[
     str, typer.Option("--repair", help=f"Closed-form re-fit of the remaining weights: {', '.join(REPAIRS)}.")
@@ -84,10 +91,11 @@ Repair = Annotated[
 Vocabulary = Annotated[
     int | None,
     typer.Option(
-        "--vocabulary", help="Also drop tokens that occur less often than this in the training texts; 1 is safe."
+        "--vocabulary",
+        help="Also drop tokens that occur less often than this in the training texts; rows of other splits that are "
+        "then split differently are counted.",
     ),
 ]
-Format = Annotated[str, typer.Option("--format", help=f"Format of the checkpoint: {', '.join(FORMATS)}.")]
 
 
 def prune(
@@ -110,9 +118,10 @@ def prune(
     iterations: Iterations = 1,
     ranking: Ranking = "global",
     multiple_of: MultipleOf = 1,
+    uniform: Uniform = False,
     repair: Repair = "least_squares",
     vocabulary: Vocabulary = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     limit: RowLimit = None,
     split: SplitName = "validation",
     metric: MetricNames = None,
@@ -148,21 +157,17 @@ def prune(
     from lmcompress.recipes.parts.vocabulary import VocabularySpec
     from lmcompress.recipes.single import prune_recipe
 
-    amounts = {
-        "sparsity": sparsity,
-        "parameters": parameters,
-        "flops_share": flops_share,
-        "latency_share": latency_share,
-        "latency_ms": latency_ms,
-        "shape": None if shape is None else shape_of(shape),
-    }
+    amounts: dict[str, Any] = {"sparsity": sparsity, "parameters": parameters, "flops_share": flops_share}
+    amounts |= {"latency_share": latency_share, "latency_ms": latency_ms}
+    amounts["shape"] = None if shape is None else shape_of(shape)
     method = {"criterion": criterion, "labels": labels, "calibration_rows": rows, "ranking": ranking}
+    method |= {"multiple_of": multiple_of, "uniform": uniform}
     with messages_name_options():
         recipe = prune_recipe(
             model,
             task_spec(task, data, text_column, label_column, limit, max_length),
             evaluation=evaluation_spec(split, metric, batch),
-            pruning=_pruning(amounts, method | {"multiple_of": multiple_of}, parts, iterations, repair, batch, output),
+            pruning=_pruning(amounts, method, parts, iterations, repair, batch, output),
             vocabulary=None if vocabulary is None else validated(VocabularySpec, {"min_count": vocabulary}),
             save=save,
             storage=storage,

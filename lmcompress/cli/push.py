@@ -17,6 +17,8 @@ def push(
 ) -> None:
     """Upload a model with its card and report to the Hugging Face Hub (log in first: hf auth login).
 
+    Only the files that a user of the model needs are uploaded; what a run keeps beside them stays here.
+
     Examples:
 
       lmcompress push runs/quickstart/student my-name/clinc150-small
@@ -25,6 +27,14 @@ def push(
     """
     if repository.count("/") != 1:
         raise LmcompressError(f"the repository must be user/name, got {repository!r}")
-    from lmcompress.checkpoint.saving import push_folder
+    from lmcompress.checkpoint.pushing import check_name, push_folder
+    from lmcompress.recipes.lookup import check_model_folder, check_weights
 
+    check_name(repository)
+    if not folder.is_dir():
+        raise LmcompressError(f"{folder} holds no checkpoint: there is no such folder")
+    check_model_folder(folder)
+    check_weights(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise LmcompressError(f"{folder} has no weights in safetensors; load the model and save it again")
     typer.echo(push_folder(folder, repository, private=private or None))

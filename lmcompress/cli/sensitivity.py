@@ -42,7 +42,7 @@ def sensitivity(
     criterion: CriterionName = DEFAULT_CRITERION,
     labels: LabelSource = "given",
     rows: CalibrationRows = 256,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     limit: RowLimit = 1000,
     split: SplitName = "validation",
     metric: MetricNames = None,

@@ -6,6 +6,7 @@ typer's, so that either is caught and click itself is never imported.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -24,7 +25,17 @@ CommandLineError: Any = _ancestor("ClickException")
 
 
 class Verb(TyperCommand):
-    """A command that refuses an option given twice, unless it collects several values."""
+    """A command that refuses an option given twice, unless it collects several values.
+
+    Args:
+        name: name of the command.
+        help: its help. Each paragraph becomes one line, that rich wraps at the width of the terminal: typer keeps the
+            line breaks of the source in all paragraphs but the first.
+        arguments: what else typer's command takes.
+    """
+
+    def __init__(self, name: str | None, *, help: str | None = None, **arguments: Any) -> None:
+        super().__init__(name, help=help and re.sub(r"(?<=\S)\n(?=\S)", " ", help), **arguments)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments that remain after parsing.

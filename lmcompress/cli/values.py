@@ -33,14 +33,18 @@ OPTIONS = {
     "repeats": "--repeats",
     "threads": "--threads",
     "stride": "--stride",
+    "evaluation.stride": "--stride",
     "steps": "--steps",
     "shares": "--share",
+    "task": "--task",
+    "batches": "--data",
 }
 """Names of a verb's inputs in messages."""
 
-RECIPE_KEYS = {name: f"task.{name}" for name in ("text_columns", "label_column", "data", "limit", "kind", "splits")} | {
-    name: name for name in ("evaluation.splits", "evaluation.metrics", "save", "storage")
-}
+RECIPE_KEYS = {
+    name: f"task.{name}"
+    for name in ("text_columns", "label_column", "data", "limit", "kind", "splits", "chat", "packing")
+} | {name: name for name in ("evaluation.splits", "evaluation.metrics", "save", "storage")}
 """Names of a recipe's entries in messages."""
 
 _OPTION_OF = {

@@ -1,4 +1,4 @@
-"""Checks that fail before a run begins rather than later: folders, lengths, and Transformers' training arguments."""
+"""Checks that fail before a run begins rather than later: folders, vocabularies, and training arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from transformers import AutoConfig, PretrainedConfig, Trainer, TrainingArguments
+from transformers import PretrainedConfig, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -21,15 +21,12 @@ from transformers.utils import is_liger_kernel_available
 
 from lmcompress.data import Task, TaskKind
 from lmcompress.data.columns import arrow_column
-from lmcompress.errors import LmcompressError, argument, nearest
+from lmcompress.errors import LmcompressError, nearest
 from lmcompress.recipes.building import has_head_for
-from lmcompress.recipes.lookup import check_weights, first_line, found
+from lmcompress.recipes.lookup import first_line
 from lmcompress.recipes.materials import Materials
 from lmcompress.recipes.schema import Recipe
-from lmcompress.recipes.specs import FromScratch
 from lmcompress.recipes.training import Training
-
-_ROBERTA_LIKE = ("roberta",)
 
 
 def check_run(recipe: Recipe, folder: Path, task: Task) -> None:
@@ -41,11 +38,10 @@ def check_run(recipe: Recipe, folder: Path, task: Task) -> None:
         task: as its rows describe it.
 
     Raises:
-        LmcompressError: If the folder cannot be written, a length exceeds a model's positions, or a stage's training
-            requires a library that is not installed or a feature that this machine lacks.
+        LmcompressError: If the folder cannot be written, or a stage's training requires a library that is not installed
+            or a feature that this machine lacks.
     """
     check_writable(folder)
-    check_lengths(recipe)
     for stage in recipe.stages:
         if stage.trains:
             try:
@@ -72,33 +68,6 @@ def check_writable(folder: Path) -> None:
         raise LmcompressError(f"cannot write to {folder}: {there} is a file, and the output is a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise LmcompressError(f"cannot write to {folder}: no permission to write to {there}")
-
-
-def check_lengths(recipe: Recipe) -> None:
-    """Refuse models of the recipe whose files are damaged, and lengths that one has no positions for.
-
-    Args:
-        recipe: validated recipe.
-
-    Raises:
-        LmcompressError: If the recipe's model or a teacher from outside has no weights, or fewer positions than
-            ``task.max_length`` or ``evaluation.sequence_length``.
-    """
-    stages = {stage.name for stage in recipe.stages}
-    named = [recipe.model] if isinstance(recipe.model, str) else []
-    named += [name for s in recipe.stages if s.distillation for name in s.distillation.teachers if name not in stages]
-    positions = {"the model": recipe.model.positions} if isinstance(recipe.model, FromScratch) else {}
-    for name in dict.fromkeys(named):
-        with found(name, "model"):
-            positions[name] = positions_of(AutoConfig.from_pretrained(name))
-        check_weights(name)
-    lengths = {"max_length": recipe.task.max_length, "evaluation.sequence_length": recipe.evaluation.sequence_length}
-    for name, most in positions.items():
-        for what, length in lengths.items():
-            if length is not None and length > most:
-                raise LmcompressError(
-                    f"{argument(what)} must be at most {most}, the number of positions of {name}, got {length}"
-                )
 
 
 def check_vocabulary(materials: Materials, config: PretrainedConfig, name: str) -> None:
@@ -141,7 +110,7 @@ def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
             f"{name} is a {', '.join(config.architectures or ())}, without a trained head for {task.kind}{guessed}: "
             "fine-tune it first"
         )
-    if task.kind is TaskKind.CAUSAL_LM:
+    if task.kind is TaskKind.CAUSAL_LM or task.kind.generates:
         return
     if config.num_labels != task.num_labels:
         raise LmcompressError(
@@ -153,19 +122,6 @@ def check_trained_for(config: PretrainedConfig, task: Task, name: str) -> None:
         raise LmcompressError(
             f"{name} calls its labels {names[:5]}, {task.name} {list(task.label_names)[:5]}: numbers would not agree"
         )
-
-
-def positions_of(config: PretrainedConfig) -> int:
-    """The maximum number of tokens of a model.
-
-    Args:
-        config: config of the model.
-    """
-    most = getattr(config, "max_position_embeddings", None)
-    if most is None:
-        return 1 << 30
-    # RoBERTa counts positions from the padding's id
-    return int(most) - (int(config.pad_token_id or 0) + 1 if config.model_type in _ROBERTA_LIKE else 0)
 
 
 def check_training(training: Training, task: Task) -> None:
@@ -264,7 +220,7 @@ def _check_best_metric(arguments: TrainingArguments, task: Task) -> None:
     if not used or chosen is None:
         return
     measured = ["loss"]
-    if task.kind not in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION):
+    if not task.kind.per_token:
         measured += task.metrics
     if chosen.removeprefix("eval_") not in measured:
         raise LmcompressError(f"metric_for_best_model {chosen!r} is not measured{nearest(chosen, measured)}")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmcompress.data import Task, TaskKind
-from lmcompress.evaluation import compute_metrics, size_on_disk, tensor_table
+from lmcompress.evaluation import ENTITY_F1, compute_metrics, size_on_disk, tensor_table
 from lmcompress.evaluation.metrics import IGNORED_LABEL, Ragged
 from lmcompress.families import anatomy_of
 from lmcompress.reporting.evidence import encode
@@ -67,6 +67,9 @@ def chance_level(task: Task, labels: Ragged) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for name in task.metrics:
+        if name == ENTITY_F1:
+            # the best constant marks every word, which says nothing
+            continue
         scores = [compute_metrics([name], answer, flat)[name] for answer in answers]
         # the correlation of a constant is undefined: nothing was learned, so 0
         score = float(min(scores) if name == "mse" else max(np.nan_to_num(scores)))
@@ -128,9 +131,8 @@ def _places(model: PreTrainedModel) -> dict[str, tuple[str, int | None]]:
     ffn = {
         id(inner)
         for block in anatomy.blocks
-        for name in ("ffn_in", "ffn_out")
-        if block.has(name)
-        for inner in block.get(name).modules()
+        for coupled in block.coupled("neurons")
+        for inner in block.get(coupled.part).modules()
     }
     places: dict[str, tuple[str, int | None]] = {}
     inside: dict[str, int] = {}

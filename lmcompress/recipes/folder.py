@@ -2,70 +2,80 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
+import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lmcompress.errors import LmcompressError
+from lmcompress.recipes.contents import Dependencies, in_words, read_marker
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.loading import dump_recipe
 from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.planning import Plan
-from lmcompress.recipes.schema import Recipe, Stage
-from lmcompress.registry import SEPARATOR
+from lmcompress.recipes.schema import Recipe
+
+try:
+    import fcntl as _fcntl
+except ImportError:
+    # Windows
+    _fcntl = None  # type: ignore[assignment]
+
+fcntl: Any = _fcntl
 
 CHECKPOINTS = "checkpoints"
 
-
-def stage_hashes(planned: Plan) -> dict[str, str]:
-    """A hash for each stage of everything its model depends on: its own description, the task, the model, and the
-    stages before it.
-
-    Args:
-        planned: the plan.
-    """
-    recipe = planned.recipe
-    common = recipe.model_dump(mode="json", include={"model", "task", "seed"})
-    hashes: dict[str, str] = {}
-    for entry in planned.stages:
-        stage = entry.stage
-        needs = [name for name in (stage.start, *entry.teachers) if name in hashes]
-        text = json.dumps([common, described(stage), [hashes[name] for name in needs]], sort_keys=True)
-        hashes[stage.name] = hashlib.sha256(text.encode()).hexdigest()
-    return hashes
+logger = logging.getLogger(__name__)
 
 
-def check_folder(folder: Path, planned: Plan, hashes: Mapping[str, str], overwrite: bool) -> None:
-    """Refuse a folder that holds something else, or stages that come from a different recipe.
+def check_folder(folder: Path, planned: Plan, needs: Mapping[str, Dependencies], overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or stages that were made from something else.
 
     Args:
         folder: folder of the run.
         planned: the plan.
-        hashes: hashes of its stages, from :func:`stage_hashes`.
-        overwrite: whether stages of a different recipe may be replaced.
+        needs: what its stages depend on, from :func:`~lmcompress.recipes.contents.dependencies`.
+        overwrite: whether stages that were made from something else may be replaced.
 
     Raises:
-        LmcompressError: If a stage's folder holds something else, or is of another recipe.
+        LmcompressError: If a stage's folder holds something else, or was made by another recipe or from other contents.
     """
     for entry in planned.stages:
         name = entry.stage.name
         target = folder / name
-        checkpoints = folder / CHECKPOINTS / name
-        finished, interrupted = finished_hash(target), _hash_in(checkpoints)
-        if finished is None and (target.is_file() or target.is_dir() and any(target.iterdir())):
+        if not is_finished(target) and (target.is_file() or target.is_dir() and any(target.iterdir())):
             raise LmcompressError(f"{target} holds something other than a stage of a run; name another --output")
-        if overwrite or hashes[name] in (finished, interrupted):
-            continue
-        if finished is not None or interrupted is not None:
-            changed = _what_changed((target, checkpoints), entry.stage)
+        changed = changes_since(folder, name, needs[name])
+        if changed and not overwrite:
             raise LmcompressError(
-                f"{target} was made by a different recipe ({changed}). Name another --output to keep it, or pass "
-                "--overwrite to train that stage and later ones again"
+                f"{target} was made from something else ({in_words(changed)}). Name another --output to keep it, or "
+                "pass --overwrite to train that stage and later ones again"
             )
+
+
+def changes_since(folder: Path, name: str, needs: Dependencies) -> list[str]:
+    """What has changed since a stage was trained, or begun, in words.
+
+    Args:
+        folder: folder of the run.
+        name: name of the stage.
+        needs: what it depends on now.
+
+    Returns:
+        Empty if nothing has changed, or the stage was never begun.
+    """
+    places = (folder / name, folder / CHECKPOINTS / name)
+    found = [marker for place in places if (marker := read_marker(place, STAGE_FILE)) is not None]
+    if not found or any(marker["hash"] == needs.hash for marker in found):
+        return []
+    return needs.changes(found[0])
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
@@ -85,94 +95,104 @@ def begin(folder: Path, recipe: Recipe) -> None:
         raise LmcompressError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def checkpoint_to_resume(folder: Path, stage: Stage, digest: str, *, resume: bool) -> Path | None:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block, no other process carries out a run in this folder; where the system has no such locks, one may.
+
+    Args:
+        folder: of the run; made if it does not exist.
+
+    Raises:
+        LmcompressError: If another process has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # of the folder itself: no file that could stay behind, and a process that is killed lets go
+        handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    except OSError as error:
+        raise LmcompressError(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        if handle is not None:
+            _lock(handle, folder)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LmcompressError(
+            f"another process is running in {folder}: wait until it is done, or name another --output"
+        ) from error
+    except OSError:
+        # some network file systems have no locks
+        logger.warning("%s cannot be locked: do not start two runs in it at once", folder)
+
+
+def checkpoint_to_resume(
+    folder: Path, needs: Dependencies, *, resume: bool, say: Callable[[str], object] = lambda _: None
+) -> Path | None:
     """The checkpoint from which an interrupted stage resumes, if any; marks the folder of checkpoints as this stage's.
 
     Args:
         folder: folder of the stage's checkpoints.
-        stage: its current description.
-        digest: hash of everything the stage depends on.
+        needs: what the stage depends on.
         resume: whether to resume; otherwise the stage restarts.
+        say: is told of checkpoints that are damaged, which are removed.
 
     Returns:
         The last complete checkpoint, or None.
     """
-    if folder.exists() and (_hash_in(folder) != digest or not resume):
+    marker = read_marker(folder, STAGE_FILE)
+    if folder.exists() and (marker is None or marker["hash"] != needs.hash or not resume):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STAGE_FILE, {"hash": digest, "stage": described(stage)})
+    write_json(folder / STAGE_FILE, needs.to_dict())
     numbered = {
         int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()
     }
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         # the state is written last: without it the process died while writing
-        if (checkpoint / "trainer_state.json").is_file():
+        if not (checkpoint / "trainer_state.json").is_file():
+            shutil.rmtree(checkpoint)
+        elif (damaged := _damaged_file(checkpoint)) is not None:
+            say(f"{checkpoint.name} is damaged ({damaged}) and left out")
+            shutil.rmtree(checkpoint)
+        else:
             return checkpoint
-        shutil.rmtree(checkpoint)
     return None
 
 
-def finished_hash(target: Path) -> str | None:
-    """Hash of all that a finished stage depended on; None where its model is not there.
+def _damaged_file(checkpoint: Path) -> str | None:
+    """The first file of a training checkpoint that is missing or cut off; None if all are whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except ValueError:
+        return "trainer_state.json"
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not any(file.name.startswith("model") for file in weights):
+        return "model.safetensors"
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file.name
+    # without one of them Trainer would go on from a fresh optimizer, schedule or order of rows
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    cut_off = [file.name for file in states if not zipfile.is_zipfile(file)]
+    return next(iter(cut_off), None) or (None if len(states) > 2 else "rng_state.pth")
+
+
+def is_finished(target: Path, needs: Dependencies | None = None) -> bool:
+    """Whether the folder of a stage's model holds one.
 
     Args:
         target: folder of the stage's model.
+        needs: what it must have been made from; None: anything.
     """
-    return _hash_in(target) if (target / "config.json").is_file() else None
-
-
-def described(stage: Stage) -> dict[str, Any]:
-    """A stage as written, with a digest of the code of each custom part that it names.
-
-    Args:
-        stage: a stage of the recipe.
-
-    Returns:
-        JSON types; ``code`` is present if a value names a part as ``module:attribute``: digests of modules by name.
-    """
-    # the control flag only adds another stage
-    values = stage.model_dump(mode="json", exclude={"control"}, exclude_none=True)
-    modules = sorted({str(value).partition(SEPARATOR)[0] for value in _leaves(values) if SEPARATOR in str(value)})
-    # validation has imported the modules of parts
-    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
-    code = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for name, file in files.items() if file}
-    return values | ({"code": code} if code else {})
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (dict, list)):
-        for below in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(below)
-    else:
-        yield value
-
-
-def _what_changed(folders: Sequence[Path], stage: Stage) -> str:
-    for folder in folders:
-        try:
-            before = _flat(json.loads((folder / STAGE_FILE).read_text("utf-8"))["stage"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        now = _flat(described(stage))
-        keys = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-        if keys:
-            shown = ", ".join(
-                f"{key}: {before.get(key, 'unset')} then, {now.get(key, 'unset')} now" for key in keys[:3]
-            )
-            return shown + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
-        return "the model, the task, the seed or an earlier stage differs"
-    return "its stage.json cannot be read"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _hash_in(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / STAGE_FILE).read_text("utf-8"))["hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(found)
+    marker = read_marker(target, STAGE_FILE) if (target / "config.json").is_file() else None
+    return marker is not None and (needs is None or marker["hash"] == needs.hash)

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lmcompress.errors import LmcompressError
+from lmcompress.export import is_exported
 
 _UNREACHABLE = ("couldn't connect", "offline", "cached files", "local_files_only", "can't load tokenizer")
 
@@ -66,13 +67,13 @@ def check_weights(name: str | Path) -> None:
     """Refuse a folder whose weights are not there or are damaged; of safetensors only the headers are read.
 
     Args:
-        name: folder, or name on the Hub, which passes.
+        name: folder, or name on the Hub, which passes, as does an exported model: it is loaded by its runtime.
 
     Raises:
         LmcompressError: If there are no weights, or a file of them is cut off or of another format.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not folder.is_dir() or is_exported(folder):
         return
     files = sorted(folder.glob("*.safetensors"))
     if not files and not any(folder.glob("*.bin")):
@@ -95,3 +96,13 @@ def first_line(error: Exception) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300]
+
+
+def has_tokenizer(name: str | Path) -> bool:
+    """Whether a model comes with a tokenizer.
+
+    Args:
+        name: folder, or name on the Hub, which is taken to have one.
+    """
+    folder, files = Path(name), ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    return not folder.is_dir() or any((folder / file).is_file() for file in files)

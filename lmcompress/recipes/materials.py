@@ -19,6 +19,7 @@ from lmcompress.data import (
     Task,
     TaskData,
     TaskKind,
+    Windows,
     augment,
     collator,
     delete_tokens,
@@ -30,9 +31,11 @@ from lmcompress.data import (
     short_disorder,
     tokenize,
     train_tokenizer,
+    windows,
 )
 from lmcompress.data.loading import limit_rows
 from lmcompress.errors import LmcompressError, argument, nearest
+from lmcompress.recipes.class_weights import class_weights
 from lmcompress.recipes.lookup import found
 from lmcompress.recipes.metrics import with_metrics
 from lmcompress.recipes.specs import Augmentation, FromScratch, TaskSpec
@@ -58,12 +61,15 @@ class Materials:
         recipe: the recipe.
         data: the task's rows, untokenized.
         tokenizer: tokenizer of the recipe's model and all its students.
+        corpus: the same rows without the task's limit: what a vocabulary is chosen from.
     """
 
     recipe: Recipe
     data: TaskData
     tokenizer: PreTrainedTokenizerBase
+    corpus: TaskData
     _tokenized: dict[str, TaskData] = field(default_factory=dict)
+    _windows: dict[str, Windows] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -76,7 +82,16 @@ class Materials:
         Args:
             tokenizer: a tokenizer such as one with a pruned vocabulary.
         """
-        return Materials(self.recipe, self.data, tokenizer)
+        return Materials(self.recipe, self.data, tokenizer, self.corpus)
+
+    def of(self, recipe: Recipe, notes: Sequence[str] = ()) -> Materials:
+        """The same rows for another recipe.
+
+        Args:
+            recipe: with the same model and task, possibly of another length.
+            notes: further notes for readers of the numbers.
+        """
+        return Materials(recipe, replace(self.data, notes=(*self.data.notes, *notes)), self.tokenizer, self.corpus)
 
     def rows(
         self,
@@ -99,13 +114,33 @@ class Materials:
             data = self.data
             if augmentation is not None:
                 data = _augmented(data, augmentation, neighbours, self.recipe.seed)
-            length = self.recipe.task.max_length
+            spec = self.recipe.task
             with _progress_bars_of_datasets_off():
-                tokenized = tokenize(data, self.tokenizer, max_length=length, teacher_tokenizer=teacher_tokenizer)
+                tokenized = tokenize(
+                    data,
+                    self.tokenizer,
+                    max_length=spec.max_length,
+                    overlap=spec.overlap,
+                    teacher_tokenizer=teacher_tokenizer,
+                    packing=spec.packing,
+                )
             # of a text's blocks the first ones, which perplexity is measured on as well; rows are limited before
-            causal = self.task.kind is TaskKind.CAUSAL_LM
-            self._tokenized[key] = limit_rows(tokenized, self.recipe.task.limit, first=True) if causal else tokenized
+            blocks = in_blocks(self.task)
+            self._tokenized[key] = limit_rows(tokenized, self.recipe.task.limit, first=True) if blocks else tokenized
         return self._tokenized[key]
+
+    def windows(self, split: str) -> Windows:
+        """The windows of a split of question answering.
+
+        Args:
+            split: name of the split.
+        """
+        if split not in self._windows:
+            spec, rows = self.recipe.task, self.data.splits()[split]
+            self._windows[split] = windows(
+                self.task, rows, self.tokenizer, max_length=spec.max_length, overlap=spec.overlap
+            )
+        return self._windows[split]
 
     def collator(self, teacher_tokenizer: PreTrainedTokenizerBase | None = None) -> Collator:
         """The collator of :meth:`rows`.
@@ -123,34 +158,55 @@ def gather(recipe: Recipe) -> Materials:
         recipe: any recipe.
 
     Raises:
-        LmcompressError: If rows, columns or labels do not match the recipe, or the tokenizer does not exist.
+        LmcompressError: If rows, columns, labels or class weights do not match the recipe, or the tokenizer does not
+            exist.
     """
     with _progress_bars_of_datasets_off():
-        data = with_metrics(read_task(recipe.task), recipe.evaluation.metrics)
+        corpus = with_metrics(read_task(recipe.task), recipe.metrics)
+    data = limited(corpus, recipe.task)
     if not data.train.num_rows:
         raise LmcompressError(f"{data.task.name} has no rows to train on; {'; '.join(data.notes)}")
     for split in recipe.evaluation.splits:
         check_split(data, split)
-    tokenizer = _tokenizer(recipe.model, data)
-    return Materials(recipe, data, tokenizer)
+    class_weights(data, recipe.task.class_weights)
+    return Materials(recipe, data, _tokenizer(recipe.model, corpus), corpus)
 
 
 def read_task(task: TaskSpec, data: Any = None) -> TaskData:
-    """The rows that a recipe's task names, checked; all texts for a language model, which is limited in blocks.
+    """All rows that a recipe's task names, checked; without its limit.
 
     Args:
         task: task of the recipe.
         data: rows to use instead.
     """
-    loaded = load_task(
+    return load_task(
         task.name,
         data=task.data if data is None else data,
         text_columns=task.text_columns,
         label_column=task.label_column,
         kind=None if task.kind is None else task.kind.value,
         splits=task.splits,
+        chat=task.chat,
     )
-    return loaded if loaded.task.kind is TaskKind.CAUSAL_LM else limit_rows(loaded, task.limit)
+
+
+def limited(data: TaskData, task: TaskSpec) -> TaskData:
+    """The rows that a run uses; all texts for a language model, which is limited in blocks.
+
+    Args:
+        data: from :func:`read_task`.
+        task: with its limit.
+    """
+    return data if in_blocks(data.task) else limit_rows(data, task.limit)
+
+
+def in_blocks(task: Task) -> bool:
+    """Whether the rows of a task are blocks of running text.
+
+    Args:
+        task: any task.
+    """
+    return task.kind is TaskKind.CAUSAL_LM and not task.chat
 
 
 def check_split(data: TaskData, split: str) -> None:
@@ -240,6 +296,11 @@ def drawn_batches(materials: Materials, rows: int, batch_size: int, seed: int) -
 def _tokenizer(model: str | FromScratch, data: TaskData) -> PreTrainedTokenizerBase:
     if isinstance(model, str):
         return load_tokenizer(model, data.task)
+    if data.task.chat:
+        raise LmcompressError(
+            f"{argument('task.chat', 'True')} needs a pretrained model whose tokenizer has a chat template, got a "
+            "model from scratch"
+        )
     texts = (text for column in data.task.text_columns for text in data.train[column])
     if data.task.kind is TaskKind.TOKEN_CLASSIFICATION:
         texts = (" ".join(words) for words in texts)
@@ -253,6 +314,8 @@ def _tokenizer(model: str | FromScratch, data: TaskData) -> PreTrainedTokenizerB
 def _augmented(
     data: TaskData, augmentation: Augmentation, neighbours: Mapping[str, Sequence[str]] | None, seed: int
 ) -> TaskData:
+    if data.task.chat:
+        raise LmcompressError("augmentation changes texts, the rows are conversations (chat); leave it out")
     operations: list[Operation] = []
     for name in augmentation.operations:
         given: dict[str, Any] = {"neighbours": neighbours} if name == "replace" else {}

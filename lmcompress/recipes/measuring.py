@@ -18,17 +18,26 @@ from transformers import PreTrainedModel
 from lmcompress.checkpoint.card import model_card
 from lmcompress.checkpoint.encoding import weight_count
 from lmcompress.checkpoint.structure import recorded_structure
-from lmcompress.data import TaskKind
+from lmcompress.data import Task, TaskKind
 from lmcompress.evaluation import (
+    ENTITY_F1,
     LatencyRow,
+    Perplexity,
+    answer_candidates,
     compare_latency,
     compute_metrics,
+    entity_f1,
     machine,
     perplexity,
+    perplexity_of_labels,
     predict,
+    predict_logits,
     predictions_from_logits,
     size_on_disk,
+    span_scores,
     verdict,
+    written_scores,
+    written_texts,
 )
 from lmcompress.families import anatomy_of
 from lmcompress.model import REPORT_FILE
@@ -36,7 +45,7 @@ from lmcompress.recipes.building import auto_class
 from lmcompress.recipes.evidence import chance_level, evidence_of, module_bytes, training_log
 from lmcompress.recipes.files import write_json, write_text
 from lmcompress.recipes.materials import Materials, text_of
-from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics
+from lmcompress.recipes.metrics import BESIDE_ACCURACY, LOWER_IS_BETTER, measured_metrics
 from lmcompress.recipes.parts import PARTS
 from lmcompress.recipes.parts.base import StagePart
 from lmcompress.reporting import card_rows
@@ -79,10 +88,11 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
 
     Returns:
         Contents of ``results.json``: JSON types. Besides the scores: ``chance`` (by split and metric, the score of a
-        constant prediction), ``evidence``
+        constant prediction), ``beside`` (metrics that the table shows beside the main one), ``evidence``
         (labels of each split, packed by :func:`~lmcompress.reporting.evidence.encode`), ``latency`` (repeats, load of
-        the machine), ``picked`` (the model that the page is about), and in each row ``evidence`` (predictions, or
-        negative log-likelihoods of windows), ``modules`` (bytes on disk) and ``log`` (losses by term).
+        the machine, the second timing of the first model), ``picked`` (the model that the page is about), and in each
+        row ``evidence`` (predictions, scores of answers, or negative log-likelihoods of windows), ``modules`` (bytes on
+        disk) and ``log`` (losses by term).
     """
     entries = sorted(entries, key=lambda entry: entry.name != reference)
     materials = entries[0].materials
@@ -105,6 +115,7 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
         "kind": task.kind.value,
         "metric": metric,
         "lower_is_better": metric in LOWER_IS_BETTER,
+        "beside": [name for name in task.metrics[1:] if name == BESIDE_ACCURACY],
         "split": recipe.evaluation.splits[0],
         "reference": reference,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -113,7 +124,12 @@ def measure(entries: Sequence[Entry], reference: str, notes: Sequence[str]) -> d
         "seed": recipe.seed,
         "chance": {split: found.chance for split, found in shared.items()},
         "evidence": {split: found.evidence for split, found in shared.items()},
-        "latency": {"repeats": recipe.evaluation.repeats, "load_before": load[0], "load_after": _load()},
+        "latency": {
+            "repeats": recipe.evaluation.repeats,
+            "load_before": load[0],
+            "load_after": _load(),
+            "again": [entry for entry in latency if entry["kind"] == "again"],
+        },
         "rows": rows,
         "notes": list(notes),
     }
@@ -149,6 +165,12 @@ def _examined(
 ) -> tuple[dict[str, float], dict[str, Any], _Shared]:
     """Metrics of a model on a split, the data they were computed from, and the part shared with other models."""
     evaluation, task = materials.recipe.evaluation, materials.task
+    if task.chat:
+        rows = materials.rows().splits()[split]
+        answers = perplexity_of_labels(
+            model, materials.tokenizer, rows, materials.collator(), batch_size=evaluation.batch_size
+        )
+        return _perplexities(task, answers, model)
     if task.kind is TaskKind.CAUSAL_LM:
         length, limit = materials.recipe.task.max_length, materials.recipe.task.limit
         text: str | list[int] = text_of(materials.data, split)
@@ -162,14 +184,59 @@ def _examined(
             max_length=length,
             batch_size=evaluation.batch_size,
         )
-        metrics = {name: float(getattr(found, name)) for name in measured_metrics(task)}
-        own = {"nll": encode(np.array(found.window_nll)), "tokens": encode(np.array(found.window_tokens))}
-        # every token equally likely
-        return metrics, own, _Shared({"token_perplexity": float(model.config.vocab_size)})
+        return _perplexities(task, found, model)
+    if task.kind.generates:
+        return _written(materials, model, split)
+    if task.kind is TaskKind.QUESTION_ANSWERING:
+        return _answered(materials, model, split)
     logits, labels = predict(model, materials.rows().splits()[split], materials.collator(), evaluation.batch_size)
     said = predictions_from_logits(logits, task.kind.value)
     own, others = evidence_of(said, labels)
-    return compute_metrics(task.metrics, said, labels), own, _Shared(chance_level(task, labels), others)
+    of_rows = [name for name in task.metrics if name != ENTITY_F1]
+    metrics = compute_metrics(of_rows, said, labels)
+    if ENTITY_F1 in task.metrics:
+        metrics[ENTITY_F1] = entity_f1(said, labels, task.label_names or ())
+    return metrics, own, _Shared(chance_level(task, labels), others)
+
+
+def _perplexities(
+    task: Task, found: Perplexity, model: PreTrainedModel
+) -> tuple[dict[str, float], dict[str, Any], _Shared]:
+    metrics = {name: float(getattr(found, name)) for name in measured_metrics(task)}
+    own = {"nll": encode(np.array(found.window_nll)), "tokens": encode(np.array(found.window_tokens))}
+    # every token equally likely
+    return metrics, own, _Shared({"token_perplexity": float(model.config.vocab_size)})
+
+
+def _answered(
+    materials: Materials, model: PreTrainedModel, split: str
+) -> tuple[dict[str, float], dict[str, Any], _Shared]:
+    """The same as :func:`_examined` for question answering, whose metrics are of texts."""
+    task, windows = materials.task, materials.windows(split)
+    logits = predict_logits(model, windows.rows, materials.collator(), materials.recipe.evaluation.batch_size)
+    answers = [found["text"] for found in materials.data.splits()[split][task.label_column]]
+    candidates = answer_candidates(logits, windows, none_allowed=not all(answers))
+    scores = span_scores([best[0].text for best in candidates], answers)
+    metrics = {name: float(scores[name].mean()) for name in task.metrics}
+    return metrics, {"scores": {name: encode(scores[name]) for name in task.metrics}}, _Shared()
+
+
+def _written(
+    materials: Materials, model: PreTrainedModel, split: str
+) -> tuple[dict[str, float], dict[str, Any], _Shared]:
+    """The same as :func:`_examined` for texts that the model writes."""
+    evaluation, task = materials.recipe.evaluation, materials.task
+    texts = written_texts(
+        model,
+        materials.tokenizer,
+        materials.rows().splits()[split],
+        materials.collator(),
+        batch_size=evaluation.batch_size,
+        num_beams=evaluation.num_beams,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
+    references = materials.data.splits()[split][task.label_column]
+    return written_scores(task.metrics, texts, list(references)), {}, _Shared()
 
 
 def notes_of(entry: Entry) -> list[str]:

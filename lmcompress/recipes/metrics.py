@@ -7,11 +7,16 @@ from dataclasses import replace
 
 from lmcompress.data import Task, TaskData, TaskKind
 from lmcompress.errors import LmcompressError, argument, nearest
+from lmcompress.evaluation import ENTITY_F1, SPAN_METRICS, WRITTEN_METRICS, is_iob
+from lmcompress.recipes.class_weights import is_unbalanced
 
 PERPLEXITIES = ("token_perplexity", "word_perplexity", "bits_per_byte")
 """Metrics of language models, the main one first."""
 
 LOWER_IS_BETTER = frozenset({*PERPLEXITIES, "mse"})
+
+BESIDE_ACCURACY = "f1_macro"
+"""The metric in which rare classes count as much as frequent ones."""
 
 _OF_CLASSES = ("accuracy", "f1_macro", "f1_micro", "matthews_correlation")
 _FITTING = {
@@ -19,7 +24,10 @@ _FITTING = {
     TaskKind.REGRESSION: ("pearson", "spearmanr", "mse"),
     TaskKind.MULTI_LABEL: ("f1_micro", "f1_macro", "accuracy"),
     TaskKind.TOKEN_CLASSIFICATION: _OF_CLASSES,
+    TaskKind.QUESTION_ANSWERING: SPAN_METRICS,
     TaskKind.CAUSAL_LM: PERPLEXITIES,
+    TaskKind.SUMMARIZATION: WRITTEN_METRICS,
+    TaskKind.TRANSLATION: WRITTEN_METRICS,
 }
 
 
@@ -34,7 +42,8 @@ def fitting_metrics(task: Task) -> tuple[str, ...]:
         ('pearson', 'spearmanr', 'mse')
     """
     binary = task.num_labels == 2 and task.kind in (TaskKind.CLASSIFICATION, TaskKind.TOKEN_CLASSIFICATION)
-    return _FITTING[task.kind] + (("f1",) if binary else ())
+    entities = task.kind is TaskKind.TOKEN_CLASSIFICATION and is_iob(task.label_names or ())
+    return _FITTING[task.kind] + (("f1",) if binary else ()) + ((ENTITY_F1,) if entities else ())
 
 
 def measured_metrics(task: Task) -> tuple[str, ...]:
@@ -52,13 +61,16 @@ def with_metrics(data: TaskData, metrics: Sequence[str] | None) -> TaskData:
 
     Args:
         data: data of any task.
-        metrics: the main one first; None: those of the task.
+        metrics: the main one first; None: those of the task, and macro-F1 beside a lone accuracy of classes that
+            differ much in frequency.
 
     Raises:
         LmcompressError: If a metric does not fit the task, or is repeated.
     """
     if metrics is None:
-        return data
+        if data.task.metrics != ("accuracy",) or not is_unbalanced(data):
+            return data
+        metrics = ("accuracy", BESIDE_ACCURACY)
     fitting = fitting_metrics(data.task)
     for name in metrics:
         if name not in fitting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import ClassLabel, Dataset, Value
@@ -12,24 +12,29 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel
 
 from lmcompress.data import TaskData, TaskKind
+from lmcompress.data.answers import holds_answers
 from lmcompress.data.columns import find_label_column, find_text_columns, is_list
 from lmcompress.data.sources import read_files
 from lmcompress.errors import LmcompressError, argument
 from lmcompress.evaluation import showing_progress
+from lmcompress.export import is_exported, load_exported
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.scoring import score
 from lmcompress.pruning.structured.sensitivity import sensitivity
 from lmcompress.recipes.building import auto_class
-from lmcompress.recipes.checks import check_lengths, check_trained_for, check_vocabulary, positions_of
+from lmcompress.recipes.checks import check_trained_for, check_vocabulary
+from lmcompress.recipes.lengths import fitted_lengths
 from lmcompress.recipes.lookup import found
-from lmcompress.recipes.materials import Materials, check_split, load_tokenizer, read_task
+from lmcompress.recipes.materials import Materials, check_split, limited, load_tokenizer, read_task
 from lmcompress.recipes.measuring import quality
 from lmcompress.recipes.metrics import LOWER_IS_BETTER, measured_metrics, with_metrics
 from lmcompress.recipes.parts.pruning import calibration_batches
 from lmcompress.recipes.progress import quiet_libraries
 from lmcompress.recipes.schema import Recipe, Stage
+from lmcompress.recipes.sentences import measured_similarity
 from lmcompress.recipes.specs import EvaluationSpec, TaskSpec
+from lmcompress.sentences import SentenceEncoder, is_sentence_encoder
 
 
 def measure_sensitivity(
@@ -86,7 +91,8 @@ def evaluate_once(
     """The quality of a model on one split, or on a task that is one file, whole.
 
     Args:
-        model: folder, or name on the Hub.
+        model: folder of a checkpoint or of an exported model, or name on the Hub. A folder of sentence-transformers is
+            measured on pairs of texts with ratings, by the cosine of their embeddings.
         task: task that it was trained for.
         evaluation: metrics, batch size, stride of perplexity.
         split: split of the task; None: ``validation``, or all of a task that is one file.
@@ -110,16 +116,29 @@ def evaluate_once(
             raise LmcompressError(f"{argument('stride')} is of perplexity; {data.task.name} is a {data.task.kind} task")
         chosen = "validation" if whole or split is None else split
         evaluation = evaluation.model_copy(update={"splits": (chosen,)})
-        materials, loaded = _ready(model, data, task, evaluation)
-        metrics = quality(materials, loaded, chosen)
-    rows = materials.data.splits()[chosen].num_rows
+        if is_sentence_encoder(model) and not is_exported(model):
+            used, metrics = _similarity(model, data, task, evaluation)
+        else:
+            materials, loaded = _ready(model, data, task, evaluation, exported=is_exported(model))
+            used, metrics = materials.data, quality(materials, loaded, chosen)
     return {
-        "task": materials.task.name,
+        "task": used.task.name,
         "split": "all rows" if whole else chosen,
-        "rows": rows,
+        "rows": used.splits()[chosen].num_rows,
         "metrics": metrics,
-        "notes": _notes_of_whole(materials.data.notes) if whole else list(materials.data.notes),
+        "notes": _notes_of_whole(used.notes) if whole else list(used.notes),
     }
+
+
+def _similarity(
+    model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpec
+) -> tuple[TaskData, dict[str, float]]:
+    """The rows that a sentence encoder was measured on, and its metrics."""
+    split, chosen = evaluation.splits[0], limited(data, task)
+    check_split(chosen, split)
+    encoder = SentenceEncoder.from_pretrained(model)
+    names = evaluation.metrics or task.metrics
+    return chosen, measured_similarity(encoder, chosen, split, metrics=names, batch_size=evaluation.batch_size)
 
 
 def load_compressed(name: str, auto_class: Any = None) -> CompressedModel:
@@ -130,8 +149,13 @@ def load_compressed(name: str, auto_class: Any = None) -> CompressedModel:
         auto_class: class such as ``AutoModelForCausalLM``; None: the class that wrote the checkpoint.
 
     Raises:
-        LmcompressError: If there is none.
+        LmcompressError: If there is none, or it was exported.
     """
+    if is_exported(name):
+        raise LmcompressError(
+            f"{name} is an exported model, which is run, evaluated and benchmarked as it is: give the checkpoint that "
+            "it was exported from"
+        )
     with found(name, "model"):
         return CompressedModel.from_pretrained(name, auto_class)
 
@@ -146,20 +170,20 @@ def load_model(name: str, auto_class: Any = None) -> PreTrainedModel:
     return load_compressed(name, auto_class).model.eval()
 
 
-def _ready(model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpec) -> tuple[Materials, PreTrainedModel]:
+def _ready(
+    model: str, data: TaskData, task: TaskSpec, evaluation: EvaluationSpec, *, exported: bool = False
+) -> tuple[Materials, PreTrainedModel]:
     """Rows and a trained model, each checked against the other, where quality can be measured."""
-    data = with_metrics(data, evaluation.metrics)
+    data = with_metrics(data, evaluation.metrics or task.metrics)
     check_split(data, evaluation.splits[0])
-    loaded = load_model(model, auto_class(data.task))
+    # called like a model of Transformers, and no more is asked of it here
+    loaded = cast(PreTrainedModel, load_exported(model)) if exported else load_model(model, auto_class(data.task))
     check_trained_for(loaded.config, data.task, model)
     tokenizer = load_tokenizer(model, data.task)
-    most = min(tokenizer.model_max_length, positions_of(loaded.config))
-    if "max_length" not in task.model_fields_set:
-        task = task.model_copy(update={"max_length": min(task.max_length, most)})
     # as the runner makes batches from rows, for one model
     recipe = Recipe(name="one", model=model, task=task, stages=(Stage(name="none"),), evaluation=evaluation)
-    check_lengths(recipe)
-    materials = Materials(recipe, data, tokenizer)
+    recipe, notes = fitted_lengths(recipe, tokenizer, data.task.kind)
+    materials = Materials(recipe, limited(data, task), tokenizer, data).of(recipe, notes)
     check_vocabulary(materials, loaded.config, model)
     if loaded.config.pad_token_id is None:
         # else a GPT-2 reads one row at a time only
@@ -172,13 +196,15 @@ def _whole(file: Path, task: TaskSpec, model: str) -> dict[str, Dataset]:
     rows = read_files([file])
     texts = find_text_columns(rows.column_names, task.text_columns)
     label = find_label_column(rows.column_names, texts, task.label_column, task.kind)
-    if label is not None and not is_list(rows.features[label]) and task.kind is not TaskKind.REGRESSION:
-        with found(model, "model"):
-            config = AutoConfig.from_pretrained(model)
-        names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
-        numbers = [str(i) for i in range(len(names))] if names == [f"LABEL_{i}" for i in range(len(names))] else names
-        if len(names) > 1 and {str(value) for value in rows.unique(label)} <= set(numbers):
-            rows = rows.cast_column(label, Value("string")).cast_column(label, ClassLabel(names=numbers))
+    feature = None if label is None else rows.features[label]
+    if label is None or is_list(feature) or holds_answers(feature) or task.kind is TaskKind.REGRESSION:
+        return {"train": rows, "validation": rows}
+    with found(model, "model"):
+        config = AutoConfig.from_pretrained(model)
+    names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
+    numbers = [str(i) for i in range(len(names))] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+    if len(names) > 1 and {str(value) for value in rows.unique(label)} <= set(numbers):
+        rows = rows.cast_column(label, Value("string")).cast_column(label, ClassLabel(names=numbers))
     return {"train": rows, "validation": rows}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from lmcompress.checkpoint.layers import layers_of
+from lmcompress.data import TaskKind
 from lmcompress.data.augmentation import whole_words
 from lmcompress.errors import LmcompressError, argument
 from lmcompress.evaluation import parameter_count
 from lmcompress.model import CompressedModel
-from lmcompress.recipes.building import base_model, is_stage
+from lmcompress.recipes.building import base_model, check_packing, is_stage
 from lmcompress.recipes.checks import check_run, check_trained_for, check_vocabulary
+from lmcompress.recipes.lengths import fitted_lengths
 from lmcompress.recipes.materials import Materials, gather
 from lmcompress.recipes.parts.base import Planning
 from lmcompress.recipes.schema import Recipe, Stage, with_controls
@@ -41,6 +43,7 @@ class StagePlan:
         plans: plan of each of its methods, by the key of its :class:`~lmcompress.recipes.parts.StagePart`:
             expanded layer maps, expected shapes, quantization of each matrix.
         words: the same in sentences.
+        cautions: what its owner should know before it is trained, in sentences.
         materials: the rows with this stage's tokenizer, possibly with a pruned vocabulary.
     """
 
@@ -56,6 +59,7 @@ class StagePlan:
     vanilla_obstacle: str | None
     plans: Mapping[str, Any]
     words: tuple[str, ...]
+    cautions: tuple[str, ...]
     materials: Materials
 
 
@@ -64,12 +68,13 @@ class Plan:
     """The plan of a run.
 
     Attributes:
-        recipe: the recipe.
+        recipe: the recipe, its lengths fitted to its models.
         materials: checked rows and tokenizer.
         stages: in order, controls included.
         outside_teachers: external teachers.
         reference: name of the model the others are compared with.
         notes: facts needed to interpret the numbers.
+        cautions: those of them that are known before training and worth knowing then.
     """
 
     recipe: Recipe
@@ -78,6 +83,7 @@ class Plan:
     outside_teachers: tuple[str, ...]
     reference: str
     notes: tuple[str, ...]
+    cautions: tuple[str, ...]
 
     def materials_of(self, start: str) -> Materials:
         """The rows with the tokenizer of a stage's start.
@@ -105,8 +111,10 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
             stage.
     """
     place = run_folder(recipe, folder)
-    materials = gather(recipe)
-    check_run(recipe, place, materials.task)
+    gathered = gather(recipe)
+    check_run(recipe, place, gathered.task)
+    recipe, of_lengths = fitted_lengths(recipe, gathered.tokenizer, gathered.task.kind)
+    materials = gathered.of(recipe, of_lengths)
     materials.rows()
     if isinstance(recipe.model, str):
         check_vocabulary(materials, AutoConfig.from_pretrained(recipe.model), recipe.model)
@@ -114,7 +122,17 @@ def plan(recipe: Recipe, folder: str | Path | None = None, *, measure: bool = Fa
     plans = [planner.stage(stage, control_of) for stage, control_of in with_controls(recipe)]
     reference = next((t for p in plans for t in p.teachers), plans[0].stage.name)
     notes = [*materials.data.notes, *(note for entry in plans for note in entry.materials.rows().notes)]
-    return Plan(recipe, materials, tuple(plans), planner.outside, reference, tuple(dict.fromkeys(notes)))
+    cautions = [caution for entry in plans for caution in entry.cautions]
+    notes += cautions
+    return Plan(
+        recipe,
+        materials,
+        tuple(plans),
+        planner.outside,
+        reference,
+        tuple(dict.fromkeys(notes)),
+        (*of_lengths, *cautions),
+    )
 
 
 def run_folder(recipe: Recipe, folder: str | Path | None = None) -> Path:
@@ -181,6 +199,7 @@ class _Planner:
             measure=self.measure,
             unknown_ranks=stage.start in self.unknown_ranks,
         )
+        check_packing(self.recipe.task, work.model)
         name = f"the model of stage {stage.name!r}"
         for part, spec in stage.parts():
             work.plans[part.key] = part.prepare(spec, work)
@@ -191,6 +210,10 @@ class _Planner:
 
     def _planned(self, work: Planning, control_of: Stage | None) -> StagePlan:
         stage, materials = work.stage, work.materials
+        if stage.augmentation is not None and materials.task.kind is TaskKind.QUESTION_ANSWERING:
+            raise LmcompressError(
+                "augmentation changes the words of a context, in which answers have places; leave it out"
+            )
         if stage.augmentation is not None and stage.augmentation.replaces:
             whole_words(work.teacher_tokenizer or materials.tokenizer)
         rows = materials.rows(teacher_tokenizer=work.teacher_tokenizer).train.num_rows
@@ -204,6 +227,10 @@ class _Planner:
         _check_format(work)
         shape, parameters = shape_in_words(CompressedModel(work.model)), parameter_count(work.model)
         words = [words for part, _ in stage.parts() for words in part.words(work.plans[part.key])]
+        words += [f"exported to {config.to}" for config in stage.export]
+        if stage.trains and stage.training.bf16 == "auto":
+            bfloat16 = stage.training.computes_in_bfloat16()
+            words.append(f"trains in {'bfloat16' if bfloat16 else 'float32'} (bf16: auto, as this machine has it)")
         return StagePlan(
             stage=stage,
             role=self._role(stage, control_of),
@@ -217,6 +244,7 @@ class _Planner:
             vanilla_obstacle=work.obstacle,
             plans={key: planned for key, planned in work.plans.items() if planned is not None},
             words=tuple(words),
+            cautions=tuple(self._cautions(work)),
             materials=materials,
         )
 
@@ -227,6 +255,22 @@ class _Planner:
             self.unknown_ranks.add(name)
         if any(part.codes for part, _ in work.stage.parts()):
             self.coded.add(name)
+
+    def _cautions(self, work: Planning) -> Iterator[str]:
+        for part, spec in work.stage.parts():
+            yield from part.cautions(spec, work)
+        stage = work.stage
+        if stage.distillation is None or any(part.shrinks for part, _ in stage.parts()):
+            return
+        sizes = {name: parameter_count(self.models[name]) for name in stage.distillation.teachers}
+        own, smallest = parameter_count(work.model), min(sizes, key=sizes.__getitem__)
+        if own >= sizes[smallest]:
+            blocks = max(1, len(CompressedModel(work.model).structure.blocks) // 2)
+            yield (
+                f"{stage.name} is not smaller than its teacher {smallest}: {own:,} parameters against "
+                f"{sizes[smallest]:,}, {shape_in_words(CompressedModel(work.model))}. A smaller one, for example: "
+                f"stages.{stage.name}.student.layers={blocks}"
+            )
 
     def _role(self, stage: Stage, control_of: Stage | None) -> str:
         if stage.name in self.used:

@@ -6,13 +6,17 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from lmcompress.recipes.planning import Plan
 
 SECONDS_BETWEEN_LINES = 10.0
 """Seconds between reports of training where there is no terminal."""
@@ -91,6 +95,17 @@ class StageBar(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Remove the bar, however training ended."""
         self.progress.stop()
+
+
+def print_cautions(console: Console, planned: Plan) -> None:
+    """What its owner should know before a run begins.
+
+    Args:
+        console: console for the lines.
+        planned: the plan.
+    """
+    for caution in planned.cautions:
+        console.print(f"[yellow]note:[/] {escape(caution)}", highlight=False)
 
 
 @contextmanager

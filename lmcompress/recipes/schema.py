@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from lmcompress.errors import LmcompressError, nearest
+from lmcompress.export import ExportConfig
 from lmcompress.recipes.parts import PARTS
 from lmcompress.recipes.parts.base import StagePart
 from lmcompress.recipes.specs import (
@@ -24,7 +25,10 @@ from lmcompress.recipes.training import Training
 
 CONTROL_SUFFIX = "-control"
 
-_RESERVED = (BASE_MODEL, "checkpoints", "plots", "stores")
+EXPORTS = "exports"
+"""Folder of a run that holds the exports of its stages."""
+
+_RESERVED = (BASE_MODEL, "checkpoints", EXPORTS, "plots", "stores")
 
 _SUFFIXES = (".json", ".yaml", ".md", ".html")
 """Of the files that a run writes beside its stages."""
@@ -53,8 +57,8 @@ class Stage(SchemaPart):
     save: Annotated[
         Literal["native", "vanilla", "self_loading"],
         Field(
-            description="Format of the checkpoint: native: import lmcompress to load it; vanilla: stock Transformers "
-            "loads it; self_loading: trust_remote_code."
+            description="Format of the checkpoint: native: loads where lmcompress is installed; vanilla: stock "
+            "Transformers loads it; self_loading: trust_remote_code."
         ),
     ] = "native"
     storage: Annotated[
@@ -64,6 +68,14 @@ class Stage(SchemaPart):
             "they are pruned, clustered or quantized."
         ),
     ] = "plain"
+    export: Annotated[
+        tuple[ExportConfig, ...],
+        Field(
+            max_length=8,
+            description="Exports of the model to exports/<stage>/<to>: to: onnx, openvino, compressed-tensors or "
+            "gguf, and the options of lmcompress export.",
+        ),
+    ] = ()
     control: Annotated[
         bool,
         Field(
@@ -99,16 +111,17 @@ class Stage(SchemaPart):
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Stage:
-        best = getattr(self.training, "load_best_model_at_end", None)
         for part, spec in self.parts():
-            if best and part.fitted is not None:
-                raise ValueError(
-                    f"load_best_model_at_end must be false with {part.key}: the weights of an earlier checkpoint do "
-                    f"not fit {part.fitted}; leave it out"
-                )
             part.check(self, spec)
         if not self.trains and self.augmentation is not None:
             raise ValueError("max_steps: 0 trains nothing, so augmentation has no use; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _exports_each_once(self) -> Stage:
+        targets = [config.to for config in self.export]
+        if again := sorted({to for to in targets if targets.count(to) > 1}):
+            raise ValueError(f"export names {', '.join(again)} more than once; each has one folder")
         return self
 
     @model_validator(mode="after")
@@ -145,6 +158,13 @@ class Recipe(SchemaPart):
     seed: Annotated[
         int, Field(ge=0, lt=1 << 32, description="Seed of weights, order of rows and dropout, in every stage.")
     ] = 0
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "auto"],
+        Field(
+            description="Type of the weights, in training and in the saved models; auto: that of the model's "
+            "checkpoint. In 16 bits small steps are lost: for speed choose training.bf16 instead."
+        ),
+    ] = "float32"
     output: Annotated[str | None, Field(description="Folder of the run; default: runs/<name>.")] = None
 
     @field_validator("name")
@@ -153,6 +173,17 @@ class Recipe(SchemaPart):
         if not _NAME.fullmatch(name):
             raise ValueError(f"must be letters, digits, '.', '_' and '-', got {name!r}")
         return name
+
+    @property
+    def metrics(self) -> tuple[str, ...] | None:
+        """The metrics that were chosen, the main one first; None: those of the task."""
+        return self.evaluation.metrics or self.task.metrics
+
+    @model_validator(mode="after")
+    def _metrics_once(self) -> Recipe:
+        if self.evaluation.metrics and self.task.metrics and self.evaluation.metrics != self.task.metrics:
+            raise ValueError("task.metrics and evaluation.metrics say different things: leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _stages_refer_to_earlier_ones(self) -> Recipe:
@@ -230,7 +261,7 @@ def with_controls(recipe: Recipe) -> list[tuple[Stage, Stage | None]]:
         stages.append((stage, None))
         if stage.control:
             # the suffix is reserved, so the name is free; model_copy does not validate again
-            update = {"name": stage.name + CONTROL_SUFFIX, "distillation": None, "control": False}
+            update = {"name": stage.name + CONTROL_SUFFIX, "distillation": None, "control": False, "export": ()}
             stages.append((stage.model_copy(update=update), stage))
     return stages
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lmcompress.errors import LmcompressError, argument
 from lmcompress.evaluation import showing_progress
+from lmcompress.model import REPORT_FILE
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.recipes.checks import check_writable
@@ -72,6 +73,8 @@ def prune_recipe(
         stages=(stage,),
         evaluation=evaluation or EvaluationSpec(),
         seed=seed,
+        # nothing is trained
+        dtype="auto",
     )
 
 
@@ -80,6 +83,7 @@ def quantize_recipe(
     task: TaskSpec,
     quantization: StageQuantization,
     *,
+    save: str = "native",
     storage: str = "plain",
     evaluation: EvaluationSpec | None = None,
     seed: int = 0,
@@ -90,6 +94,7 @@ def quantize_recipe(
         model: folder, or name on the Hub.
         task: task that it was trained for.
         quantization: the quantization, including the rounding method.
+        save: format of its folder, ``native`` or ``self_loading``.
         storage: storage of its weights in the file.
         evaluation: measurements.
         seed: seed of calibration rows.
@@ -98,15 +103,17 @@ def quantize_recipe(
         The recipe.
 
     Raises:
-        LmcompressError: If the storage does not exist.
+        LmcompressError: If the format or storage does not exist, or the format does not hold such weights.
     """
     return Recipe(
         name="quantize",
         model=model,
         task=task,
-        stages=(_stage(name=QUANTIZED, quantization=quantization, storage=storage),),
+        stages=(_stage(name=QUANTIZED, quantization=quantization, save=save, storage=storage),),
         evaluation=evaluation or EvaluationSpec(),
         seed=seed,
+        # nothing is trained
+        dtype="auto",
     )
 
 
@@ -123,7 +130,7 @@ def plan_once(recipe: Recipe, output: Path, *, overwrite: bool = False, measure_
         LmcompressError: If :func:`~lmcompress.recipes.planning.plan` refuses it, or there is something at ``output``
             already.
     """
-    _refuse_what_is_there(output, overwrite)
+    refuse_what_is_there(output, overwrite)
     check_writable(output)
     try:
         return plan(recipe, output.parent, measure=measure_times)
@@ -158,7 +165,7 @@ def compress_once(
             console.print(f"pruning to {entry.shape}")
         else:
             console.print(f"quantizing to about {entry.bytes_estimate / 2**20:.1f} MiB")
-        run = StageRun(planned, entry, folder, "", console, resume=False)
+        run = StageRun(planned, entry, folder, None, console, resume=False)
         run.target = folder
         run.train()
         done = run.outcome
@@ -264,10 +271,20 @@ def _stage(**values: Any) -> Stage:
         raise LmcompressError(f"{argument(where)}: {message}" if where else message) from error
 
 
-def _refuse_what_is_there(folder: Path, overwrite: bool) -> None:
+def refuse_what_is_there(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something which must not be replaced.
+
+    Args:
+        folder: need not exist.
+        overwrite: whether a model that lmcompress wrote there may be replaced.
+
+    Raises:
+        LmcompressError: If it holds a model and ``overwrite`` is false, or anything else.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    ours = (folder / STAGE_FILE).is_file() and (folder / "config.json").is_file()
+    written = any((folder / name).is_file() for name in (STAGE_FILE, REPORT_FILE))
+    ours = written and (folder / "config.json").is_file()
     if not ours:
         raise LmcompressError(f"{folder} holds something that is no model of lmcompress; name another --output")
     if not overwrite:

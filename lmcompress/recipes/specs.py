@@ -33,7 +33,7 @@ class TokenizerSpec(SchemaPart):
 class FromScratch(SchemaPart):
     """A model with random weights, for training from scratch."""
 
-    family: Annotated[str, Field(description="Model family: bert, roberta, distilbert, electra or gpt2.")]
+    family: Annotated[str, Field(description=f"Model family: {', '.join(FAMILIES)}.")]
     hidden_size: Annotated[int, Field(ge=1, le=1 << 16, description="Width of the hidden states.")]
     layers: Annotated[int, Field(ge=1, le=256, description="Number of Transformer blocks.")]
     num_heads: Annotated[
@@ -87,14 +87,57 @@ class TaskSpec(SchemaPart):
     splits: Annotated[
         dict[str, str] | None, Field(description="train, validation, test: their names in the source.")
     ] = None
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        Field(
+            min_length=1,
+            description="Metrics of quality, the main one first; default: those of the task, and f1_macro where its "
+            "classes are unbalanced. evaluation.metrics is the same.",
+        ),
+    ] = None
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[Annotated[float, Field(ge=0)], ...] | None,
+        Field(
+            description="Weights of the classes in the loss on the labels: balanced (the rarer, the more), or one for "
+            "each, in the order of the labels. They are scaled to a mean of 1 over the training rows."
+        ),
+    ] = None
+    chat: Annotated[
+        bool,
+        Field(
+            description="Whether rows are conversations (messages: a list of role and content), written by the "
+            "tokenizer's chat template; only the assistant's answers are learned and measured."
+        ),
+    ] = False
+    packing: Annotated[
+        Literal["joined", "apart"],
+        Field(
+            description="Documents in a block, for causal_lm: joined: a token attends to all before it; apart: to its "
+            "own document only, with position ids that begin anew, for families that keep packed documents apart."
+        ),
+    ] = "joined"
     max_length: Annotated[
-        int, Field(ge=2, description="Maximum tokens of a row, by truncation; for causal_lm the block size.")
+        int,
+        Field(
+            ge=2,
+            description="Maximum tokens of a row, by truncation; for causal_lm the block size, for question_answering "
+            "the window, by default 384.",
+        ),
     ] = 128
+    overlap: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="question_answering: tokens that neighbouring windows of a long context share; default: a "
+            "third of max_length at most.",
+        ),
+    ] = None
     limit: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Maximum number of rows of each split, for quick trials; for causal_lm, of packed blocks.",
+            description="Maximum number of rows of each split, for quick trials; for causal_lm, of packed blocks. "
+            "Vocabularies are chosen from all rows.",
         ),
     ] = None
 
@@ -129,7 +172,7 @@ class EvaluationSpec(SchemaPart):
     ] = ("validation",)
     metrics: Annotated[
         tuple[str, ...] | None,
-        Field(min_length=1, description="Metrics of quality, the main one first; default: those of the task."),
+        Field(min_length=1, description="Metrics of quality, the main one first; default: task.metrics."),
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Batch size when quality is measured.")] = 64
     latency_batches: Annotated[
@@ -143,6 +186,12 @@ class EvaluationSpec(SchemaPart):
         ),
     ] = None
     repeats: Annotated[int, Field(ge=3, description="Number of timed calls of each model.")] = 20
+    num_beams: Annotated[
+        int, Field(ge=1, description="Summarization and translation: beams of the search; 1 is greedy.")
+    ] = 1
+    max_new_tokens: Annotated[
+        int, Field(ge=1, description="Summarization and translation: most tokens of a text that is written.")
+    ] = 64
     stride: Annotated[
         int | None, Field(ge=1, description="Perplexity: tokens between windows; default: windows do not overlap.")
     ] = None

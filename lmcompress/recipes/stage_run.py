@@ -18,13 +18,14 @@ from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PrinterCal
 from lmcompress.checkpoint.config import recorded_compression
 from lmcompress.checkpoint.saving import outputs_of
 from lmcompress.checkpoint.schema import Provenance
-from lmcompress.data import TaskKind
 from lmcompress.evaluation import compute_metrics, predictions_from_logits
 from lmcompress.method import Method
 from lmcompress.model import CompressedModel, library_version
-from lmcompress.recipes.building import auto_class, base_model, is_stage
+from lmcompress.recipes.building import auto_class, base_model, dtype_of, is_stage
+from lmcompress.recipes.class_weights import WeightedLoss, class_weights
+from lmcompress.recipes.contents import Dependencies, described
 from lmcompress.recipes.files import write_json
-from lmcompress.recipes.folder import CHECKPOINTS, checkpoint_to_resume, described
+from lmcompress.recipes.folder import CHECKPOINTS, checkpoint_to_resume
 from lmcompress.recipes.materials import gate_batches
 from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.parts import PARTS
@@ -61,7 +62,7 @@ class StageRun:
         planned: the plan of the run.
         entry: this stage in it.
         folder: folder of the run.
-        digest: hash of everything the stage depends on.
+        needs: what the stage depends on; None for a stage that is not part of a run.
         console: console for lines and bars.
         resume: whether to resume from a checkpoint, if there is one.
 
@@ -72,7 +73,7 @@ class StageRun:
     """
 
     def __init__(
-        self, planned: Plan, entry: StagePlan, folder: Path, digest: str, console: Console, resume: bool
+        self, planned: Plan, entry: StagePlan, folder: Path, needs: Dependencies | None, console: Console, resume: bool
     ) -> None:
         self.planned, self.entry = planned, entry
         self.stage: Stage = entry.stage
@@ -80,15 +81,17 @@ class StageRun:
         self.target = folder / entry.stage.name
         # next to the model, not in it: a checkpoint is replaced as a whole
         self.checkpoints = folder / CHECKPOINTS / entry.stage.name
-        self.digest, self.console, self.resume = digest, console, resume
+        self.needs, self.console, self.resume = needs, console, resume
         self.outcome: dict[str, Any] = {}
 
     def train(self) -> None:
         """Train or change the model, save it, and record the results in ``outcome``."""
         start = time.monotonic()
         checkpoint = None
-        if self.stage.trains:
-            checkpoint = checkpoint_to_resume(self.checkpoints, self.stage, self.digest, resume=self.resume)
+        if self.stage.trains and self.needs is not None:
+            checkpoint = checkpoint_to_resume(
+                self.checkpoints, self.needs, resume=self.resume, say=lambda text: self.console.print(f"  {text}")
+            )
         if checkpoint is not None:
             self.console.print(f"  resuming from {checkpoint.name}")
         work, prepared = self._begun()
@@ -99,9 +102,12 @@ class StageRun:
         history = [entry for entry in done.log if "loss" in entry]
         training: dict[str, Any] = {"seconds": round(seconds, 1), "steps": done.steps}
         training |= {"resumed": checkpoint is not None, "last_log": history[-1] if history else {}}
+        if self.stage.trains:
+            training["bf16"] = self.stage.training.computes_in_bfloat16()
         reports = {part.key: _as_json((prepared | done.reports).get(part.key)) for part in PARTS if part.reports}
         self.outcome = {"training": training, "done": reports}
-        marker = {"hash": self.digest, "stage": described(self.stage), "training": training, "log": done.log} | reports
+        made_from = {"hash": "", "stage": described(self.stage)} if self.needs is None else self.needs.to_dict()
+        marker = made_from | {"training": training, "log": done.log} | reports
         max_error = self._save(work.model, done.masked, marker, reports)
         verbs = [part.verb for part, _ in self.stage.parts() if part.verb is not None]
         self.console.print(
@@ -131,7 +137,8 @@ class StageRun:
     def _begun(self) -> tuple[Running, dict[str, Any]]:
         """The stage with the model that it trains, made from its start, and a report of how."""
         if is_stage(self.stage.start):
-            model = auto_class(self.entry.materials.task).from_pretrained(self.folder / self.stage.start)
+            dtype = dtype_of(self.planned.recipe) or "auto"
+            model = auto_class(self.entry.materials.task).from_pretrained(self.folder / self.stage.start, dtype=dtype)
         else:
             model = base_model(self.planned.materials)
         work = Running(
@@ -197,21 +204,31 @@ class StageRun:
             disable_tqdm=True,
         )
         evaluates = args.eval_strategy != "no"
-        classifies = task.kind not in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION)
+        classifies = not task.kind.per_token
         bar = StageBar(self.console, self.stage.name)
         trainer = CompressionTrainer(
             work.model,
             args,
-            methods,
+            methods=methods,
             train_dataset=work.train,
             eval_dataset=self.data.validation if evaluates else None,
             data_collator=work.collate,
             processing_class=work.materials.tokenizer,
+            compute_loss_func=self._label_loss(),
             compute_metrics=self._compute_metrics if evaluates and classifies else None,
             callbacks=[bar],
+            # outputs of the masked model are taken between the last step and the cut
+            auto_finish=False,
+            float32_weights=self.planned.recipe.dtype == "float32",
         )
         trainer.remove_callback(PrinterCallback)
         return trainer, bar
+
+    def _label_loss(self) -> WeightedLoss | None:
+        """The loss on the labels, if it is not the model's own."""
+        materials = self.entry.materials
+        weights = class_weights(materials.data, materials.recipe.task.class_weights)
+        return None if weights is None else WeightedLoss(weights)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         task = self.entry.materials.task
@@ -219,19 +236,34 @@ class StageRun:
         return compute_metrics(task.metrics, said, prediction.label_ids)
 
     def _provenance(self) -> Provenance:
-        earlier: tuple[str, ...] = ()
-        if is_stage(self.stage.start):
-            # changes by earlier stages are still in the model
-            before = recorded_compression(AutoConfig.from_pretrained(self.folder / self.stage.start))
-            earlier = before.provenance.methods if before is not None else ()
-        own = (part.applied for part, _ in self.stage.parts())
         recipe = self.planned.recipe
         return Provenance(
             library_version=library_version(),
-            base_model=recipe.model[:1024] if isinstance(recipe.model, str) else "",
+            base_model=_public_name(recipe.model) if isinstance(recipe.model, str) else "",
             recipe=recipe.name,
-            methods=tuple(dict.fromkeys((*earlier, *own))),
+            methods=tuple(dict.fromkeys((*_methods_before(self.planned, self.stage), *_methods_of(self.stage)))),
         )
+
+
+def _methods_before(planned: Plan, stage: Stage) -> tuple[str, ...]:
+    """The methods by which a stage's start was made: their changes are still in the model."""
+    if is_stage(stage.start):
+        # not from its config: a stock config records nothing
+        start = next(entry.stage for entry in planned.stages if entry.stage.name == stage.start)
+        return (*_methods_before(planned, start), *_methods_of(start))
+    if not isinstance(planned.recipe.model, str):
+        return ()
+    recorded = recorded_compression(AutoConfig.from_pretrained(planned.recipe.model))
+    return recorded.provenance.methods if recorded is not None else ()
+
+
+def _methods_of(stage: Stage) -> tuple[str, ...]:
+    return tuple(part.applied for part, _ in stage.parts())
+
+
+def _public_name(model: str) -> str:
+    """A name on the Hub or a relative path as it is; of an absolute path the last part: a config may be published."""
+    return (Path(model).name if Path(model).is_absolute() else model)[:1024]
 
 
 def _as_json(report: Any) -> Any:

@@ -19,6 +19,8 @@ Path_ = tuple[str | int, ...]
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 32
 
+_UNFOLDED = 1 << 30
+
 
 _TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 """What YAML finds plain values to be; all else was written as a tag."""
@@ -86,12 +88,13 @@ def write_yaml(values: dict[str, Any]) -> str:
         values: JSON types.
     """
     writer, stream = YAML(typ="safe", pure=True), io.StringIO()
-    writer.width = 120
     writer.default_flow_style = False
     # declared as None
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     # exotic line ends would be written unchanged, and read as spaces
     writer.allow_unicode = json.dumps(values, ensure_ascii=False).isprintable()
+    # a text of escapes is folded where it has no space, and read with one
+    writer.width = 120 if writer.allow_unicode else _UNFOLDED
     writer.representer.ignore_aliases = lambda *_: True
     writer.dump(values, stream)
     return stream.getvalue()

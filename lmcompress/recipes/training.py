@@ -6,12 +6,14 @@ import dataclasses
 import typing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import Field, create_model, model_validator
 from transformers import TrainingArguments
 
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.lookup import first_line
 from lmcompress.recipes.specs import SchemaPart
+from lmcompress.trainers.precision import bfloat16_is_fast
 
 _OWNED_BY_THE_RUN = {
     "output_dir": "the run decides where checkpoints go: use output",
@@ -78,7 +80,13 @@ class Training(_TransformersFields):
         "linear"
     )
     max_grad_norm: Annotated[float, Field(ge=0, description="Gradient norm to clip to; 0: no clipping.")] = 1.0
-    bf16: Annotated[bool, Field(description="Whether to use bfloat16 autocast.")] = False
+    bf16: Annotated[
+        bool | Literal["auto"],
+        Field(
+            description="Whether to compute in bfloat16 (autocast; weights, scales and losses stay in float32); auto: "
+            "where the machine has instructions for it."
+        ),
+    ] = False
     logging_steps: Annotated[float, Field(gt=0, description="Number of steps between log entries.")] = 50
     save_strategy: Annotated[
         Literal["no", "steps", "epoch"], Field(description="When checkpoints to resume from are written.")
@@ -91,11 +99,22 @@ class Training(_TransformersFields):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of :class:`transformers.TrainingArguments`: our defaults and the given values."""
-        return {
+        values = {
             name: getattr(self, name)
             for name in type(self).model_fields
             if name in self.model_fields_set or name in Training.__annotations__
         }
+        values["bf16"] = self.computes_in_bfloat16()
+        if values["bf16"] and not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            # Transformers refuses bf16 on a CPU that it was not told to use
+            values.setdefault("use_cpu", True)
+        return values
+
+    def computes_in_bfloat16(self) -> bool:
+        """``bf16``, with ``auto`` decided for this machine."""
+        if self.bf16 != "auto":
+            return self.bf16
+        return bfloat16_is_fast(use_cpu=bool(getattr(self, "use_cpu", None)))
 
     def trainer_arguments(self, output: str, **defaults: Any) -> TrainingArguments:
         """The arguments of the trainer.

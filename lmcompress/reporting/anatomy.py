@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lmcompress.families import BLOCK_PARTS
 from lmcompress.reporting.models import Model, what_is_pruned
 from lmcompress.reporting.tables import pruned_blocks
 from lmcompress.reporting.wording import megabytes
 
 _COLOURS = {"embeddings": "--p1", "attention": "--p2", "feed-forward": "--p3", "head": "--p4", "other": "--p5"}
 _NAMES = {"head": "pooler and head", "other": "norms, tokenizer, config"}
-_COLUMNS = ("query", "key", "value", "qkv", "attention_out", "ffn_in", "ffn_out")
+_COLUMNS = BLOCK_PARTS
 
 
 def pruning_maps(models: Sequence[Model]) -> list[dict[str, Any]]:

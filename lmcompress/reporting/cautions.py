@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lmcompress.evaluation import BUSY
 from lmcompress.reporting.evidence import difference
 from lmcompress.reporting.models import Model, at_chance, chance, control_of, is_distilled, what_is_pruned
 from lmcompress.reporting.wording import Metric, Report, change_text, rows_text
@@ -72,7 +73,8 @@ def other_notes(report: Report) -> list[str]:
 def busy_machine(models: Sequence[Model]) -> Iterator[Caution]:
     """A warning if latencies are spread, or two equal models took different times.
 
-    The system's load does not show other guests of a virtual machine, so the times themselves are checked.
+    The system's load does not show other guests of a virtual machine, so the times themselves are checked: their
+    spread, the reference against itself, and models of one shape against each other.
 
     Args:
         models: models of a report.
@@ -90,6 +92,13 @@ def busy_machine(models: Sequence[Model]) -> Iterator[Caution]:
     if worst[0] > _SPREAD:
         where = f"{worst[1]}, {rows_text(worst[2])}"
         told.append(f"Interquartile ranges reach {100 * worst[0]:.0f} % of the median ({where}).")
+    busy = {batch for model in models for batch, entry in model.latency.items() if entry.get("verdict") == BUSY}
+    if busy:
+        where = " and ".join(rows_text(batch) for batch in sorted(busy))
+        told.append(
+            f"Timed twice in the same rounds, {models[0].name} differs from itself, or models waited for a core "
+            f"({where})."
+        )
     unlike = max(_equal_models_unlike_times(models), default=None)
     if unlike is not None:
         ratio, one, other, batch = unlike

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import transformers
 
+from lmcompress.data.tasks import auto_class_name
 from lmcompress.errors import LmcompressError
 from lmcompress.evaluation import compare_latency, verdict
 from lmcompress.reporting.comparison import Run, comparison_view
 from lmcompress.reporting.evidence import decode
 from lmcompress.reporting.models import collect
-from lmcompress.reporting.page import AUTO_CLASSES
 from lmcompress.reporting.report import render
 from lmcompress.reporting.wording import Report
 
@@ -151,7 +151,7 @@ def _timed(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> tuple[bool, s
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         return False, f"models are no longer where their run left them ({some})"
-    head = getattr(transformers, AUTO_CLASSES.get(str(runs[0].report["kind"]), "AutoModelForSequenceClassification"))
+    head = getattr(transformers, auto_class_name(str(runs[0].report["kind"])))
     try:
         with _quiet():
             models = {row["name"]: head.from_pretrained(row["folder"]).eval() for row in rows}
@@ -165,7 +165,8 @@ def _timed(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> tuple[bool, s
         row["latency"] = []
     by_name = {row["name"]: row for row in rows}
     for found, words in zip(measured, verdict(measured), strict=True):
-        by_name[found.model]["latency"].append({**vars(found), "verdict": words})
+        if found.kind != "again":
+            by_name[found.model]["latency"].append({**vars(found), "verdict": words})
     return True, ""
 
 

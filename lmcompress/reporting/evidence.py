@@ -110,8 +110,13 @@ def units_of(report: Mapping[str, Any], row: Mapping[str, Any], split: str) -> U
         return None
     if "nll" in own:
         return _units(_exp_ratio, decode(own["nll"]), decode(own["tokens"])) if _is_token_level(report) else None
+    if "scores" in own:
+        found = own["scores"].get(report["metric"])
+        return None if found is None else _units(_only, decode(found), shares=report["metric"] == "exact_match")
     predictions, labels = decode(own["predictions"]), decode(shared["labels"])
     if "lengths" in shared:
+        if report["metric"] == "entity_f1":
+            return None
         right = (predictions == labels).astype(np.float64)
         starts = np.concatenate([[0], np.cumsum(decode(shared["lengths"]))[:-1]]).astype(np.int64)
         return _units(_ratio, np.add.reduceat(right, starts), decode(shared["lengths"]))

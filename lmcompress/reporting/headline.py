@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lmcompress.evaluation import BUSY
 from lmcompress.reporting.evidence import Interval, difference
 from lmcompress.reporting.models import Model, at_chance, chance, control_of
 from lmcompress.reporting.wording import (
@@ -157,9 +158,14 @@ def speed_text(model: Model, reference: Model, batch: int) -> str:
         model: a timed model.
         reference: the reference.
         batch: batch size.
+
+    Returns:
+        :data:`~lmcompress.evaluation.speed.BUSY` if the first model differed from itself; empty without latencies.
     """
     if batch not in model.latency or batch not in reference.latency:
         return ""
+    if model.latency[batch].get("verdict") == BUSY:
+        return BUSY
     found = speed(model, reference, batch)
     if found.low <= 1 <= found.high or f"{found.value:.2f}" == "1.00":
         return "no measurable difference"
@@ -215,6 +221,8 @@ def _speed(picked: Model) -> Markup:
         return Markup("")
     verdict = str(picked.latency[batch].get("verdict", ""))
     ratio = float(picked.latency[batch].get("speedup_vs_first", 0) or verdict.partition("x")[0] or 0)
+    if verdict == BUSY:
+        return Markup(", with no verdict on its speed, as the machine was busy")
     if "faster" in verdict:
         return Markup(", and answers {} <em>{} faster</em>").format(_one(batch), times(ratio))
     if "slower" in verdict:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lmcompress.data.tasks import auto_class_name
 from lmcompress.reporting import anatomy
 from lmcompress.reporting.cautions import cautions, other_notes
 from lmcompress.reporting.headline import figures, headline, lead
@@ -23,12 +24,6 @@ from lmcompress.reporting.sections import (
     tradeoffs,
 )
 from lmcompress.reporting.wording import Metric, Report, rows_text
-
-AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "token_classification": "AutoModelForTokenClassification",
-}
-"""Kind of a task to the class that loads its models, if it is not ``AutoModelForSequenceClassification``."""
 
 
 def run_view(report: Report, folder: Path | None = None) -> dict[str, Any]:
@@ -153,7 +148,7 @@ def load_snippet(report: Report, model: Model) -> str:
         report: determines the task.
         model: model of the report.
     """
-    head = AUTO_CLASSES.get(str(report["kind"]), "AutoModelForSequenceClassification")
+    head = auto_class_name(str(report["kind"]))
     needed = "import lmcompress  # registers its layers\n" if _needs_library(model.row) else ""
     path = json.dumps(str(model.row["folder"]))
     return (

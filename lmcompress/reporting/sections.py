@@ -187,7 +187,8 @@ def loss_panels(models: Sequence[Model]) -> list[dict[str, Any]]:
             limits=limits,
             marks=marks,
         )
-        note = f"{training['steps']:,} steps in {training['seconds']:.0f} s, {description(model)}"
+        precision = " in bfloat16" if training.get("bf16") else ""
+        note = f"{training['steps']:,} steps in {training['seconds']:.0f} s{precision}, {description(model)}"
         panels.append({"title": model.name, "note": note, "svgs": [Markup(svg)]})
     return panels
 
@@ -202,6 +203,7 @@ def environment(report: Report) -> list[tuple[str, str]]:
     memory = machine.get("memory_gib")
     pairs = [
         ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"),
+        ("instruction sets", machine.get("instructions") or ""),
         ("memory", f"{memory} GiB" if memory else ""),
         ("GPU", machine.get("gpu") or "none"),
         ("system", machine.get("system") or ""),
@@ -212,7 +214,8 @@ def environment(report: Report) -> list[tuple[str, str]]:
     ]
     if latency.get("load_before") is not None:
         load = f"{latency['repeats']} calls of each model; load {latency['load_before']} before, "
-        pairs.append(("latency", f"{load}{latency['load_after']} after"))
+        again = [f"{entry['model']}: {entry['verdict']}" for entry in latency.get("again", ())]
+        pairs.append(("latency", "; ".join([f"{load}{latency['load_after']} after", *again])))
     return [(name, text) for name, text in pairs if text]
 
 

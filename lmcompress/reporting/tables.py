@@ -29,6 +29,7 @@ def card_rows(report: Report) -> list[dict[str, str]]:
             "role": row["role"],
             metric_title(report): number(quality_of(report, row)),
             f"of {reference['name']}": "" if row is reference else kept(report, row, reference),
+            **{_title(name): number(row["metrics"][report["split"]][name]) for name in report.get("beside", ())},
             "parameters": f"{row['parameters']:,}",
             "MB on disk": "–" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.2f}",
         }
@@ -62,18 +63,23 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         rows: fields of :class:`~lmcompress.evaluation.LatencyRow`, and ``verdict``.
     """
-    table = Table(caption="medians and quartiles, side by side in one process")
+    table = Table(
+        caption="medians and quartiles of rounds in random order; CPU: time of all threads of the process; again: the "
+        "baseline timed a second time, whose ratio is 1 on a quiet machine"
+    )
     for name, justify in (
         ("batch", "right"),
         ("model", "left"),
         ("median ms", "right"),
         ("quartiles", "right"),
+        ("CPU ms", "right"),
         ("", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         quartiles = f"{row['lower_ms']:.2f} – {row['upper_ms']:.2f}"
-        table.add_row(str(row["batch_size"]), row["model"], f"{row['median_ms']:.2f}", quartiles, row["verdict"])
+        times = f"{row['median_ms']:.2f}", quartiles, f"{row['cpu_ms']:.2f}"
+        table.add_row(str(row["batch_size"]), row["model"], *times, row["verdict"])
     return table
 
 
@@ -220,7 +226,9 @@ def metric_title(report: Report) -> str:
 
 
 def kept(report: Report, row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """The share of the reference's quality that a row keeps: per cent of a score, or the increase of perplexity.
+    """The share of the reference's quality that a row keeps: 100 % is as good, more is better, for every metric.
+
+    Where lower is better, such as for perplexity, it is the reference's number divided by the row's.
 
     Args:
         report: determines whether lower is better.
@@ -228,9 +236,8 @@ def kept(report: Report, row: Mapping[str, Any], reference: Mapping[str, Any]) -
         reference: row of the reference.
     """
     mine, theirs = quality_of(report, row), quality_of(report, reference)
-    if theirs <= 0:
-        return "–"
-    return f"{(mine / theirs - 1) * 100:+.1f} %" if report["lower_is_better"] else f"{mine / theirs * 100:.1f} %"
+    above, below = (theirs, mine) if report["lower_is_better"] else (mine, theirs)
+    return f"{above / below * 100:.1f} %" if below > 0 and theirs > 0 else "–"
 
 
 def number(value: float) -> str:
@@ -244,6 +251,10 @@ def number(value: float) -> str:
         ('0.9341', '48.24', '12346')
     """
     return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _title(metric: str) -> str:
+    return "macro F1" if metric == "f1_macro" else metric.replace("_", " ")
 
 
 def _latency_cell(row: Mapping[str, Any], batch: int) -> str:

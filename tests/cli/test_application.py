@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ COMMANDS = {" ".join(words): command for words, command in commands()}
 def test_the_verbs_are_those_of_the_issue():
     assert {name.split()[0] for name in COMMANDS} == {
         *("run", "quickstart", "evaluate", "benchmark", "inspect", "compare", "prune", "sensitivity", "frontier"),
-        *("quantize", "push", "recipes"),
+        *("quantize", "export", "push", "recipes", "families"),
     }
 
 
@@ -39,6 +40,12 @@ def test_each_command_has_help_with_two_examples(command):
     result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert result.output.split("Examples:")[1].count(f"lmcompress {command}") >= 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paragraphs_of_the_help_are_wrapped_by_the_terminal_alone(command):
+    for paragraph in COMMANDS[command].help.split("\n\n"):
+        assert "\n" not in paragraph.strip()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -106,7 +113,7 @@ def test_a_fault_of_ours_is_one_message_too(error, monkeypatch, capsys):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("lmcompress.checkpoint.saving.push_folder", fail)
+    monkeypatch.setattr("lmcompress.checkpoint.pushing.check_name", fail)
     arguments = ["push", "folder", "me/it"]
     assert cli.run_app(arguments) == 1
     shown = capsys.readouterr().err
@@ -120,7 +127,7 @@ def _pushes(error, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("lmcompress.checkpoint.saving.push_folder", fail)
+    monkeypatch.setattr("lmcompress.checkpoint.pushing.check_name", fail)
     return cli.run_app(["push", "folder", "me/it"])
 
 
@@ -151,7 +158,7 @@ def test_whoever_has_read_enough_hears_nothing(arguments):
         (["run", "quickstart"], "lmcompress.recipes.run", "stopped; the same command resumes from the last checkpoint"),
         (
             ["push", "folder", "me/it"],
-            "lmcompress.checkpoint.saving.push_folder",
+            "lmcompress.checkpoint.pushing.check_name",
             "stopped; the same command starts over",
         ),
     ],
@@ -163,6 +170,30 @@ def test_ctrl_c_says_what_the_same_command_does(arguments, patched, message, mon
     monkeypatch.setattr(patched, interrupt)
     assert cli.run_app(arguments) == application.INTERRUPTED == 130
     assert message in capsys.readouterr().err
+
+
+_STOPPED_WHILE_WRITING = """
+import os, signal, sys, time
+from pathlib import Path
+from lmcompress.checkpoint.saving import replaced_folder
+from lmcompress.cli import application
+
+def write(arguments):
+    with replaced_folder(Path("made")) as folder:
+        (folder / "weights").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+application.run_app = write
+application.main()
+"""
+
+
+def test_sigterm_leaves_no_temporary_folder(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", _STOPPED_WHILE_WRITING], cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == application.TERMINATED == 143
+    assert os.listdir(tmp_path) == []
 
 
 def test_python_m_lmcompress_is_the_command_line():

@@ -39,7 +39,7 @@ def test_an_example_runs(line, workplace, tmp_path, monkeypatch, capsys):
             pytest.skip("there is no comparison of runs yet")
         _write_runs(tmp_path, monkeypatch)
     if arguments[0] == "push":
-        monkeypatch.setattr("lmcompress.checkpoint.saving.push_folder", lambda *_, **__: "https://hub/commit")
+        monkeypatch.setattr("lmcompress.checkpoint.pushing.push_folder", lambda *_, **__: "https://hub/commit")
     if arguments[0] in TRAINS and "--dry-run" not in arguments:
         arguments.append("--dry-run")
     assert cli.run_app(arguments) == 0, capsys.readouterr().err

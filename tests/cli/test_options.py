@@ -8,7 +8,8 @@ from test_application import COMMANDS
 from lmcompress.cli import options
 from lmcompress.entropy_coding import CODERS
 from lmcompress.errors import LmcompressError
-from lmcompress.evaluation import METRICS
+from lmcompress.evaluation import ENTITY_F1, METRICS, SPAN_METRICS
+from lmcompress.export.tasks import TASKS
 from lmcompress.numerics.quantizers.registry import QUANTIZERS
 from lmcompress.pruning.structured.config import DEFAULT_CRITERION, PruningConfig
 from lmcompress.pruning.structured.registry import CRITERIA
@@ -33,7 +34,8 @@ def _choices(model, field):
         (options.FORMATS, _choices(Stage, "save")),
         (options.STORAGES, _choices(Stage, "storage")),
         (options.STORAGES, ["plain", *CODERS]),
-        (options.METRICS, [*METRICS, *PERPLEXITIES]),
+        (options.EXPORT_TASKS, TASKS),
+        (options.METRICS, {*METRICS, *SPAN_METRICS, ENTITY_F1, *PERPLEXITIES}),
     ],
 )
 def test_help_lists_the_names_that_there_are(listed, there_are):
@@ -55,7 +57,7 @@ def test_verbs_with_a_task_take_its_options(verb):
 
 def test_no_other_verb_has_rows_of_a_task():
     with_data = {name for name, command in COMMANDS.items() if any("--data" in p.opts for p in command.params)}
-    assert with_data == {"evaluate", "prune", "quantize", "sensitivity", "frontier"}
+    assert with_data == {"evaluate", "prune", "quantize", "sensitivity", "frontier", "export"}
 
 
 def test_shapes_are_read_from_words():

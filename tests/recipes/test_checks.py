@@ -10,7 +10,8 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 from lmcompress.data import Task
 from lmcompress.errors import LmcompressError
-from lmcompress.recipes.checks import check_training, check_writable, positions_of
+from lmcompress.families.positions import positions_of
+from lmcompress.recipes.checks import check_training, check_writable
 from lmcompress.recipes.lookup import check_model_folder, found
 from lmcompress.recipes.training import Training
 
@@ -37,6 +38,22 @@ TASK = Task("tone", "classification", ("text",), "label", ("bad", "good"))
 def test_what_transformers_refuses_in_training_is_refused_before(fields, message):
     with pytest.raises(LmcompressError, match=message):
         check_training(Training(**fields), TASK)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_auto_is_decided_by_the_machine(monkeypatch, fast):
+    monkeypatch.setattr("lmcompress.recipes.training.bfloat16_is_fast", lambda **_: fast)
+    training = Training(bf16="auto")
+    check_training(training, TASK)
+    assert training.computes_in_bfloat16() is training.trainer_arguments("unused").bf16 is fast
+    # what is hashed to decide whether a run goes on is what was asked, on every machine
+    assert training.bf16 == "auto" and Training().computes_in_bfloat16() is False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is used")
+def test_bf16_on_a_machine_without_a_gpu_is_of_the_cpu():
+    arguments = Training(bf16=True).trainer_arguments("unused")
+    assert arguments.bf16 and arguments.use_cpu and arguments.device.type == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp16 is possible")

@@ -82,7 +82,7 @@ def test_a_stage_with_parts_of_ones_own_is_kept_until_their_code_changes(own_mod
     own_module.write_text(CODE.replace("/ 2", "/ 3"))
     # as in a new process
     del sys.modules["my_parts"]
-    with pytest.raises(LmcompressError, match=r"pruned was made by a different recipe \(code\.my_parts: \w{16} then"):
+    with pytest.raises(LmcompressError, match=r"pruned was made from something else \(code\.my_parts: \w{16} then"):
         run(_recipe(task_folder), folder, console=Console(quiet=True))
 
 

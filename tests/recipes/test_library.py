@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from lmcompress.data import train_tokenizer
 from lmcompress.recipes import builtin_recipes, load_recipe, plan
@@ -75,6 +75,23 @@ def test_a_recipe_for_pretrained_models_can_be_planned(name, stand_ins, tmp_path
             )
             assert entry.parameters == after < 0.7 * before
     assert planned.recipe.paper
+
+
+def test_a_student_of_six_layers_of_a_model_of_six_is_named(stand_ins, tmp_path):
+    folder, task = stand_ins
+    AutoTokenizer.from_pretrained(folder / "bert").save_pretrained(tmp_path / "six")
+    config = BertConfig.from_pretrained(folder / "bert", num_hidden_layers=6)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "six")
+    overrides = [f"task.name={task}", "training.num_train_epochs=1"]
+
+    def notes(model, *more):
+        planned = plan(load_recipe("distil-glue", [f"model={model}", *overrides, *more]), tmp_path / "run")
+        return [note for note in planned.notes if "is not smaller than its teacher" in note]
+
+    (said,) = notes(tmp_path / "six")
+    assert said.startswith("student is not smaller than its teacher teacher:") and "6 blocks of width 48" in said
+    assert said.endswith("stages.student.student.layers=3")
+    assert not notes(tmp_path / "six", "stages.student.student.layers=3") and not notes(folder / "bert")
 
 
 def test_the_vocabulary_recipe_only_takes_rows(stand_ins, tmp_path):

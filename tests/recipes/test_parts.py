@@ -14,7 +14,7 @@ from tiny_recipe import head
 from transformers import AutoModelForSequenceClassification
 
 from lmcompress.errors import LmcompressError
-from lmcompress.method import StepCallback, SteppedMethod
+from lmcompress.method import SteppedMethod
 from lmcompress.recipes import parse_recipe, plan, recipe_schema, register_part, run
 from lmcompress.recipes.parts import PARTS
 from lmcompress.recipes.parts.base import StagePart
@@ -67,7 +67,6 @@ class Clipping(SteppedMethod):
 
     def prepare(self, trainer):
         self.model = trainer.model
-        trainer.add_callback(StepCallback(self))
 
     def after_optimizer_step(self):
         self.clipped += clip(self.model, self.limit)

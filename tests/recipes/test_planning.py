@@ -30,6 +30,13 @@ def test_a_plan_has_stages_shapes_steps_and_sizes(tiny):
     assert planned.reference == "teacher"
 
 
+@pytest.mark.parametrize(("fast", "said"), [(True, "trains in bfloat16"), (False, "trains in float32")])
+def test_a_plan_says_what_bf16_auto_means_on_this_machine(tiny, monkeypatch, fast, said):
+    monkeypatch.setattr("lmcompress.recipes.training.bfloat16_is_fast", lambda **_: fast)
+    stages = plan(parse_recipe(tiny, ["stages.student.training.bf16=auto"])).stages
+    assert [any(said in words for words in entry.words) for entry in stages] == [False, True, True]
+
+
 def test_a_layer_map_is_spelled_out_for_each_loss(tiny):
     matches = plan(parse_recipe(tiny)).stages[1].plans["distillation"].matches
     assert [(m.loss, m.student, m.teacher) for m in matches] == [

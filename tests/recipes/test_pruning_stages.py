@@ -125,7 +125,6 @@ def test_a_plan_says_shape_parameters_vocabulary_and_verdict(pruning):
         ("stages.one-shot.pruning.criterion=nonsense", "unknown criterion 'nonsense'"),
         ("stages.one-shot.pruning.schedule={kind: movement}", "movement needs training, got max_steps: 0"),
         ("stages.trained.training.max_steps=0", "nothing to distil"),
-        ("stages.trained.training.load_best_model_at_end=true", "load_best_model_at_end must be false with pruning"),
         ("stages.one-shot.augmentation={operations: [mask]}", "augmentation has no use"),
         ("stages.one-shot.pruning.latency={batch_size: 3}", "latency is for targets latency_share and latency_ms"),
         ("stages.one-shot.pruning.schedule={kind: itertive}", "no kind 'itertive'; did you mean 'iterative'"),
@@ -169,7 +168,8 @@ def test_a_criterion_with_gradients_needs_labels(pruning):
     recipe = parse_recipe(only(pruning, "dense", "one-shot"))
     planned = plan(recipe)
     data = planned.materials.data
-    without = Materials(recipe, replace(data, train=data.train.remove_columns("label")), planned.materials.tokenizer)
+    bare = replace(data, train=data.train.remove_columns("label"))
+    without = Materials(recipe, bare, planned.materials.tokenizer, bare)
     model = make("bert")
     spec = recipe.stages[1].pruning
     with pytest.raises(LmcompressError, match="fisher needs labels, and the training rows of .* have none"):

@@ -127,7 +127,12 @@ def test_an_interrupted_run_goes_on(quantizing, tmp_path, monkeypatch, quantized
     [
         ("quantization: {}", "quantization: {rules: [{modules: ffn_oot}]}", "matches no matrix"),
         ("quantization: {}", "quantization: {weights: {quantizer: lsq}}", "must not be one that learns"),
-        ("quantization: {}", "quantization: {}\n    save: vanilla", "save: vanilla"),
+        ("quantization: {}", "quantization: {}\n    save: vanilla", "save.*vanilla.*or as self_loading"),
+        (
+            "quantization: {}",
+            "quantization: {attention: true}\n    save: self_loading",
+            "self_loading is not possible with quantized attention.*leave attention out",
+        ),
         ("name: dense", "name: dense\n    save: vanilla\n    storage: zstd", "streams need lmcompress"),
         ("{method: gptq, weights: {bits: 4}", "{method: awq, weights: {bits: 5}", "bits"),
         ("quantization:\n      weights: {bits: 2,", "quantization:\n      method: gptq\n      weights: {bits: 2,",

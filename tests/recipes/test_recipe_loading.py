@@ -146,6 +146,8 @@ def test_a_wrong_override_is_named(override, message):
 
 # 08 is a number in YAML: a text must be quoted
 @example(steps=1, rate=1.0, choose="uniform", description="08")
+# long enough to be folded, all escapes, one space
+@example(steps=1, rate=1.0, choose="uniform", description="\x1a\x1f" + "\u1234" * 18 + " " + "\x94" * 20)
 @settings(deadline=None, max_examples=50)
 @given(
     st.integers(1, 10**6),

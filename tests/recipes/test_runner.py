@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes import load_recipe, parse_recipe, run
+from lmcompress.recipes.folder import locked
 from lmcompress.trainers import CompressionTrainer
 
 FILES = {
@@ -95,7 +96,7 @@ def test_a_changed_recipe_is_refused_and_the_change_named(copied, tiny):
     changed = parse_recipe(tiny, ["stages.student.training.max_steps=2"])
     with pytest.raises(
         LmcompressError,
-        match=r"student was made by a different recipe \(training.max_steps: 4 then, 2 now\).*--overwrite",
+        match=r"student was made from something else \(training.max_steps: 4 then, 2 now\).*--overwrite",
     ):
         run(changed, copied, console=Console(quiet=True))
     assert (copied / "student" / "model.safetensors").read_bytes() == before
@@ -109,7 +110,7 @@ def test_overwrite_trains_what_changed_and_keeps_the_rest(copied, tiny, console)
 
 
 def test_a_change_before_a_stage_is_a_change_of_the_stage(copied, tiny):
-    with pytest.raises(LmcompressError, match="teacher was made by a different recipe"):
+    with pytest.raises(LmcompressError, match=r"teacher was made from something else \(seed: 0 then, 1 now\)"):
         run(parse_recipe(tiny, ["seed=1"]), copied, console=Console(quiet=True))
 
 
@@ -152,6 +153,96 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(finished, tiny, tmp_pa
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
 
 
+def test_a_run_that_was_killed_after_the_last_step_takes_no_further_one(finished, tiny, tmp_path, monkeypatch, console):
+    plain = CompressionTrainer.finish
+
+    def die(self):
+        raise _Killed
+
+    # the checkpoint of the last step is there, the model is not; and 4 steps are less than an epoch of 6
+    monkeypatch.setattr(CompressionTrainer, "finish", die)
+    with pytest.raises(_Killed):
+        run(parse_recipe(tiny), tmp_path / "tiny", console=Console(quiet=True))
+    assert (tmp_path / "tiny" / "checkpoints" / "teacher" / "checkpoint-4").is_dir()
+    monkeypatch.setattr(CompressionTrainer, "finish", plain)
+    result = run(parse_recipe(tiny), tmp_path / "tiny", console=console)
+    assert "resuming from checkpoint-4" in console.file.getvalue()
+    assert [row["training"]["steps"] for row in result.report["rows"]] == [4, 4, 4]
+    for name in ("teacher", "student"):
+        resumed, straight = (
+            load_file(models[name] / "model.safetensors") for models in (result.models, finished.models)
+        )
+        torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def _cut_off(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny, tmp_path_factory):
+    """A run of one stage that was killed after its third checkpoint, and what comes of it undisturbed."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    text = tiny.partition("  - name: student")[0].replace("save_steps: 2", "save_steps: 1, save_total_limit: 2")
+    recipe = parse_recipe(text + "evaluation: {latency_batches: []}\n")
+    plain, saved = CompressionTrainer._save_checkpoint, []
+
+    def die_after_the_third(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        saved.append(self)
+        if len(saved) == 3:
+            raise _Killed
+
+    CompressionTrainer._save_checkpoint = die_after_the_third
+    try:
+        with pytest.raises(_Killed):
+            run(recipe, folder / "run", console=Console(quiet=True))
+    finally:
+        CompressionTrainer._save_checkpoint = plain
+    undisturbed = run(recipe, folder / "undisturbed", console=Console(quiet=True))
+    return recipe, folder / "run", load_file(undisturbed.models["teacher"] / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        ("model.safetensors", _cut_off("model.safetensors")),
+        ("optimizer.pt", _cut_off("optimizer.pt")),
+        ("rng_state.pth", _cut_off("rng_state.pth")),
+        ("trainer_state.json", lambda folder: (folder / "trainer_state.json").write_text("")),
+        *((name, lambda folder, name=name: (folder / name).unlink())
+          for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_left_out_and_an_earlier_one_resumed(file, harm, interrupted, tmp_path, console):
+    recipe, folder, undisturbed = interrupted
+    copied = shutil.copytree(folder, tmp_path / "run")
+    harm(copied / "checkpoints" / "teacher" / "checkpoint-3")
+    result = run(recipe, copied, console=console)
+    said = console.file.getvalue()
+    assert f"checkpoint-3 is damaged ({file}) and left out" in said and "resuming from checkpoint-2" in said
+    torch.testing.assert_close(load_file(result.models["teacher"] / "model.safetensors"), undisturbed, rtol=0, atol=0)
+
+
+def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
+    with locked(tmp_path / "run"):
+        with pytest.raises(LmcompressError, match="another process is running in .*run: wait until it is done"):
+            run(parse_recipe(tiny), tmp_path / "run", console=Console(quiet=True))
+    assert list((tmp_path / "run").iterdir()) == []
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr("lmcompress.recipes.folder.fcntl.flock", no_locks)
+    with locked(tmp_path), caplog.at_level("WARNING"):
+        pass
+    assert "cannot be locked" in caplog.text
+
+
 def test_an_interrupted_stage_of_another_recipe_is_refused(tiny, tmp_path, monkeypatch):
     def die(self, *args, **kwargs):
         raise _Killed
@@ -159,7 +250,7 @@ def test_an_interrupted_stage_of_another_recipe_is_refused(tiny, tmp_path, monke
     monkeypatch.setattr(CompressionTrainer, "_save_checkpoint", die)
     with pytest.raises(_Killed):
         run(parse_recipe(tiny), tmp_path / "tiny", console=Console(quiet=True))
-    with pytest.raises(LmcompressError, match="was made by a different recipe"):
+    with pytest.raises(LmcompressError, match="was made from something else"):
         run(parse_recipe(tiny, ["training.max_steps=5"]), tmp_path / "tiny", console=Console(quiet=True))
 
 

@@ -107,8 +107,6 @@ def test_storage_makes_the_files_smaller(changed):
         ("{clusters: 4, embedding_clusters: 4}\n    training: {max_steps: 0}",
          "{rules: [{modules: ffn_oot, clusters: 3}]}\n    training: {max_steps: 0}", "matches no matrix"),
         ("sparsity: {sparsity: 0.5, criterion: wanda}", "quantization: {}", "choose one, or share in one stage"),
-        ("{max_steps: 4,", "{max_steps: 4, load_best_model_at_end: true, eval_strategy: steps, save_strategy: steps,",
-         "load_best_model_at_end must be false with sparsity|pruning"),
         ("sparsity: 0.5, criterion: wanda", "sparsity: 1.0", "sparsity must be in"),
         ("kind: gradual, end: 0.5, every: 1", "kind: surgery, begin: 0.5, end: 0.55",
          "surgery must have optimizer steps between begin and end, got 0 of 4"),

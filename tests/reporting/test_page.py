@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from reports import full_report, language_model, plain_report, row, with_predictions
+from rich.console import Console
 
+from lmcompress.cli.console import print_how_to_load
+from lmcompress.data import TaskKind
+from lmcompress.evaluation import BUSY
+from lmcompress.recipes.building import auto_class
 from lmcompress.reporting import report_html, write_report
 from lmcompress.reporting.cautions import cautions
+from lmcompress.reporting.headline import speed_text
 from lmcompress.reporting.models import collect, pick
 from lmcompress.reporting.page import run_view
 
@@ -174,6 +182,18 @@ def test_equal_models_with_unlike_times_are_a_busy_machine():
     assert "The machine was busy." not in _titles(report)
 
 
+def test_without_a_verdict_the_machine_was_busy_and_no_sentence_says_otherwise():
+    report = plain_report()
+    entry = report["rows"][1]["latency"][0]
+    entry["verdict"] = BUSY
+    found = _titles(report)["The machine was busy."].text
+    assert "Timed twice in the same rounds, teacher differs from itself, or models waited for a core (1 row)." in found
+    teacher, student, *_ = collect(report)
+    assert speed_text(student, teacher, 1) == BUSY
+    page = report_html(report)
+    assert "with no verdict on its speed, as the machine was busy" in page and "no measurable difference" not in page
+
+
 def test_a_control_as_good_as_the_student_is_told():
     report = full_report()
     assert not any("gains nothing" in title for title in _titles(report))
@@ -260,3 +280,13 @@ def test_what_is_written_is_the_page(tmp_path):
 
 def test_the_same_report_makes_the_same_page():
     assert report_html(full_report()) == report_html(full_report())
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+def test_page_and_terminal_load_a_model_with_the_class_that_the_recipe_makes_it_of(kind):
+    report = plain_report() | {"kind": str(kind)}
+    name = auto_class(SimpleNamespace(kind=kind)).__name__
+    assert f"from transformers import {name}, AutoTokenizer" in run_view(report)["load"]
+    console = Console(file=io.StringIO(), width=120)
+    print_how_to_load(console, report)
+    assert f"import {name}\n  model = {name}.from_pretrained(" in console.file.getvalue()

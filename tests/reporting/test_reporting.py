@@ -39,11 +39,26 @@ def test_a_score_is_a_share_of_the_teachers(report):
     )
 
 
-def test_a_perplexity_is_told_by_how_much_it_rises(report):
-    report |= {"metric": "token_perplexity", "lower_is_better": True}
-    for row, value in zip(report["rows"], (20.0, 25.0), strict=True):
-        row["metrics"] = {"validation": {"token_perplexity": value}}
-    assert card_rows(report)[1]["of teacher"] == "+25.0 %"
+@pytest.mark.parametrize(
+    ("metric", "teacher", "student", "kept"),
+    [
+        ("token_perplexity", 20.0, 25.0, "80.0 %"),
+        ("token_perplexity", 25.0, 20.0, "125.0 %"),
+        ("token_perplexity", 20.0, 20.0, "100.0 %"),
+        ("token_perplexity", 20.0, float("inf"), "0.0 %"),
+        ("mse", 0.5, 0.0, "–"),
+        ("mse", 0.0, 0.5, "–"),
+        ("accuracy", 0.8, 0.9, "112.5 %"),
+        ("accuracy", 0.8, 0.0, "0.0 %"),
+    ],
+)
+def test_more_than_the_teachers_quality_is_more_than_100_per_cent_for_every_metric(
+    report, metric, teacher, student, kept
+):
+    report |= {"metric": metric, "lower_is_better": metric != "accuracy"}
+    for row, value in zip(report["rows"], (teacher, student), strict=True):
+        row["metrics"] = {"validation": {metric: value}}
+    assert card_rows(report)[1]["of teacher"] == kept
 
 
 def test_a_reference_of_nothing_has_no_share(report):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -106,10 +106,9 @@ class StagePart(Generic[S]):
         verb: its effect on the model before saving, for the line of progress.
         begins: whether its :class:`~lmcompress.method.Method` comes before those of other parts, because it uses the
             shapes of matrices before pruning.
-        fitted: state that the last training step fits to the last weights, so that an earlier checkpoint cannot be
-            used.
         codes: whether the resulting weights are codes: no stage can start from them, and an input on the edge of a
             step may be rounded the other way once the model is cut.
+        shrinks: whether it makes a model smaller while or after it is trained.
     """
 
     key: ClassVar[str]
@@ -119,8 +118,8 @@ class StagePart(Generic[S]):
     role: ClassVar[str | None] = None
     verb: ClassVar[str | None] = None
     begins: ClassVar[bool] = False
-    fitted: ClassVar[str | None] = None
     codes: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
 
     def check(self, stage: Stage, spec: S) -> None:
         """Refuse combinations that do not go together in a stage.
@@ -160,6 +159,32 @@ class StagePart(Generic[S]):
         Raises:
             LmcompressError: If it cannot be done.
         """
+
+    def reads(self, spec: S) -> Collection[str]:
+        """Names of the splits whose rows decide what the model becomes, beside ``train``.
+
+        Args:
+            spec: the stage's field of this part.
+        """
+        return ()
+
+    def contents(self, spec: S, planned: Any) -> dict[str, str | None]:
+        """Digests of what the model depends on outside the recipe, its rows and its models, by what they are of.
+
+        Args:
+            spec: the stage's field of this part.
+            planned: result of :meth:`prepare` or :meth:`plan`.
+        """
+        return {}
+
+    def cautions(self, spec: S, work: Planning) -> Iterable[str]:
+        """What its owner should know before the stage is trained, in sentences; also notes of the report.
+
+        Args:
+            spec: the stage's field of this part.
+            work: with the results of :meth:`prepare` and :meth:`plan`.
+        """
+        return ()
 
     def words(self, planned: Any) -> list[str]:
         """A plan in sentences, for ``--dry-run``.

@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from lmcompress.distillation import Distillation, DistillationConfig, LiveTeacher, Match
+from lmcompress.distillation.checks import crosses
 from lmcompress.distillation.config import MatchPart, WeightSchedule
 from lmcompress.distillation.layer_maps import given, last, skip, uniform
 from lmcompress.distillation.matches import match_for
 from lmcompress.errors import LmcompressError
 from lmcompress.families import anatomy_of
-from lmcompress.recipes.building import teacher_skeleton
+from lmcompress.recipes.building import check_packing, teacher_skeleton
 from lmcompress.recipes.parts.base import Planning, Running, StagePart, Work
 from lmcompress.recipes.parts.teachers import Precision, StoreSpec, different_tokenizer, teachers_of
 from lmcompress.recipes.specs import SchemaPart
@@ -78,6 +79,11 @@ class StageDistillation(DistillationConfig):
             # any match will do: this only checks that there is something to train on
             plain["matches"] = (*self.matches, Match(loss="hidden_mse", student=-1, teacher=-1))
         DistillationConfig.model_validate(plain)
+        if self.store is not None and (self.on_policy is not None or crosses(self)):
+            raise ValueError(
+                "a store holds outputs by the student's tokens, and only for the training rows: leave store out with "
+                "on_policy, shared_tokens and loss uld"
+            )
         if self.teacher_weights is not None and len(self.teacher_weights) != len(self.teachers):
             raise ValueError(f"{len(self.teachers)} teachers have {len(self.teacher_weights)} teacher_weights")
         return self
@@ -108,10 +114,17 @@ class DistillationPart(StagePart[StageDistillation]):
         if not isinstance(work, Planning):
             return None
         known = [work.models[name] for name in spec.teachers]
+        for model in known:
+            check_packing(work.recipe.task, model)
         config = distillation_config(spec, work.model, known)
+        sizes = {model.config.vocab_size for model in (work.model, *known)}
+        if work.teacher_tokenizer is None and config.vocab_size is None and len(sizes) > 1:
+            # one tokenizer: tables that differ are padded
+            config = config.model_copy(update={"vocab_size": len(work.materials.tokenizer)})
         # on meta: all checks without computation
-        method = Distillation(config, [LiveTeacher(teacher) for teacher in known])
-        method.attach(work.model, torch.device("meta"), nullcontext)
+        mine = work.materials.tokenizer
+        method = Distillation(config, [LiveTeacher(teacher, work.teacher_tokenizer or mine) for teacher in known])
+        method.attach(work.model, torch.device("meta"), nullcontext, mine)
         method.finish()
         return config
 

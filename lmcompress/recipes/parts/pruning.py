@@ -29,6 +29,7 @@ from lmcompress.pruning.structured.stock import stock_verdict
 from lmcompress.pruning.structured.surgery import cut
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.pruning.structured.units import Units
+from lmcompress.recipes.fingerprints import digest
 from lmcompress.recipes.materials import Materials, drawn_batches, gate_batches
 from lmcompress.recipes.parts.base import Planning, Running, StagePart, needs_training
 from lmcompress.recipes.specs import SchemaPart
@@ -112,7 +113,7 @@ class PruningPart(StagePart[StagePruning]):
     applied = "structured pruning"
     role = "pruned"
     verb = "masked, cut"
-    fitted = "the final mask"
+    shrinks = True
 
     def check(self, stage: Stage, spec: StagePruning) -> None:
         needs_training(stage, spec)
@@ -123,6 +124,9 @@ class PruningPart(StagePart[StagePruning]):
         if planned.expected is not None:
             work.model = expected_model(work.model, planned.expected)
         return planned
+
+    def contents(self, spec: StagePruning, planned: PruningPlan) -> dict[str, str | None]:
+        return {} if planned.cost is None else {"the latency table": digest(planned.cost.model_dump(mode="json"))}
 
     def words(self, planned: PruningPlan) -> list[str]:
         return [f"prunes {pruning_in_words(planned.config)}", *([] if planned.note is None else [planned.note])]
@@ -258,7 +262,9 @@ def pruning_in_words(config: Any) -> str:
     by = "" if own_scores else f" by {config.criterion_name}"
     repair = "" if config.repair == "none" else f", repair {config.repair}"
     parts = " and ".join(filter(None, [", ".join(config.parts[:-1]), config.parts[-1]]))
-    return f"{parts} to {config.target.kind} {amount}, {config.schedule.kind}{by}, ranking {config.ranking}{repair}"
+    alike = ", uniform" if config.uniform else ""
+    way = f"{config.schedule.kind}{by}, ranking {config.ranking}"
+    return f"{parts} to {config.target.kind} {amount}, {way}{alike}{repair}"
 
 
 def _planned(
@@ -286,7 +292,7 @@ def _planned(
 
 def _obstacle(config: PruningConfig, expected: Structure, model: PreTrainedModel) -> str | None:
     reason = stock_verdict(expected, model.config).reason
-    if config.target.shape is not None:
+    if config.target.shape is not None or config.uniform:
         return reason
     # counts of single blocks are not known yet: they depend on the parts and the ranking
     parts = set(config.parts)

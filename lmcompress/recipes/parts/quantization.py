@@ -11,6 +11,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from lmcompress.checkpoint.encoding import weight_count
+from lmcompress.errors import argument
 from lmcompress.families import weight_view
 from lmcompress.families.weights import modules_by_path
 from lmcompress.numerics.packing import container_for, packed_bytes
@@ -91,7 +92,7 @@ class QuantizationPart(StagePart[StageQuantization]):
     applied = "quantization"
     role = "quantized"
     verb = "packed"
-    fitted = "the last scales"
+    shrinks = True
     codes = True
 
     def check(self, stage: Stage, spec: StageQuantization) -> None:
@@ -100,8 +101,17 @@ class QuantizationPart(StagePart[StageQuantization]):
                 f"quantization.method {spec.method} is for stages without training; set max_steps: 0, or "
                 "leave it out: while a stage trains, its weights learn to be codes"
             )
-        if stage.save != "native":
-            raise ValueError(f"save: {stage.save} is not possible with quantization: packed weights need lmcompress")
+        if stage.save == "vanilla":
+            raise ValueError(
+                f"{argument('save', 'vanilla')} is not possible with quantization: stock Transformers has no modules "
+                "for packed weights; save it as native, or as self_loading, whose loader unpacks them"
+            )
+        quantizes_attention = spec.config(0, trains=stage.trains).attention_scheme() is not None
+        if stage.save == "self_loading" and quantizes_attention:
+            raise ValueError(
+                f"{argument('save', 'self_loading')} is not possible with quantized attention, which its loader does "
+                "not know; leave attention out of the quantization, or save it as native"
+            )
         if stage.trains and stage.pruning is not None and stage.pruning.schedule.kind == "hard_concrete":
             raise ValueError(
                 "the schedule hard_concrete multiplies weights by gates in the end, after which they are codes no "

@@ -30,7 +30,7 @@ class SharingPart(StagePart[SharingConfig]):
     ]
     applied = "weight sharing"
     role = "shared"
-    fitted = "the final codebooks"
+    shrinks = True
 
     def check(self, stage: Stage, spec: SharingConfig) -> None:
         for name in ("pruning", "sparsity"):

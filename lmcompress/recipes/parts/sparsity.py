@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from lmcompress.activations.gradients import MAX_CLASSES
-from lmcompress.data import Task, TaskKind
+from lmcompress.data import Task
 from lmcompress.errors import LmcompressError
 from lmcompress.pruning.unstructured import Sparsity, SparsityConfig, SparsityReport, prune_weights
 from lmcompress.pruning.unstructured.planning import plan as plan_sparsity
@@ -36,7 +36,7 @@ class SparsityPart(StagePart[SparsityConfig]):
     applied = "sparsity"
     role = "pruned"
     begins = True
-    fitted = "the final mask"
+    shrinks = True
 
     def check(self, stage: Stage, spec: SparsityConfig) -> None:
         needs_training(stage, spec)
@@ -75,7 +75,7 @@ def check_classes(task: Task) -> None:
     Raises:
         LmcompressError: If the task has labels for single tokens, or too many classes.
     """
-    by_word = task.kind in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION)
+    by_word = task.kind.per_token
     if by_word or task.num_labels > MAX_CLASSES:
         got = f"a task of the kind {task.kind}" if by_word else f"{task.num_labels} classes"
         raise LmcompressError(

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmcompress.activations.capture import extract, resolve
 from lmcompress.data import TaskKind, nearest_words, same_tokenizer
 from lmcompress.distillation import DistillationConfig, LiveTeacher, StoredTeacher, TeacherStore, load_teacher
+from lmcompress.distillation.checks import crosses
 from lmcompress.distillation.matches import match_for
+from lmcompress.distillation.store.format import META_FILE
 from lmcompress.distillation.teachers import Teacher
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes.building import auto_class
@@ -55,7 +57,8 @@ def teachers_of(
     cls = auto_class(work.materials.task)
     models = [load_teacher(path, cls, precision) for path in _paths(work)]
     if store is None:
-        return [LiveTeacher(model) for model in models], config
+        tokenizer = work.teacher_tokenizer or work.materials.tokenizer
+        return [LiveTeacher(model, tokenizer) for model in models], config
     config = _layers_counted_from_the_beginning(config, models)
     return [StoredTeacher(_stored(work, store, number, model, config)) for number, model in enumerate(models)], config
 
@@ -97,10 +100,14 @@ def different_tokenizer(
         raise LmcompressError(
             f"stage {stage.name!r}: all teachers must have one tokenizer; {', '.join(others)} differ from the others"
         )
-    if materials.task.kind in (TaskKind.CAUSAL_LM, TaskKind.TOKEN_CLASSIFICATION):
+    if materials.task.kind is TaskKind.CAUSAL_LM and crosses(stage.distillation):
+        return first
+    if materials.task.kind.per_token:
         way_out = "prune the vocabulary of the teacher's stage, or of an earlier one that both start from"
         if stage.vocabulary is None:
             way_out = "choose a student of the teacher's family"
+        if materials.task.kind is TaskKind.CAUSAL_LM:
+            way_out += ", or compare two vocabularies with distillation.loss: uld or distillation.shared_tokens"
         raise LmcompressError(
             f"stage {stage.name!r}: the teacher {next(iter(others))} has another tokenizer than the student, so that "
             f"their outputs for single tokens can't be compared; {way_out}"
@@ -126,10 +133,17 @@ def _stored(
         }
         | _contrasted(config, number, teacher)
     )
-    if (folder / "meta.json").is_file():
-        store = TeacherStore.open(folder, teacher=teacher)
-        if set(features) <= set(store.features) and store.meta.top_k == spec.top_k:
-            return store
+    if (folder / META_FILE).is_file():
+        try:
+            store = _opened(folder, work, teacher)
+        except LmcompressError as error:
+            if spec.folder is not None:
+                raise
+            # its contents follow from the teacher and the rows, and no other stage reads it
+            work.console.print(f"  building the store {folder} again: {error}", highlight=False)
+        else:
+            if set(features) <= set(store.features) and store.meta.top_k == spec.top_k:
+                return store
     work.console.print(f"  running teacher {number} once over all rows: {folder}")
     if torch.cuda.is_available():
         teacher.to("cuda")
@@ -144,6 +158,19 @@ def _stored(
         features=features,
         batch_size=rows,
     )
+
+
+def _opened(folder: Path, work: Running, teacher: PreTrainedModel) -> TeacherStore:
+    """A store, if it was made by this teacher from rows that hold all those to train on."""
+    store = TeacherStore.open(folder, teacher=teacher)
+    size = work.stage.training.per_device_eval_batch_size
+    batches = (range(start, min(start + size, len(work.train))) for start in range(0, len(work.train), size))
+    if missing := sum(store.missing(work.collate([work.train[i] for i in batch])) for batch in batches):
+        raise LmcompressError(
+            f"{missing:,} of {len(work.train):,} training rows are not in the store {folder}: the rows, the tokenizer "
+            "or max_length have changed. Remove it, or name another folder in distillation.store.folder"
+        )
+    return store
 
 
 def _layers_counted_from_the_beginning(

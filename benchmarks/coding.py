@@ -5,7 +5,8 @@ embeddings ternary by TWN's rule, W2-E2-A8, as in TernaryBERT, whose paper count
 Each is packed, saved as it is and as streams, and loaded again.
 
 * Bits: of the file over all its numbers, and of packed matrices over their weights; beside the zero-order entropy.
-* Speed: one thread decodes all streams of the packed matrices; bytes of decoded float32 per second.
+* Speed: one thread decodes all streams of the packed matrices; bytes of decoded float32 per second of CPU time. All
+  coders take turns in rounds of random order, ours twice in each: its ratio to itself says how busy the machine was.
 * Memory: the greatest sum of tensors while loading, over that of the loaded model.
 * Others, on the bytes of the same tensors: zstd level 19, rANS of constriction on unpacked codes, ZipNN where it is
   installed.
@@ -17,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +35,8 @@ from transformers.utils import logging
 from lmcompress import CompressedModel
 from lmcompress.checkpoint.encoding import packed_modules
 from lmcompress.entropy_coding import decode, describe, encode
-from lmcompress.evaluation import size_on_disk
+from lmcompress.evaluation import size_on_disk, take_turns, timed
+from lmcompress.evaluation.timing import is_one
 from lmcompress.nn.packed import Packed
 from lmcompress.numerics.packing import unpack
 from lmcompress.quantization import QuantizationConfig, Rule, WeightScheme, quantize
@@ -45,57 +45,68 @@ QUICK = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, interme
 SCHEMES: dict[str, tuple[str, Any]] = {"ternary": ("twn", "ternary"), "4 bits": ("mse", 4), "8 bits": ("minmax", 8)}
 # of the whole file in MB, of a ternary weight in bits, over the entropy in per cent, of float32 in GB a second
 ASKED_MB, ASKED_BITS, ASKED_OVER, ASKED_SPEED = 28.0, 1.6, 1.0, 1.0
-REPEATS = 5
+REPEATS = 9
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call."""
-    taken = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+Decoder = tuple[dict[str, Any], Callable[[], Any]]
+"""A row with the bytes that a coder needs, and what decodes them."""
 
 
-def others(modules: list[Packed], dense_bytes: int, repeats: int) -> list[dict[str, Any]]:
-    """Other coders on the same codes: bytes, and decoded float32 per second."""
-    rows = []
+def others(modules: list[Packed]) -> tuple[list[Decoder], list[dict[str, Any]]]:
+    """Other coders on the same codes, and rows of those that cannot be run."""
+    found: list[Decoder] = []
+    missing: list[dict[str, Any]] = []
     blobs = [module.weight.numpy().tobytes() for module in modules]
-
-    def row(name: str, size: int, taken: float) -> None:
-        rows.append({"coder": name, "bytes": size, "gb_per_second": dense_bytes / taken / 1e9})
-
     coded = [zstandard.ZstdCompressor(level=19).compress(blob) for blob in blobs]
-    taken = seconds(lambda: [zstandard.ZstdDecompressor().decompress(blob) for blob in coded], repeats)
-    row("zstd level 19 of packed codes", sum(map(len, coded)), taken)
+    row = {"coder": "zstd level 19 of packed codes", "bytes": sum(map(len, coded))}
+    found.append((row, lambda: [zstandard.ZstdDecompressor().decompress(blob) for blob in coded]))
     try:
-        constriction: Any = importlib.import_module("constriction")
-        words = []
-        for module in modules:
-            layout = module.layout
-            codes = unpack(module.weight, module.shape, layout.grid, layout.container).flatten().numpy()
-            symbols = ((codes.astype(np.int32) - layout.grid.low) // layout.grid.stride).astype(np.int32)
-            counts = np.bincount(symbols)
-            model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
-            coder = constriction.stream.stack.AnsCoder()
-            coder.encode_reverse(symbols, model)
-            words.append((coder.get_compressed(), model, len(symbols)))
-        taken = seconds(
-            lambda: [constriction.stream.stack.AnsCoder(w).decode(model, n) for w, model, n in words], repeats
-        )
-        row("rANS of single codes (constriction)", sum(4 * len(w) for w, _, _ in words), taken)
+        found.append(_constriction(modules))
     except ImportError:
-        rows.append({"coder": "rANS of single codes (constriction)", "not_run": "not installed"})
+        missing.append({"coder": "rANS of single codes (constriction)", "not_run": "not installed"})
     try:
-        zipnn: Any = importlib.import_module("zipnn").ZipNN(method="auto", bytearray_dtype="float32")
-        coded = [zipnn.compress(blob) for blob in blobs]
-        taken = seconds(lambda: [zipnn.decompress(blob) for blob in coded], repeats)
-        row("ZipNN of packed codes", sum(map(len, coded)), taken)
+        found.append(_zipnn(blobs))
     except ImportError:
-        rows.append({"coder": "ZipNN of packed codes", "not_run": "not installed"})
+        missing.append({"coder": "ZipNN of packed codes", "not_run": "not installed"})
     except Exception as error:
-        rows.append({"coder": "ZipNN of packed codes", "not_run": f"{type(error).__name__}: {error}"})
+        missing.append({"coder": "ZipNN of packed codes", "not_run": f"{type(error).__name__}: {error}"})
+    return found, missing
+
+
+def _constriction(modules: list[Packed]) -> Decoder:
+    constriction: Any = importlib.import_module("constriction")
+    words = []
+    for module in modules:
+        layout = module.layout
+        codes = unpack(module.weight, module.shape, layout.grid, layout.container).flatten().numpy()
+        symbols = ((codes.astype(np.int32) - layout.grid.low) // layout.grid.stride).astype(np.int32)
+        counts = np.bincount(symbols)
+        model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
+        coder = constriction.stream.stack.AnsCoder()
+        coder.encode_reverse(symbols, model)
+        words.append((coder.get_compressed(), model, len(symbols)))
+    row = {"coder": "rANS of single codes (constriction)", "bytes": sum(4 * len(w) for w, _, _ in words)}
+    return row, lambda: [constriction.stream.stack.AnsCoder(w).decode(model, n) for w, model, n in words]
+
+
+def _zipnn(blobs: list[bytes]) -> Decoder:
+    zipnn: Any = importlib.import_module("zipnn").ZipNN(method="auto", bytearray_dtype="float32")
+    coded = [zipnn.compress(blob) for blob in blobs]
+    row = {"coder": "ZipNN of packed codes", "bytes": sum(map(len, coded))}
+    return row, lambda: [zipnn.decompress(blob) for blob in coded]
+
+
+def decoded(decoders: list[Decoder], dense_bytes: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows with bytes of float32 per second of CPU time, all coders in rounds, the first of them twice."""
+    calls = {row["coder"]: timed(call) for row, call in decoders}
+    turns = take_turns(calls, repeats=repeats, warmup=1)
+    itself = turns.itself("cpu")
+    rows = []
+    for row, _ in decoders:
+        lower, median, upper = (1000 * dense_bytes / ms / 1e9 for ms in turns.milliseconds(row["coder"], "cpu"))
+        speed = {"gb_per_second": median, "gb_per_second_quartiles": [upper, lower]}
+        rows.append(row | speed | {"wall_ms": turns.milliseconds(row["coder"], "wall").median})
+    rows[0] |= {"itself": itself, "busy": not is_one(itself)}
     return rows
 
 
@@ -110,7 +121,7 @@ def measure(name: str, quick: bool) -> list[dict[str, Any]]:
     quantize(model, QuantizationConfig(weights=weights, embeddings=weights, rules=rules), method="rtn", progress=False)
     modules = [module for _, module in packed_modules(model)]
     count = sum(module.shape[0] * module.shape[1] for module in modules)
-    repeats = 1 if quick else REPEATS
+    repeats = 3 if quick else REPEATS
     with tempfile.TemporaryDirectory() as scratch:
         sizes = {}
         for storage in ("plain", "auto", "zstd", "huffman"):
@@ -120,7 +131,7 @@ def measure(name: str, quick: bool) -> list[dict[str, Any]]:
         loaded = AutoModel.from_pretrained(Path(scratch) / "auto").state_dict()
         same = all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
         stored = load_file(Path(scratch) / "auto" / "model.safetensors")
-    decoded = sum(tensor.nbytes for tensor in model.state_dict().values())
+    decoded_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     # each stream is given up once its tensor is there
     held = most = sum(tensor.nbytes for tensor in stored.values())
     final = {key.removeprefix("bert."): value for key, value in model.state_dict().items()}
@@ -130,22 +141,19 @@ def measure(name: str, quick: bool) -> list[dict[str, Any]]:
         held -= tensor.nbytes
     streams = [encode(module.weight) for module in modules]
     told = [describe(stream) for stream in streams]
-    taken = seconds(lambda: [decode(stream) for stream in streams], repeats)
     shannon = sum(one.shannon_bits for one in told)
     size = sum(map(len, streams))
-    rows: list[dict[str, Any]] = [
-        {
-            "scheme": name, "coder": "lmcompress", "weights": count, "file_bytes": sizes, "equal": same,
-            "reload_error": measured.max_error, "bytes": size, "bits_per_weight": 8 * size / count,
-            "over_shannon": 100 * (8 * size / shannon - 1), "gb_per_second": 4 * count / taken / 1e9,
-            "greatest_memory_over_model": most / decoded,
-        }
-    ]  # fmt: skip
-    for other in others(modules, 4 * count, repeats):
-        if "bytes" in other:
-            other["bits_per_weight"] = 8 * other["bytes"] / count
-        rows.append({"scheme": name, **other})
-    return rows
+    ours = {
+        "coder": "lmcompress", "weights": count, "file_bytes": sizes, "equal": same,
+        "reload_error": measured.max_error, "bytes": size, "over_shannon": 100 * (8 * size / shannon - 1),
+        "greatest_memory_over_model": most / decoded_bytes,
+    }  # fmt: skip
+    found, missing = others(modules)
+    mine: Decoder = (ours, lambda: [decode(stream) for stream in streams])
+    rows = decoded([mine, *found], 4 * count, repeats)
+    for row in rows:
+        row["bits_per_weight"] = 8 * row["bytes"] / count
+    return [{"scheme": name, **row} for row in [*rows, *missing]]
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,8 +168,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, row in ours.items():
         over, speed, memory = row["over_shannon"], row["gb_per_second"], row["greatest_memory_over_model"]
         wanted.append(asked(f"{name}: stored over zero-order entropy, %", "<= 1", over, over <= ASKED_OVER))
-        met = speed >= ASKED_SPEED
-        wanted.append(asked(f"{name}: decoding, GB of float32 a second and core", f">= {ASKED_SPEED:g}", speed, met))
+        what, met = f"{name}: decoding, GB of float32 a second and core", speed >= ASKED_SPEED
+        wanted.append(asked(what, f">= {ASKED_SPEED:g}", speed, met, busy=row["busy"]))
         wanted.append(asked(f"{name}: greatest memory while loading over the model", "reported", memory, True))
     wanted.append(asked("loaded tensors equal to the bit", "all", str(all(row["equal"] for row in ours.values())),
                         all(row["equal"] for row in ours.values())))  # fmt: skip

@@ -31,9 +31,9 @@ def commit() -> str:
         return "unknown"
 
 
-def asked(name: str, target: str, measured: float | str, met: bool) -> dict[str, Any]:
-    """A requested number, and the measured one."""
-    return {"name": name, "target": target, "measured": measured, "met": met}
+def asked(name: str, target: str, measured: float | str, met: bool, *, busy: bool = False) -> dict[str, Any]:
+    """A requested number, and the measured one; whether it is met is not said if the machine was busy."""
+    return {"name": name, "target": target, "measured": measured, "met": None if busy else met}
 
 
 def once(folder: Path, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

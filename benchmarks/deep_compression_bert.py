@@ -69,14 +69,14 @@ class Bench(pruning.Bench):
 
     def pruned(self, folder: Path, seed: int) -> dict[str, Any]:
         """Most weights are pruned."""
-        trainer = self.trainer(SparsityTrainer, self.folder, folder, SPARSITY, "pruned", seed)
+        trainer = self.trainer(SparsityTrainer, self.folder, folder, {"sparsity": SPARSITY}, "pruned", seed)
         taken = self.trained(trainer, folder, "plain")
         return taken | {"sparsity": trainer.report.sparsity}
 
     def shared(self, folder: Path, seed: int) -> dict[str, Any]:
         """The remaining weights are clustered."""
         start = folder.parent / "pruned" / "model"
-        trainer = self.trainer(SharingTrainer, start, folder, SHARING, "shared", seed)
+        trainer = self.trainer(SharingTrainer, start, folder, {"sharing": SHARING}, "shared", seed)
         taken = self.trained(trainer, folder, "plain")
         return taken | {"matrices": [row.path for row in trainer.report.matrices]}
 
@@ -111,7 +111,7 @@ class Bench(pruning.Bench):
         """A checkpoint as its users load it."""
         return AutoModelForSequenceClassification.from_pretrained(folder)
 
-    def trainer(self, kind: Any, start: Path, folder: Path, config: Any, stage: str, seed: int) -> Any:
+    def trainer(self, kind: Any, start: Path, folder: Path, config: dict[str, Any], stage: str, seed: int) -> Any:
         """The trainer of a stage."""
         set_seed(seed)
         epochs = BUDGET[self.task][("pruned", "shared").index(stage)]
@@ -120,8 +120,8 @@ class Bench(pruning.Bench):
         # not pruned: not trained either, as everywhere in these benchmarks
         model.get_input_embeddings().requires_grad_(stage == "shared")
         return kind(
-            model, args, config, StoredTeacher(self.store), distillation(),
-            train_dataset=self.rows.train, data_collator=self.collate,
+            model, args, data_collator=self.collate, train_dataset=self.rows.train,
+            teacher=StoredTeacher(self.store), distillation=distillation(), **config,
         )  # fmt: skip
 
     def trained(self, trainer: Any, folder: Path, storage: Any) -> dict[str, Any]:

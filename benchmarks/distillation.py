@@ -110,8 +110,8 @@ def general_student(options: argparse.Namespace) -> Any:
         args = arguments(folder, 5e-4, 1, 0, quick=options.quick)
         args.save_strategy, args.save_steps, args.save_total_limit = IntervalStrategy.STEPS, 500, 1
         trainer = CompressionTrainer(
-            student, args, [Distillation(config, LiveTeacher(teacher))], train_dataset=sentences(options, tokenizer),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            student, args, methods=[Distillation(config, LiveTeacher(teacher))],
+            train_dataset=sentences(options, tokenizer), data_collator=DataCollatorWithPadding(tokenizer),
         )  # fmt: skip
         start = time.time()
         trainer.train(resume_from_checkpoint=any((folder / "checkpoints").glob("checkpoint-*")))
@@ -131,7 +131,9 @@ def taught_before(options: argparse.Namespace, task: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(path)
 
 
-def arguments(folder: Path, learning_rate: float, epochs: float, seed: int, *, quick: bool) -> TrainingArguments:
+def arguments(
+    folder: Path, learning_rate: float, epochs: float, seed: int, *, quick: bool, bf16: bool = True
+) -> TrainingArguments:
     """How every student is trained."""
     return TrainingArguments(
         str(folder / "checkpoints"),
@@ -142,7 +144,7 @@ def arguments(folder: Path, learning_rate: float, epochs: float, seed: int, *, q
         warmup_steps=0.06,
         weight_decay=0.01,
         optim="adamw_torch_fused",
-        bf16=True,
+        bf16=bf16,
         seed=seed,
         train_sampling_strategy="group_by_length",
         save_strategy="no",
@@ -180,7 +182,7 @@ def train_student(
         methods = [Distillation(distillation_config(), source)]
     args = arguments(folder, learning_rate, epochs, seed, quick=options.quick)
     collate = collator(data.task, tokenizer)
-    trainer = CompressionTrainer(student, args, methods, train_dataset=rows.train, data_collator=collate)
+    trainer = CompressionTrainer(student, args, methods=methods, train_dataset=rows.train, data_collator=collate)
     start = time.time()
     trainer.train()
     seconds = time.time() - start

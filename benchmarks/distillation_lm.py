@@ -53,7 +53,7 @@ def train(options: argparse.Namespace, folder: Path, role: str, seed: int, block
         optim="adamw_torch_fused", bf16=True, seed=seed, save_strategy="no", logging_steps=50, report_to="none",
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    trainer = CompressionTrainer(student, args, methods, train_dataset=blocks)
+    trainer = CompressionTrainer(student, args, methods=methods, train_dataset=blocks)
     start = time.time()
     trainer.train()
     trainer.finish()

@@ -159,7 +159,9 @@ class Bench:
         before = self.quality(model)
         args = arguments(folder, LEARNING_RATE, CRITERIA_BUDGET[self.task][0], seed, quick=self.options.quick)
         methods = [Distillation(distillation(), StoredTeacher(self.store))]
-        trainer = CompressionTrainer(model, args, methods, train_dataset=self.rows.train, data_collator=self.collate)
+        trainer = CompressionTrainer(
+            model, args, methods=methods, train_dataset=self.rows.train, data_collator=self.collate
+        )
         trainer.train()
         trainer.finish()
         after = self.quality(model)
@@ -183,7 +185,7 @@ class Bench:
         args = arguments(folder, LEARNING_RATE, SCHEDULE_BUDGET[self.task][0], seed, quick=self.options.quick)
         started = time.time()
         trainer = PruningTrainer(
-            model, args, config, teacher=StoredTeacher(self.store), distillation=distillation(),
+            model, args, pruning=config, teacher=StoredTeacher(self.store), distillation=distillation(),
             train_dataset=self.rows.train, data_collator=self.collate,
         )  # fmt: skip
         trainer.train()

@@ -108,7 +108,7 @@ class Bench:
         # gates are hooked first: what distillation captures is what they left
         methods: list[Any] = [] if pruning is None else [StructuredPruning(pruning)]
         methods.append(Distillation(DISTILLATION, LiveTeacher(self.dense())))
-        trainer = CompressionTrainer(model, args, methods, train_dataset=self.blocks)
+        trainer = CompressionTrainer(model, args, methods=methods, train_dataset=self.blocks)
         started = time.time()
         trainer.train()
         trainer.finish()

@@ -44,12 +44,13 @@ import torch
 from common import asked, once, train_and_report, training_parser, write
 from distillation import arguments, load_rows
 from pruning_speed import LENGTH, EncoderOnly
+from speeds import timed_rows
 from teachers import GroupedTrainer, train_teacher
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, set_seed
 
 from lmcompress.distillation import DistillationConfig
-from lmcompress.evaluation import compare_latency, evaluate_classifier, glue_score, parameter_count, size_on_disk
+from lmcompress.evaluation import evaluate_classifier, glue_score, parameter_count, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
 from lmcompress.pruning.structured.post_training import prune
@@ -242,7 +243,9 @@ class Bench:
             ranking=entry.ranking, schedule=Gradual(end=0.5, every=10), seed=args.seed,
         )  # fmt: skip
         taught = {"teacher": self.dense(), "distillation": DISTILLATION} if "distilled" in (entry.extra or "") else {}
-        trainer = PruningTrainer(model, args, config, train_dataset=self.train, data_collator=self.collate, **taught)
+        trainer = PruningTrainer(
+            model, args, pruning=config, train_dataset=self.train, data_collator=self.collate, **taught
+        )
         trainer.train()
         trainer.finish()
 
@@ -397,7 +400,7 @@ def gpt2_rows() -> list[dict[str, Any]]:
 
 
 def latencies(bench: Bench, folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """Encoders of all first seeds and of the dense model, call by call in turn."""
+    """Encoders of all first seeds and of the dense model, in rounds, on one thread."""
     encoders = {"dense": EncoderOnly(bench.dense())}
     for entry in bench.setting.entries:
         file = folder / bench.setting.folder(entry, 0) / "module.pt"
@@ -405,17 +408,10 @@ def latencies(bench: Bench, folder: Path, quick: bool) -> list[dict[str, Any]]:
             encoders[entry.name] = EncoderOnly(torch.load(file, weights_only=False))
     rows = []
     for batch, repeats in ((32, 15), (1, 40)):
-        size = min(batch, 4) if quick else batch
-        timed = compare_latency(
-            encoders, batch_sizes=(size,), sequence_length=LENGTH, warmup=2, repeats=3 if quick else repeats
-        )
-        rows += [
-            {
-                "name": row.model, "asked_batch": batch, "batch": size, "length": LENGTH,
-                "ms": row.median_ms, "quartiles_ms": [row.lower_ms, row.upper_ms], "speedup": row.speedup_vs_first,
-            }
-            for row in timed
-        ]  # fmt: skip
+        rows += timed_rows(
+            {"asked_batch": batch, "length": LENGTH}, encoders, threads=1, warmup=2,
+            batch_sizes=(min(batch, 4) if quick else batch,), sequence_length=LENGTH, repeats=3 if quick else repeats,
+        )  # fmt: skip
     return rows
 
 
@@ -428,7 +424,7 @@ def summarise(setting: Setting, work: Path, timed: list[dict[str, Any]]) -> list
         if not mine:
             continue
         scores = [run["score"] for run in mine]
-        speed = {row["asked_batch"]: row for row in timed if row["name"] == entry.name}
+        speed = {row["asked_batch"]: row for row in timed if row["method"] == entry.name}
         rows.append(
             mine[0]
             | {
@@ -437,7 +433,10 @@ def summarise(setting: Setting, work: Path, timed: list[dict[str, Any]]) -> list
                 "spread": statistics.stdev(scores) if len(scores) > 1 else None,
                 **{f"ms_{batch}": row["ms"] for batch, row in speed.items()},
                 **{f"quartiles_ms_{batch}": row["quartiles_ms"] for batch, row in speed.items()},
+                **{f"cpu_ms_{batch}": row["cpu_ms"] for batch, row in speed.items()},
+                **{f"cpu_quartiles_ms_{batch}": row["cpu_quartiles_ms"] for batch, row in speed.items()},
                 **{f"speedup_{batch}": row["speedup"] for batch, row in speed.items()},
+                "busy": any(row["busy"] for row in speed.values()),
                 **{
                     name: statistics.mean(run[name] for run in mine)
                     for name in ("accuracy", "f1", "seconds")
@@ -459,11 +458,12 @@ def verdicts(setting: Setting, rows: list[dict[str, Any]]) -> list[dict[str, Any
         gain = best[OURS]["score"] - best[PEER]["score"]
         wanted.append(asked(f"{where}: best of {OURS} minus best of {PEER}, points", ">= 0", gain, gain >= 0))
         for batch in (32, 1):
-            ratio = best[OURS][f"ms_{batch}"] / best[PEER][f"ms_{batch}"]
+            ratio = best[OURS][f"cpu_ms_{batch}"] / best[PEER][f"cpu_ms_{batch}"]
             # slower is what lies outside the noise of both
-            slower = best[OURS][f"quartiles_ms_{batch}"][0] > best[PEER][f"quartiles_ms_{batch}"][1]
+            slower = best[OURS][f"cpu_quartiles_ms_{batch}"][0] > best[PEER][f"cpu_quartiles_ms_{batch}"][1]
             name = f"{where}, encoder at {batch} × {LENGTH}: best of {OURS} over best of {PEER}, time"
-            wanted.append(asked(name, "<= 1, or quartiles overlap", ratio, not slower))
+            busy = best[OURS]["busy"]
+            wanted.append(asked(name, "<= 1, or quartiles overlap", ratio, not slower, busy=busy))
     for row in of[OURS]:
         for other in of[PEER]:
             if row["twin"] is not None and row["twin"] == other["twin"]:
@@ -527,7 +527,9 @@ def report(options: argparse.Namespace, work: Path) -> None:
                 **bench.quality(dense), "encoder_parameters": encoder_parameters(dense),
                 "parameters": parameter_count(dense), "encoder_gflops": encoder_flops(dense) / 1e9,
                 "shape": shape_of(dense),
-                **{f"ms_{row['asked_batch']}": row["ms"] for row in timed if row["name"] == "dense"},
+                **{f"ms_{row['asked_batch']}": row["ms"] for row in timed if row["method"] == "dense"},
+                **{f"cpu_ms_{row['asked_batch']}": row["cpu_ms"] for row in timed if row["method"] == "dense"},
+                **{f"itself_{r['asked_batch']}": r["speedup_quartiles"] for r in timed if r["kind"] == "again"},
             }
         )  # fmt: skip
         lines += rows

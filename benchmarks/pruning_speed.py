@@ -2,16 +2,19 @@
 
 Random weights, and scores that are drawn: times do not depend on either, shapes are all that counts.
 
-* Speed-up: the encoders of MiniLM's and BERT-base's shape, dense and cut, in one process, call by call in turn,
-  medians. ``even``: all blocks alike; ``uneven``: heads and neurons go where their scores are least, down to none in a
-  block. The FLOP ratio counts the matmuls of the blocks. ``nothing`` is an encoder without any head or neuron:
-  what is left (residual connections, norms, Python) is what no pruning of heads and neurons can speed up, and the
-  ceiling is the speed-up if everything else ran in proportion to its operations. A profile says where the time went.
+All are timed in one process, in rounds of random order, the dense encoder twice: what it differs from itself by is what
+the machine does. CPU time of one thread, wall time of two; ratios are medians of pairs within rounds.
+
+* Speed-up: the encoders of MiniLM's and BERT-base's shape, dense and cut; beside them the dense one in bfloat16.
+  ``even``: all blocks alike; ``uneven``: heads and neurons go where their scores are least, down to none in a block.
+  The FLOP ratio counts the matmuls of the blocks. ``nothing`` is an encoder without any head or neuron: what is left
+  (residual connections, norms, Python) is what no pruning of heads and neurons can speed up, and the ceiling is the
+  speed-up if everything else ran in proportion to its operations. A profile says where the time went.
 * Compiled: MiniLM dense and cut in equal blocks, all by ``torch.compile`` with frozen weights, beside the same without.
   What is left of a narrow encoder are many small operations, which a compiler merges. Needs a C++ compiler.
 * Latency targets: a table is measured, a shape chosen by it, cut, and timed beside the dense model.
-* Step: a training step with gates and scores over the same step of plain ``Trainer``, in turn, medians of pairs; what
-  schedules do between steps (choosing and masking, steering) is added by its mean.
+* Step: a training step with gates and scores over the same step of plain ``Trainer``, on one thread; what schedules do
+  between steps (choosing and masking, steering) is added by its mean.
 
     python benchmarks/pruning_speed.py
 """
@@ -27,6 +30,7 @@ from typing import Any
 
 import torch
 from common import asked, write
+from speeds import add_threads, on, timed_rows
 from steps import StepByStep, overhead
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -34,7 +38,6 @@ from trainer_overhead import arguments, make_batch, make_teacher
 from transformers import BertConfig, BertForSequenceClassification, Trainer, set_seed
 from transformers.utils import logging
 
-from lmcompress.evaluation import compare_latency
 from lmcompress.pruning import Part, Units, cut, full, masked_structure
 from lmcompress.pruning.structured.config import GroupLasso, HardConcrete, Movement, PruningConfig
 from lmcompress.pruning.structured.costs import FlopCost, ModelSizes
@@ -120,7 +123,7 @@ class EncoderOnly(nn.Module):
         shape = tuple(input_ids.shape)
         if shape not in self._states:
             drawn = torch.randn(*shape, self._width, generator=torch.Generator().manual_seed(0))
-            self._states[shape] = drawn.to(self.device)
+            self._states[shape] = drawn.to(self.device, next(self.parameters()).dtype)
         return self._states[shape]
 
 
@@ -163,13 +166,15 @@ def cut_copy(model: Any, mask: Units) -> Any:
     return result
 
 
-def speed(name: str, quick: bool) -> list[dict[str, Any]]:
+def speed(name: str, threads: int, quick: bool) -> list[dict[str, Any]]:
     """Encoders of one shape at all sparsities, beside the dense one."""
     dense = make_model(name, quick)
     sizes = ModelSizes.of(dense)
     encoders = {"dense": EncoderOnly(dense)}
     structures = {"dense": sizes.structure}
     about: dict[str, dict[str, Any]] = {"dense": {"kind": "dense", "sparsity": 0.0}}
+    encoders["bf16"] = EncoderOnly(copy.deepcopy(dense).bfloat16())
+    structures["bf16"], about["bf16"] = sizes.structure, {"kind": "bf16", "sparsity": 0.0}
     for kind in ("even", "uneven"):
         for sparsity in SPARSITIES:
             mask = choose(dense, Target(sparsity=sparsity), kind)
@@ -185,35 +190,27 @@ def speed(name: str, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for batch in ASKED:
         size = min(batch, 4) if quick else batch
-        timed = compare_latency(
-            encoders,
-            batch_sizes=(size,),
-            sequence_length=LENGTH,
-            warmup=2,
-            repeats=3 if quick else REPEATS[name, batch],
-        )
-        milliseconds = {row.model: row.median_ms for row in timed}
+        timed = timed_rows(
+            {"model": name, "question": "speed-up", "asked_batch": batch, "length": LENGTH}, encoders, threads=threads,
+            batch_sizes=(size,), sequence_length=LENGTH, warmup=2, repeats=3 if quick else REPEATS[name, batch],
+        )  # fmt: skip
         cost = FlopCost(sizes, size, LENGTH)
-        floor = milliseconds["nothing"]
+        # shares of the dense time
+        floor = next(1 / row["speedup"] for row in timed if row["method"] == "nothing")
         for row in timed:
-            flops = cost.cost(structures[row.model])
+            key = row["method"] if row["method"] in about else "dense"
+            flops = cost.cost(structures[key])
             flop_ratio = cost.cost(sizes.structure) / flops if flops else None
-            rows.append(
-                {
-                    "model": name, "question": "speed-up", "asked_batch": batch, "batch": size, "length": LENGTH,
-                    **about[row.model], "ms": row.median_ms, "quartiles_ms": [row.lower_ms, row.upper_ms],
-                    "speedup": row.speedup_vs_first, "flop_ratio": flop_ratio,
-                    "of_flop_ratio": row.speedup_vs_first / flop_ratio if flop_ratio else None,
-                    "ceiling": milliseconds["dense"] / (floor + (milliseconds["dense"] - floor) / flop_ratio)
-                    if flop_ratio
-                    else None,
-                    "shape": [[block.heads, block.ffn] for block in structures[row.model].blocks],
-                }
-            )  # fmt: skip
+            row |= {"timing": row["kind"], **about[key], "flop_ratio": flop_ratio}
+            row["of_flop_ratio"] = row["speedup"] / flop_ratio if flop_ratio else None
+            row["ceiling"] = 1 / (floor + (1 - floor) / flop_ratio) if flop_ratio else None
+            row["shape"] = [[block.heads, block.ffn] for block in structures[key].blocks]
+        rows += timed
         profiled = {key: encoders[key] for key in ("dense", *(f"even {sparsity}" for sparsity in SPARSITIES))}
         rows += [
             {"model": name, "question": "profile", "batch": size, **about[key], "ms": operations(encoder, size)}
             for key, encoder in profiled.items()
+            if threads == 1
         ]
     return rows
 
@@ -252,7 +249,7 @@ class Compiled(nn.Module):
         return self._call(self.encoder.states(input_ids))
 
 
-def compiled(name: str, quick: bool) -> list[dict[str, Any]]:
+def compiled(name: str, threads: int, quick: bool) -> list[dict[str, Any]]:
     """Encoders of one shape, dense and cut in equal blocks, with ``torch.compile`` and without."""
     dense = make_model(name, quick)
     sizes, rows = ModelSizes.of(dense), []
@@ -271,25 +268,24 @@ def compiled(name: str, quick: bool) -> list[dict[str, Any]]:
             for way, encoder in (("eager", eager), ("compiled", merged)):
                 encoders[f"{way} {sparsity}"] = encoder
                 about[f"{way} {sparsity}"] = {"kind": way, "sparsity": sparsity, "flops": flops}
-        repeats = 3 if quick else REPEATS[name, batch]
-        timed = compare_latency(encoders, batch_sizes=(size,), sequence_length=LENGTH, warmup=3, repeats=repeats)
-        milliseconds = {row.model: row.median_ms for row in timed}
+        timed = timed_rows(
+            {"model": name, "question": "compiled", "asked_batch": batch, "length": LENGTH}, encoders, threads=threads,
+            batch_sizes=(size,), sequence_length=LENGTH, warmup=3, repeats=3 if quick else REPEATS[name, batch],
+        )  # fmt: skip
+        over_eager = {row["method"]: row["speedup"] for row in timed}
         for row in timed:
-            mine = about[row.model]
-            speedup = milliseconds[f"{mine['kind']} 0.0"] / row.median_ms
+            mine = about.get(row["method"], about["eager 0.0"])
             flop_ratio = about["eager 0.0"]["flops"] / mine["flops"]
-            rows.append(
-                {
-                    "model": name, "question": "compiled", "asked_batch": batch, "batch": size, "length": LENGTH,
-                    "kind": mine["kind"], "sparsity": mine["sparsity"], "ms": row.median_ms,
-                    "quartiles_ms": [row.lower_ms, row.upper_ms], "speedup": speedup, "flop_ratio": flop_ratio,
-                    "of_flop_ratio": speedup / flop_ratio,
-                }
-            )  # fmt: skip
+            row |= {"timing": row["kind"], "kind": mine["kind"], "sparsity": mine["sparsity"]}
+            # compiled ones over the compiled dense one
+            row["speedup_over_eager"], row["flop_ratio"] = row["speedup"], flop_ratio
+            row["speedup"] /= over_eager[f"{mine['kind']} 0.0"]
+            row["of_flop_ratio"] = row["speedup"] / flop_ratio
+        rows += timed
     return rows
 
 
-def latency_targets(name: str, quick: bool) -> list[dict[str, Any]]:
+def latency_targets(name: str, threads: int, quick: bool) -> list[dict[str, Any]]:
     """Shapes chosen by a measured table, timed beside the dense model: whole models, as the table is of those."""
     dense = make_model(name, quick)
     sizes, rows = ModelSizes.of(dense), []
@@ -307,67 +303,60 @@ def latency_targets(name: str, quick: bool) -> list[dict[str, Any]]:
             structure = masked_structure(sizes.structure, mask)
             models[str(share)] = cut_copy(dense, mask)
             predicted[str(share)] = table.cost(structure) / table.cost(sizes.structure)
-        timed = compare_latency(models, batch_sizes=(size,), sequence_length=LENGTH, repeats=2 * repeats, warmup=2)
-        rows += [
-            {
-                "model": name, "question": "latency target", "asked_batch": batch, "batch": size, "length": LENGTH,
-                "target": float(row.model), "by_table": predicted[row.model], "measured": 1 / row.speedup_vs_first,
-                "ms": row.median_ms, "quartiles_ms": [row.lower_ms, row.upper_ms], "table_seconds": round(seconds),
-            }
-            for row in timed[1:]
-        ]  # fmt: skip
+        timed = timed_rows(
+            {"model": name, "question": "latency target", "asked_batch": batch, "length": LENGTH}, models,
+            threads=threads, batch_sizes=(size,), sequence_length=LENGTH, repeats=2 * repeats, warmup=2,
+        )  # fmt: skip
+        for row in timed:
+            if row["method"] in predicted:
+                row |= {"target": float(row["method"]), "by_table": predicted[row["method"]]}
+                row |= {"measured": 1 / row["speedup"], "table_seconds": round(seconds)}
+        rows += timed
     return rows
 
 
 def step_overhead(repeats: int) -> list[dict[str, Any]]:
-    """Steps with pruning over steps without, in turn."""
+    """Steps with pruning over steps without, on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder)
         batch = make_batch("bert", args.device)
         trainers = {"baseline": StepByStep(Trainer(make_teacher("bert"), args), batch)}
         for name, config in METHODS.items():
-            trainers[name] = StepByStep(PruningTrainer(make_teacher("bert"), args, config), batch)
-        return [{"question": "step", "model": "MiniLM", **row} for row in overhead(trainers, repeats)]
+            trainers[name] = StepByStep(PruningTrainer(make_teacher("bert"), args, pruning=config), batch)
+        return [{"question": "step", "model": "MiniLM", **row} for row in overhead(trainers, repeats, 1)]
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Requested against measured numbers: the minimum over all shapes."""
     wanted = []
     pruned = [row for row in rows if row["question"] == "speed-up" and row["kind"] in ("even", "uneven")]
-    for batch, least in ASKED.items():
-        for sparsity in SPARSITIES:
-            found = [row for row in pruned if row["asked_batch"] == batch and row["sparsity"] == sparsity]
-            if not found:
-                continue
-            worst = min(found, key=lambda row: row["of_flop_ratio"])
-            met = worst["of_flop_ratio"] >= least
-            name = (
-                f"{batch} × {LENGTH}, {sparsity:.0%} of the encoder cut: speed-up over FLOP ratio, least of all shapes"
-            )
-            wanted.append(asked(name, f">= {least}", worst["of_flop_ratio"], met))
-            if not met:
-                name = (
-                    f"{batch} × {LENGTH}, {sparsity:.0%}: the ceiling of that shape ({worst['model']}) over FLOP ratio"
-                )
-                wanted.append(asked(name, "reported", worst["ceiling"] / worst["flop_ratio"], True))
+    places = {(row["threads"], batch, sparsity) for row in pruned for batch in ASKED for sparsity in SPARSITIES}
+    for threads, batch, sparsity in sorted(places, key=lambda place: (place[0], -place[1], place[2])):
+        found = [r for r in pruned if (r["threads"], r["asked_batch"], r["sparsity"]) == (threads, batch, sparsity)]
+        worst, least = min(found, key=lambda row: row["of_flop_ratio"]), ASKED[batch]
+        met, busy = worst["of_flop_ratio"] >= least, any(row["busy"] for row in found)
+        where = f"{batch} × {LENGTH}, {on(threads)}, {sparsity:.0%}"
+        name = f"{where} of the encoder cut: speed-up over FLOP ratio, least of all shapes"
+        wanted.append(asked(name, f">= {least}", worst["of_flop_ratio"], met, busy=busy))
+        if not met:
+            name = f"{where}: the ceiling of that shape ({worst['model']}) over FLOP ratio"
+            wanted.append(asked(name, "reported", worst["ceiling"] / worst["flop_ratio"], True))
     for row in rows:
+        where = f"{row['model']}, {row.get('asked_batch')} × {LENGTH}, {on(row.get('threads', 1))}"
         if row["question"] == "compiled" and row["kind"] == "compiled" and row["sparsity"]:
-            name = (
-                f"{row['model']}, {row['asked_batch']} × {LENGTH}, {row['sparsity']:.0%}, all compiled: speed-up over "
-                "FLOP ratio"
+            name, least = (
+                f"{where}, {row['sparsity']:.0%}, all compiled: speed-up over FLOP ratio",
+                ASKED[row["asked_batch"]],
             )
-            least = ASKED[row["asked_batch"]]
-            wanted.append(asked(name, f">= {least}", row["of_flop_ratio"], row["of_flop_ratio"] >= least))
-        if row["question"] == "latency target":
+            met = row["of_flop_ratio"] >= least
+            wanted.append(asked(name, f">= {least}", row["of_flop_ratio"], met, busy=row["busy"]))
+        if row["question"] == "latency target" and "target" in row:
             off = row["measured"] / row["target"] - 1
-            name = (
-                f"{row['model']}, {row['asked_batch']} × {LENGTH}, latency share {row['target']}: measured over target"
-            )
-            wanted.append(asked(name, "within 5 %", f"{off:+.1%}", abs(off) <= 0.05))
-        if row["question"] == "step":
-            wanted.append(
-                asked(f"step with {row['method']} over without", "<= 1.15", row["ratio"], row["ratio"] <= 1.15)
-            )
+            name = f"{where}, latency share {row['target']}: measured over target"
+            wanted.append(asked(name, "within 5 %", f"{off:+.1%}", abs(off) <= 0.05, busy=row["busy"]))
+        if row["question"] == "step" and row["kind"] == "other":
+            name, met = f"step with {row['method']} over without", row["ratio"] <= 1.15
+            wanted.append(asked(name, "<= 1.15", row["ratio"], met, busy=row["busy"]))
     return wanted
 
 
@@ -386,26 +375,31 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="for the speed-up")
     possible = [name for name in questions if name != "compiled" or shutil.which("c++")]
     parser.add_argument("--questions", nargs="+", choices=questions, default=possible, help=f"default: {possible}")
-    parser.add_argument("--quick", action="store_true", help="MiniLM with two layers, small batches, few repeats")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each method")
+    parser.add_argument("--quick", action="store_true", help="MiniLM with two layers, few small rounds, one thread")
+    add_threads(parser)
     options = parser.parse_args()
     if "compiled" in options.questions and shutil.which("c++") is None:
         parser.error("torch.compile needs a C++ compiler and there is no c++; install one, or name other --questions")
     logging.set_verbosity_error()
     setting = {
-        "shapes": SHAPES, "multiple_of": MULTIPLE_OF, "threads": torch.get_num_threads(),
+        "shapes": SHAPES, "multiple_of": MULTIPLE_OF,
         "methods": {name: config.model_dump(mode="json", exclude_none=True) for name, config in METHODS.items()},
     }  # fmt: skip
-    if "compiled" in options.questions:
-        rows = compiled("MiniLM", options.quick)
-        finish("pruning_compiled", rows, setting, options.quick)
-    rows = []
-    if "speed" in options.questions:
-        for name in ["MiniLM"] if options.quick else options.models:
-            rows += speed(name, options.quick)
-    if "latency" in options.questions:
-        rows += latency_targets("MiniLM", options.quick)
+    compiled_rows, rows = [], []
+    for threads in options.threads[:1] if options.quick else options.threads:
+        torch.set_num_threads(threads)
+        if "compiled" in options.questions:
+            compiled_rows += compiled("MiniLM", threads, options.quick)
+        if "speed" in options.questions:
+            for name in ["MiniLM"] if options.quick else options.models:
+                rows += speed(name, threads, options.quick)
+        if "latency" in options.questions:
+            rows += latency_targets("MiniLM", threads, options.quick)
     if "step" in options.questions:
-        rows += step_overhead(3 if options.quick else 40)
+        rows += step_overhead(3 if options.quick else options.steps)
+    if compiled_rows:
+        finish("pruning_compiled", compiled_rows, setting, options.quick)
     if rows:
         finish("pruning_speed", rows, setting, options.quick)
 

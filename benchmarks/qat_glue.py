@@ -153,7 +153,7 @@ class Bench(pruning.Bench):
         config = scheme(TRAINED[name], bits)
         config = config.model_copy(update={"scale_learning_rate": scale_rate(self.model(), config)})
         trainer = QuantizationTrainer(
-            self.start(folder), args, config, teacher, distillation(),
+            self.start(folder), args, quantization=config, teacher=teacher, distillation=distillation(),
             train_dataset=self.rows.train, data_collator=self.collate,
         )  # fmt: skip
         started = time.time()

@@ -172,7 +172,12 @@ class Bench:
             report_to="none", disable_tqdm=True, use_cpu=self.device == "cpu",
         )  # fmt: skip
         trainer = QuantizationTrainer(
-            self.dense(), args, config, self.dense(), distillation(contrast), train_dataset=self.blocks
+            self.dense(),
+            args,
+            quantization=config,
+            teacher=self.dense(),
+            distillation=distillation(contrast),
+            train_dataset=self.blocks,
         )
         started = time.time()
         trainer.train()

@@ -1,10 +1,11 @@
 """What does a step of quantization-aware training cost beyond what it cannot avoid, and what does contrast add?
 
 The baseline is a step of plain ``Trainer`` on the student plus a forward pass of the teacher without gradient. Beside
-it, in the same process and in turn: distillation by logits without quantization, the same with weights, embeddings and
-activations quantized as QuantGPT does it at 2-2-8 bits, and that with contrast. Ratios are medians of pairs side by
-side. GPT-2: the shape of the shared model, 16 x 128 tokens; BERT: MiniLM's, 32 x 64, without padding. All weights are
-trained, in float32.
+it, in the same process, in rounds of random order: distillation by logits without quantization, the same with weights,
+embeddings and activations quantized as QuantGPT does it at 2-2-8 bits, and that with contrast; of an encoder also what
+recipes take by default, logits, hidden states and attention scores of all layers. The same in bfloat16, as
+``bf16=True`` trains, over float32. Ratios are medians of pairs within rounds, of CPU time on one thread. GPT-2: the
+shape of the shared model, 16 x 128 tokens; BERT: MiniLM's, 32 x 64, without padding. All weights are trained.
 
     python benchmarks/qat_overhead.py
 """
@@ -13,19 +14,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
-import time
 from typing import Any
 
 import torch
 from common import asked, write
+from speeds import add_threads, cost_columns, on
+from steps import BASELINE, StepByStep, in_turn
 from trainer_overhead import arguments
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer, set_seed
 from transformers.utils import logging
 
 from lmcompress.distillation.config import Contrast
-from lmcompress.distillation.presets import quantgpt
+from lmcompress.distillation.presets import quantgpt, ternarybert
+from lmcompress.evaluation.speed import name_again
 from lmcompress.quantization import QuantizationConfig, WeightScheme
 from lmcompress.trainers import DistillationTrainer
 from lmcompress.trainers.quantization import QuantizationTrainer
@@ -35,9 +37,22 @@ BERT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "
 # rows and tokens of a batch
 BATCHES = {"gpt2": (16, 128), "bert": (32, 64)}
 QUICK = {"gpt2": (2, 32), "bert": (2, 32)}
-WAYS = ("baseline", "distillation", "qat", "qat + contrast")
+WAYS = {
+    "gpt2": ("baseline", "distillation", "qat", "qat + contrast", "distillation, bf16", "qat, bf16"),
+    "bert": (
+        "baseline", "distillation", "qat", "qat + contrast", "qat, all layers", "distillation, bf16", "qat, bf16",
+        "qat, all layers, bf16",
+    ),
+}  # fmt: skip
 # of what, and how much at most
-ASKED = {"qat": ("baseline", 1.30), "qat + contrast": ("qat", 1.10)}
+ASKED = {
+    "qat": ("baseline", 1.30),
+    "qat, all layers": ("baseline", 1.30),
+    "qat + contrast": ("qat", 1.10),
+    "distillation, bf16": ("distillation", 0.45),
+    "qat, bf16": ("qat", 0.45),
+    "qat, all layers, bf16": ("qat, all layers", 0.45),
+}
 
 LOGITS = quantgpt().model_copy(update={"contrast": None})
 QUANTIZATION = QuantizationConfig(weights=WeightScheme(bits=2), embeddings=WeightScheme(bits=2, granularity="row"))
@@ -60,78 +75,38 @@ def make_batch(kind: str, device: Any, quick: bool) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-class Steps:
-    """Optimizer steps of one way to train, one at a time, so that several can take turns.
-
-    Args:
-        kind: ``gpt2`` or ``bert``.
-        way: one of ``WAYS``.
-        folder: for what the trainer may write.
-        quick: whether the model is to be tiny.
-    """
-
-    def __init__(self, kind: str, way: str, folder: str, quick: bool) -> None:
-        student, args = make_model(kind, quick), arguments(folder)
-        teacher = copy.deepcopy(student)
-        self.trainer: Any
-        if way == "baseline":
-            self.trainer = Trainer(student, args)
-        elif way == "distillation":
-            self.trainer = DistillationTrainer(student, teacher, args, LOGITS)
-        else:
-            taught = quantgpt(Contrast()) if way == "qat + contrast" else LOGITS
-            self.trainer = QuantizationTrainer(student, args, QUANTIZATION, teacher, taught)
-        self._teacher = teacher.eval().to(args.device) if way == "baseline" else None
-        self._batch = make_batch(kind, args.device, quick)
-        self.trainer.create_optimizer_and_scheduler(args.max_steps)
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.trainer.state.max_steps = args.max_steps
-        self.trainer.callback_handler.optimizer = self.trainer.optimizer
-        self._tell("on_train_begin")
-
-    def seconds(self) -> float:
-        """One step: schedules, forward, backward, optimizer."""
-        trainer, started = self.trainer, time.perf_counter()
-        self._tell("on_step_begin")
-        _, items = trainer.get_batch_samples(iter([self._batch]), 1, trainer.args.device)
-        trainer.training_step(trainer.model, dict(self._batch), items)
-        if self._teacher is not None:
-            with torch.no_grad():
-                self._teacher(input_ids=self._batch["input_ids"], attention_mask=self._batch["attention_mask"])
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-        # contrast writes its memory when a step is over
-        trainer.state.global_step += 1
-        if trainer.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    def _tell(self, event: str) -> None:
-        getattr(self.trainer.callback_handler, event)(self.trainer.args, self.trainer.state, self.trainer.control)
+def make_steps(kind: str, way: str, folder: str, quick: bool) -> StepByStep:
+    """Optimizer steps of one way to train."""
+    way, bf16 = way.removesuffix(", bf16"), way.endswith(", bf16")
+    student, args = make_model(kind, quick), arguments(folder, bf16=bf16)
+    teacher, batch = copy.deepcopy(student), make_batch(kind, args.device, quick)
+    if way == "baseline":
+        return StepByStep(Trainer(student, args), batch, teacher)
+    if way == "distillation":
+        return StepByStep(DistillationTrainer(student, args, teacher=teacher, distillation=LOGITS), batch)
+    taught = {"qat + contrast": quantgpt(Contrast()), "qat, all layers": ternarybert(student.config.num_hidden_layers)}
+    trainer = QuantizationTrainer(
+        student, args, quantization=QUANTIZATION, teacher=teacher, distillation=taught.get(way, LOGITS)
+    )
+    return StepByStep(trainer, batch)
 
 
-def overhead(kind: str, repeats: int, quick: bool, warmup: int = 2) -> list[dict[str, Any]]:
-    """Steps of all ways in turn, each over what it is asked to be compared with."""
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+def overhead(kind: str, repeats: int, threads: int, quick: bool) -> list[dict[str, Any]]:
+    """Steps of all ways in turn, each over what it is asked to be compared with; the baseline over itself."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = {way: Steps(kind, way, folder, quick) for way in WAYS}
-        for number in range(repeats + warmup):
-            for way, one in steps.items():
-                taken = one.seconds()
-                if number >= warmup:
-                    times[way].append(taken)
+        ways = {way: make_steps(kind, way, folder, quick) for way in WAYS[kind]}
+        turns, _ = in_turn(ways, repeats, threads)
     rows = []
     batch, length = (QUICK if quick else BATCHES)[kind]
-    for way in WAYS:
-        row: dict[str, Any] = {"model": kind, "way": way, "batch": batch, "length": length, "repeats": repeats}
-        row["ms"] = 1000 * statistics.median(times[way])
-        for other in dict.fromkeys(("baseline", ASKED.get(way, ("baseline", 0.0))[0])):
+    for way in (None, *WAYS[kind]):
+        row: dict[str, Any] = {"model": kind, "way": way or name_again(BASELINE), "batch": batch, "length": length}
+        row |= {"repeats": repeats, "kind": "again" if way is None else "other"}
+        for other in dict.fromkeys((BASELINE, ASKED.get(way or BASELINE, (BASELINE, 0.0))[0])):
+            costs = cost_columns(turns, way, other, threads)
+            row |= {name: value for name, value in costs.items() if "ratio" not in name}
             if way != other:
-                # of pairs side by side, so that a slow minute of the machine hits both
-                pairs = [ours / theirs for ours, theirs in zip(times[way], times[other], strict=True)]
-                lower, median, upper = statistics.quantiles(pairs, n=4)
-                row |= {f"over_{other}": median, f"over_{other}_quartiles": [lower, upper]}
+                ratios = {name: value for name, value in costs.items() if "ratio" in name}
+                row |= {name.replace("ratio", f"over_{other}"): value for name, value in ratios.items()}
         rows.append(row)
     return rows
 
@@ -140,14 +115,15 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Requested against measured numbers."""
     wanted = []
     for row in rows:
+        where = f"{row['model']}, {on(row['threads'])}"
         if row["way"] in ASKED:
             other, most = ASKED[row["way"]]
-            of = "student's step + teacher's forward" if other == "baseline" else other
+            of = "student's step + teacher's forward" if other == BASELINE else other
             found = row[f"over_{other}"]
-            name = f"{row['model']}: step of {row['way']} over {of}"
-            wanted.append(asked(name, f"<= {most:.2f}", found, found <= most))
+            name = f"{where}: step of {row['way']} over {of}"
+            wanted.append(asked(name, f"<= {most:.2f}", found, found <= most, busy=row["busy"]))
         elif row["way"] == "distillation":
-            name = f"{row['model']}: step of distillation without quantization over student's step + teacher's forward"
+            name = f"{where}: step of distillation without quantization over student's step + teacher's forward"
             wanted.append(asked(name, "reported", row["over_baseline"], True))
     return wanted
 
@@ -157,17 +133,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=20)
+    add_threads(parser, default=(1,))
     parser.add_argument("--quick", action="store_true", help="one layer, small batches, three repeats")
     options = parser.parse_args()
     logging.set_verbosity_error()
     rows: list[dict[str, Any]] = []
-    for kind in options.models:
-        rows += overhead(kind, 3 if options.quick else options.repeats, options.quick)
+    for threads in options.threads:
+        for kind in options.models:
+            rows += overhead(kind, 3 if options.quick else options.repeats, threads, options.quick)
     wanted = verdicts(rows)
     for line in rows + wanted:
         print(line)
     setting = {
-        "shapes": {"gpt2": GPT2, "bert": BERT}, "threads": torch.get_num_threads(),
+        "shapes": {"gpt2": GPT2, "bert": BERT},
         "quantization": QUANTIZATION.model_dump(mode="json"), "distillation": quantgpt().model_dump(mode="json"),
     }  # fmt: skip
     print(write("qat_overhead", rows, wanted, quick=options.quick, setting=setting))

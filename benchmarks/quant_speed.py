@@ -1,17 +1,21 @@
-"""How fast are packed models on this CPU, beside fp32 and beside what others make of the same models?
+"""How fast are packed models on this CPU, beside fp32, bf16 and what others make of the same models?
 
-Random weights: times do not depend on them. Rounding to nearest, one scale for each row, no training. All models of a
-question are in one process, called in turn, medians.
+Random weights: times do not depend on them. Rounding to nearest, one scale for each row, no training; static ranges are
+calibrated on eight random rows. All models of a question are called in rounds, in an order drawn anew in each, and fp32
+twice: what it differs from itself by is what the machine does. Foreign runtimes are in processes of their own, with
+idle threads that do not spin. CPU time of one thread, wall time of two; ratios are medians of pairs within rounds.
 
-* Encoders: BERT of BERT-base's and MiniLM's shape at 32 x 128 and 1 x 128.
-* Decoding: GPT-2 of small shape, greedy, batch 1, with its key-value cache and its head; tokens a second of whole
-  calls of ``generate``, so that its Python counts as well.
+* Encoders: BERT of BERT-base's and MiniLM's shape at 32 x 128 and 1 x 128, eager, and on one thread also by
+  ``torch.compile`` with frozen weights. ``bf16 rest``: all that is not an integer matmul is in bfloat16. ``deviation``:
+  of logits from those of fp32.
+* Decoding: GPT-2 of small shape, greedy, batch 1 and 8, with its key-value cache and its head; whole calls of
+  ``generate``, so that its Python counts as well.
 * Memory: what a process holds after it has loaded GPT-2 of small shape and run it twice, above what it held before.
   ``fast`` keeps matrices ready for their kernel beside the packed bytes, ``low`` unpacks them in every call.
 
-Others, where they are installed: torch's own dynamic int8, torchao's, bitsandbytes' 8 bits and NF4, onnxruntime's
-dynamic int8, OpenVINO's int8 by nncf. They are taken as they come: what leaves GPT-2's Conv1D alone leaves it alone.
-What is missing or fails is said in the rows.
+Others, where they are installed: torch's own dynamic int8, torchao's, bitsandbytes' NF4 for decoding, ONNX Runtime,
+OpenVINO with nncf. They are taken as they come: what leaves GPT-2's Conv1D alone leaves it alone. What is missing or
+fails is said in the rows.
 
     python benchmarks/quant_speed.py
 """
@@ -22,25 +26,25 @@ import argparse
 import copy
 import ctypes
 import gc
-import importlib
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import peers
+import quant_asked
 import torch
-from common import asked, write
-from torch import Tensor, nn
+from common import write
+from speeds import add_threads, timed_rows
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
-    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     set_seed,
@@ -48,245 +52,64 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lmcompress import CompressedModel
-from lmcompress.evaluation import compare_latency, size_on_disk, verdict
+from lmcompress.evaluation import Worker, size_on_disk
 from lmcompress.kernels import dispatch as kernels
 from lmcompress.kernels.matmul import Matmul
-from lmcompress.quantization import ActivationScheme, FakeQuantized, QuantizationConfig, WeightScheme, plan
+from lmcompress.quantization import ActivationScheme, QuantizationConfig, WeightScheme, quantize
 
 BERTS = {
     "MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "BERT-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
 }
-LENGTH = 128
-# how many times as fast as fp32 W8A8 must be, by shape and batch size
-ASKED = {("BERT-base", 32): 2.8, ("BERT-base", 1): 3.5, ("MiniLM", 32): 2.8, ("MiniLM", 1): 2.4}
-REPEATS = {("MiniLM", 32): 9, ("MiniLM", 1): 40, ("BERT-base", 32): 5, ("BERT-base", 1): 20}
-ASKED_DECODING, ASKED_MEMORY = 3.0, 0.30
-PROMPT, NEW_TOKENS = 8, 64
-W8A8 = "lmcompress W8A8"
+LENGTH, BATCHES, DECODED = 128, (1, 32), (1, 8)
+REPEATS = {("MiniLM", 32): 11, ("MiniLM", 1): 40, ("BERT-base", 32): 7, ("BERT-base", 1): 20}
+PROMPT, NEW_TOKENS = 8, 16
 # a tenth of a second in place of minutes
 QUICK_BERT = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=200)
+QUICK_RUNTIMES = ("lmcompress W8A8, static, compiled", "ONNX Runtime dynamic int8", "OpenVINO, our export, fp32 rest")
 QUICK_GPT2 = dict(n_embd=64, n_layer=1, n_head=4, vocab_size=200)
 
 
-def scheme(bits: Any, *, symmetric: Any = "auto", granularity: str = "tensor") -> QuantizationConfig:
-    """Round to nearest over the greatest magnitude of each row; activations of 8 bits over the range that they have."""
+def scheme(bits: Any, **activations: Any) -> QuantizationConfig:
+    """Round to nearest over the greatest magnitude of each row; activations of 8 bits."""
     weights = WeightScheme(quantizer="minmax", bits=bits, granularity="row")
-    activations = ActivationScheme(bits=8, symmetric=symmetric, granularity=granularity)  # type: ignore[arg-type]
-    return QuantizationConfig(weights=weights, embeddings=weights, activations=activations, attention=False)
+    given = ActivationScheme(bits=8, **activations)
+    return QuantizationConfig(weights=weights, embeddings=weights, activations=given, attention=False)
 
 
+W8A8, BY_TOKEN, STATIC = "lmcompress W8A8", "lmcompress W8A8, by token", "lmcompress W8A8, static"
 OURS = {
-    W8A8: scheme(8),
-    "lmcompress W8A8, by token": scheme(8, granularity="token"),
-    "lmcompress W4A8": scheme(4),
-    "lmcompress W2A8": scheme(2),
+    W8A8: scheme(8, granularity="tensor"),
+    BY_TOKEN: scheme(8, granularity="token"),
+    STATIC: scheme(8, range="static"),
+    "lmcompress W4A8": scheme(4, granularity="tensor"),
+    "lmcompress W2A8": scheme(2, granularity="tensor"),
 }
+FP32, BF16 = "fp32", "bf16"
+BF16_REST, COMPILED = ", bf16 rest", ", compiled"
 
 
 def packed(model: Any, config: QuantizationConfig) -> Any:
-    """A packed copy."""
+    """A packed copy; static ranges are those of random rows."""
     model = copy.deepcopy(model)
-    FakeQuantized(model, plan(model, config)).finish()
-    return model
+    static = config.activations is not None and config.activations.range == "static"
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in peers.random_batches()]
+    quantize(model, config, batches if static else None, progress=False)
+    return model.eval()
 
 
-class Foreign(nn.Module):
-    """Another runtime's model, called like ours so that ``compare_latency`` can time it.
-
-    Args:
-        model: where it came from.
-        call: ids and mask to anything.
-    """
-
-    def __init__(self, model: Any, call: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.config, self.device, self._call = model.config, torch.device("cpu"), call
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """What the other runtime gives.
-
-        Args:
-            input_ids: ``(batch, length)``.
-            attention_mask: all 1.
-        """
-        return self._call(input_ids, attention_mask)
-
-
-class _Logits(nn.Module):
-    """A model from tensors to a tensor, as exporters want it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The logits."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
-def example() -> tuple[Tensor, Tensor]:
-    """Ids and mask of two short rows."""
-    ids = torch.randint(2, 200, (2, 16), generator=torch.Generator().manual_seed(0))
-    return ids, torch.ones_like(ids)
-
-
-def torch_dynamic(model: Any, folder: Path) -> Any:
-    """torch.ao.quantization.quantize_dynamic."""
-    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-
-
-def torchao_dynamic(model: Any, folder: Path) -> Any:
-    """torchao, int8 weights and int8 activations by token."""
-    torchao = importlib.import_module("torchao.quantization")
-    model = copy.deepcopy(model)
-    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
-    return model
-
-
-# a head of two classes is too narrow for its kernels; heads of language models are left out by default
-_HEADS = ["classifier", "lm_head"]
-
-
-def bitsandbytes_8(model: Any, folder: Path) -> Any:
-    """bitsandbytes, LLM.int8()."""
-    return _bitsandbytes(model, folder, BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_HEADS))
-
-
-def bitsandbytes_nf4(model: Any, folder: Path) -> Any:
-    """bitsandbytes, NF4."""
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=_HEADS)
-    return _bitsandbytes(model, folder, config)
-
-
-def _bitsandbytes(model: Any, folder: Path, config: BitsAndBytesConfig) -> Any:
-    importlib.import_module("bitsandbytes")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not (folder / "config.json").exists():
-        model.save_pretrained(folder)
-    return type(model).from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}).eval()
-
-
-def onnxruntime_dynamic(model: Any, folder: Path) -> Any:
-    """onnxruntime's quantize_dynamic of an export by torch."""
-    runtime = importlib.import_module("onnxruntime")
-    quantization = importlib.import_module("onnxruntime.quantization")
-    importlib.import_module("onnxscript")
-    dense, small = folder / "dense.onnx", folder / "int8.onnx"
-    # of the batch that is exported 1 would be taken for a constant
-    axes = {name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=512)} for name in ("ids", "mask")}
-    torch.onnx.export(_Logits(model), example(), dense, dynamo=True, verbose=False, dynamic_shapes=tuple(axes.values()))
-    quantization.quantize_dynamic(dense, small, weight_type=quantization.QuantType.QInt8)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(small, options, providers=["CPUExecutionProvider"])
-    names = [taken.name for taken in session.get_inputs()]
-    return Foreign(model, lambda *given: session.run(None, {n: t.numpy() for n, t in zip(names, given, strict=True)}))
-
-
-def openvino_int8(model: Any, folder: Path) -> Any:
-    """OpenVINO with nncf's post-training int8; ranges from eight random batches."""
-    openvino, nncf = importlib.import_module("openvino"), importlib.import_module("nncf")
-    converted = openvino.convert_model(_Logits(model), example_input=example())
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(2, 200, (1, 16), generator=generator) for _ in range(8)]
-    data = nncf.Dataset([(ids.numpy(), torch.ones_like(ids).numpy()) for ids in batches])
-    small = nncf.quantize(converted, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
-    compiled = openvino.compile_model(small, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
-    return Foreign(model, lambda *given: compiled([t.numpy() for t in given]))
-
-
-IN_TORCH = {
-    "torch dynamic int8": torch_dynamic,
-    "torchao int8 dynamic": torchao_dynamic,
-    "bitsandbytes 8-bit": bitsandbytes_8,
-    "bitsandbytes NF4": bitsandbytes_nf4,
-}
-PACKAGES = ("torchao", "bitsandbytes", "onnxruntime", "openvino", "nncf")
-RUNTIMES = {"onnxruntime dynamic int8": onnxruntime_dynamic, "OpenVINO int8": openvino_int8}
-
-
-def made(
-    model: Any, peers: Mapping[str, Callable[[Any, Path], Any]], folder: Path, call: Callable[[Any], Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """fp32, ours and the others of one model, and of those that there are none of, why.
-
-    Args:
-        model: fp32.
-        peers: how to make the others.
-        folder: for what they write.
-        call: something that each must be able to do.
-    """
-    models: dict[str, Any] = {"fp32": model} | {name: packed(model, config) for name, config in OURS.items()}
-    missing = {}
-    for name, make in peers.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                own = folder / make.__name__.partition("_")[0]
-                own.mkdir(exist_ok=True)
-                models[name] = make(model, own)
-                with torch.inference_mode():
-                    call(models[name])
-        except ImportError as error:
-            missing[name] = f"not installed: {error}"
-        # whatever goes wrong in another library is its result
-        except Exception as error:
-            missing[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if name in missing:
-            models.pop(name, None)
-    return models, missing
-
-
-def versions() -> dict[str, str | None]:
-    """What of the others is installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def timed_rows(about: dict[str, Any], models: dict[str, Any], **how: Any) -> list[dict[str, Any]]:
-    """A row for each model, of one size."""
-    timed = compare_latency(models, **how)
-    return [
-        {
-            **about, "batch": row.batch_size, "method": row.model, "ms": row.median_ms,
-            "quartiles_ms": [row.lower_ms, row.upper_ms], "speedup": row.speedup_vs_first, "verdict": said,
-            "kernel": kernel_of(models[row.model]),
-        }
-        for row, said in zip(timed, verdict(timed), strict=True)
-    ]  # fmt: skip
-
-
-def kernel_of(model: Any) -> str | None:
-    """Which kernel multiplied, in a packed model."""
-    matmuls = (getattr(module, "_matmul", None) for module in model.modules())
-    names = sorted({matmul.kernel for matmul in matmuls if isinstance(matmul, Matmul)})
-    return ", ".join(names) or None
-
-
-def encoders(name: str, quick: bool) -> list[dict[str, Any]]:
-    """One shape of BERT at both batch sizes."""
+def encoder(name: str, quick: bool) -> Any:
+    """A random BERT, the same in every process."""
     set_seed(0)
-    model = BertForSequenceClassification(BertConfig(**(QUICK_BERT if quick else BERTS[name]))).eval()
-    ids, mask = example()
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        models, missing = made(
-            model, IN_TORCH | RUNTIMES, Path(scratch), lambda peer: peer(input_ids=ids, attention_mask=mask)
-        )
-        for batch in (32, 1):
-            about = {"question": "encoder", "model": name, "asked_batch": batch, "length": 16 if quick else LENGTH}
-            rows += timed_rows(
-                about, models, batch_sizes=(2 if quick else batch,), sequence_length=about["length"],
-                warmup=2, repeats=3 if quick else REPEATS[name, batch],
-            )  # fmt: skip
-    about = {"question": "encoder", "model": name}
-    return rows + [{**about, "method": peer, "not_run": why} for peer, why in missing.items()]
+    return BertForSequenceClassification(BertConfig(**(QUICK_BERT if quick else BERTS[name]))).eval()
+
+
+def packed_encoder(name: str, quick: bool, method: str) -> Any:
+    """The same, as a row's name says: packed in one of our ways or not, and with its rest in bfloat16 or not."""
+    method, bf16 = method.removesuffix(BF16_REST), method.endswith((BF16_REST, BF16))
+    model = encoder(name, quick)
+    model = packed(model, OURS[method]) if method in OURS else model
+    return model.bfloat16() if bf16 else model
 
 
 def gpt2(quick: bool) -> Any:
@@ -295,25 +118,145 @@ def gpt2(quick: bool) -> Any:
     return GPT2LMHeadModel(GPT2Config(**(QUICK_GPT2 if quick else {}), bos_token_id=0, eos_token_id=0)).eval()
 
 
-def decoding(quick: bool) -> list[dict[str, Any]]:
+Makers = Mapping[str, Callable[[], Any]]
+"""What makes each model, by the name of its row."""
+
+
+def in_torch(model: Any, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Encoders of this process."""
+    models = {name: packed(model, config) for name, config in OURS.items()}
+    models |= {name + BF16_REST: copy.deepcopy(models[name]).bfloat16() for name in (W8A8, BY_TOKEN, STATIC)}
+    eager = {FP32: model, BF16: copy.deepcopy(model).bfloat16()} | models
+    makers: dict[str, Callable[[], Any]] = {name: partial(_itself, each) for name, each in eager.items()}
+    makers["torch dynamic int8"] = partial(peers.torch_dynamic, model, folder)
+    makers["torchao int8 dynamic"] = partial(peers.torchao_dynamic, model, folder)
+    return makers
+
+
+def _itself(model: Any) -> Any:
+    return model
+
+
+def runtimes(name: str, quick: bool, folder: Path, threads: int, stack: ExitStack) -> dict[str, Callable[[], Any]]:
+    """Encoders of other runtimes and compiled ones, each in a process of its own that ends with the stack.
+
+    Compiled ones on one thread only, as a compiler takes a minute for each.
+    """
+    make, static = partial(encoder, name, quick), partial(packed_encoder, name, quick, STATIC)
+    names = (BF16, BY_TOKEN, STATIC, STATIC + BF16_REST) if threads == 1 else ()
+    built: dict[str, tuple[Any, ...]] = {
+        row + COMPILED: (peers.compiled, partial(packed_encoder, name, quick, row)) for row in names
+    }
+    built |= {
+        "ONNX Runtime fp32": (peers.onnxruntime_model, make, folder, threads, False),
+        "ONNX Runtime dynamic int8": (peers.onnxruntime_model, make, folder, threads, True),
+        "ONNX Runtime, our export, static": (peers.exported, static, folder, threads, "onnx", None),
+        "OpenVINO fp32": (peers.openvino_model, make, folder, threads, "f32", False),
+        "OpenVINO bf16": (peers.openvino_model, make, folder, threads, "bf16", False),
+        "OpenVINO int8 by nncf, fp32 rest": (peers.openvino_model, make, folder, threads, "f32", True),
+        "OpenVINO int8 by nncf, bf16 rest": (peers.openvino_model, make, folder, threads, "bf16", True),
+        "OpenVINO, our export, fp32 rest": (peers.exported, static, folder, threads, "openvino", "f32"),
+        "OpenVINO, our export, bf16 rest": (peers.exported, static, folder, threads, "openvino", "bf16"),
+    }
+
+    if quick:
+        built = {row: arguments for row, arguments in built.items() if row in QUICK_RUNTIMES}
+
+    def start(arguments: tuple[Any, ...]) -> Worker:
+        return stack.enter_context(Worker(*arguments, threads=threads))
+
+    return {row: partial(start, arguments) for row, arguments in built.items()}
+
+
+def made(makers: Makers, call: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """All models that can be made and called, and of the others, why not."""
+    models, missing = {}, {}
+    for name, make in makers.items():
+        try:
+            model = make()
+            with torch.inference_mode():
+                call(model)
+            models[name] = model
+        except ImportError as error:
+            missing[name] = f"not installed: {error}"
+        # whatever goes wrong in another library is its result
+        except Exception as error:
+            missing[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return models, missing
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """What an encoder answers, in float32."""
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return (outputs[0] if isinstance(outputs, tuple) else outputs.logits).float()
+
+
+def kernel_of(model: Any) -> str | None:
+    """Which kernel multiplied, in a packed model."""
+    matmuls = (getattr(module, "_matmul", None) for module in model.modules())
+    names = sorted({matmul.kernel for matmul in matmuls if isinstance(matmul, Matmul) and matmul.kernel})
+    return ", ".join(names) or None
+
+
+def encoders(name: str, threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One shape of BERT at both batch sizes."""
+    quick, length = options.quick, 16 if options.quick else LENGTH
+    ids = torch.randint(2, 200, (8, length), generator=torch.Generator().manual_seed(1))
+    answers: dict[str, Tensor] = {}
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        model = encoder(name, quick)
+        makers = in_torch(model, Path(scratch)) | runtimes(name, quick, Path(scratch), threads, stack)
+        chosen = {row: make for row, make in makers.items() if row == FP32 or options.methods in row}
+        models, missing = made(chosen, lambda each: logits_of(each, ids[:2]))
+        with torch.inference_mode():
+            answers = {row: logits_of(each, ids) for row, each in models.items() if COMPILED not in row}
+        for batch in options.batches:
+            about = {"question": "encoder", "model": name, "asked_batch": batch, "length": length}
+            rows += timed_rows(
+                about, models, threads=threads, batch_sizes=(min(batch, 2) if quick else batch,),
+                sequence_length=length, warmup=2, repeats=options.repeats or (3 if quick else REPEATS[name, batch]),
+            )  # fmt: skip
+    for row in rows:
+        method = row["method"].removesuffix(COMPILED)
+        if method in answers:
+            row["deviation"] = float((answers[method] - answers[FP32]).abs().max())
+            row["kernel"] = kernel_of(models[method]) if isinstance(models[method], torch.nn.Module) else None
+    about = {"question": "encoder", "model": name, "threads": threads}
+    return rows + [{**about, "method": method, "not_run": why} for method, why in missing.items()]
+
+
+def decoders(model: Any, folder: Path) -> dict[str, Callable[[], Any]]:
+    """GPT-2s of this process; those of ONNX Runtime and OpenVINO are in ``export_speed.py``."""
+    models = {name: packed(model, OURS[name]) for name in (W8A8, BY_TOKEN, "lmcompress W4A8", "lmcompress W2A8")}
+    models[BY_TOKEN + BF16_REST] = copy.deepcopy(models[BY_TOKEN]).bfloat16()
+    eager = {FP32: model, BF16: copy.deepcopy(model).bfloat16()} | models
+    makers: dict[str, Callable[[], Any]] = {name: partial(_itself, each) for name, each in eager.items()}
+    makers["torch dynamic int8"] = partial(peers.torch_dynamic, model, folder)
+    makers["bitsandbytes NF4"] = partial(peers.bitsandbytes_nf4, model, folder)
+    return makers
+
+
+def decoding(threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens a second of greedy generation."""
-    model, new = gpt2(quick), 4 if quick else NEW_TOKENS
+    model, new = gpt2(options.quick), 4 if options.quick else NEW_TOKENS
     prompt = torch.zeros(1, PROMPT, dtype=torch.long)
 
     def generates(peer: Any) -> None:
         peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
     about = {"question": "decoding", "model": "GPT-2 small", "prompt": PROMPT, "new_tokens": new}
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        models, missing = made(model, IN_TORCH, Path(scratch), generates)
-        rows = timed_rows(
-            about, models, batch_sizes=(1,), sequence_length=PROMPT, mode="generate", new_tokens=new,
-            warmup=1, repeats=3 if quick else 7,
-        )  # fmt: skip
-    missing |= dict.fromkeys(RUNTIMES, "no decoder with a key-value cache was made for it")
+        models, missing = made(decoders(model, Path(scratch)), generates)
+        for batch in DECODED:
+            rows += timed_rows(
+                about, models, threads=threads, batch_sizes=(batch,), sequence_length=PROMPT, mode="generate",
+                new_tokens=new, warmup=1, repeats=options.repeats or (3 if options.quick else 9),
+            )  # fmt: skip
     for row in rows:
-        row["tokens_per_second"] = 1000 * new / row["ms"]
-    return rows + [{**about, "method": peer, "not_run": why} for peer, why in missing.items()]
+        row["tokens_per_second"] = 1000 * new * row["batch"] / row["cpu_ms" if row["clock"] == "cpu" else "ms"]
+    return rows + [{**about, "threads": threads, "method": peer, "not_run": why} for peer, why in missing.items()]
 
 
 def memory(quick: bool) -> list[dict[str, Any]]:
@@ -339,7 +282,6 @@ def memory(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.inference_mode()
 def held_bytes(folder: Path, way: kernels.Memory, threads: int) -> int:
     """What a process holds more after loading a model and running it twice than before."""
     transformers_logging.set_verbosity_error()
@@ -349,14 +291,19 @@ def held_bytes(folder: Path, way: kernels.Memory, threads: int) -> int:
     # what libraries take when they are first used is not the model's
     warm = gpt2(quick=True)
     for model in (warm, packed(warm, OURS[W8A8])):
-        model(input_ids=ids)
+        _answer(model, ids)
     del model, warm
     before = _resident()
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     with kernels.using(memory=way):
         for _ in range(2):
-            loaded(input_ids=ids)
+            _answer(loaded, ids)
     return _resident() - before
+
+
+@torch.inference_mode()
+def _answer(model: Any, ids: Tensor) -> None:
+    model(input_ids=ids)
 
 
 def _resident() -> int:
@@ -367,47 +314,35 @@ def _resident() -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked for, beside what came."""
-    wanted = []
-    for row in rows:
-        if row["method"] == W8A8 and row["question"] == "encoder":
-            target = ASKED[row["model"], row["asked_batch"]]
-            name = f"W8A8 {row['model']} shape, {row['asked_batch']} x {LENGTH}, over fp32"
-            wanted.append(asked(name, f">= {target}", row["speedup"], row["speedup"] >= target))
-        elif row["method"] == W8A8 and row["question"] == "decoding":
-            name = "W8A8 GPT-2 small shape, decoding at batch 1, tokens a second over fp32"
-            wanted.append(asked(name, f">= {ASKED_DECODING}", row["speedup"], row["speedup"] >= ASKED_DECODING))
-        elif row["method"] == "lmcompress W4A8" and row["question"] == "memory" and row["memory"] == "low":
-            name = "resident memory of the 4-bit GPT-2 small shape over fp32's, memory='low'"
-            wanted.append(asked(name, f"<= {ASKED_MEMORY}", row["of_fp32"], row["of_fp32"] <= ASKED_MEMORY))
-    return wanted
-
-
 def main() -> None:
     """Command line."""
     questions = ("encoders", "decoding", "memory")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", nargs="+", choices=questions, default=questions)
     parser.add_argument("--models", nargs="+", choices=BERTS, default=list(BERTS), help="of the encoders")
-    parser.add_argument("--quick", action="store_true", help="a layer of 64 in place of each model, few repeats")
+    parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=BATCHES, help="of the encoders")
+    parser.add_argument("--methods", default="", help="only encoders whose names contain this, beside fp32")
+    parser.add_argument("--repeats", type=int, help="rounds of every question; default: more for shorter calls")
+    parser.add_argument("--quick", action="store_true", help="a layer of 64 for each model, few rows and rounds")
+    add_threads(parser)
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     rows: list[dict[str, Any]] = []
-    if "encoders" in options.questions:
-        for name in options.models:
-            rows += encoders(name, options.quick)
-    if "decoding" in options.questions:
-        rows += decoding(options.quick)
+    for threads in options.threads[:1] if options.quick else options.threads:
+        torch.set_num_threads(threads)
+        if "encoders" in options.questions:
+            for name in options.models[:1] if options.quick else options.models:
+                rows += encoders(name, threads, options)
+        if "decoding" in options.questions:
+            rows += decoding(threads, options)
     if "memory" in options.questions:
         rows += memory(options.quick)
-    wanted = verdicts(rows)
+    wanted = quant_asked.verdicts(rows)
     for line in rows + wanted:
         print(line)
     setting = {
-        "shapes": BERTS, "threads": torch.get_num_threads(), "kernels": kernels.ladder("cpu"),
-        "peers": versions(),
+        "shapes": BERTS, "kernels": kernels.ladder("cpu"), "peers": peers.versions(),
         "ours": {name: config.model_dump(mode="json") for name, config in OURS.items()},
     }  # fmt: skip
     print(write("quant_speed", rows, wanted, quick=options.quick, setting=setting))

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from speeds import Row, clock_of, cost_columns
+
+from lmcompress.evaluation import Sample, Turns, take_turns, timed
+from lmcompress.evaluation.speed import name_again
+
+BASELINE = "baseline"
 
 
 class StepByStep:
     """Optimizer steps of a trainer, one at a time, with its callbacks, so that several trainers can take turns.
 
+    The model is prepared as the trainer's own loop prepares it: with ``bf16``, its forward pass is in bfloat16.
+
     Args:
         trainer: one of transformers' or ours, not begun.
         batch: that every step is on.
+        teacher: makes a forward pass without gradient in every step, whose outputs nobody reads.
     """
 
-    def __init__(self, trainer: Any, batch: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, trainer: Any, batch: Mapping[str, torch.Tensor], teacher: Any = None) -> None:
         self.trainer, self.batch = trainer, batch
         args = trainer.args
         trainer.create_optimizer_and_scheduler(args.max_steps)
+        self._model = trainer.accelerator.prepare_model(trainer.model)
+        self._teacher = teacher
+        if teacher is not None:
+            self._teacher = trainer.accelerator.prepare_model(teacher.eval().to(args.device), evaluation_mode=True)
         trainer.current_gradient_accumulation_steps = 1
         trainer.state.max_steps = args.max_steps
         self.handler = trainer.callback_handler
@@ -36,63 +49,79 @@ class StepByStep:
         """Forward, backward, optimizer, and what methods add to each."""
         trainer = self.trainer
         _, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
-        trainer.training_step(trainer.model, dict(self.batch), items)
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.training_step(self._model, dict(self.batch), items)
+        if self._teacher is not None:
+            with torch.no_grad():
+                self._teacher(input_ids=self.batch["input_ids"], attention_mask=self.batch["attention_mask"])
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._tell("on_pre_optimizer_step")
         trainer.optimizer.step()
         self._tell("on_optimizer_step")
-        trainer.model.zero_grad()
+        self._model.zero_grad()
         trainer.state.global_step += 1
-        if trainer.args.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _tell(self, event: str) -> None:
         getattr(self.handler, event)(self.trainer.args, self.trainer.state, self.trainer.control)
 
 
-def overhead(trainers: Mapping[str, StepByStep], repeats: int, warmup: int = 2) -> list[dict[str, Any]]:
-    """Steps over those of the trainer ``baseline``, in turn.
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Within the block, torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    What schedules do between steps is a mean over all of them, as it comes in few of them only.
+
+def in_turn(
+    trainers: Mapping[str, StepByStep], repeats: int, threads: int, warmup: int = 2
+) -> tuple[Turns, dict[str, Sample]]:
+    """Times of steps, and the mean of what schedules do before one: it comes in few of them only."""
+    between: dict[str, list[Sample]] = {name: [] for name in trainers}
+
+    def step(name: str, trainer: StepByStep) -> Callable[[], Sample]:
+        before, after = timed(trainer.between), timed(trainer.step, trainer.trainer.args.device)
+
+        def both() -> Sample:
+            between[name].append(before())
+            return after()
+
+        return both
+
+    with on_threads(threads):
+        calls = {name: step(name, trainer) for name, trainer in trainers.items()}
+        turns = take_turns(calls, repeats=repeats, warmup=warmup)
+    # the first of them is called twice in each round
+    means = {name: map(statistics.mean, zip(*taken[warmup:], strict=True)) for name, taken in between.items()}
+    return turns, {name: Sample(*mean) for name, mean in means.items()}
+
+
+def overhead(trainers: Mapping[str, StepByStep], repeats: int, threads: int, warmup: int = 2) -> list[Row]:
+    """Steps over those of the trainer ``baseline``, which is the first, in turn.
 
     Args:
-        trainers: by name; one of them is ``baseline``.
+        trainers: by name.
         repeats: steps of each that count.
+        threads: torch's.
         warmup: steps of each before that.
 
     Returns:
-        A row for each but the baseline.
+        A row for each but the baseline, and before them one for the baseline over itself.
     """
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    between: dict[str, list[float]] = {name: [] for name in trainers}
-    for number in range(repeats + warmup):
-        for name, trainer in trainers.items():
-            before, taken = _seconds(trainer.between), _seconds(trainer.step)
-            if number >= warmup:
-                times[name].append(taken)
-                between[name].append(before)
-    baseline = statistics.median(times["baseline"])
+    turns, between = in_turn(trainers, repeats, threads, warmup)
+    base, clock = turns.milliseconds(BASELINE, "wall").median, clock_of(threads)
     rows = []
-    for name, trainer in trainers.items():
-        if name == "baseline":
+    for name in (None, *trainers):
+        if name == BASELINE:
             continue
-        # of pairs side by side, so that a slow minute of the machine hits both
-        pairs = [ours / base for ours, base in zip(times[name], times["baseline"], strict=True)]
-        lower, median, upper = statistics.quantiles(pairs, n=4)
-        added = statistics.mean(between[name]) / baseline
-        batch, length = trainer.batch["input_ids"].shape
-        rows.append(
-            {
-                "method": name, "batch": batch, "length": length, "baseline_ms": 1000 * baseline,
-                "ms": 1000 * statistics.median(times[name]), "between_ms": 1000 * statistics.mean(between[name]),
-                "ratio": median + added, "ratio_of_steps": median, "ratio_quartiles": [lower + added, upper + added],
-                "repeats": repeats,
-            }
-        )  # fmt: skip
+        batch, length = trainers[name or BASELINE].batch["input_ids"].shape
+        taken = Sample(0.0, 0.0) if name is None else between[name]
+        added = 1000 * getattr(taken, clock) / turns.milliseconds(BASELINE, clock).median
+        about = {"kind": "again" if name is None else "other", "method": name or name_again(BASELINE)}
+        costs = cost_columns(turns, name, BASELINE, threads, added)
+        about |= {"batch": batch, "length": length, "repeats": repeats}
+        about |= {"baseline_ms": base, "between_ms": 1000 * taken.wall, "ratio_of_steps": costs["ratio"] - added}
+        rows.append(about | costs)
     return rows
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

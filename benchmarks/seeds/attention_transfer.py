@@ -59,7 +59,7 @@ class Bench(pruning.Bench):
         methods = [] if config is None else [Distillation(config, StoredTeacher(self.store))]
         args = arguments(folder, learning_rate, EPOCHS, seed, quick=self.options.quick)
         trainer = CompressionTrainer(
-            model, args, methods, train_dataset=self.rows.train, data_collator=self.collate
+            model, args, methods=methods, train_dataset=self.rows.train, data_collator=self.collate
         )  # fmt: skip
         started = time.time()
         trainer.train()

@@ -65,7 +65,7 @@ class Bench(pruning.Bench):
         before = self.quality(model)["score"]
         args = arguments(folder, learning_rate, epochs, seed, quick=self.options.quick)
         trainer = CompressionTrainer(
-            model, args, [Distillation(DISTILLATION, StoredTeacher(self.store))],
+            model, args, methods=[Distillation(DISTILLATION, StoredTeacher(self.store))],
             train_dataset=self.rows.train, data_collator=self.collate,
         )  # fmt: skip
         started = time.time()

@@ -82,7 +82,7 @@ def on_text(options: argparse.Namespace, name: str, seed: int, role: str, folder
     methods.append(Distillation(DISTILLATION, StoredTeacher(bench.store)))
     args = arguments(folder, RATE, EPOCHS[name], seed, quick=options.quick)
     trainer = CompressionTrainer(
-        model, args, methods, train_dataset=bench.rows.train, data_collator=bench.collate
+        model, args, methods=methods, train_dataset=bench.rows.train, data_collator=bench.collate
     )  # fmt: skip
     started = time.time()
     trainer.train()

@@ -235,11 +235,11 @@ def train(
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     args = TrainingArguments(**(given | arguments))
-    trainer = trainer_class(network, args, methods=methods, train_dataset=rows, data_collator=collate)
+    trainer = trainer_class(
+        network, args, methods=methods, train_dataset=rows, data_collator=collate, auto_finish=finish
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    if finish:
-        trainer.finish()
     return trainer
 
 

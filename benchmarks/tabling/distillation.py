@@ -72,10 +72,11 @@ def trainer_overhead(results: Path) -> str | None:
     timed = [row for row in result["rows"] if "ratio" in row]
     table = [
         [
-            f"{row['model']}, {row['rows']} × {row['length']} tokens",
+            f"{row['model']}, {row.get('batch', row.get('rows'))} × {row['length']} tokens{form.on(row)}"
+            + (", again" if row.get("kind") == "again" else ""),
             f"{row['baseline_ms']:.0f} ms",
-            f"{row['lmcompress_ms']:.0f} ms",
-            f"{row['ratio']:.3f} ({' – '.join(f'{quartile:.3f}' for quartile in row['ratio_quartiles'])})",
+            form.times({"ms": row.get("lmcompress_ms")} | row),
+            form.quartiles(row, "ratio", 3),
         ]
         for row in timed
     ]
@@ -85,4 +86,5 @@ def trainer_overhead(results: Path) -> str | None:
         if memory := row.get("peak_memory_mib"):
             parts = ", ".join(f"{way} {mib:,.0f} MiB" for way, mib in memory.items())
             text += f"\n\nPeak memory of the {row['model']} step: {parts}."
-    return f"{text} {form.origin(result)}" if "Peak" in text else f"{text}\n\n{form.origin(result)}"
+    how = form.how_timed(timed, lambda row: f"{row['model']}{form.on(row)}")
+    return f"{text}\n\n{how} {form.origin(result)}"

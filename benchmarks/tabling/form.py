@@ -28,7 +28,10 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def origin(result: Mapping[str, Any]) -> str:
     """One line: command, date, commit and machine of a result."""
     machine = result["machine"]
-    hardware = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    # none is an answer, too; earlier results have no such field
+    sets = machine.get("instructions")
+    known = "instruction sets not recorded" if sets is None else sets or "without avx2"
+    hardware = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores ({known})"
     return (
         f"`{result['command']}`, {result['date']}, commit {result['commit']}; {hardware}; torch {machine['torch']}, "
         f"transformers {machine['transformers']}."
@@ -106,9 +109,41 @@ def count(percent: float) -> str:
     return f"{100 * percent:.0f}"
 
 
-def yes(met: bool) -> str:
-    """Whether something that was asked is met."""
-    return "yes" if met else "**no**"
+def yes(met: bool | None) -> str:
+    """Whether something that was asked is met; None: the machine was busy."""
+    return "no verdict: busy" if met is None else "yes" if met else "**no**"
+
+
+def times(row: Mapping[str, Any]) -> str:
+    """CPU and wall time of a call."""
+    wall = f"{row['ms']:.1f} ms"
+    return f"{row['cpu_ms']:.1f} ms CPU, {wall}" if "cpu_ms" in row else wall
+
+
+def quartiles(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
+    """A ratio and, where they were written, its quartiles."""
+    ratio = f"{row[key]:.{digits}f}"
+    if f"{key}_quartiles" not in row:
+        return ratio
+    return f"{ratio} ({' – '.join(f'{end:.{digits}f}' for end in row[f'{key}_quartiles'])})"
+
+
+def on(row: Mapping[str, Any]) -> str:
+    """For columns: on how many threads a row was timed; empty where that was not written."""
+    return "" if "threads" not in row else ", 1 thread" if row["threads"] == 1 else f", {row['threads']} threads"
+
+
+def how_timed(rows: Iterable[Mapping[str, Any]], place: Callable[[Mapping[str, Any]], str]) -> str:
+    """How ratios came about, and where the first model differs from itself so that they support no verdict."""
+    timed = [row for row in rows if "busy" in row]
+    if not timed:
+        return "Medians."
+    busy = dict.fromkeys(place(row) for row in timed if row["busy"])
+    told = f" **The machine was busy, no verdict: {'; '.join(busy)}.**" if busy else ""
+    return (
+        "Medians of rounds in random order, ratios of pairs within rounds (quartiles): of CPU time on one thread, of "
+        f"wall time on several. *again*: the first one, timed a second time in each round.{told}"
+    )
 
 
 def perplexity(value: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tabling import form
 
@@ -85,7 +87,7 @@ def pruning_peers(results: Path) -> str | None:
     for dense in (row for row in result["rows"] if row["question"] == "dense"):
         table = [
             [
-                "dense", f"{dense['score']:.1f}", "", f"{dense['ms_32']:.0f} ms", f"{dense['ms_1']:.1f} ms",
+                "dense", f"{dense['score']:.1f}", "", *_times(dense),
                 f"{dense['encoder_gflops']:.2f}", f"{dense['encoder_parameters'] / 1e6:.2f} M",
                 form.millions(dense), "",
             ]
@@ -100,7 +102,7 @@ def pruning_peers(results: Path) -> str | None:
             table.append(
                 [
                     row["name"] + (" (extra)" if row["extra"] else ""), f"{row['score']:.1f}{spread}",
-                    "–" if before is None else f"{before:.1f}", f"{row['ms_32']:.0f} ms", f"{row['ms_1']:.1f} ms",
+                    "–" if before is None else f"{before:.1f}", *_times(row),
                     f"{row['encoder_gflops']:.2f}", f"{row['encoder_parameters'] / 1e6:.2f} M",
                     form.millions(row), reloads,
                 ]
@@ -124,3 +126,41 @@ def pruning_peers(results: Path) -> str | None:
         f"{tables}\n\nMean ± standard deviation where there are several seeds; torch-pruning "
         f"{result['setting']['torch-pruning']}. Asked for half, {' and '.join(gpt2)}. {form.origin(result)}"
     )
+
+
+def vocabulary(results: Path) -> str | None:
+    """Bytes of models with fewer tokens, and the other texts that are tokenized as before; None without results."""
+    result = form.read(results / "vocabulary.json")
+    if result is None:
+        return None
+    table = []
+    for row in result["rows"]:
+        shares = row.get("unchanged", {})
+        less = 1 - row["bytes_after"] / row["bytes_before"]
+        tokenizer = [f"{row[key] / 1e6:.1f}" for key in ("tokenizer_before", "tokenizer_after") if key in row]
+        table.append(
+            [
+                row["model"],
+                f"{row['rows_before']:,} → {row['rows_after']:,}",
+                f"{row['bytes_before'] / 1e6:.1f} → {row['bytes_after'] / 1e6:.1f} MB",
+                f"{100 * less:.1f} %",
+                f"{' → '.join(tokenizer)} MB" if tokenizer else "–",
+                f"{row['texts_changed']} of {row['texts']:,}" if "texts" in row else "–",
+                *(f"{100 * shares[language]:.1f} %" if language in shares else "–" for language in ("en", "fr")),
+                f"{row['seconds']:.0f} s",
+            ]
+        )
+    columns = [
+        "model", "tokens", "weights", "fewer bytes", "tokenizer's files", "its texts changed",
+        "other English texts as before", "other French texts as before", "time",
+    ]  # fmt: skip
+    return f"{form.markdown(columns, table)}\n\n{form.origin(result)}"
+
+
+def _times(row: Mapping[str, Any]) -> list[str]:
+    """CPU and wall times of an encoder at both batch sizes."""
+    found = []
+    for batch in (32, 1):
+        both = {key: row[f"{key}_{batch}"] for key in ("ms", "cpu_ms") if f"{key}_{batch}" in row}
+        found.append(form.times(both))
+    return found

@@ -128,23 +128,63 @@ def qat_overhead(results: Path) -> str | None:
         return None
     words = {
         "baseline": "student + teacher's forward",
+        "baseline, again": "the same, again",
         "distillation": "distillation",
         "qat": "quantized, distillation",
         "qat + contrast": "quantized, distillation and contrast",
+        "qat, all layers": "quantized, distillation of all layers (encoders' default)",
     }
 
-    def ratio(row: Mapping[str, Any], other: str) -> str:
-        if f"over_{other}" not in row:
-            return ""
-        quartiles = " – ".join(f"{quartile:.3f}" for quartile in row[f"over_{other}_quartiles"])
-        return f"{row[f'over_{other}']:.3f} ({quartiles})"
+    def name(row: Mapping[str, Any]) -> str:
+        way, bf16 = row["way"].removesuffix(", bf16"), row["way"].endswith(", bf16")
+        return words[way] + (", bf16" if bf16 else "")
+
+    def of_fp32(row: Mapping[str, Any]) -> str:
+        way = row["way"].removesuffix(", bf16")
+        return form.quartiles(row, f"over_{way}", 3) if way != row["way"] else ""
 
     table = [
         [
-            f"{row['model']}, {row['batch']} × {row['length']}: {words[row['way']]}",
-            f"{row['ms']:.0f} ms", ratio(row, "baseline"), ratio(row, "qat"),
+            f"{row['model']}, {row['batch']} × {row['length']}{form.on(row)}: {name(row)}",
+            form.times(row),
+            *(form.quartiles(row, key, 3) if key in row else "" for key in ("over_baseline", "over_qat")),
+            of_fp32(row),
         ]
         for row in result["rows"]
     ]  # fmt: skip
-    columns = ["one training step", "time", "over the first (quartiles)", "over quantized (quartiles)"]
-    return f"{form.markdown(columns, table)}\n\nMedians. {form.origin(result)}"
+    columns = ["one training step", "time", "over the first (quartiles)", "over quantized", "bf16 over fp32"]
+    how = form.how_timed(result["rows"], lambda row: f"{row['model']}{form.on(row)}")
+    return f"{form.markdown(columns, table)}\n\n{how} {form.origin(result)}"
+
+
+def bf16_training(results: Path) -> str | None:
+    """Quality and time of training in bfloat16 beside float32; None where there are no results."""
+    result = form.read(results / "bf16_training.json")
+    if result is None:
+        return None
+    ways = {"qat": "4-bit weights, distilled", "pruning": "30 % pruned by gates, distilled"}
+
+    def cell(row: Mapping[str, Any], what: str, precision: str, digits: int) -> str:
+        return f"{row[f'{what}_{precision}']:.{digits}f} ± {row[f'{what}_spread_{precision}']:.{digits}f}"
+
+    def time(row: Mapping[str, Any]) -> str:
+        if "ratio" not in row:
+            return "–"
+        return f"{row['ratio']:.2f} ({' – '.join(f'{quartile:.2f}' for quartile in row['quartiles'])})"
+
+    table = [
+        [
+            f"{row['task']}, {ways[row['way']]}",
+            *(cell(row, what, precision, digits) for what, digits in (("score", 2), ("divergence", 4))
+              for precision in ("float32", "bfloat16")),
+            time(row),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    columns = ["", "float32", "bfloat16", "KL, float32", "KL, bfloat16", "step, bfloat16 / float32 (quartiles)"]
+    seeds = sorted({row["seeds"] for row in result["rows"]})
+    note = (
+        "Score of GLUE, or perplexity of WikiText-2; KL divergence from the teacher's answers. CPU time of steps, one "
+        f"thread. {form.seed_counts(seeds)}{form.origin(result)}"
+    )
+    return f"{form.markdown(columns, table)}\n\n{note}"

@@ -33,7 +33,14 @@ def coding(results: Path) -> str | None:
         "decoded, GB of float32/s and core",
     ]
     whole = form.markdown(["whole file", "plain", "auto", "zstd", "huffman"], files)
-    return f"{form.markdown(columns, table)}\n\n{whole}\n\nMedians. {form.origin(result)}"
+    again = [
+        f"{row['scheme']} {row['itself'][1]:.2f} ({row['itself'][0]:.2f} – {row['itself'][2]:.2f})"
+        + (", **the machine was busy**" if row["busy"] else "")
+        for row in result["rows"]
+        if "itself" in row
+    ]
+    how = f" of rounds in random order, CPU time; ours over itself: {'; '.join(again)}" if again else ""
+    return f"{form.markdown(columns, table)}\n\n{whole}\n\nMedians{how}. {form.origin(result)}"
 
 
 def deep_compression(results: Path) -> str | None:
@@ -69,8 +76,9 @@ def sparsity_overhead(results: Path) -> str | None:
         return None
 
     def cells(row: Mapping[str, Any]) -> list[str]:
-        quartiles = " – ".join(f"{quartile:.3f}" for quartile in row["ratio_quartiles"])
-        return [f"{row['method']}, {row['batch']} × {row['length']}", f"{row['ratio']:.3f} ({quartiles})"]
+        name = f"{row['method']}, {row['batch']} × {row['length']}{form.on(row)}"
+        return [name, form.times(row), form.quartiles(row, "ratio", 3)]
 
-    columns = [f"{result['rows'][0]['model']}, one training step", "over a plain one (quartiles)"]
-    return f"{form.markdown(columns, map(cells, result['rows']))}\n\n{form.origin(result)}"
+    columns = [f"{result['rows'][0]['model']}, one training step", "time", "over a plain one (quartiles)"]
+    how = form.how_timed(result["rows"], lambda row: f"{row['model']}{form.on(row)}")
+    return f"{form.markdown(columns, map(cells, result['rows']))}\n\n{how} {form.origin(result)}"

@@ -84,7 +84,9 @@ def by_object(folder: Path, loss: LogitLoss | str, steps: int) -> float:
         dataloader_pin_memory=False,
     )  # fmt: skip
     config = DistillationConfig(loss=loss, temperature=2)
-    trainer = DistillationTrainer(student, teacher, args, config, train_dataset=rows.train, data_collator=collate)
+    trainer = DistillationTrainer(
+        student, args, teacher=teacher, distillation=config, train_dataset=rows.train, data_collator=collate
+    )
     trainer.train()
     return evaluate_classifier(student, rows.validation, collate, data.task.kind.value, ("accuracy",), 64)["accuracy"]
 
@@ -92,9 +94,7 @@ def by_object(folder: Path, loss: LogitLoss | str, steps: int) -> float:
 def main() -> None:
     """Both ways, and what they come to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--steps", type=int, default=150, help="Optimizer steps of each student; the teacher takes five times as many."
-    )
+    parser.add_argument("--steps", type=int, default=150, help="Steps of a student; five times as many of the teacher.")
     parser.add_argument("--output", type=Path, default=Path("runs/custom-loss"), help="Folder of the run.")
     options = parser.parse_args()
     # a recipe finds modules where Python does, and in the current folder

@@ -95,13 +95,12 @@ def main() -> None:
     trainer = MultiTaskTrainer(
         MultiTaskStudent(students),
         arguments(options.output, 2 * options.steps),
-        [MultiTaskDistillation({task: Distillation(config, teacher) for task, teacher in teachers.items()})],
+        methods=[MultiTaskDistillation({task: Distillation(config, teacher) for task, teacher in teachers.items()})],
         train_datasets={task: list(data.train) for task, data in rows.items()},
         collators=collators,
         tau=0.5,
     )
     trainer.train()
-    trainer.finish()
     trainer.save_model()
     for task, teacher in teachers.items():
         before, after = (accuracy(model, rows[task], collators[task]) for model in (teacher, students[task]))

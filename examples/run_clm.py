@@ -72,7 +72,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.finish()
 
     folders = {"teacher": f"{args.output_dir}/teacher", "student": f"{args.output_dir}/model"}
     CompressedModel(copy.deepcopy(teacher)).save_pretrained(folders["teacher"], tokenizer=tokenizer)

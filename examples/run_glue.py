@@ -97,7 +97,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     methods.append(Distillation(DistillationConfig(temperature=model_args.temperature), teacher))
     compressing = trainer(student, methods)
     compressing.train()
-    compressing.finish()
 
     folder = f"{args.output_dir}/model"
     CompressedModel(student).save_pretrained(folder, tokenizer=tokenizer)

@@ -54,14 +54,14 @@ def train(case: str, folder: Path, batch_size: int):
     config = CONFIGS[case]
     if case != "tasks":
         rows = ragged_rows("causal" if case == "causal" else "classification", 48)
-        trainer = DistillationTrainer(student, teacher, args, config, train_dataset=rows)
+        trainer = DistillationTrainer(student, args, teacher=teacher, distillation=config, train_dataset=rows)
     else:
         students = {"a": student, "b": make("bert", seed=5)}
         set_dropout(students["b"], 0.0)
         trainer = MultiTaskTrainer(
             MultiTaskStudent(students),
             args,
-            [MultiTaskDistillation({task: Distillation(config, models(case)[1]) for task in students})],
+            methods=[MultiTaskDistillation({task: Distillation(config, models(case)[1]) for task in students})],
             train_datasets={task: ragged_rows("c", 24, seed) for seed, task in enumerate(students)},
             collators=dict.fromkeys(students, default_collate),
         )

@@ -36,6 +36,18 @@ def test_an_example_runs_offline_and_its_two_ways_agree(name, rows, tmp_path):
     assert abs(float(in_recipe) - float(as_object)) <= 0.02
 
 
+@pytest.mark.slow
+def test_class_weights_find_the_rare_class_sooner(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / "class_weights.py"), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(re.findall(r"│ (class weights|no weights) +│ [0-9.]+ +│ ([0-9.]+) +│", done.stdout))
+    assert float(found["class weights"]) > float(found["no weights"]) + 0.1
+    config = AutoConfig.from_pretrained(tmp_path / "run" / "class-weights")
+    assert recorded_compression(config).encoding.weights
+
+
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
 def test_an_example_is_a_page(file):
     assert len(file.read_text("utf-8").splitlines()) <= 120

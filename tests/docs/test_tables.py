@@ -69,3 +69,49 @@ def test_the_table_of_language_models_averages_over_seeds(tables, tmp_path):
     table = tables.TABLES["distillation_lm"](tmp_path)
     assert "| half of its layers, distilled | 51.0 | 71.0 | 2.0 M | 8.0 MB |" in table
     assert table.endswith("Means of 2 seeds. `python x`, d, commit c; G; torch 2, transformers 5.")
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({}, "P, 2 cores (instruction sets not recorded); torch"),
+        ({"instructions": None}, "P, 2 cores (instruction sets not recorded); torch"),
+        ({"instructions": "avx2, avx512_vnni"}, "P, 2 cores (avx2, avx512_vnni); torch"),
+        ({"instructions": ""}, "P, 2 cores (without avx2); torch"),
+        ({"gpu": "G"}, "; G; torch"),
+    ],
+)
+def test_a_table_names_the_instruction_sets_of_the_processor(tables, tmp_path, known, said):
+    sizes = dict(parameters=2_000_000, bytes=8_000_000)
+    rows = [dict(role="teacher", token_perplexity=40.0, word_perplexity=60.0, **sizes)]
+    machine = dict(processor="P", cores=2, gpu=None, torch="2", transformers="5") | known
+    write_results(tmp_path, "distillation_lm", rows, machine=machine)
+    assert said in tables.TABLES["distillation_lm"](tmp_path)
+
+
+def test_a_number_of_a_busy_machine_has_no_verdict_and_is_not_counted(tables, tmp_path):
+    items = [dict(name=n, target="<= 1", measured=0.5, met=met) for n, met in (("a", True), ("b", None), ("c", False))]
+    write_results(tmp_path, "x", [], items)
+    table = tables.asked(tmp_path)
+    assert "| x: b | <= 1 | 0.5 | no verdict: busy |" in table
+    assert table.endswith(
+        "1 of 2 targets are met. Of 1 there is no verdict: the machine was busy when they were measured."
+    )
+
+
+def timed(method, ratio, *, kind="other", threads=1, busy=False):
+    """A row of MiniLM at 1 x 128."""
+    place = dict(question="encoder", model="MiniLM", batch=1, length=128, method=method, kind=kind, threads=threads)
+    times = dict(ms=20.0 / ratio, cpu_ms=40.0 / ratio, speedup=ratio, speedup_quartiles=[ratio - 0.1, ratio + 0.1])
+    return place | times | dict(busy=busy, clock="cpu" if threads == 1 else "wall", deviation=0.25)
+
+
+def test_times_are_shown_with_cpu_time_quartiles_and_the_first_again(tables, tmp_path):
+    rows = [timed("fp32", 1.0, kind="first"), timed("fp32, again", 1.02, kind="again"), timed("bf16", 2.0)]
+    write_results(tmp_path, "quant_speed", [*rows, timed("fp32", 1.0, threads=2, busy=True)], setting={"peers": {}})
+    table = tables.TABLES["quant_speed"](tmp_path)
+    assert "| encoder, 1 thread | MiniLM, 1 × 128 | over fp32 |" in table
+    assert "| bf16 | 20.0 ms CPU, 10.0 ms | 2.00 (1.90 – 2.10) × |" in table
+    assert "| fp32, again | 39.2 ms CPU, 19.6 ms | 1.02 (0.92 – 1.12) × |" in table
+    assert "| encoder, 2 threads |" in table and "| bf16 | 0.2500 |" in table
+    assert "**The machine was busy, no verdict: MiniLM, 1 × 128, 2 threads.**" in table

@@ -84,7 +84,9 @@ def seeds(tmp_path):
 def test_the_tables_of_seeds(tables, seeds, name, row):
     table = tables.TABLES[name](seeds)
     assert row in table
-    assert table.endswith("One seed. `python x`, d, commit c; P, 2 cores; torch 2, transformers 5.")
+    assert table.endswith(
+        "One seed. `python x`, d, commit c; P, 2 cores (instruction sets not recorded); torch 2, transformers 5."
+    )
 
 
 def test_errors_of_several_seeds_have_a_spread(tables, tmp_path):

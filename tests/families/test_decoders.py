@@ -138,7 +138,10 @@ def test_a_self_loading_checkpoint_needs_no_lmcompress(name, tmp_path, without_l
     model = uneven(modern(name))
     if name == "gpt_neox":
         # its head has another name in files
-        with pytest.raises(LmcompressError, match=r"gpt_neox cannot do this \(self_loading\): Transformers changes the name of its head"):
+        with pytest.raises(
+            LmcompressError,
+            match=r"gpt_neox cannot do this \(self_loading\): Transformers changes the name of its head",
+        ):
             CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")
         return
     CompressedModel(model).save_pretrained(tmp_path / "m", format="self_loading")

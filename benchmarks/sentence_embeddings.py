@@ -3,8 +3,8 @@
 Teacher: all-MiniLM-L6-v2 (6 layers, 384 wide) as it is published, which was not trained on STS-B. Students: 3 and 2 of
 its layers. ``cut`` is the layers alone, ``distilled`` the same layers after some hundred steps on unlabelled sentences
 (GLUE's training sentences and SNLI's, no validation rows, no ratings): the squared distance of its normalized sentence
-embeddings to the teacher's. Both have the same shape, so the same latency. ``int8`` is round to nearest, 8 bits in
-weights, embeddings and activations, without training.
+embeddings to the teacher's, in bfloat16 arithmetic with float32 weights. Both have the same shape, so the same latency.
+``int8`` is round to nearest, 8 bits in weights, embeddings and activations, without training.
 
 Spearman's correlation of cosines and ratings × 100 on STS-B's 1,500 validation pairs (its test ratings are not at
 hand). Speed is the median of paired ratios of one thread's CPU time in one process, 32 sentences of 32 tokens.
@@ -104,7 +104,7 @@ def distilled(options: argparse.Namespace, folder: Path, layers: int, seed: int)
     match = Match(loss="embedding_mse", student=-1, teacher=-1, options={"pooling": teacher.pooling})
     args = TrainingArguments(
         str(folder / "checkpoints"), learning_rate=LEARNING_RATE, per_device_train_batch_size=BATCH, max_steps=steps,
-        warmup_steps=0.06, optim="adamw_torch_fused", seed=seed, train_sampling_strategy="group_by_length",
+        warmup_steps=0.06, optim="adamw_torch_fused", bf16=True, seed=seed, train_sampling_strategy="group_by_length",
         save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip

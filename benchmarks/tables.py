@@ -73,6 +73,8 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "qat_glue": quantization.qat_glue,
     "qat_overhead": quantization.qat_overhead,
     "bf16_training": quantization.bf16_training,
+    "quantbart": quantization.quantbart,
+    "smollm2": quantization.smollm2,
     "coding": storage.coding,
     "deep_compression": storage.deep_compression,
     "deep_compression_bert": storage.deep_compression_bert,

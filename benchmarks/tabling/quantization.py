@@ -188,3 +188,71 @@ def bf16_training(results: Path) -> str | None:
         f"thread. {form.seed_counts(seeds)}{form.origin(result)}"
     )
     return f"{form.markdown(columns, table)}\n\n{note}"
+
+
+def quantbart(results: Path) -> str | None:
+    """Bytes of a BART-base, and ROUGE of a small BART by method and bits; None where there are no results."""
+    result = form.read(results / "quantbart.json")
+    if result is None:
+        return None
+    sizes = [row for row in result["rows"] if row["part"] == "sizes"]
+    forms = {"plain": "packed", "base3": "five codes in a byte", "plain_zstd": "packed, Zstandard"}
+    table = [
+        [f"{row['bits']}-{row['bits']}-8", *(f"{row[key] / 1e6:.1f} MB" if key in row else "–" for key in forms)]
+        for row in sizes
+    ]
+    files = form.markdown(["BART-base's shape, random weights", *forms.values()], table)
+    rows = [row for row in result["rows"] if row["part"] != "sizes"]
+    quality = form.markdown(
+        ["SAMSum, test", "ROUGE-1", "ROUGE-2", "ROUGE-L", "file", "seeds"], [_summaries(row) for row in rows]
+    )
+    evaluated = result["setting"]["evaluated"]
+    note = f"Greedy summaries of {evaluated} dialogues; mean ± standard deviation where there are several seeds."
+    return f"{files}\n\n{quality}\n\n{note} {form.origin(result)}"
+
+
+def _summaries(row: Mapping[str, Any]) -> list[str]:
+    keys = ("rouge1", "rouge2", "rougeL")
+    spreads = [f" ± {row[f'{key}_spread']:.2f}" if f"{key}_spread" in row else "" for key in keys]
+    scores = [f"{row[key]:.2f}{spread}" for key, spread in zip(keys, spreads, strict=True)]
+    size = f"{row['bytes'] / 1e6:.2f} MB"
+    if row["part"] == "teacher":
+        return ["teacher, float32", *scores, size, "one"]
+    names = {"quantbart": "QuantBART", "quantbart-no-contrast": "the same without contrast", "lsq": "LSQ", "tbt": "TBT"}
+    seeds = "one" if row["seeds"] == 1 else str(row["seeds"])
+    return [f"{names[row['method']]}, {row['bits']}-{row['bits']}-8", *scores, size, seeds]
+
+
+def smollm2(results: Path) -> str | None:
+    """Perplexity, bytes and speed of SmolLM2-135M by method; None where there are no results."""
+    result = form.read(results / "smollm2.json")
+    if result is None:
+        return None
+    setting = result["setting"]
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [
+            _smollm2_name(row["method"]),
+            f"{row['token_perplexity']:.2f}",
+            f"{row['rise']:+.1f} %",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            f"{row['speed_over_dense']:.2f} ×",
+        ]
+
+    columns = ["SmolLM2-135M-Instruct", "token perplexity", "rise", "weights", "decoding"]
+    note = (
+        f"First {setting['tokens']:,} tokens of WikiText-2's test text in windows of {setting['window']}. The dense "
+        "model is the values of a Q4_1 file in float32: it has already lost what 4 bits cost. Bytes with the embedding "
+        "in float32. Decoding: greedy, batch 1, over the dense model in the same process."
+    )
+    return f"{form.markdown(columns, map(cells, result['rows']))}\n\n{note} {form.origin(result)}"
+
+
+def _smollm2_name(method: str) -> str:
+    if method.startswith("cut-"):
+        _, percent, *repaired = method.split("-")
+        return f"{percent} % of the blocks cut{', matrices re-fitted' if repaired else ''}"
+    if method.startswith("w"):
+        bits, scales, how = method.split("-")
+        return f"{bits[1:]} bits, {'by row' if scales == 'row' else f'groups of {scales[1:]}'}, {how.upper()}"
+    return {"dense": "dense", "nf4-bitsandbytes": "NF4, bitsandbytes"}[method]

@@ -198,7 +198,7 @@ def quantbart(results: Path) -> str | None:
     sizes = [row for row in result["rows"] if row["part"] == "sizes"]
     forms = {"plain": "packed", "base3": "five codes in a byte", "plain_zstd": "packed, Zstandard"}
     table = [
-        [f"{row['bits']}-{row['bits']}-8", *(f"{row[key] / 1e6:.1f} MB" if key in row else "–" for key in forms)]
+        [f"{row['bits']}-{row['bits']}-8", *(f"{row[key] / 2**20:.1f} MiB" if key in row else "–" for key in forms)]
         for row in sizes
     ]
     files = form.markdown(["BART-base's shape, random weights", *forms.values()], table)

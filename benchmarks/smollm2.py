@@ -8,7 +8,8 @@ trained. What can be compared is one way of 4 bits with another, NF4 of ``bitsan
 Each row is a copy of that model. Weights only, embeddings and activations stay; scales by row, or by ``GROUP``
 neighbours: rows of 576 do not divide by 128. ``rtn``, ``gptq`` and ``awq`` see the same blocks of the training text. A
 cut removes a quarter of the parameters of the blocks, as many heads and neurons in each, so that stock Transformers
-loads it; with its matrices re-fitted (``repair``) and as they are.
+loads it; with its matrices re-fitted (``repair``) and as they are. ``qat`` and ``distilled`` are 4 bits in groups and
+the re-fitted cut after ``STEPS`` steps of one block each, on the dense model's logits: minutes, one seed.
 
 Perplexity is of the first ``--tokens`` tokens of WikiText-2's test text in blocks of ``WINDOW``; all rows read the same
 ones. The values of packed weights are evaluated as dense float32. Bytes are of the files that lmcompress writes, or for
@@ -33,10 +34,11 @@ from typing import Any
 import torch
 from common import asked, once, train_and_report, training_parser, write
 from distillation_lm import read
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainingArguments, set_seed
 
 from lmcompress.checkpoint.encoding import unpacked
 from lmcompress.data import pack_blocks
+from lmcompress.distillation import DistillationConfig
 from lmcompress.evaluation import perplexity, size_on_disk
 from lmcompress.model import CompressedModel
 from lmcompress.pruning.structured.config import PruningConfig
@@ -44,8 +46,11 @@ from lmcompress.pruning.structured.post_training import prune
 from lmcompress.pruning.structured.targets import Target
 from lmcompress.quantization import QuantizationConfig, WeightScheme
 from lmcompress.quantization.ptq import Method, quantize
+from lmcompress.trainers import DistillationTrainer, QuantizationTrainer
 
 WINDOW, GROUP, CALIBRATION_BLOCKS, DECODED = 512, 64, 16, 24
+STEPS, LEARNING_RATE, SCALE_RATE = 80, 3e-5, 1e-4
+QAT, DISTILLED = "w4-g64-qat", "cut-25-distilled"
 
 # name in the table: method, bits, and how many weights share a scale; the most telling first
 ROUNDED: dict[str, tuple[Method, Any, Any]] = {
@@ -59,7 +64,7 @@ ROUNDED: dict[str, tuple[Method, Any, Any]] = {
     "w3-g64-gptq": ("gptq", 3, GROUP),
     "w4-row-awq": ("awq", 4, "row"),
 }
-CUTS = {"cut-25": "none", "cut-25-repair": "least_squares"}
+CUTS: dict[str, Any] = {"cut-25": "none", "cut-25-repair": "least_squares"}
 
 
 def gguf_file() -> Path:
@@ -97,7 +102,10 @@ class Bench:
         count = 2 if options.quick else CALIBRATION_BLOCKS
         text = read(options.data, "train")[:400_000]
         blocks: Any = pack_blocks([text], self.tokenizer, self.window)
-        drawn = blocks.shuffle(seed=0).select(range(count)).with_format("torch")["input_ids"]
+        blocks = blocks.shuffle(seed=0)
+        self.blocks = blocks.select(range(count, len(blocks)))
+        self.steps = 2 if options.quick else STEPS
+        drawn = blocks.select(range(count)).with_format("torch")["input_ids"]
         self.batches = [{"input_ids": torch.stack([row]), "labels": torch.stack([row])} for row in drawn]
 
     def _ids(self, data: Path, split: str, count: int) -> Any:
@@ -145,11 +153,59 @@ class Bench:
         model = copy.deepcopy(self.model)
         config = PruningConfig(target=Target(sparsity=0.25), uniform=True, multiple_of=GROUP, repair=repair)
         report = prune(model, config, self.batches)
+        return self._cut(folder, model, report) | {"seconds": round(report.seconds)}
+
+    def _cut(self, folder: Path, model: Any, report: Any) -> dict[str, Any]:
         CompressedModel(model).save_pretrained(folder / "model", format="vanilla")
         shape = report.after.blocks[0]
         about = {"heads": shape.heads * report.after.queries, "ffn": shape.ffn, "removed": report.removed}
         size = size_on_disk(folder / "model").weights_bytes
-        return {**about, "seconds": round(report.seconds), "bytes": size, **self.quality(model), **self.speed(model)}
+        return {**about, "bytes": size, **self.quality(model), **self.speed(model)}
+
+    def _arguments(self, folder: Path) -> TrainingArguments:
+        return TrainingArguments(
+            str(folder / "checkpoints"), learning_rate=LEARNING_RATE, per_device_train_batch_size=1,
+            max_steps=self.steps, warmup_steps=0.06, lr_scheduler_type="linear", optim="adamw_torch_fused", bf16=True,
+            save_strategy="no", logging_steps=min(10, self.steps), report_to="none", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+
+    def qat(self, folder: Path) -> dict[str, Any]:
+        """Four bits in groups, trained on the dense model's logits."""
+        set_seed(0)
+        weights = WeightScheme(quantizer="lsq", bits=4, granularity=GROUP)
+        config = QuantizationConfig(
+            weights=weights, embeddings=None, activations=None, attention=False, scale_learning_rate=SCALE_RATE
+        )
+        trainer = QuantizationTrainer(
+            copy.deepcopy(self.model), self._arguments(folder), quantization=config, teacher=self.model,
+            distillation=DistillationConfig(temperature=1.0, label_weight=0.0), train_dataset=self.blocks,
+        )  # fmt: skip
+        started = time.time()
+        trainer.train()
+        seconds = round(time.time() - started)
+        trainer.compressed_model.save_pretrained(folder / "model", batches=self.batches[:1])
+        model = trainer.student.eval()
+        found = {"seconds": seconds, "steps": self.steps, "bits_per_weight": trainer.report.bits_per_weight}
+        size = size_on_disk(folder / "model").weights_bytes
+        return {**found, "bytes": size, **self.quality(unpacked(model)), **self.speed(model)}
+
+    def distilled(self, folder: Path) -> dict[str, Any]:
+        """The re-fitted cut, trained on the dense model's logits."""
+        set_seed(0)
+        model = copy.deepcopy(self.model)
+        config = PruningConfig(
+            target=Target(sparsity=0.25), uniform=True, multiple_of=GROUP, repair=CUTS["cut-25-repair"]
+        )
+        report = prune(model, config, self.batches)
+        trainer = DistillationTrainer(
+            model, self._arguments(folder), teacher=self.model, train_dataset=self.blocks,
+            distillation=DistillationConfig(temperature=1.0, label_weight=0.5),
+        )  # fmt: skip
+        started = time.time()
+        trainer.train()
+        seconds = round(time.time() - started)
+        return self._cut(folder, trainer.student.eval(), report) | {"seconds": seconds, "steps": self.steps}
 
     def nf4(self) -> dict[str, Any]:
         """NF4 of bitsandbytes, blocks of 64 weights, for the same matrices."""
@@ -180,13 +236,15 @@ def run(options: Any, work: Path) -> None:
         row("nf4-bitsandbytes", bench.nf4)
     for name, repair in CUTS.items():
         row(name, partial(bench.cut, work / name, repair))
+    row(DISTILLED, partial(bench.distilled, work / DISTILLED))
+    row(QAT, partial(bench.qat, work / QAT))
     for name in names[2:]:
         row(name, partial(bench.rounded, work / name, *ROUNDED[name]))
 
 
 def report(options: Any, work: Path) -> None:
     """Results of all existing rows."""
-    files = [work / name / "row.json" for name in ("dense", "nf4-bitsandbytes", *ROUNDED, *CUTS)]
+    files = [work / name / "row.json" for name in ("dense", "nf4-bitsandbytes", *ROUNDED, QAT, *CUTS, DISTILLED)]
     rows = [json.loads(file.read_text()) for file in files if file.exists()]
     if not rows or rows[0]["method"] != "dense":
         raise SystemExit(f"the dense model was not measured in {work} yet: leave out --report")
@@ -203,7 +261,12 @@ def report(options: Any, work: Path) -> None:
     if set(CUTS) <= by_name.keys():
         gain = by_name["cut-25-repair"]["token_perplexity"] / by_name["cut-25"]["token_perplexity"]
         wanted.append(asked("a quarter cut: perplexity with repair over without", "< 1", gain, gain < 1))
+    for trained, start in ((QAT, "w4-g64-rtn"), (DISTILLED, "cut-25-repair")):
+        if {trained, start} <= by_name.keys():
+            gain = by_name[trained]["token_perplexity"] / by_name[start]["token_perplexity"]
+            wanted.append(asked(f"{trained}: perplexity over {start}", "< 1", gain, gain < 1))
     setting = {
+        "steps": STEPS, "learning_rates": [LEARNING_RATE, SCALE_RATE],
         "window": WINDOW, "group": GROUP, "tokens": rows[0]["tokens"], "calibration_blocks": CALIBRATION_BLOCKS,
         "decoded": DECODED, "rounded": ROUNDED, "cuts": CUTS, "dense": "float32 values of a Q4_1 GGUF file",
         "model": gguf_file().name,

@@ -243,15 +243,17 @@ def smollm2(results: Path) -> str | None:
     note = (
         f"First {setting['tokens']:,} tokens of WikiText-2's test text in windows of {setting['window']}. The dense "
         "model is the values of a Q4_1 file in float32: it has already lost what 4 bits cost. Bytes with the embedding "
-        "in float32. Decoding: greedy, batch 1, over the dense model in the same process."
+        f"in float32. QAT and distillation: {setting['steps']} steps of one window, one seed. Decoding: greedy, batch "
+        "1, over the dense model in the same process."
     )
     return f"{form.markdown(columns, map(cells, result['rows']))}\n\n{note} {form.origin(result)}"
 
 
 def _smollm2_name(method: str) -> str:
     if method.startswith("cut-"):
-        _, percent, *repaired = method.split("-")
-        return f"{percent} % of the blocks cut{', matrices re-fitted' if repaired else ''}"
+        _, percent, *more = method.split("-")
+        after = {"repair": ", matrices re-fitted", "distilled": ", matrices re-fitted, distilled"}
+        return f"{percent} % of the blocks cut{''.join(after[one] for one in more)}"
     if method.startswith("w"):
         bits, scales, how = method.split("-")
         return f"{bits[1:]} bits, {'by row' if scales == 'row' else f'groups of {scales[1:]}'}, {how.upper()}"

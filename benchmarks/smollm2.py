@@ -173,7 +173,7 @@ class Bench:
     def qat(self, folder: Path) -> dict[str, Any]:
         """Four bits in groups, trained on the dense model's logits."""
         set_seed(0)
-        weights = WeightScheme(quantizer="lsq", bits=4, granularity=GROUP)
+        weights = WeightScheme(quantizer="elastic", bits=4, granularity=GROUP)
         config = QuantizationConfig(
             weights=weights, embeddings=None, activations=None, attention=False, scale_learning_rate=SCALE_RATE
         )

@@ -52,9 +52,9 @@ from lmcompress.model import CompressedModel
 from lmcompress.quantization import FakeQuantized, QuantizationConfig, WeightScheme, plan
 from lmcompress.trainers.quantization import QuantizationTrainer
 
-# chosen so that all takes half an hour on one core
+# chosen so that all takes an hour on one core
 VOCABULARY, DIALOGUE, SUMMARY = 4000, 160, 40
-BATCH, TEACHER_STEPS, STEPS = 16, 900, 120
+BATCH, TEACHER_STEPS, STEPS = 16, 3000, 240
 TEACHER_RATE, RATE, SCALE_RATE = 1e-3, 5e-4, 1e-3
 EVALUATED = 200
 BITS, SEEDS = (8, 4, 2), {8: 1, 4: 1, 2: 3}

@@ -6,7 +6,7 @@ float32, so it has lost already what 4 bits cost: that 4 bits add little to it s
 trained. What can be compared is one way of 4 bits with another, NF4 of ``bitsandbytes`` among them, and 3 bits.
 
 Each row is a copy of that model. Weights only, embeddings and activations stay; scales by row, or by ``GROUP``
-neighbours: rows of 576 do not divide by 128. ``rtn``, ``gptq`` and ``awq`` see the same blocks of the training text. A
+neighbours (``zero``: with zero points); rows of 576 do not divide by 128. ``rtn``, ``gptq`` and ``awq`` see the same blocks of the training text. A
 cut removes a quarter of the parameters of the blocks, as many heads and neurons in each, so that stock Transformers
 loads it; with its matrices re-fitted (``repair``) and as they are. ``qat`` and ``distilled`` are 4 bits in groups and
 the re-fitted cut after ``STEPS`` steps of one block each, on the dense model's logits: minutes, one seed.
@@ -52,10 +52,11 @@ WINDOW, GROUP, CALIBRATION_BLOCKS, DECODED = 512, 64, 16, 24
 STEPS, LEARNING_RATE, SCALE_RATE = 80, 3e-5, 1e-4
 QAT, DISTILLED = "w4-g64-qat", "cut-25-distilled"
 
-# name in the table: method, bits, and how many weights share a scale; the most telling first
-ROUNDED: dict[str, tuple[Method, Any, Any]] = {
+# name in the table: method, bits, how many weights share a scale, and perhaps a quantizer; the most telling first
+ROUNDED: dict[str, tuple[Any, ...]] = {
     "w4-g64-rtn": ("rtn", 4, GROUP),
     "w4-g64-gptq": ("gptq", 4, GROUP),
+    "w4-g64-rtn-zero": ("rtn", 4, GROUP, "asymmetric_mse"),
     "w8-row-rtn": ("rtn", 8, "row"),
     "w4-row-rtn": ("rtn", 4, "row"),
     "w4-g64-awq": ("awq", 4, GROUP),
@@ -136,10 +137,12 @@ class Bench:
         """The model of the file."""
         return {**self.quality(self.model), "bytes": size_on_disk(self.folder).weights_bytes, "speed_over_dense": 1.0}
 
-    def rounded(self, folder: Path, method: Method, bits: Any, granularity: Any) -> dict[str, Any]:
+    def rounded(
+        self, folder: Path, method: Method, bits: Any, granularity: Any, quantizer: str = "mse"
+    ) -> dict[str, Any]:
         """Weights of the blocks rounded without training."""
         model = copy.deepcopy(self.model)
-        weights = WeightScheme(quantizer="mse", bits=bits, granularity=granularity)
+        weights = WeightScheme(quantizer=quantizer, bits=bits, granularity=granularity)
         config = QuantizationConfig(weights=weights, embeddings=None, activations=None, attention=False)
         batches = [{"input_ids": batch["input_ids"]} for batch in self.batches]
         report = quantize(model, config, None if method == "rtn" else batches, method=method, progress=False)
@@ -254,7 +257,7 @@ def report(options: Any, work: Path) -> None:
         print(f"{row['method']:18} {row['token_perplexity']:9.3f} {row['rise']:+8.2f} % {row['bytes'] / 1e6:8.1f} MB")
     by_name = {row["method"]: row for row in rows}
     wanted = []
-    for ours in ("w4-g64-rtn", "w4-g64-gptq", "w4-g64-awq"):
+    for ours in ("w4-g64-rtn", "w4-g64-rtn-zero", "w4-g64-gptq", "w4-g64-awq"):
         if {ours, "nf4-bitsandbytes"} <= by_name.keys():
             share = by_name[ours]["token_perplexity"] / by_name["nf4-bitsandbytes"]["token_perplexity"]
             wanted.append(asked(f"{ours}: perplexity over that of NF4", "<= 1", share, share <= 1))

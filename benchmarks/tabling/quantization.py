@@ -203,6 +203,8 @@ def quantbart(results: Path) -> str | None:
     ]
     files = form.markdown(["BART-base's shape, random weights", *forms.values()], table)
     rows = [row for row in result["rows"] if row["part"] != "sizes"]
+    if not rows:
+        return f"{files}\n\nThe summaries were not measured yet. {form.origin(result)}"
     quality = form.markdown(
         ["SAMSum, test", "ROUGE-1", "ROUGE-2", "ROUGE-L", "file", "seeds"], [_summaries(row) for row in rows]
     )
@@ -255,6 +257,7 @@ def _smollm2_name(method: str) -> str:
         after = {"repair": ", matrices re-fitted", "distilled": ", matrices re-fitted, distilled"}
         return f"{percent} % of the blocks cut{''.join(after[one] for one in more)}"
     if method.startswith("w"):
-        bits, scales, how = method.split("-")
-        return f"{bits[1:]} bits, {'by row' if scales == 'row' else f'groups of {scales[1:]}'}, {how.upper()}"
+        bits, scales, how, *zeros = method.split("-")
+        shared = "by row" if scales == "row" else f"groups of {scales[1:]}"
+        return f"{bits[1:]} bits, {shared}{', zero points' if zeros else ''}, {how.upper()}"
     return {"dense": "dense", "nf4-bitsandbytes": "NF4, bitsandbytes"}[method]

@@ -6,10 +6,11 @@ float32, so it has lost already what 4 bits cost: that 4 bits add little to it s
 trained. What can be compared is one way of 4 bits with another, NF4 of ``bitsandbytes`` among them, and 3 bits.
 
 Each row is a copy of that model. Weights only, embeddings and activations stay; scales by row, or by ``GROUP``
-neighbours (``zero``: with zero points); rows of 576 do not divide by 128. ``rtn``, ``gptq`` and ``awq`` see the same blocks of the training text. A
-cut removes a quarter of the parameters of the blocks, as many heads and neurons in each, so that stock Transformers
-loads it; with its matrices re-fitted (``repair``) and as they are. ``qat`` and ``distilled`` are 4 bits in groups and
-the re-fitted cut after ``STEPS`` steps of one block each, on the dense model's logits: minutes, one seed.
+neighbours (``zero``: with zero points); rows of 576 do not divide by 128. ``rtn``, ``gptq`` and ``awq`` see the same
+blocks of the training text. A cut removes a quarter of the parameters of the blocks, as many heads and neurons in each,
+so that stock Transformers loads it; with its matrices re-fitted (``repair``) and as they are. ``qat`` and ``distilled``
+are 4 bits in groups and the re-fitted cut after ``STEPS`` steps of one block each, on the dense model's logits:
+minutes, one seed.
 
 Perplexity is of the first ``--tokens`` tokens of WikiText-2's test text in blocks of ``WINDOW``; all rows read the same
 ones. The values of packed weights are evaluated as dense float32. Bytes are of the files that lmcompress writes, or for

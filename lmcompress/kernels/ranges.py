@@ -151,9 +151,14 @@ def _dynamic(encoding: InputEncoding) -> Callable[[Tensor], Range]:
             return Range(scale, 128, 128 - grid.high, 128 + grid.high, beyond)
         low, high = min(low, 0.0), max(high, 0.0)
         scale = _scale(_single(_single(high / grid.high) - _single(low / grid.high)))
-        zero = min(round(-low / scale), grid.high) if math.isfinite(scale) else 0
-        # the zero point is rounded, so that the last code may be one too many
-        return Range(scale, zero, 0, grid.high, grid.high < 255)
+        zero = min(round(_single(-low / scale)), grid.high) if math.isfinite(scale) else 0
+        first, last = 0, grid.high
+        if clip is not None and math.isfinite(scale):
+            # the zero point is rounded, so that the grid may reach one code beyond the clip
+            reach = round(_single(clip / scale))
+            first, last = max(first, zero - reach), min(last, zero + reach)
+        # and the last code may be one too many
+        return Range(scale, zero, first, last, beyond or grid.high < 255)
 
     return measured
 

@@ -194,6 +194,17 @@ def test_nan_and_infinity_show(kernel, wrong, given):
         assert not result[[0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("kernel", WORKING)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("clip", [0.5, 1.0, 2.5])
+def test_the_grid_of_a_clipped_asymmetric_range_ends_at_the_clip(kernel, bits, clip):
+    # the zero point is rounded, so that there may be a code beyond the clip
+    x, matrix = torch.linspace(-3, 3, 64).reshape(4, 16), matrix_of(torch.eye(16))
+    inputs = inputs_of(encoding(bits=bits, symmetric=False, clip=clip))
+    with using(kernel=kernel):
+        assert_near(Matmul()(x, matrix, None, inputs), expected(x, matrix, None, inputs))
+
+
 def odd_inputs(width):
     x = torch.randn(4, 6, width)
     return {

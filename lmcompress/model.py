@@ -53,6 +53,9 @@ SaveFormat = Literal["native", "vanilla", "self_loading"]
 
 REPORT_FILE = "lmcompress.json"
 
+HELD = "_lmcompress_methods"
+"""The attribute of a model in which a trainer keeps the methods that have hooks on it."""
+
 _OWN = ("model", "provenance")
 _RETURN_MODEL = frozenset(
     "to eval train half float double bfloat16 type cpu cuda xpu ipu mtia to_empty requires_grad_ apply share_memory "
@@ -256,14 +259,15 @@ class CompressedModel:
         Raises:
             EquivalenceError: If the reloaded model's outputs differ; nothing was written.
             LmcompressError: If ``vanilla`` is requested for a model it cannot express, ``self_loading`` for quantized
-                attention or compact layers, either with streams, an argument is not known, or the disk is full; nothing
-                was written.
+                attention or compact layers, either with streams, an argument is not known, training was interrupted, or
+                the disk is full; nothing was written.
         """
         hub = _hub_arguments(hub)
         if not is_main_process:
             return Equivalence(max_error=0.0, relative_error=0.0, batches=0, inputs="none")
         folder = Path(save_directory)
         refuse_foreign(self.model, "save as a compressed checkpoint")
+        self._refuse_held()
         coder = self._coder_for(format, storage)
         by_tensors = self._by_tensors(check, format, coder)
         inputs = "random" if batches is None else "given"
@@ -381,6 +385,15 @@ class CompressedModel:
             )
         large = self.model.get_memory_footprint() >= LARGE
         return check == "tensors" or (check == "auto" and plain and large)
+
+    def _refuse_held(self) -> None:
+        held = [method.name for method in self.model.__dict__.get(HELD, ()) if not method.goes_on]
+        if held:
+            raise LmcompressError(
+                f"{' and '.join(held)} is not finished: masks and quantizers are outside of the weights, which alone "
+                "are another model. If training was interrupted, call trainer.finish(), or trainer.release() to go "
+                "back to the weights alone"
+            )
 
     def _coder_for(self, format: SaveFormat, storage: Coder | Literal["plain", "as loaded"]) -> Coder | None:
         """The coder of the streams to write, after checking format and storage against the model."""

@@ -21,6 +21,7 @@ from lmcompress.recipes.loading import dump_recipe
 from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.recipes.planning import Plan
 from lmcompress.recipes.schema import Recipe
+from lmcompress.trainers.state import STATE_FILE
 
 try:
     import fcntl as _fcntl
@@ -154,11 +155,12 @@ def checkpoint_to_resume(
     numbered = {
         int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()
     }
+    with_state = any((checkpoint / STATE_FILE).exists() for checkpoint in numbered.values())
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         # the state is written last: without it the process died while writing
         if not (checkpoint / "trainer_state.json").is_file():
             shutil.rmtree(checkpoint)
-        elif (damaged := _damaged_file(checkpoint)) is not None:
+        elif (damaged := _damaged_file(checkpoint, with_state)) is not None:
             say(f"{checkpoint.name} is damaged ({damaged}) and left out")
             shutil.rmtree(checkpoint)
         else:
@@ -166,8 +168,13 @@ def checkpoint_to_resume(
     return None
 
 
-def _damaged_file(checkpoint: Path) -> str | None:
-    """The first file of a training checkpoint that is missing or cut off; None if all are whole."""
+def _damaged_file(checkpoint: Path, with_state: bool) -> str | None:
+    """The first file of a training checkpoint that is missing or cut off; None if all are whole.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        with_state: whether methods of the stage have a state, as other checkpoints of it say.
+    """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     except ValueError:
@@ -175,6 +182,8 @@ def _damaged_file(checkpoint: Path) -> str | None:
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not any(file.name.startswith("model") for file in weights):
         return "model.safetensors"
+    if with_state and not (checkpoint / STATE_FILE).exists():
+        return STATE_FILE
     for file in weights:
         try:
             with safe_open(file, framework="pt"):

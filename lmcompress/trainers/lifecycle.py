@@ -18,7 +18,7 @@ from transformers.trainer_utils import HubStrategy
 from lmcompress.errors import LmcompressError
 from lmcompress.families import is_described
 from lmcompress.method import Method, StepCallback, SteppedMethod
-from lmcompress.model import CompressedModel, library_version, unwrapped
+from lmcompress.model import HELD, CompressedModel, library_version, unwrapped
 from lmcompress.trainers.building import Asked
 from lmcompress.trainers.hub import Pushing
 from lmcompress.trainers.precision import in_float32
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
-_HELD = "_lmcompress_methods"
 
 
 class MethodsTrainer(Pushing, Trainer):  # type: ignore[misc]
@@ -105,7 +104,7 @@ class MethodsTrainer(Pushing, Trainer):  # type: ignore[misc]
 
     def _prepare_methods(self) -> None:
         # of an earlier trainer that was interrupted: its gates and quantizers would stay on the model
-        for method in self.student.__dict__.pop(_HELD, ()):
+        for method in self.student.__dict__.pop(HELD, ()):
             method.detach()
         for method in self.methods if self._prepared else ():
             method.detach()
@@ -124,7 +123,7 @@ class MethodsTrainer(Pushing, Trainer):  # type: ignore[misc]
             for method in reversed(done):
                 _quietly(method.detach)
             raise
-        self.student.__dict__[_HELD] = _Held(self.methods)
+        self.student.__dict__[HELD] = _Held(self.methods)
         if not self._prepared:
             self.add_callback(StepCallback(self))
         self._prepared = True
@@ -200,7 +199,7 @@ class MethodsTrainer(Pushing, Trainer):  # type: ignore[misc]
                 if hasattr(report, "unrecovered"):
                     method.report = replace(report, unrecovered=text)  # type: ignore[attr-defined, type-var]
         self.finished = True
-        self.student.__dict__.pop(_HELD, None)
+        self.student.__dict__.pop(HELD, None)
         if any(not method.goes_on for method in self.methods):
             # neither the wrappers nor the optimizer know the weights that there are now, nor does compiled code
             if self.args.torch_compile:
@@ -221,7 +220,7 @@ class MethodsTrainer(Pushing, Trainer):  # type: ignore[misc]
         """
         for method in self.methods:
             method.detach()
-        self.student.__dict__.pop(_HELD, None)
+        self.student.__dict__.pop(HELD, None)
         self._released = not self.finished
 
     def __enter__(self) -> Self:

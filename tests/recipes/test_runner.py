@@ -8,13 +8,16 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lmcompress.errors import LmcompressError
 from lmcompress.recipes import load_recipe, parse_recipe, run
-from lmcompress.recipes.folder import locked
+from lmcompress.recipes.contents import Dependencies, read_marker
+from lmcompress.recipes.folder import checkpoint_to_resume, locked
+from lmcompress.recipes.measuring import STAGE_FILE
 from lmcompress.trainers import CompressionTrainer
+from lmcompress.trainers.state import STATE_FILE
 
 FILES = {
     "recipe.yaml",
@@ -222,6 +225,18 @@ def test_a_damaged_checkpoint_is_left_out_and_an_earlier_one_resumed(file, harm,
     said = console.file.getvalue()
     assert f"checkpoint-3 is damaged ({file}) and left out" in said and "resuming from checkpoint-2" in said
     torch.testing.assert_close(load_file(result.models["teacher"] / "model.safetensors"), undisturbed, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_lost_the_state_of_the_methods_is_left_out(interrupted, tmp_path):
+    _, folder, _ = interrupted
+    copied = shutil.copytree(folder, tmp_path / "run") / "checkpoints" / "teacher"
+    save_file({"pruning.0.gates.x": torch.zeros(1)}, copied / "checkpoint-2" / STATE_FILE)
+    said: list[str] = []
+    marker = read_marker(copied, STAGE_FILE)
+    needs = Dependencies(**{name: marker[name] for name in ("stage", "recipe", "contents")})
+    checkpoint = checkpoint_to_resume(copied, needs, resume=True, say=said.append)
+    assert checkpoint is not None and checkpoint.name == "checkpoint-2"
+    assert said == [f"checkpoint-3 is damaged ({STATE_FILE}) and left out"]
 
 
 def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):

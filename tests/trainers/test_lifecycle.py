@@ -311,6 +311,20 @@ def test_arguments_that_are_not_valid_are_refused(tmp_path, given, message):
 
 
 @each_method
+def test_a_model_whose_training_was_interrupted_is_not_saved_half_done(name, tmp_path):
+    model = make("bert")
+    trainer = trainer_for(name, tmp_path, model, callbacks=[Stops(2, KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    if any(not method.goes_on for method in trainer.methods):
+        with pytest.raises(LmcompressError, match=r"is not finished: masks .* call trainer.finish\(\), or trainer.rel"):
+            CompressedModel(model).save_pretrained(tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+    trainer.release()
+    assert CompressedModel(model).save_pretrained(tmp_path / "m").max_error == 0
+
+
+@each_method
 def test_a_new_trainer_takes_a_model_over_from_one_that_was_interrupted(name, tmp_path):
     answers = []
     for interrupted in (False, True):

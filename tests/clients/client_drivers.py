@@ -77,12 +77,15 @@ def generate(source: Any, how: str, folder: str, assistant: str, **options: Any)
 
 def continuous(source: Any, folder: str, **options: Any) -> Any:
     """The tokens that ``generate_batch`` gives."""
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = _model(source, "AutoModelForCausalLM", **options)
+    # by default the cache takes most of the memory that is free, and two tests run at once
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     tokenizer = _tokenizer(folder)
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=tokenizer.pad_token_id)
-    found = model.generate_batch(inputs=[tokenizer(text)["input_ids"] for text in PROMPTS], generation_config=config)
+    rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    found = model.generate_batch(inputs=rows, generation_config=config, continuous_batching_config=small)
     return [output.generated_tokens for output in found.values()]
 
 

@@ -24,10 +24,14 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[st
 
     Args:
         model: the model to call.
-        batch: tensors by name.
+        batch: tensors by name; the inputs of a decoder that reads an encoder are made from labels if they are missing.
+
+    Raises:
+        LmcompressError: If the model has an encoder and a decoder, and there are neither labels nor inputs of the
+            decoder.
     """
     names = set(inspect.signature(model.forward).parameters) - {"labels"}
-    return {name: value for name, value in batch.items() if name in names}
+    return {name: value for name, value in with_decoder_inputs(model, batch).items() if name in names}
 
 
 def valid_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from lmcompress.model import CompressedModel
 from lmcompress.nn.packed import PackedEmbedding, TiedEmbedding, TiedHead
 from lmcompress.proof import tiny_model
 from lmcompress.proof.tiny import tiny_inputs
+from lmcompress.pruning.structured.scoring import score
 from lmcompress.quantization import ActivationScheme, QuantizationConfig, WeightScheme, quantize
 
 GATED = T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
@@ -134,6 +135,16 @@ def test_calibration_needs_targets(model):
     batch = {name: value for name, value in labelled(model).items() if name != "labels"}
     with pytest.raises(LmcompressError, match="must have decoder_input_ids, or labels"):
         calibration_batches(model, [batch])
+
+
+@pytest.mark.parametrize("shorter", [0, 3])
+def test_scores_of_labels_are_those_with_the_decoder_s_inputs_given(model, shorter):
+    batch = labelled(model)
+    batch["labels"] = batch["labels"][:, : batch["labels"].shape[1] - shorter]
+    given = with_decoder_inputs(model, batch)
+    of_labels, of_both = (score(model, "fisher", ("neurons",), [one]).neurons for one in (batch, given))
+    assert of_labels and of_both
+    torch.testing.assert_close(of_labels, of_both, rtol=0, atol=0)
 
 
 def test_layers_are_named_by_their_stack(model):

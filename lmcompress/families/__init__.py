@@ -119,14 +119,18 @@ def family_of(config: PretrainedConfig) -> Family:
             "To add one, describe its parts as a Family in lmcompress/families/ and name it in FAMILIES there "
             "(CONTRIBUTING.md, 'A new family')."
         )
+    # what a config does not name is off, as the models read it
+    has = {
+        field: getattr(config, field, type(value)()) for v in (family, *family.variants) for field, value in v.expects
+    }
     for variant in (family, *family.variants):
-        if all(getattr(config, field, value) == value for field, value in variant.expects):
+        if all(has[field] == value for field, value in variant.expects):
             return variant
     for field, value in family.expects:
-        if getattr(config, field, value) != value:
+        if has[field] != value:
             raise UnknownFamilyError(
                 f"lmcompress knows {config.model_type} with {field}={value}, and this config has "
-                f"{field}={getattr(config, field)}, whose blocks compute in another order"
+                f"{field}={has[field]}, whose blocks compute in another order"
             )
     return family
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lmcompress.families.base import refused_for_attention
 from lmcompress.families.bert import BERT
 
-DEBERTA_V2 = replace(
+_RELATIVE = replace(
     BERT,
     model_type="deberta-v2",
     query="attention.self.query_proj",
@@ -22,4 +22,10 @@ DEBERTA_V2 = replace(
         "hidden": "relative positions and the pooler are as wide as the residual stream, outside of all blocks",
     }
     | refused_for_attention("DisentangledSelfAttention"),
+)
+
+DEBERTA_V2 = replace(
+    _RELATIVE,
+    # without relative positions nothing but its own projections reads a block's input
+    variants=(replace(_RELATIVE, expects=(("relative_attention", False), ("conv_kernel_size", 0))),),
 )

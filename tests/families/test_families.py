@@ -7,9 +7,10 @@ from families import CAUSAL, FFN, HEAD_SIZE, HEADS, HIDDEN, LAYERS, VOCAB, make
 from families import FAMILIES as EVERY
 from relatives import RELATIVES
 from torch import nn
+from transformers import DebertaV2Config
 from transformers.pytorch_utils import Conv1D
 
-from lmcompress.errors import LmcompressError
+from lmcompress.errors import LmcompressError, UnknownFamilyError
 from lmcompress.families import (
     BLOCK_PARTS,
     FAMILIES,
@@ -120,3 +121,13 @@ def test_only_a_causal_language_model_has_a_vocabulary_head(family):
     assert anatomy_of(make(family, "base")).head is None
     if head is not None:
         assert head.weight.shape == (VOCAB, HIDDEN)
+
+
+def test_what_a_config_does_not_name_is_off():
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    relative = dict(relative_attention=True, pos_att_type=["p2c", "c2p"])
+    assert family_of(DebertaV2Config(**shape)).model_type == "deberta-v2"
+    assert family_of(DebertaV2Config(**shape, **relative, share_att_key=True)).model_type == "deberta-v2"
+    # its relative positions have projections of their own, which no one would cut
+    with pytest.raises(UnknownFamilyError, match="with share_att_key=True, and this config has share_att_key=False"):
+        family_of(DebertaV2Config(**shape, **relative))

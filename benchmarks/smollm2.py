@@ -154,10 +154,13 @@ class Bench:
 
     def cut(self, folder: Path, repair: Any) -> dict[str, Any]:
         """A quarter of the parameters of the blocks cut, as much from each."""
+        model, report = self._pruned(repair)
+        return self._cut(folder, model, report) | {"seconds": round(report.seconds)}
+
+    def _pruned(self, repair: Any) -> tuple[Any, Any]:
         model = copy.deepcopy(self.model)
         config = PruningConfig(target=Target(sparsity=0.25), uniform=True, multiple_of=GROUP, repair=repair)
-        report = prune(model, config, self.batches)
-        return self._cut(folder, model, report) | {"seconds": round(report.seconds)}
+        return model, prune(model, config, self.batches)
 
     def _cut(self, folder: Path, model: Any, report: Any) -> dict[str, Any]:
         CompressedModel(model).save_pretrained(folder / "model", format="vanilla")
@@ -197,11 +200,7 @@ class Bench:
     def distilled(self, folder: Path) -> dict[str, Any]:
         """The re-fitted cut, trained on the dense model's logits."""
         set_seed(0)
-        model = copy.deepcopy(self.model)
-        config = PruningConfig(
-            target=Target(sparsity=0.25), uniform=True, multiple_of=GROUP, repair=CUTS["cut-25-repair"]
-        )
-        report = prune(model, config, self.batches)
+        model, report = self._pruned(CUTS["cut-25-repair"])
         trainer = DistillationTrainer(
             model, self._arguments(folder), teacher=self.model, train_dataset=self.blocks,
             distillation=DistillationConfig(temperature=1.0, label_weight=0.5),

@@ -72,6 +72,23 @@ _WITHOUT_EFFECT = {
 }
 
 
+def refuse_unfinished(methods: Sequence[str], way_out: str) -> None:
+    """Refuse to write a model of which methods hold something outside of its weights.
+
+    Args:
+        methods: names of those methods; none refuses nothing.
+        way_out: what to do, a sentence without its full stop.
+
+    Raises:
+        LmcompressError: If there are such methods.
+    """
+    if methods:
+        raise LmcompressError(
+            f"{' and '.join(methods)} is not finished: masks and quantizers are outside of the weights, which alone "
+            f"are another model. {way_out}"
+        )
+
+
 class CompressedModel:
     """A model with a record of its compression.
 
@@ -388,12 +405,10 @@ class CompressedModel:
 
     def _refuse_held(self) -> None:
         held = [method.name for method in self.model.__dict__.get(HELD, ()) if not method.goes_on]
-        if held:
-            raise LmcompressError(
-                f"{' and '.join(held)} is not finished: masks and quantizers are outside of the weights, which alone "
-                "are another model. If training was interrupted, call trainer.finish(), or trainer.release() to go "
-                "back to the weights alone"
-            )
+        refuse_unfinished(
+            held,
+            "If training was interrupted, call trainer.finish(), or trainer.release() to go back to the weights alone",
+        )
 
     def _coder_for(self, format: SaveFormat, storage: Coder | Literal["plain", "as loaded"]) -> Coder | None:
         """The coder of the streams to write, after checking format and storage against the model."""

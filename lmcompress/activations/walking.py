@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from lmcompress.activations.batches import batches_for
 from lmcompress.activations.calibration import Batch, CalibrationData
-from lmcompress.activations.hooks import valid_targets, valid_tokens
+from lmcompress.activations.hooks import model_inputs, valid_targets, valid_tokens
 from lmcompress.errors import LmcompressError
-from lmcompress.families import is_described, outline_of, with_decoder_inputs
+from lmcompress.families import is_described, outline_of
 from lmcompress.families.coupled import CROSS
 from lmcompress.numerics.padding import stated
 
@@ -37,13 +37,12 @@ def calibration_batches(model: PreTrainedModel, batches: Iterable[Batch]) -> lis
     Raises:
         LmcompressError: If there are no batches, none has a token that is not padding, or one has no input.
     """
-    names = set(inspect.signature(model.forward).parameters) - {"labels", "use_cache"}
-    given = [with_decoder_inputs(model, batch) for batch in batches_for(model, batches)]
-    return list(CalibrationData(model, [_inputs(batch, names) for batch in given]))
+    return list(CalibrationData(model, [_inputs(model, batch) for batch in batches_for(model, batches)]))
 
 
-def _inputs(batch: Batch, names: set[str]) -> Batch:
-    inputs = {name: value for name, value in batch.items() if name in names}
+def _inputs(model: PreTrainedModel, batch: Batch) -> Batch:
+    inputs = model_inputs(model, batch)
+    inputs.pop("use_cache", None)
     if not {"input_ids", "inputs_embeds"} & inputs.keys():
         raise LmcompressError(f"a batch must have input_ids or inputs_embeds, got {', '.join(batch) or 'nothing'}")
     return inputs

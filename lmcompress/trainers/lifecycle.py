@@ -18,7 +18,7 @@ from transformers.trainer_utils import HubStrategy
 from lmcompress.errors import LmcompressError
 from lmcompress.families import is_described
 from lmcompress.method import Method, StepCallback, SteppedMethod
-from lmcompress.model import HELD, CompressedModel, library_version, unwrapped
+from lmcompress.model import HELD, CompressedModel, library_version, refuse_unfinished, unwrapped
 from lmcompress.trainers.building import Asked
 from lmcompress.trainers.hub import Pushing
 from lmcompress.trainers.precision import in_float32
@@ -280,12 +280,11 @@ class MethodsTrainer(Pushing, Trainer):  # type: ignore[misc]
         return [method.name for method in self.methods if not method.goes_on]
 
     def _refuse_unfinished(self) -> None:
-        if names := self._unfinished:
-            raise LmcompressError(
-                f"{' and '.join(names)} is not finished: masks and quantizers are outside of the weights, which alone "
-                "are another model. Call finish() first (train() does so at its end unless auto_finish=False), or "
-                "go on from a training checkpoint"
-            )
+        refuse_unfinished(
+            self._unfinished,
+            "Call finish() first (train() does so at its end unless auto_finish=False), or go on from a training "
+            "checkpoint",
+        )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._checkpointing = True
